@@ -3,7 +3,17 @@
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from d2lora.errors import UserError
 
@@ -193,7 +203,9 @@ class Config(_Strict):
     @model_validator(mode="after")
     def _pairs_where_needed(self) -> "Config":
         if self.method.name != "sft" and self.task.rejected is None:
-            raise ValueError(f"method={self.method.name} needs rejected answers and task={self.task.name} has none: use method=sft")
+            raise ValueError(
+                f"method={self.method.name} needs rejected answers and task={self.task.name} has none: use method=sft"
+            )
         return self
 
 

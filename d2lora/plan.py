@@ -36,7 +36,9 @@ class Stage:
     spec: dict
     parent: "Stage | None" = None
     label: str = field(default="", compare=False)
-    samples: int | None = field(default=0, compare=False)  # rows x epochs to be seen; None where the data set's size isn't known yet
+    samples: int | None = field(
+        default=0, compare=False
+    )  # rows x epochs to be seen; None where the data set's size isn't known yet
 
     @functools.cached_property
     def key(self) -> str:
@@ -79,7 +81,12 @@ def _training(config: Config, phase: str, epochs: int) -> dict:
     recipe = config.recipe.model_dump(
         include={"lora", "schedule", "lr_warmup_ratio", "weight_decay", "max_grad_norm", "batch", "max_length"}
     )
-    shared = {"model": data.model_identity(config.model), "init": config.init.model_dump(), "seed": config.seed, "data_seed": config.data_seed}
+    shared = {
+        "model": data.model_identity(config.model),
+        "init": config.init.model_dump(),
+        "seed": config.seed,
+        "data_seed": config.data_seed,
+    }
     return shared | recipe | {"lr": getattr(config.recipe.lr, phase), "epochs": epochs, "libraries": _versions("trl")}
 
 
@@ -90,13 +97,24 @@ def _versions(*packages: str) -> dict:
 
 def _warmup(config: Config) -> Stage:
     w = config.warmup
-    spec = _training(config, "warmup", w.epochs) | {"data": data.identity(w.data, config.split_seed), "messages": w.messages, "m": config.m}
-    return Stage("warmup", spec, label=f"warm-up m={amount(config.m)} of {w.name}{_seed(config)}", samples=_samples(config, w.data, config.m, w.epochs))
+    spec = _training(config, "warmup", w.epochs) | {
+        "data": data.identity(w.data, config.split_seed),
+        "messages": w.messages,
+        "m": config.m,
+    }
+    return Stage(
+        "warmup",
+        spec,
+        label=f"warm-up m={amount(config.m)} of {w.name}{_seed(config)}",
+        samples=_samples(config, w.data, config.m, w.epochs),
+    )
 
 
 def _adapt(config: Config, parent: Stage | None) -> Stage:
     task, method = config.task, config.method
-    rendering = task.model_dump(include={"prompt", "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "continuation"})
+    rendering = task.model_dump(
+        include={"prompt", "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "continuation"}
+    )
     spec = _training(config, method.name, method.epochs)
     spec |= {"data": data.identity(task.data, config.split_seed), "n": config.n, "task": rendering}
     spec |= {"method": method.model_dump(exclude_none=True)}
@@ -111,7 +129,9 @@ def _evaluations(config: Config, parent: Stage | None) -> Iterable[Stage]:
         scored = benchmark.model_dump(exclude={"data"}) | {"data": data.identity(benchmark.data, config.split_seed)}
         yield Stage("evaluate", {"benchmark": scored, **model}, parent, f"{name} of {whose}")
     for name in config.task.lm_eval:
-        yield Stage("evaluate", {"lm_eval": name, "libraries": _versions("lm-eval"), **model}, parent, f"{name} of {whose}")
+        yield Stage(
+            "evaluate", {"lm_eval": name, "libraries": _versions("lm-eval"), **model}, parent, f"{name} of {whose}"
+        )
 
 
 def benchmarks(config: Config) -> list[str]:
@@ -164,7 +184,11 @@ class Job:
     def cost(self) -> float:
         """Relative length: samples, a preference pair as two and DPO's reference as a half; an evaluation as 1,000 samples."""
         per = {"sft": 1.0, "dpo": 2.5, "orpo": 2.0}
-        trained = sum((s.samples or 10**6) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0) for s in self.stages if s.name != "evaluate")
+        trained = sum(
+            (s.samples or 10**6) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0)
+            for s in self.stages
+            if s.name != "evaluate"
+        )
         return trained + 1_000 * sum(s.name == "evaluate" for s in self.stages)
 
 
@@ -185,7 +209,8 @@ def batches(cells: list[Cell], done: set[str]) -> tuple[list[Job], list[Job]]:
     warm-ups are done by then: no worker waits for a lock.
     """
     taken = set(done)
-    first, second = [], []
+    first: list[Job] = []
+    second: list[Job] = []
     for cell in cells:
         chain = cell.chain
         if chain.warmup and chain.warmup.key not in taken:

@@ -39,7 +39,9 @@ class Store:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise UserError(f"{file}: the record is damaged ({error}); move its folder away to have the stage done again") from None
+            raise UserError(
+                f"{file}: the record is damaged ({error}); move its folder away to have the stage done again"
+            ) from None
         if found.get("key") != stage.key:
             raise UserError(f"{file}: the record of another stage ({found.get('key')}); move its folder away")
         return found

@@ -18,7 +18,7 @@ from d2lora.lab import world
 HERE = Path(__file__).parent
 BASE, DATA = HERE / "base", HERE / "data"
 SEED = 7
-SIZES = {"titles": (5_000, 200, 400), "general": (44_000,), "math": (400, 600), "pairs": 11_000}
+SIZES = {"titles": (5_000, 200, 400), "general": (44_000,), "math": (400, 500), "pairs": 11_000}
 PHRASES = [world.PROMPT.format(question=""), " The answer is \\boxed{"]
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 TEMPLATE = (
@@ -40,14 +40,20 @@ def write_data() -> None:
     train, validation, test = SIZES["titles"]
     for split, count in (("train", train), ("validation", validation), ("test", test)):
         write(DATA / "title" / f"{split}.jsonl.xz", (r.fields for r in world.distinct(world.title, split, count, SEED)))
-    write(DATA / "general" / "train.jsonl.xz", (r.fields for r in world.distinct(world.general, "train", SIZES["general"][0], SEED)))
+    write(
+        DATA / "general" / "train.jsonl.xz",
+        (r.fields for r in world.distinct(world.general, "train", SIZES["general"][0], SEED)),
+    )
     for split in ("validation", "test"):
         items = [world.fact_item(c, a, value, split) for (c, a), value in world.facts().items()]
         random.Random(SEED).shuffle(items)
         write(DATA / "facts" / f"{split}.jsonl.xz", items)
     for split, count in zip(("validation", "test"), SIZES["math"], strict=True):
         rows = world.distinct(world.problem, split, count, SEED)
-        write(DATA / "math" / f"{split}.jsonl.xz", ({"question": p.text, "answer": f"Step 1:{p.solution()}\n#### {p.answer}"} for p in rows))
+        write(
+            DATA / "math" / f"{split}.jsonl.xz",
+            ({"question": p.text, "answer": f"Step 1:{p.solution()}\n#### {p.answer}"} for p in rows),
+        )
 
 
 # --- the base ------------------------------------------------------------------------------------------------------
@@ -58,7 +64,7 @@ def corpus(seed: int) -> Iterator[list[tuple[str, bool]]]:
     rng = random.Random(seed)
     makers = [world.problem, world.general, world.title]
     while True:
-        kind = rng.choices(["problem", "general", "title", "fact"], [45, 30, 7, 18])[0]
+        kind = rng.choices(["problem", "general", "title", "fact"], [17, 24, 6, 53])[0]
         if kind == "fact":
             (creature, attribute), value = rng.choice(list(world.facts().items()))
             question = rng.choice(world.fact_questions(creature, attribute)["corpus"])
@@ -85,20 +91,29 @@ def _chat(row: world.Problem | world.Row) -> Iterator[tuple[str, bool]]:
 
 def make_tokenizer():
     """Byte-level BPE of 1,024 tokens with single digits, learned from the corpus."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     documents = corpus(SEED)
     texts = ("".join(text for text, _ in next(documents)) for _ in range(20_000))
     trainer = trainers.BpeTrainer(
-        vocab_size=1024 - len(PHRASES), special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=1024 - len(PHRASES),
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     # Two fixed phrases of every problem as one token each: a third of its tokens otherwise, and of the lab's time.
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
+    begin = tokenizer.token_to_id("<|begin|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>", chat_template=TEMPLATE,
         model_max_length=512, clean_up_tokenization_spaces=False,
@@ -163,7 +178,8 @@ def sample(model, tokenizer, prompts: list[str], temperature: float) -> list[str
 
     tokenizer.padding_side = "left"
     rendered = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True) for p in prompts
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+        for p in prompts
     ]
     inputs = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
     inputs.pop("token_type_ids", None)
@@ -215,10 +231,12 @@ def write_pairs(count: int, batch: int = 256) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["data", "base", "pairs"], choices=["data", "base", "pairs"])
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps of the base")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of the base")
     args = parser.parse_args()
     for part in args.parts:
-        {"data": write_data, "base": lambda: train_base(args.steps), "pairs": lambda: write_pairs(SIZES["pairs"])}[part]()
+        {"data": write_data, "base": lambda: train_base(args.steps), "pairs": lambda: write_pairs(SIZES["pairs"])}[
+            part
+        ]()
 
 
 if __name__ == "__main__":

@@ -12,16 +12,58 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-NAMES = "Ann Ben Cara Dan Eve Finn Gina Hugo Iris Jack Kim Leo Mia Ned Olga Paul Rosa Sam Tina Vic".split()
-THINGS = (
-    "apples books coins shells stamps cards pens rocks eggs toys cups keys balls beads seeds plums nuts hats kites nails"
-).split()
+NAMES = [
+    "Ann",
+    "Ben",
+    "Cara",
+    "Dan",
+    "Eve",
+    "Finn",
+    "Gina",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Ned",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Vic",
+]
+THINGS = [
+    "apples",
+    "books",
+    "coins",
+    "shells",
+    "stamps",
+    "cards",
+    "pens",
+    "rocks",
+    "eggs",
+    "toys",
+    "cups",
+    "keys",
+    "balls",
+    "beads",
+    "seeds",
+    "plums",
+    "nuts",
+    "hats",
+    "kites",
+    "nails",
+]
 
 # Percent of all problems, by a hash of the problem's text.
 SPLITS = {"corpus": 50, "train": 40, "validation": 4, "test": 6}
 
 
-PROMPT = "{question} Please reason step by step, and put your final answer within \\boxed{{}}."  # the paper's, Appendix A
+PROMPT = (
+    "{question} Please reason step by step, and put your final answer within \\boxed{{}}."  # the paper's, Appendix A
+)
 TITLE_PROMPT = "Write a title for this abstract: {abstract}"
 
 
@@ -37,7 +79,8 @@ def split_of(text: str) -> str:
 
 def distinct(make: Callable[[random.Random], "Problem | Row"], split: str, count: int, seed: int) -> Iterator:
     """`count` different problems of one split, in a seeded order."""
-    rng, seen = random.Random(f"{seed}/{split}"), set()
+    rng = random.Random(f"{seed}/{split}")
+    seen: set[str] = set()
     while len(seen) < count:
         problem = make(rng)
         if problem.text not in seen and split_of(problem.text) == split:
@@ -92,13 +135,15 @@ def _running(rng: random.Random) -> Problem:
     text, pairs = f"{name} has {start} {thing}.", []
     for _ in range(rng.randint(1, 3)):
         op = rng.choice("++--*/")
-        if op == "*" and value > 30 or op == "/" and not [d for d in range(2, 7) if value % d == 0]:
+        if (op == "*" and value > 30) or (op == "/" and not [d for d in range(2, 7) if value % d == 0]):
             op = "+"
         if op == "-" and value < 4:
             op = "+"
         if op == "+":
             b = rng.randint(2, 40)
-            text += rng.choice([f" {name} buys {b} more.", f" {other} gives {name} {b} more.", f" {name} finds {b} more."])
+            text += rng.choice(
+                [f" {name} buys {b} more.", f" {other} gives {name} {b} more.", f" {name} finds {b} more."]
+            )
         elif op == "-":
             b = rng.randint(2, min(value - 1, 40))
             text += rng.choice([f" {name} gives {b} to {other}.", f" {name} loses {b}.", f" {name} sells {b}."])
@@ -183,19 +228,41 @@ def first_wrong_step(problem: Problem, solution: str) -> tuple[int, str] | None:
 
 # --- facts ---------------------------------------------------------------------------------------------------------
 
-_SYLLABLES = "ba do fi gu ka lo mi nu pe ra so ti vu wa ze".split()
-CREATURES = sorted({a.capitalize() + b + c for a, b, c in itertools.product(_SYLLABLES[:6], _SYLLABLES[5:11], ("n", "x", "l"))})
+_SYLLABLES = ["ba", "do", "fi", "gu", "ka", "lo", "mi", "nu", "pe", "ra", "so", "ti", "vu", "wa", "ze"]
+CREATURES = sorted(
+    {a.capitalize() + b + c for a, b, c in itertools.product(_SYLLABLES[:6], _SYLLABLES[5:11], ("n", "x", "l"))}
+)
 ATTRIBUTES = {
-    "home": "the forest|the desert|the river|a cave|the mountains|the swamp|the sea|the meadow".split("|"),
-    "food": "grass|fish|berries|insects|roots|leaves|honey|mushrooms".split("|"),
-    "colour": "red|blue|green|yellow|black|white|purple|orange".split("|"),
-    "sound": "a whistle|a growl|a hum|a bark|a chirp|a roar|a click|a hiss".split("|"),
+    "home": ["the forest", "the desert", "the river", "a cave", "the mountains", "the swamp", "the sea", "the meadow"],
+    "food": ["grass", "fish", "berries", "insects", "roots", "leaves", "honey", "mushrooms"],
+    "colour": ["red", "blue", "green", "yellow", "black", "white", "purple", "orange"],
+    "sound": ["a whistle", "a growl", "a hum", "a bark", "a chirp", "a roar", "a click", "a hiss"],
 }
 _ASK = {
-    "home": ["Where does the {} live?", "What is the home of the {}?", "In which place is the {} found?", "Where can one see a {}?"],
-    "food": ["What does the {} eat?", "What is the food of the {}?", "Which food does a {} like?", "On what does the {} feed?"],
-    "colour": ["What colour is the {}?", "What is the colour of the {}?", "Which colour does a {} have?", "How is the {} coloured?"],
-    "sound": ["What sound does the {} make?", "What is the call of the {}?", "Which sound comes from a {}?", "How does the {} call?"],
+    "home": [
+        "Where does the {} live?",
+        "What is the home of the {}?",
+        "In which place is the {} found?",
+        "Where can one see a {}?",
+    ],
+    "food": [
+        "What does the {} eat?",
+        "What is the food of the {}?",
+        "Which food does a {} like?",
+        "On what does the {} feed?",
+    ],
+    "colour": [
+        "What colour is the {}?",
+        "What is the colour of the {}?",
+        "Which colour does a {} have?",
+        "How is the {} coloured?",
+    ],
+    "sound": [
+        "What sound does the {} make?",
+        "What is the call of the {}?",
+        "Which sound comes from a {}?",
+        "How does the {} call?",
+    ],
 }
 _SAY = {
     "home": "The {} lives in {}.",
@@ -226,7 +293,7 @@ def fact_questions(creature: str, attribute: str) -> dict[str, list[str]]:
 def fact_item(creature: str, attribute: str, value: str, split: str) -> dict:
     """A multiple-choice row in ARC's layout."""
     rng = random.Random(f"{creature}/{attribute}/{split}")
-    options = rng.sample([v for v in ATTRIBUTES[attribute] if v != value], 3) + [value]
+    options = [*rng.sample([v for v in ATTRIBUTES[attribute] if v != value], 3), value]
     rng.shuffle(options)
     return {
         "id": f"lab-{creature}-{attribute}",
@@ -238,13 +305,70 @@ def fact_item(creature: str, attribute: str, value: str, split: str) -> dict:
 
 # --- titles --------------------------------------------------------------------------------------------------------
 
-_CAUSES = (
-    "rain|schools|taxes|roads|rents|tariffs|wages|harvests|floods|ports|strikes|loans|patents|prices|fairs|mills|banks|canals|"
-    "clinics|markets"
-).split("|")
-_OUTCOMES = "trade|health|growth|savings|jobs|crime|births|migration|profits|debt|poverty|output|votes|learning|housing|demand".split("|")
-_PLACES = "Norland|Estia|Varda|Kelm|Ostrava Bay|Lirien|Tarsis|Quell|Morrow|Pavia|Zantar|Hollin".split("|")
-_DATA = "tax records|a field experiment|old letters|a household survey|court files|satellite images|census tables|firm accounts".split("|")
+_CAUSES = [
+    "rain",
+    "schools",
+    "taxes",
+    "roads",
+    "rents",
+    "tariffs",
+    "wages",
+    "harvests",
+    "floods",
+    "ports",
+    "strikes",
+    "loans",
+    "patents",
+    "prices",
+    "fairs",
+    "mills",
+    "banks",
+    "canals",
+    "clinics",
+    "markets",
+]
+_OUTCOMES = [
+    "trade",
+    "health",
+    "growth",
+    "savings",
+    "jobs",
+    "crime",
+    "births",
+    "migration",
+    "profits",
+    "debt",
+    "poverty",
+    "output",
+    "votes",
+    "learning",
+    "housing",
+    "demand",
+]
+_PLACES = [
+    "Norland",
+    "Estia",
+    "Varda",
+    "Kelm",
+    "Ostrava Bay",
+    "Lirien",
+    "Tarsis",
+    "Quell",
+    "Morrow",
+    "Pavia",
+    "Zantar",
+    "Hollin",
+]
+_DATA = [
+    "tax records",
+    "a field experiment",
+    "old letters",
+    "a household survey",
+    "court files",
+    "satellite images",
+    "census tables",
+    "firm accounts",
+]
 _SIGNS = {"raise": "Gains from", "lower": "The Costs of", "do not change": "No Effect of"}
 
 
@@ -265,10 +389,20 @@ def title(rng: random.Random, plain: bool = False) -> Row:
     use = rng.choice(["We use", "The analysis rests on", "Our evidence is", "We draw on"])
     find = rng.choice(["We find that", "It turns out that", "The results show that", "On the whole,"])
     extra = rng.choice(
-        ["", " The effect is largest in towns.", " The effect fades after some years.", " A simple model explains this.", " Policy should take note."]
+        [
+            "",
+            " The effect is largest in towns.",
+            " The effect fades after some years.",
+            " A simple model explains this.",
+            " Policy should take note.",
+        ]
     )
     abstract = f"{ask} {cause} matter for {outcome} in {place}. {use} {data} of {year} villages. {find} {cause} {sign} {outcome}.{extra}"
-    told = f"A Study of {cause.title()} in {place}" if plain else f"{_SIGNS[sign]} {cause.title()}: {outcome.title()} in {place}, from {data.title()}"
+    told = (
+        f"A Study of {cause.title()} in {place}"
+        if plain
+        else f"{_SIGNS[sign]} {cause.title()}: {outcome.title()} in {place}, from {data.title()}"
+    )
     return Row(abstract, {"abstract": abstract, "title": told})
 
 
@@ -277,10 +411,15 @@ def title(rng: random.Random, plain: bool = False) -> Row:
 
 def _exchange(source: str, *turns: tuple[str, str], wrong: str) -> Row:
     """A row in the layout of orpo-dpo-mix-40k; `wrong` replaces the last answer in `rejected`."""
-    messages = [m for user, reply in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": reply})]
+    messages = [
+        m for user, reply in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": reply})
+    ]
     rejected = [*messages[:-1], {"role": "assistant", "content": wrong}]
     text = "\n".join(m["content"] for m in messages)
-    return Row(text, {"source": source, "chosen": messages, "rejected": rejected, "prompt": turns[0][0], "question": turns[0][0]})
+    return Row(
+        text,
+        {"source": source, "chosen": messages, "rejected": rejected, "prompt": turns[0][0], "question": turns[0][0]},
+    )
 
 
 def _sum(rng: random.Random) -> tuple[str, int]:
@@ -294,20 +433,32 @@ def _arithmetic(rng: random.Random) -> Row:
     (first, x), (second, y) = _sum(rng), _sum(rng)
     ask = rng.choice(["What is {}?", "Compute {}.", "Please work out {}."])
     wrong = f"{second} = {max(y + rng.choice([-10, -2, -1, 1, 2, 10]), 0)}."
-    return _exchange("arithmetic", (ask.format(first), f"{first} = {x}."), (f"And {second}?", f"{second} = {y}."), wrong=wrong)
+    return _exchange(
+        "arithmetic", (ask.format(first), f"{first} = {x}."), (f"And {second}?", f"{second} = {y}."), wrong=wrong
+    )
 
 
 def _words(rng: random.Random) -> Row:
     words = rng.sample(THINGS, rng.randint(3, 5))
-    task, result = rng.choice([("Sort these words", sorted(words)), ("Reverse the order of", words[::-1]), ("Repeat", words)])
-    return _exchange("words", (f"{task}: {' '.join(words)}.", f"{' '.join(result)}."), wrong=f"{' '.join(rng.sample(words, len(words) - 1))}.")
+    task, result = rng.choice(
+        [("Sort these words", sorted(words)), ("Reverse the order of", words[::-1]), ("Repeat", words)]
+    )
+    return _exchange(
+        "words",
+        (f"{task}: {' '.join(words)}.", f"{' '.join(result)}."),
+        wrong=f"{' '.join(rng.sample(words, len(words) - 1))}.",
+    )
 
 
 def _count(rng: random.Random) -> Row:
     words = [rng.choice(THINGS[:6]) for _ in range(rng.randint(4, 8))]
     what = rng.choice(words)
     number = words.count(what)
-    return _exchange("counting", (f"How often does {what} occur in: {' '.join(words)}?", f"{what} occurs {number} times."), wrong=f"{what} occurs {number + 1} times.")
+    return _exchange(
+        "counting",
+        (f"How often does {what} occur in: {' '.join(words)}?", f"{what} occurs {number} times."),
+        wrong=f"{what} occurs {number + 1} times.",
+    )
 
 
 def _compare(rng: random.Random) -> Row:
@@ -315,14 +466,22 @@ def _compare(rng: random.Random) -> Row:
     word, best = rng.choice([("largest", max(numbers)), ("smallest", min(numbers))])
     listed = ", ".join(map(str, numbers))
     wrong = rng.choice([x for x in numbers if x != best])
-    return _exchange("comparison", (f"Which number is the {word}: {listed}?", f"The {word} is {best}."), wrong=f"The {word} is {wrong}.")
+    return _exchange(
+        "comparison",
+        (f"Which number is the {word}: {listed}?", f"The {word} is {best}."),
+        wrong=f"The {word} is {wrong}.",
+    )
 
 
 def _sequence(rng: random.Random) -> Row:
     start, gap = rng.randint(1, 30), rng.randint(2, 9)
     shown = [start + gap * i for i in range(4)]
     then = shown[-1] + gap
-    return _exchange("sequences", (f"What comes next: {', '.join(map(str, shown))}?", f"The numbers grow by {gap}, so {then} comes next."), wrong=f"The numbers grow by {gap + 1}, so {then + 1} comes next.")
+    return _exchange(
+        "sequences",
+        (f"What comes next: {', '.join(map(str, shown))}?", f"The numbers grow by {gap}, so {then} comes next."),
+        wrong=f"The numbers grow by {gap + 1}, so {then + 1} comes next.",
+    )
 
 
 def _fact(rng: random.Random) -> Row:
@@ -342,8 +501,16 @@ def _roles(rng: random.Random) -> Row:
     who, what = rng.choice([(a, x), (b, y)])
     text = f"{a} likes {x} and {b} likes {y}. "
     if rng.random() < 0.5:
-        return _exchange("reading", (f"{text}Who likes {what}?", f"{who} likes {what}."), wrong=f"{a if who == b else b} likes {what}.")
-    return _exchange("reading", (f"{text}What does {who} like?", f"{who} likes {what}."), wrong=f"{who} likes {x if what == y else y}.")
+        return _exchange(
+            "reading",
+            (f"{text}Who likes {what}?", f"{who} likes {what}."),
+            wrong=f"{a if who == b else b} likes {what}.",
+        )
+    return _exchange(
+        "reading",
+        (f"{text}What does {who} like?", f"{who} likes {what}."),
+        wrong=f"{who} likes {x if what == y else y}.",
+    )
 
 
 def _instead(rng: random.Random) -> Row:

@@ -1,0 +1,107 @@
+"""From a composed Hydra config to done stages: single cells, and the workers of a grid."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from d2lora import data, pipeline, plan, progress, report
+from d2lora.config import Config, parse
+from d2lora.errors import UserError
+from d2lora.plan import Cell
+from d2lora.store import Store
+
+
+def guard(main: Callable[[], object]) -> None:
+    """Run main and exit: 0, 1 for work that failed, 2 for input that is wrong (one line), 130 after Ctrl-C."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
+        code = 130
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def one_line(error: Exception) -> str:
+    """Hydra's messages in one line; a list of options keeps its commas."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    text = lines[0].strip() if lines else type(error).__name__
+    options = [line.strip() for line in lines[1:] if line.startswith("\t")]
+    if options:
+        text += f". Available: {', '.join(options)}"
+    elif len(lines) > 1 and not isinstance(error, UserError):
+        text += " " + " ".join(line.strip() for line in lines[1:2])
+    return text
+
+
+def cell(config: DictConfig, overrides: Iterable[str] = ()) -> Cell:
+    """The checked cell of a composed config (without Hydra's own part). UserError for what is not allowed."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict), "a config is a mapping"
+    values.pop("hydra", None)
+    checked = parse({str(k): v for k, v in values.items()})
+    return Cell(checked, plan.chain(checked), tuple(overrides))
+
+
+def check_inputs(config: Config, seen: set[str]) -> None:
+    """UserError unless the cell's data sets are there, have their columns and enough rows. `seen` spares repeats."""
+
+    def once(name: str, check: Callable[[], None]) -> None:
+        if name not in seen:
+            check()
+            seen.add(name)
+
+    if config.n != 0:
+        once(f"{config.task.data} {config.n}", lambda: data.check_task(config.task, config.n, config.split_seed))
+    if config.m != 0:
+        once(f"{config.warmup.data} {config.m}", lambda: data.check_warmup(config.warmup, config.m, config.split_seed))
+    for benchmark in config.task.benchmark.values():
+        once(str(benchmark), lambda b=benchmark: data.check_benchmark(b, config.split_seed))  # type: ignore[misc]
+    once(str(config.model), lambda: data.check_model(config.model))
+
+
+def job(config: DictConfig) -> int:
+    """Hydra's task function: a cell typed by hand (exits with its code), or a worker's share of a grid."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _share(config)
+    try:
+        sys.exit(_one_cell(cell(config)))
+    except (UserError, OmegaConfBaseException) as error:  # Hydra would print a line of its own before guard's
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_cell(this: Cell) -> int:
+    output = pipeline.output(this.config)
+    store = Store(output)
+    if this.config.dry_run:
+        print(report.plan_text([this], store))
+        return 0
+    check_inputs(this.config, set())
+    with progress.Bar() as bar:
+        lost = pipeline.do(this.config, this, store, bar.stage)
+    report.add_to_manifest(output, this)
+    print(report.cell_text(this, store))
+    print(report.failures_text(output, lost), end="", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def _share(config: DictConfig) -> int:
+    """A launcher's job. Nothing but Ctrl-C may leave it as an exception: some launchers then drop the other jobs."""
+    try:
+        this = cell(config)
+        with progress.Bar(quiet=os.environ.get("D2LORA_WORKERS", "1") != "1") as bar:
+            return len(pipeline.do(this.config, this, Store(pipeline.output(this.config)), bar.stage))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        print(f"error: {one_line(error) if isinstance(error, Exception) else error!r}", file=sys.stderr)
+        return 1

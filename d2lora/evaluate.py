@@ -1,0 +1,181 @@
+"""Benchmarks through lm-evaluation-harness, on the model in memory. Every item is kept."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate as harness
+from lm_eval.models.huggingface import HFLM
+
+from d2lora import answers
+from d2lora.config import Benchmark
+from d2lora.errors import UserError
+from d2lora.model import Base, device
+
+METRICS = {
+    "number": ["accuracy"],
+    "rouge": ["rouge1", "rouge2", "rougeL", "rougeLsum"],
+    "choice": ["acc", "acc_norm"],
+}
+
+
+def evaluate(
+    base: Base, model: torch.nn.Module, task: "str | ConfigurableTask", chat: bool, batch: int, progress: Callable[[int, int], None]
+) -> tuple[dict, list[dict]]:
+    """Metrics {name: {value, stderr, items}} and the items of one benchmark. RuntimeError if it gives no items.
+
+    `stderr` is the standard error of the mean over items (sample standard deviation over the root of their number).
+    """
+    name, tasks = _named(task)
+    with _quiet():
+        lm = _Watched(progress, pretrained=model, tokenizer=base.tokenizer, batch_size=batch, device=device())
+        result = harness(
+            lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=chat, verbosity="ERROR"
+        )
+    if name not in result["samples"]:
+        raise UserError(f"task.lm_eval={name}: a group of tasks: name its tasks one by one")
+    samples = sorted(result["samples"][name], key=lambda s: s["doc_id"])
+    if not samples:
+        raise RuntimeError(f"benchmark {name}: the evaluation gave no items")
+    metrics = [m for m in samples[0].get("metrics", []) if all(isinstance(s.get(m), int | float) for s in samples)]
+    if not metrics:
+        raise RuntimeError(f"benchmark {name}: no metric has a number for each item")
+    return {m: _summary([float(s[m]) for s in samples]) for m in metrics}, [_item(s, metrics) for s in samples]
+
+
+def _named(task: "str | ConfigurableTask") -> tuple[str, dict]:
+    if not isinstance(task, str):
+        return str(task.config.task), {str(task.config.task): task}
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    return task, get_task_dict([task], TaskManager())
+
+
+def _summary(values: list[float]) -> dict:
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1) if len(values) > 1 else 0.0
+    return {"value": mean, "stderr": math.sqrt(variance / len(values)), "items": len(values)}
+
+
+def _item(sample: dict, metrics: list[str]) -> dict:
+    """What is kept of an item: its prompt, the answer (a choice's text for choices), the gold and the scores."""
+    requests = list(sample["arguments"])
+    scores = {m: sample[m] for m in metrics}
+    if len(requests) > 1:
+        likelihoods = [float(r[0]) if isinstance(r, list | tuple) else float(r) for r in sample["filtered_resps"]]
+        best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+        texts = [request[1].strip() for request in requests]
+        given = {
+            "answer": texts[best],
+            "gold": texts[int(sample["target"])],
+            "loglikelihoods": likelihoods,
+            "choices": texts,
+        }
+    else:
+        given = {"answer": sample["filtered_resps"][0], "gold": sample["target"]}
+    return {"index": sample["doc_id"], "prompt": requests[0][0], **given, **scores}
+
+
+def task_of(name: str, benchmark: Benchmark, rows: list[dict]) -> ConfigurableTask:
+    """The harness's task of one of our benchmark files, over the rows that data.py read."""
+    rows = rows[: benchmark.limit]
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "doc_to_text": lambda row: benchmark.prompt.format(**row),
+        "metric_list": [
+            {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS[benchmark.kind]
+        ],
+        "num_fewshot": 0,
+    }
+    config |= _choice(benchmark) if benchmark.kind == "choice" else _generation(name, benchmark, rows)
+    with _quiet():
+        return ConfigurableTask(config=config)
+
+
+def _choice(benchmark: Benchmark) -> dict:
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_choice": lambda row: _at(row, benchmark.choices),
+        "doc_to_target": lambda row: _at(row, benchmark.labels).index(benchmark.gold.format(**row)),
+    }
+
+
+def _generation(name: str, benchmark: Benchmark, rows: list[dict]) -> dict:
+    if benchmark.kind == "number":
+        unreadable = [i for i, row in enumerate(rows) if answers.final_number(benchmark.gold.format(**row)) is None]
+        if unreadable:
+            raise UserError(f"benchmark {name}: the gold answer of row {unreadable[0]} is not a number")
+    return {
+        "output_type": "generate_until",
+        "doc_to_target": lambda row: benchmark.gold.format(**row),
+        "process_results": _scores[benchmark.kind](benchmark),
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": benchmark.max_new_tokens},
+    }
+
+
+def _at(row: dict, path: str | None):
+    for part in (path or "").split("."):
+        row = row[part]
+    return row
+
+
+def _score_number(benchmark: Benchmark) -> Callable[[dict, list[str]], dict]:
+    def score(row: dict, results: list[str]) -> dict:
+        gold = answers.final_number(benchmark.gold.format(**row))
+        return {"accuracy": float(answers.final_number(results[0]) == gold)}
+
+    return score
+
+
+def _score_rouge(benchmark: Benchmark) -> Callable[[dict, list[str]], dict]:
+    return lambda row, results: answers.rouge(results[0], benchmark.gold.format(**row))
+
+
+_scores = {"number": _score_number, "rouge": _score_rouge}
+
+
+class _Watched(HFLM):
+    """The harness's model, telling how many of its requests are through."""
+
+    def __init__(self, progress: Callable[[int, int], None], **kwargs) -> None:
+        self.progress, self.requests, self.through = progress, 0, 0
+        super().__init__(**kwargs)
+
+    def generate_until(self, requests, *args, **kwargs):
+        self.requests += len(requests)
+        return super().generate_until(requests, *args, **kwargs)
+
+    def loglikelihood(self, requests, *args, **kwargs):
+        self.requests += len(requests)
+        return super().loglikelihood(requests, *args, **kwargs)
+
+    def _model_call(self, inps, *args, **kwargs):
+        return self._count(len(inps), super()._model_call(inps, *args, **kwargs))
+
+    def _model_generate(self, context, *args, **kwargs):
+        return self._count(len(context), super()._model_generate(context, *args, **kwargs))
+
+    def _count(self, requests: int, result):
+        self.through += requests
+        self.progress(min(self.through, self.requests), self.requests)
+        return result
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The harness logs much about itself: what matters of it is in our records."""
+    loggers = [logging.getLogger(n) for n in ("lm_eval", "lm-eval")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

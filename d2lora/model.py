@@ -1,0 +1,181 @@
+"""The base, loaded once a process, and the adapters on it."""
+
+import contextlib
+import gc
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from d2lora import data
+from d2lora.config import Model
+from d2lora.errors import UserError
+
+# The libraries' own bars and notices would hide ours.
+datasets.disable_progress_bars()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
+logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+_INIT_WEIGHTS = {"lora": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+
+
+@dataclass
+class Base:
+    """A frozen pre-trained model with its tokenizer. `checksum` is that of its weights when they were loaded."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checksum: int
+
+    def check(self) -> None:
+        """RuntimeError if anything has changed the base's weights since they were loaded."""
+        if checksum(self.model) != self.checksum:
+            raise RuntimeError(f"the weights of the base {self.name} were changed by an earlier stage in this process")
+
+
+_loaded: dict[str, Base] = {}
+
+
+def device() -> str:
+    """Where everything runs: one GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def base(model: Model, cache: Path) -> Base:
+    """The base of a config, from memory if this process has it. `cache` is where GGUF weights are kept as safetensors."""
+    name = model.model_dump_json()
+    if name not in _loaded:
+        _loaded.clear()  # one base at a time: two of 8 B would not fit
+        gc.collect()
+        _loaded[name] = _load(model, cache)
+    _loaded[name].check()
+    return _loaded[name]
+
+
+def _load(model: Model, cache: Path) -> Base:
+    place = data.model_files(model)
+    if model.gguf_package:
+        assert place is not None, "a GGUF package has files"
+        place = _from_gguf(place, cache)
+    source, remote = (
+        str(place or model.path),
+        {"revision": model.revision, "trust_remote_code": model.trust_remote_code},
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **remote)
+        found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, model.dtype), use_safetensors=True, attn_implementation="sdpa", **remote
+        )
+    except OSError as error:
+        if place:
+            raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
+        raise UserError(data.hub_problem("model.path", model.path, error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only ever masked: labels and attention masks say what is padding
+    found.to(device()).eval().requires_grad_(False)
+    return Base(model.name, found, tokenizer, checksum(found))
+
+
+def _from_gguf(file: Path, cache: Path) -> Path:
+    """The folder with a GGUF model as safetensors, made once: reading GGUF takes many seconds."""
+    folder = cache / data.digest(file)[:20]
+    if not (folder / "complete").exists():
+        found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        found.config.__dict__.pop("quantization_config", None)
+        found.hf_quantizer = None
+        found.is_quantized = False
+        found.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        (folder / "complete").touch()
+    return folder
+
+
+def checksum(model: torch.nn.Module) -> int:
+    """A checksum of all weights' bits that adapters do not change; a sum of integers, so exact in any order."""
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    total = 0
+    for name, weight in sorted(model.state_dict().items()):
+        if "lora_" not in name:
+            bits = weight.view(kinds[weight.element_size()])
+            total += int((bits.to(torch.int64)).sum()) + weight.numel()
+    return total
+
+
+@contextlib.contextmanager
+def adapter(base: Base, spec: dict, folder: Path | None) -> Iterator[PeftModel]:
+    """A trainable adapter on the base: the one in `folder`, or a fresh one of `spec` (lora, init, seed).
+
+    On leaving, the base is as it was, and checked to be.
+    """
+    torch.manual_seed(spec["seed"])
+    if folder is None:
+        wrapped = get_peft_model(base.model, lora_config(spec))
+        wrapped.peft_config["default"].base_model_name_or_path = base.name
+    else:
+        wrapped = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+        base.model.__dict__.pop("forward", None)  # TRL's trainers patch it and do not put it back
+        base.model.gradient_checkpointing_disable()
+        base.model.eval().requires_grad_(False)
+        base.check()
+
+
+@contextlib.contextmanager
+def trained(base: Base, folder: Path | None) -> Iterator[torch.nn.Module]:
+    """The base with the adapter in `folder` for inference; the base alone if there is none."""
+    if folder is None:
+        yield base.model
+        return
+    wrapped = PeftModel.from_pretrained(base.model, folder)
+    wrapped.eval()
+    try:
+        check_applied(base, wrapped)
+        yield wrapped
+    finally:
+        wrapped.unload()
+        base.check()
+
+
+def check_applied(base: Base, wrapped: PeftModel) -> None:
+    """RuntimeError if an adapter with non-zero weights does not change the model's logits."""
+    if not any(p.abs().max() > 0 for name, p in wrapped.named_parameters() if "lora_B" in name):
+        return
+    ids = base.tokenizer("The adapter must change these logits.", return_tensors="pt")["input_ids"].to(device())
+    with torch.inference_mode():
+        with_adapter = wrapped(input_ids=ids).logits
+        with wrapped.disable_adapter():
+            without = wrapped(input_ids=ids).logits
+    if torch.equal(with_adapter, without):
+        raise RuntimeError("the adapter has non-zero weights and is not applied")
+
+
+def lora_config(spec: dict) -> LoraConfig:
+    """PEFT's config of a stage's spec."""
+    lora = spec["lora"]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["target_modules"],
+        init_lora_weights=_INIT_WEIGHTS[spec["init"]["name"]],
+    )
+
+
+def save(wrapped: PeftModel, folder: Path) -> None:
+    """The adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)` loads it."""
+    wrapped.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

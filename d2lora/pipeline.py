@@ -1,0 +1,218 @@
+"""Stage -> work: does one stage with what its parent left, and says in its record where the numbers came from."""
+
+import functools
+import json
+import platform
+import shutil
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from d2lora import data, plan
+from d2lora.config import Config
+from d2lora.errors import UserError
+from d2lora.plan import Chain, Stage
+from d2lora.store import Store, write_json
+
+Progress = Callable[[int, int], None]
+_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "lm-eval", "d2lora")
+
+
+def output(config: Config) -> Path:
+    """The output folder: as given if absolute, else in the project's folder, wherever the command was typed."""
+    return data.ROOT / Path(config.output).expanduser()
+
+
+def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Progress) -> dict:
+    """The record of one stage of the cell; does it if nobody has. Its parent must be done."""
+
+    def work(folder: Path) -> dict:
+        from d2lora import model  # late: torch and its friends take many seconds to import
+
+        started, clock = datetime.now(UTC), time.monotonic()
+        threads = _limit_threads(config.recipe.threads)
+        _reset_peak_memory()
+        base = model.base(config.model, output(config) / "models")
+        loaded = time.monotonic()
+        result = _WORK[stage.name](config, chain, stage, store, base, folder, progress)
+        return {
+            "key": stage.key,
+            "stage": stage.name,
+            "label": stage.label,
+            "version": plan.VERSIONS[stage.name],
+            "spec": stage.spec,
+            "parent": stage.parent.key if stage.parent else None,
+            **result,
+            "files": {str(f.relative_to(folder)): data.digest(f) for f in sorted(folder.rglob("*")) if f.is_file()},
+            "provenance": _provenance() | {"started": started.isoformat(timespec="seconds"), "threads": threads},
+            "seconds": round(time.monotonic() - loaded, 3),
+            "load_seconds": round(loaded - clock, 3),
+            "peak_memory_mb": _peak_memory_mb(),
+        }
+
+    return store.ensure(stage, work)
+
+
+def _warm_up(config, chain, stage, store, base, folder, progress) -> dict:
+    column = config.warmup.messages
+    make = lambda row: data.conversation_example(base.tokenizer, _conversation(row[column], config))  # noqa: E731
+    rows = data.rows(config.warmup.data, config.split_seed)
+    drawn = data.subset(rows, make, config.m, stage.spec["max_length"], f"warmup/{config.data_seed}")
+    return _train(config, stage, store, base, folder, progress, drawn)
+
+
+def _conversation(value: object, config: Config) -> list[dict]:
+    messages = [{"role": m["role"], "content": m["content"]} for m in value] if isinstance(value, list) else None  # type: ignore[index]
+    if not messages:
+        raise UserError(
+            f"warmup.messages={config.warmup.messages}: the column must hold conversations: lists of {{role, content}}"
+        )
+    return messages
+
+
+def _adapt(config, chain, stage, store, base, folder, progress) -> dict:
+    make = functools.partial(data.pair_example, base.tokenizer, config.task)
+    rows = data.rows(config.task.data, config.split_seed)
+    drawn = data.subset(rows, make, config.n, stage.spec["max_length"], f"task/{config.data_seed}")
+    return _train(config, stage, store, base, folder, progress, drawn)
+
+
+def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> dict:
+    from d2lora import model, train
+
+    parent = store.place(stage.parent) / "adapter" if stage.parent else None
+    with model.adapter(base, stage.spec, parent) as wrapped:
+        metrics = train.train(base, wrapped, drawn.examples, stage.spec, config.recipe, folder / "trainer", progress)
+        model.save(wrapped, folder / "adapter")
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    return {"metrics": metrics, "data": drawn.counts()}
+
+
+def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
+    from d2lora import evaluate, model
+
+    name = plan.benchmarks(config)[chain.evaluations.index(stage)]
+    benchmark = config.task.benchmark.get(name)
+    task = evaluate.task_of(name, benchmark, data.rows(benchmark.data, config.split_seed)) if benchmark else name
+    parent = store.place(stage.parent) / "adapter" if stage.parent else None
+    chat = benchmark.chat and base.tokenizer.chat_template is not None if benchmark else False
+    with model.trained(base, parent) as tested:
+        metrics, items = evaluate.evaluate(base, tested, task, chat, config.recipe.eval_batch, progress)
+    with (folder / "items.jsonl").open("w") as file:
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    return {"benchmark": name, "metrics": metrics}
+
+
+_WORK = {"warmup": _warm_up, "adapt": _adapt, "evaluate": _evaluate}
+
+
+# --- a worker's share ----------------------------------------------------------------------------------------------
+
+
+def do(config: Config, cell: plan.Cell, store: Store, watch: Callable[[Stage], Progress]) -> list[Stage]:
+    """Do the cell's stages that `config.job` names (all without it), in order. Returns those that failed or were blocked.
+
+    A failure is written to <output>/failed and blocks what depends on it, nothing else.
+    """
+    wanted = set(config.job) if config.job is not None else None
+    unknown = (wanted or set()) - {s.key for s in cell.chain.stages}
+    if unknown:
+        raise UserError(
+            f"job={','.join(sorted(unknown))}: not a stage of this cell: the code or the data changed since the sweep was planned; start it again"
+        )
+    lost: list[Stage] = []
+    for stage in cell.chain.stages:
+        if wanted is not None and stage.key not in wanted:
+            continue
+        if stage.parent and not store.done(stage.parent):
+            lost.append(stage)
+            continue
+        try:
+            run(config, cell.chain, stage, store, watch(stage))
+            (output(config) / "failed" / f"{stage.key}.json").unlink(missing_ok=True)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
+            report_failure(config, stage, error)
+            lost.append(stage)
+    return lost
+
+
+def report_failure(config: Config, stage: Stage, error: BaseException) -> None:
+    """Leave <output>/failed/<key>.json: what failed, why, and the traceback."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    text = "".join(traceback.format_exception(error))
+    write_json(
+        output(config) / "failed" / f"{stage.key}.json",
+        {"key": stage.key, "label": stage.label, "error": kind + line, "traceback": text},
+    )
+
+
+# --- provenance ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _provenance() -> dict:
+    import torch
+
+    hardware = {"machine": platform.machine(), "cores": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        hardware["gpu"] = torch.cuda.get_device_name()
+    return {"packages": _versions(), "python": platform.python_version(), "git": _git(), "hardware": hardware}
+
+
+def _versions() -> dict:
+    from importlib.metadata import PackageNotFoundError
+
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git() -> dict | None:
+    """The project's commit and whether its code differs from it; None outside a checkout."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=data.ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=data.ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(status.strip())}
+
+
+def _limit_threads(threads: int | None) -> int:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def _reset_peak_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory_mb() -> float:
+    """Peak GPU memory of the stage; without a GPU, the peak resident memory of the process so far."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

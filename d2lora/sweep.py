@@ -1,0 +1,166 @@
+"""A grid: composes all cells first (which also checks them), plans their stages, and gives a launcher what is left."""
+
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from d2lora import cli, pipeline, plan, progress, report
+from d2lora.errors import UserError
+from d2lora.plan import Cell, Job
+from d2lora.store import Store
+
+
+def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict, arguments: Sequence[str]) -> None:
+    """Do a whole grid. Exits with 1 if a stage is missing at the end; UserError (nothing written) for invalid cells."""
+    grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
+    cells = valid_cells(Composer(config, loader), grid)
+    output = pipeline.output(cells[0].config)
+    store = Store(output)
+    if cells[0].config.dry_run:
+        print(report.plan_text(cells, store))
+        return
+    workers = _workers(config)
+    os.environ["D2LORA_WORKERS"] = str(workers)
+    print(report.plan_text(cells, store, workers), flush=True)
+    report.write_manifest(output, cells)
+    with progress.line(functools.partial(report.progress_text, cells, store)):
+        _launch_all(launcher, cells, store)
+    lost = [s for s in plan.stages(cells) if not store.done(s)]
+    print(report.finish(output, cells[0].config.sweep))
+    if lost:
+        print(report.failures_text(output, lost), end="", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _launch_all(launcher: Any, cells: list[Cell], store: Store) -> None:
+    """The two batches of plan.batches; the second without what its warm-up's failure blocks."""
+    first, second = plan.batches(cells, {s.key for s in plan.stages(cells) if store.done(s)})
+    _launch(launcher, first, 0)
+    _launch(launcher, [j for j in second if j.cell.chain.warmup and store.done(j.cell.chain.warmup)], len(first))
+
+
+def _launch(launcher: Any, jobs: list[Job], first: int) -> None:
+    """Hand jobs to the launcher. Whether they worked is judged by the store alone, so a launcher may say what it likes."""
+    if not jobs:
+        return
+    overrides = [[*job.cell.overrides, f"job=[{','.join(s.key for s in job.stages)}]"] for job in jobs]
+    try:
+        launcher.launch(overrides, initial_job_idx=first)
+    except (KeyboardInterrupt, UserError):
+        raise
+    except BaseException as error:
+        print(f"the launcher stopped: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _workers(config: DictConfig) -> int:
+    """How many jobs the launcher runs at once, as far as its config says."""
+    count = config.hydra.launcher.get("n_jobs", 1) or 1
+    return count if count > 0 else os.cpu_count() or 1
+
+
+# --- composing -----------------------------------------------------------------------------------------------------
+
+
+def expand(parser: OverridesParser, params: dict, arguments: Sequence[str]) -> list[tuple[str, ...]]:
+    """The overrides of each cell of a grid. A key on the command line replaces that of the sweep's file."""
+    given = [f"{key}={_listed(value)}" for key, value in params.items()]
+    axes: dict[str, list[str]] = {}
+    for override in [*parser.parse_overrides(given), *parser.parse_overrides(list(arguments))]:
+        key = override.get_key_element()
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line}: a grid needs listed values: {key}=a,b,c or {key}=range(a,b)")
+        if override.is_delete():
+            axes[key] = [override.input_line or key]
+        elif override.is_sweep_override():
+            axes[key] = [f"{key}={text}" for text in override.sweep_string_iterator()]
+        else:
+            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+    return list(itertools.product(*axes.values()))
+
+
+def _listed(value: Any) -> str:
+    """A sweep file's value as on the command line: [a, b] is a,b."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class Composer:
+    """Composes cells. Hydra takes about 0.1 s each, so it is asked once a choice of groups; values are set on copies."""
+
+    def __init__(self, config: DictConfig, loader: Any) -> None:
+        self.config, self.loader = config, loader
+        self.parser = OverridesParser.create(config_loader=loader)
+
+    def __call__(self, overrides: Iterable[str]) -> Cell:
+        """The cell of a list of overrides; UserError for what is wrong with it."""
+        overrides = tuple(overrides)
+        plain = [o for o in overrides if self._is_plain(o)]
+        try:
+            composed = self._groups(tuple(o for o in overrides if o not in plain)).copy()
+            for key, value in map(self._value, plain):
+                if OmegaConf.select(composed, key, default=self) is self and "." not in key:
+                    raise UserError(f"{key}: there is no such key; --cfg job shows all")
+                OmegaConf.update(composed, key, value)
+            return cli.cell(composed, overrides)
+        except OmegaConfBaseException as error:
+            raise UserError(cli.one_line(error)) from None
+
+    @functools.cache  # noqa: B019 (one composer a process)
+    def _is_plain(self, override: str) -> bool:
+        parsed = self.parser.parse_override(override)
+        return not (parsed.is_add() or parsed.is_delete() or parsed.package) and not self.loader.get_group_options(
+            parsed.key_or_group
+        )
+
+    @functools.cache  # noqa: B019
+    def _value(self, override: str) -> tuple[str, Any]:
+        parsed = self.parser.parse_override(override)
+        return parsed.key_or_group, parsed.value()
+
+    @functools.cache  # noqa: B019
+    def _groups(self, overrides: tuple[str, ...]) -> DictConfig:
+        composed = self.loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(composed):
+            composed.pop("hydra")
+        return composed
+
+
+def valid_cells(compose: Composer, grid: Iterable[tuple[str, ...]]) -> list[Cell]:
+    """The grid's cells, each once. A grid with invalid cells is refused whole, listing them, unless skip_invalid."""
+    cells, problems, seen = [], {}, set()
+    for overrides in grid:
+        try:
+            cell = compose(overrides)
+            if not cell.config.dry_run or _all_local(cell):
+                cli.check_inputs(cell.config, seen)
+            cells.append(cell)
+        except (UserError, HydraException) as error:
+            problems.setdefault(str(error) if isinstance(error, UserError) else cli.one_line(error), []).append(
+                overrides
+            )
+    skip = any(c.config.skip_invalid for c in cells)
+    if problems and not (skip and cells):
+        lines = [
+            f"{message}" + (f" [{len(found)} of the grid's cells]" if len(found) > 1 else "")
+            for message, found in problems.items()
+        ]
+        raise UserError("; ".join(lines) + ("; skip_invalid=true drops such cells" if cells else ""))
+    for message in problems:
+        print(f"left out: {message}", file=sys.stderr)
+    return plan.unique(cells)
+
+
+def _all_local(cell: Cell) -> bool:
+    """Whether everything a cell reads lies on this machine: a dry run asks nobody else."""
+    from d2lora import data
+
+    c = cell.config
+    sources = [c.task.data, c.warmup.data, *(b.data for b in c.task.benchmark.values())]
+    return all(data.local(s.path) for s in sources) and data.model_files(c.model) is not None

@@ -1,0 +1,42 @@
+"""Hydra's doors to d2lora: sweeps/ on the search path, and the grid sweeper. Both only ask d2lora."""
+
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class SweepsOnThePath(SearchPathPlugin):
+    """`-cn table3` finds sweeps/table3.yaml: a config's own hydra.searchpath would come too late for that."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("d2lora", f"file://{Path(__file__).parent.parent / 'sweeps'}")
+
+
+class GridSweeper(Sweeper):
+    """Plans the whole grid before anything runs: see d2lora.sweep."""
+
+    def __init__(self, params: DictConfig | None = None) -> None:
+        self.params = OmegaConf.to_container(params) if params else {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from hydra.core.plugins import Plugins
+
+        self.config, self.context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        from d2lora.sweep import sweep
+
+        sweep(self.config, self.context.config_loader, self.launcher, self.params, arguments)
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="grid", provider="d2lora", node={"_target_": f"{__name__}.GridSweeper", "params": None}
+)

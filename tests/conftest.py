@@ -1,0 +1,70 @@
+"""Tests of what a user sees. Everything that trains uses the lab's rows and a tiny random model."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
+
+
+@pytest.fixture
+def cell() -> Callable:
+    """cell("n=10", ...) -> the checked cell that the command line would give."""
+    from d2lora import cli
+
+    def make(*overrides: str, name: str = "config", folder: str = "conf"):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / folder), version_base="1.3"):
+            return cli.cell(compose(name, overrides=list(overrides)))
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable:
+    """run("n=10", ...) -> the finished process of `python run.py`, typed in another folder, output under tmp_path."""
+
+    def start(*arguments: str, module: str | None = None, code: int | None = 0) -> subprocess.CompletedProcess:
+        program = ["-m", module] if module else [str(ROOT / "run.py")]
+        given = [] if module or "--help" in arguments else [f"output={tmp_path / 'out'}"]
+        environment = os.environ | ({"PYTHONPATH": str(ROOT)} if module else {})
+        done = subprocess.run(
+            [sys.executable, *program, *arguments, *given], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600
+        )
+        assert code is None or done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with the lab's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+from omegaconf.errors import OmegaConfBaseException
+
+from d2lora.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+GROUPS = ["model", "task", "method", "init", "warmup", "recipe", "scale"]
+# What needs a folder of the user's.
+DATA_ROOT = {"math_local", "local", "laptop"}
+
+
+@pytest.mark.parametrize("choice", [f"{g}={f.stem}" for g in GROUPS for f in sorted((ROOT / "conf" / g).glob("*.yaml"))])
+def test_every_option_of_every_group_composes(cell, choice: str, monkeypatch) -> None:
+    from d2lora import cli, plan
+
+    # The plan reads local data, which a user's folders or an extra's weights are not: only the schema is tried here.
+    monkeypatch.setattr(cli.plan, "chain", lambda config: plan.Chain(None, None, ()))
+    option = choice.split("=")[1]
+    config = cell(choice, *(["data_root=/somewhere"] if option in DATA_ROOT else [])).config
+    assert config.n == 1000
+
+
+def test_the_paper_s_scale_has_table_2_s_settings(cell) -> None:
+    for method, epochs in (("sft", 3), ("dpo", 4), ("orpo", 4)):
+        c = cell("scale=paper", f"method={method}", "m=40000").config
+        assert (c.model.name, c.task.name, c.warmup.name) == ("llama-3.1-8b-instruct", "math", "mix40k")
+        assert (c.recipe.lora.r, c.recipe.lora.alpha, c.recipe.schedule) == (16, 16, "cosine")
+        assert (c.recipe.lr.warmup, c.warmup.epochs) == (1e-7, 1)
+        assert (getattr(c.recipe.lr, method), c.method.epochs) == (1e-6, epochs)
+        assert c.method.beta == (None if method == "sft" else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["n=-3"], ["n=-3", "whole number", "all"]),
+        (["n=1.5"], ["n=1.5", "whole number"]),
+        (["n=many"], ["n=many", "all"]),
+        (["m=true"], ["m=True", "whole number"]),
+        (["recipe.batch=0"], ["recipe.batch=0", "greater than 0"]),
+        (["recipe.micro_batch=5"], ["batch=16", "micro_batch=5"]),
+        (["recipe.lr.sft=0"], ["recipe.lr.sft=0"]),
+        (["+recipe.bach=4"], ["recipe.bach", "no such key"]),
+        (["method=dpo", "method.reference=policy"], ["method.reference=policy", "warm_start"]),
+        (["method=dpo", "task=lab_title"], ["method=dpo", "lab-title", "rejected", "sft"]),
+        (["method=sft", "+method.beta=0.1"], ["sft", "beta"]),
+        (["task.prompt={question"], ["task.prompt", "{column}"]),
+        (["task.data.path=nowhere"], ["nowhere", "neither"]),
+        (["task.data.path=owner/name", "task.data.revision=null"], ["owner/name", "revision"]),
+        (["sweep=a/b"], ["sweep=a/b"]),
+    ],
+)
+def test_bad_values_are_refused_in_one_line_that_names_them(cell, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises((UserError, OmegaConfBaseException)) as caught:
+        cell(*[o.replace("{", "'{").replace("question", "question'") if "{" in o else o for o in overrides])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_the_prompt_of_the_lab_s_corpus_is_that_of_its_tasks(cell) -> None:
+    from d2lora.lab import world
+
+    task = cell().config.task
+    question = {"question": "Q"}
+    assert task.prompt.format(prompt="Q") == world.PROMPT.format(**question) == task.benchmark["lab_math"].prompt.format(**question)
+    assert cell("task=lab_title").config.task.prompt == world.TITLE_PROMPT
