@@ -24,7 +24,12 @@ METRICS = {
 
 
 def evaluate(
-    base: Base, model: torch.nn.Module, task: "str | ConfigurableTask", chat: bool, batch: int, progress: Callable[[int, int], None]
+    base: Base,
+    model: torch.nn.Module,
+    task: "str | ConfigurableTask",
+    chat: bool,
+    batch: int,
+    progress: Callable[[int, int], None],
 ) -> tuple[dict, list[dict]]:
     """Metrics {name: {value, stderr, items}} and the items of one benchmark. RuntimeError if it gives no items.
 

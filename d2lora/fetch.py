@@ -70,7 +70,10 @@ def configs(arguments: list[str]) -> list[Config]:
         whole = compose(name, return_hydra_config=True)
         params = OmegaConf.to_container(whole.hydra.sweeper.get("params") or OmegaConf.create({}))
         combinations = expand(OverridesParser.create(), params, overrides)  # type: ignore[arg-type]
-        chosen = {tuple(o for o in c if o.split("=")[0] not in ("n", "m", "seed", "data_seed", "method")) for c in combinations}
+        chosen = {
+            tuple(o for o in c if o.split("=")[0] not in ("n", "m", "seed", "data_seed", "method"))
+            for c in combinations
+        }
         return [_checked(compose(name, overrides=list(c))) for c in sorted(chosen)]
 
 

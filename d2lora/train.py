@@ -177,7 +177,7 @@ def train(
     trainer_class, config_class = METHODS[method["name"]]
     rows = sft_examples(examples) if method["name"] == "sft" else examples
     steps = math.ceil(len(rows) / spec["batch"]) * spec["epochs"]
-    args = config_class(**_arguments(spec, recipe, folder, max(1, steps // 20)), **_method_arguments(method))
+    args = config_class(**_arguments(spec, recipe, folder, max(1, steps // 20)), **_method_arguments(method, spec["max_length"]))
     watch = Watch(progress)
     own = {key: method[key] for key in {"dpo": ["reference"], "orpo": ["nll"]}.get(method["name"], [])}
     if method["name"] == "orpo":
@@ -223,7 +223,6 @@ def _arguments(spec: dict, recipe: Recipe, folder: Path, logging_steps: int) -> 
         "bf16": spec["model"]["dtype"] == "bfloat16" and device() == "cuda",
         "use_cpu": device() == "cpu",
         "gradient_checkpointing": recipe.gradient_checkpointing,
-        "max_length": None,  # nothing is ever cut: data.subset leaves out what does not fit
         "logging_steps": logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -235,9 +234,10 @@ def _arguments(spec: dict, recipe: Recipe, folder: Path, logging_steps: int) -> 
     }
 
 
-def _method_arguments(method: dict) -> dict:
+def _method_arguments(method: dict, max_length: int) -> dict:
+    """Arguments of one trainer. None of them cuts a sequence: data.subset has left out what does not fit."""
     if method["name"] == "sft":
-        return {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        return {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     if method["name"] == "dpo":
-        return {"beta": method["beta"], "precompute_ref_log_probs": True}
-    return {"beta": method["beta"]}
+        return {"max_length": None, "beta": method["beta"], "precompute_ref_log_probs": True}
+    return {"max_length": max_length, "beta": method["beta"]}

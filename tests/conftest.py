@@ -37,7 +37,12 @@ def run(tmp_path: Path) -> Callable:
         given = [] if module or "--help" in arguments else [f"output={tmp_path / 'out'}"]
         environment = os.environ | ({"PYTHONPATH": str(ROOT)} if module else {})
         done = subprocess.run(
-            [sys.executable, *program, *arguments, *given], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600
+            [sys.executable, *program, *arguments, *given],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=600,
         )
         assert code is None or done.returncode == code, done.stdout + done.stderr
         return done

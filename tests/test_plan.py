@@ -43,7 +43,17 @@ def test_what_can_change_a_result_changes_the_key(cell, other: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", ["recipe.micro_batch=4", "recipe.threads=2", "recipe.eval_batch=3", "sweep=x", "output=/x", "recipe.lr.sft=1e-5", "split_seed=4", "recipe.gradient_checkpointing=true"]
+    "other",
+    [
+        "recipe.micro_batch=4",
+        "recipe.threads=2",
+        "recipe.eval_batch=3",
+        "sweep=x",
+        "output=/x",
+        "recipe.lr.sft=1e-5",
+        "split_seed=4",
+        "recipe.gradient_checkpointing=true",
+    ],
 )
 def test_what_cannot_change_a_result_keeps_the_key(cell, other: str) -> None:
     assert cell("method=dpo", "n=100").chain.adapt.key == cell("method=dpo", "n=100", other).chain.adapt.key

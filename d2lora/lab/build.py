@@ -64,7 +64,7 @@ def corpus(seed: int) -> Iterator[list[tuple[str, bool]]]:
     rng = random.Random(seed)
     makers = [world.problem, world.general, world.title]
     while True:
-        kind = rng.choices(["problem", "general", "title", "fact"], [17, 24, 6, 53])[0]
+        kind = rng.choices(["problem", "general", "title", "fact"], [18, 24, 6, 52])[0]
         if kind == "fact":
             (creature, attribute), value = rng.choice(list(world.facts().items()))
             question = rng.choice(world.fact_questions(creature, attribute)["corpus"])
@@ -121,17 +121,20 @@ def make_tokenizer():
 
 
 def blocks(tokenizer, batch: int, length: int) -> Iterator[tuple[list, list]]:
-    """Endless packed batches (ids, labels), each `batch` x `length`."""
-    documents, ids, labels = corpus(SEED + 1), [], []
+    """Endless packed batches (ids, weights of their losses), each `batch` x `length`.
+
+    Prompts count a little: a base that never saw one would be torn apart by ORPO's NLL on them.
+    """
+    documents, ids, weights = corpus(SEED + 1), [], []
     while True:
         while len(ids) < batch * length:
             for text, learn in next(documents):
                 tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
                 ids += tokens
-                labels += tokens if learn else [-100] * len(tokens)
+                weights += [1.0 if learn else 0.15] * len(tokens)
         cut = batch * length
-        yield ids[:cut], labels[:cut]
-        ids, labels = ids[cut:], labels[cut:]
+        yield ids[:cut], weights[:cut]
+        ids, weights = ids[cut:], weights[cut:]
 
 
 def train_base(steps: int, batch: int = 12, length: int = 192, lr: float = 3e-3) -> None:
@@ -154,8 +157,11 @@ def train_base(steps: int, batch: int = 12, length: int = 192, lr: float = 3e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     stream, start, smooth = blocks(tokenizer, batch, length), time.time(), None
     for step in range(1, steps + 1):
-        ids, labels = (torch.tensor(x).view(batch, length) for x in next(stream))
-        loss = model(input_ids=ids, labels=labels).loss
+        ids, weights = (torch.tensor(x).view(batch, length) for x in next(stream))
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        weights = weights[:, 1:].flatten()
+        loss = (losses * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -231,7 +237,7 @@ def write_pairs(count: int, batch: int = 256) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["data", "base", "pairs"], choices=["data", "base", "pairs"])
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of the base")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of the base")
     args = parser.parse_args()
     for part in args.parts:
         {"data": write_data, "base": lambda: train_base(args.steps), "pairs": lambda: write_pairs(SIZES["pairs"])}[

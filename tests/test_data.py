@@ -1,0 +1,190 @@
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from d2lora import data
+from d2lora.config import Data, Task
+from d2lora.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real rows in ../shared/data")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base")
+
+
+def step_task(**more) -> Task:
+    fields = {
+        "name": "t",
+        "data": {"path": "x"},
+        "prompt": "{prompt}",
+        "prefix": "{initial_reason_steps}",
+        "chosen": "{chosen}",
+        "rejected": "{rejected}",
+        "full_chosen": "{full_chosen}",
+        "full_rejected": "{full_rejected}",
+    }
+    return Task.model_validate(fields | more)
+
+
+ROW = {
+    "prompt": "Ann has 3 cups. Ann buys 2 more. Ann loses 1. How many cups does Ann have now?",
+    "initial_reason_steps": "Step 1:",
+    "chosen": " 3 + 2 = 5.",
+    "rejected": " 3 + 2 = 6.",
+    "full_chosen": " 3 + 2 = 5.\nStep 2: 5 - 1 = 4. The answer is \\boxed{4}.",
+    "full_rejected": " 3 + 2 = 6.\nStep 2: 6 - 1 = 5. The answer is \\boxed{5}.",
+}
+
+
+def test_one_bos_and_no_eos_after_a_step_in_mid_solution(tokenizer) -> None:
+    e = data.pair_example(tokenizer, step_task(), ROW)
+    assert e["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    assert e["prompt_ids"][0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in e["chosen_ids"] + e["rejected_ids"]
+    assert tokenizer.decode(e["prompt_ids"]).endswith("<|assistant|>Step 1:" + tokenizer.decode(e["chosen_ids"][:0]))
+    assert tokenizer.decode(e["prompt_ids"] + e["chosen_ids"]).endswith("Step 1: 3 + 2 = 5.")
+
+
+def test_eos_where_the_solution_ends(tokenizer) -> None:
+    last = ROW | {"full_chosen": ROW["chosen"], "full_rejected": ROW["rejected"]}
+    for task, row in ((step_task(), last), (step_task(continuation="rest"), ROW)):
+        e = data.pair_example(tokenizer, task, row)
+        assert e["chosen_ids"][-1] == e["rejected_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(e["chosen_ids"]).rstrip("<|end|>").endswith("\\boxed{4}.")
+
+
+def test_the_three_methods_see_identical_ids(tokenizer) -> None:
+    e = data.pair_example(tokenizer, step_task(), ROW)
+    sft = data.sft_examples([e])[0]
+    assert sft["input_ids"] == e["prompt_ids"] + e["chosen_ids"]
+    assert [i for i in sft["labels"] if i != -100] == e["chosen_ids"]
+
+
+def test_a_conversation_s_loss_is_on_every_assistant_turn_and_its_end(tokenizer) -> None:
+    messages = [
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "2 + 2 = 4."},
+        {"role": "user", "content": "And 3 + 3?"},
+        {"role": "assistant", "content": "3 + 3 = 6."},
+    ]
+    e = data.conversation_example(tokenizer, messages)
+    learned = tokenizer.decode([i for i, label in zip(e["input_ids"], e["labels"], strict=True) if label != -100])
+    assert learned == "2 + 2 = 4.<|end|>3 + 3 = 6.<|end|>"
+    assert all(label in (-100, i) for i, label in zip(e["input_ids"], e["labels"], strict=True))
+    assert e["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_subsets_are_nested_seeded_and_leave_out_what_does_not_fit() -> None:
+    rows = [{"ids": [1] * (30 if i % 10 == 0 else 5)} for i in range(100)]
+
+    def make(row: dict) -> dict:
+        return {"input_ids": row["ids"]}
+
+    small, large = (data.subset(rows, make, k, 20, "s/0") for k in (10, 50))
+    assert large.rows[:10] == small.rows
+    assert data.subset(rows, make, 10, 20, "s/1").rows != small.rows
+    every = data.subset(rows, make, "all", 20, "s/0")
+    assert (len(every.rows), len(every.misfits)) == (90, 10)
+    assert every.counts()["misfits"] == 10
+    with pytest.raises(UserError, match=r"only 90 .*max_length=20.* 95"):
+        data.subset(rows, make, 95, 20, "s/0")
+
+
+def test_held_out_rows_and_the_rest_part_the_data_set(tmp_path) -> None:
+    (tmp_path / "econ.csv").write_text("title,abstract\n" + "\n".join(f"t{i},a{i}" for i in range(50)))
+
+    def part(which: str, seed: int = 0) -> list[str]:
+        return [r["title"] for r in data.rows(Data(path=str(tmp_path), file="econ.csv", hold_out=10, part=which), seed)]
+
+    assert len(part("held_out")) == 10
+    assert sorted(part("held_out") + part("rest")) == sorted(f"t{i}" for i in range(50))
+    assert part("held_out") != part("held_out", seed=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "train.json", "train.csv", "train.parquet", "train.jsonl.gz", "train.jsonl.xz"]
+)
+def test_local_formats(tmp_path, name: str) -> None:
+    import gzip
+    import lzma
+
+    import pandas
+
+    rows = [{"a": "x", "b": "1"}, {"a": "y", "b": "2"}]
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    file = tmp_path / name
+    if name.endswith(".parquet"):
+        pandas.DataFrame(rows).to_parquet(file)
+    elif name.endswith(".csv"):
+        pandas.DataFrame(rows).to_csv(file, index=False)
+    else:
+        text = json.dumps(rows) if name.endswith(".json") else lines
+        {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)(file, "wt").write(text)
+    assert data.rows(Data(path=str(tmp_path))) == rows
+
+
+def test_rows_by_the_values_of_a_column(tmp_path) -> None:
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"source": s, "i": i}) + "\n" for i, s in enumerate("aabbc"))
+    )
+    assert [r["i"] for r in data.rows(Data(path=str(tmp_path), where={"source": ["b", "c"]}))] == [2, 3, 4]
+    with pytest.raises(UserError, match="no rows where"):
+        data.rows(Data(path=str(tmp_path), where={"source": ["d"]}))
+
+
+def test_missing_columns_and_too_few_rows_are_named(tmp_path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "c"}) + "\n")
+    task = step_task(data={"path": str(tmp_path)})
+    with pytest.raises(
+        UserError,
+        match=r"missing columns full_chosen, full_rejected, initial_reason_steps, rejected; it has prompt, chosen",
+    ):
+        data.check_task(task, 1, 0)
+    task = Task(name="mine", data=Data(path=str(tmp_path)), prompt="{prompt}", chosen="{chosen}")
+    with pytest.raises(UserError, match=r"n=2: task=mine has 1 rows"):
+        data.check_task(task, 2, 0)
+
+
+def test_the_hub_s_problems_become_advice() -> None:
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    def of(kind: type) -> Exception:
+        error = OSError("top")
+        error.__cause__ = kind.__new__(kind)
+        return error
+
+    assert "HF_TOKEN" in data.hub_problem("model.path", "meta-llama/x", of(GatedRepoError))
+    assert "not on the Hub" in data.hub_problem("model.path", "a/b", of(RepositoryNotFoundError))
+    assert "d2lora.fetch" in data.hub_problem("data.path", "a/b", of(OfflineModeIsEnabled))
+
+
+@needs_shared
+def test_the_real_rows_have_what_the_paper_s_tasks_ask_for(cell) -> None:
+    c = cell("scale=laptop", f"data_root={SHARED}", "model=lab").config
+    data.check_task(c.task, 3287, 0)
+    data.check_warmup(c.warmup, 584, 0)
+    for benchmark in c.task.benchmark.values():
+        data.check_benchmark(benchmark, 0)
+    assert len(data.rows(c.task.benchmark["gsm8k"].data)) == 1319
+    assert len(data.rows(c.task.benchmark["arc_easy"].data)) == 2376
+
+
+def test_lab_splits_share_no_problem() -> None:
+    def texts(name: str, **columns: str) -> dict[str, set[str]]:
+        return {s: {r[c] for r in data.rows(Data(path=f"d2lora/lab/data/{name}", split=s))} for s, c in columns.items()}
+
+    math = texts("math", train="prompt", validation="question", test="question")
+    title = texts("title", train="abstract", validation="abstract", test="abstract")
+    facts = texts("facts", validation="question", test="question")
+    for splits in (math, title, facts):
+        names = list(splits)
+        assert all(not splits[a] & splits[b] for a in names for b in names if a < b)
+        assert len(splits["test"]) >= 400
+    assert len(math["train"]) >= 10_000
+    assert len(data.rows(Data(path="d2lora/lab/data/general"))) >= 40_000

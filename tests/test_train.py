@@ -1,0 +1,203 @@
+"""Both phases on a tiny random model, through the same path as everything else."""
+
+import contextlib
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from d2lora import data, model, pipeline, train
+from d2lora.config import Model
+from d2lora.plan import Cell
+from d2lora.store import Store
+
+TINY = [
+    "recipe.lr.sft=1e-2",
+    "recipe.lr.dpo=1e-2",
+    "recipe.lr.orpo=1e-2",
+    "recipe.lr.warmup=1e-2",
+    "task.benchmark.lab_math.limit=4",
+    "task.benchmark.lab_facts.limit=4",
+]
+
+
+@pytest.fixture
+def make(cell, tiny: Path, tmp_path: Path):
+    """make("n=8", ...) -> a cell of the tiny model."""
+    return lambda *overrides: cell(f"model.path={tiny}", f"output={tmp_path / 'out'}", *TINY, *overrides)
+
+
+def finish(cell: Cell) -> tuple[Store, dict[str, dict]]:
+    store = Store(pipeline.output(cell.config))
+    lost = pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+    failed = [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
+    assert not lost, failed
+    return store, {s.name: store.record(s) for s in cell.chain.stages}
+
+
+def weights(store: Store, cell: Cell) -> dict[str, torch.Tensor]:
+    return load_file(store.place(cell.chain.adapter) / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("n", [22, 32])
+def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, n: int, tmp_path: Path) -> None:
+    """Also when n is no multiple of the batch, where the mean of micro-batches' means is another number."""
+    found = []
+    for micro in (16, 4, 1):
+        cell = make(
+            f"method={method}",
+            f"n={n}",
+            "method.epochs=1",
+            f"recipe.micro_batch={micro}",
+            f"output={tmp_path / str(micro)}",
+        )
+        one = Cell(cell.config.model_copy(update={"job": [cell.chain.adapt.key]}), cell.chain)
+        store, _ = finish_job(one)
+        found.append(weights(store, cell))
+    for other in found[1:]:
+        for name, weight in found[0].items():
+            torch.testing.assert_close(other[name], weight, rtol=0, atol=2e-4)  # 2 % of the learning rate: Adam amplifies rounding
+
+
+def finish_job(cell: Cell) -> tuple[Store, list]:
+    store = Store(pipeline.output(cell.config))
+    lost = pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+    assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
+    return store, lost
+
+
+@pytest.mark.parametrize("m", [0, 16])
+def test_dpo_s_first_loss_is_ln_2_from_the_warm_start(make, m: int) -> None:
+    _, records = finish(make("method=dpo", "n=16", f"m={m}", "method.epochs=1"))
+    assert records["adapt"]["metrics"]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_dpo_s_reference_can_be_the_base(make) -> None:
+    """Without warm-up both are one; after a warm-up the policy has left the base and the first loss shows it."""
+    _, cold = finish(make("method=dpo", "n=16", "m=0", "method.epochs=1", "method.reference=base"))
+    assert cold["adapt"]["metrics"]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    _, warm = finish(make("method=dpo", "n=16", "m=64", "method.epochs=1", "method.reference=base"))
+    assert abs(warm["adapt"]["metrics"]["first_loss"] - math.log(2)) > 1e-3
+
+
+def test_a_reference_that_is_not_what_it_is_said_to_be_is_an_error(make, monkeypatch) -> None:
+    monkeypatch.setattr(
+        train.DPO, "compute_ref_log_probs", lambda self, m, batch: (torch.full((16,), -1.0), torch.full((16,), -1.0))
+    )
+    cell = make("method=dpo", "n=16", "method.epochs=1")
+    store = Store(pipeline.output(cell.config))
+    lost = pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+    assert [s.name for s in lost] == ["adapt", "evaluate", "evaluate"]
+    assert (
+        "DPO's reference is not the warm_start model"
+        in (pipeline.output(cell.config) / "failed" / f"{lost[0].key}.json").read_text()
+    )
+
+
+def test_an_adapter_is_the_same_as_the_first_or_the_last_of_a_process(make, tmp_path: Path) -> None:
+    first = make("method=dpo", "n=16", "m=16", "method.epochs=1")
+    store, _ = finish(first)
+    for method in ("sft", "orpo"):
+        finish(make(f"method={method}", "n=16", "init=gaussian"))
+    again = make("method=dpo", "n=16", "m=16", "method.epochs=1", f"output={tmp_path / 'again'}")
+    other, _ = finish(again)
+    for name, weight in weights(store, first).items():
+        assert torch.equal(weight, weights(other, again)[name]), name
+
+
+def test_anyone_can_load_the_adapter(make, tiny: Path) -> None:
+    cell = make("n=16", "m=16")
+    store, _ = finish(cell)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    ids = torch.arange(10)[None]
+    before = base(input_ids=ids).logits
+    loaded = PeftModel.from_pretrained(base, store.place(cell.chain.adapt) / "adapter")
+    assert not torch.equal(before, loaded(input_ids=ids).logits)
+    text = (store.place(cell.chain.adapt) / "adapter" / "adapter_config.json").read_text()
+    assert str(tiny) not in text, "no path of a machine in what is published"
+
+
+def test_the_base_is_as_it_was(make, tiny: Path, tmp_path: Path) -> None:
+    cell = make("method=orpo", "n=16", "m=16")
+    finish(cell)
+    base = model.base(cell.config.model, tmp_path)
+    fresh = AutoModelForCausalLM.from_pretrained(tiny)
+    ids = torch.arange(10)[None]
+    assert torch.equal(base.model(input_ids=ids).logits, fresh(input_ids=ids).logits)
+    assert {n for n, _ in base.model.named_modules()} == {n for n, _ in fresh.named_modules()}
+
+
+def test_a_base_that_was_changed_is_noticed(tiny: Path, tmp_path: Path) -> None:
+    base = model.base(Model(name="tiny", path=str(tiny)), tmp_path)
+    with torch.no_grad():
+        base.model.lm_head.weight[0, 0] += 1
+    with pytest.raises(RuntimeError, match="changed by an earlier stage"):
+        base.check()
+    model._loaded.clear()
+
+
+def test_adapters_are_float32_on_a_bfloat16_base(make) -> None:
+    cell = make("n=16", "model.dtype=bfloat16", "method.epochs=1")
+    store, _ = finish(cell)
+    assert {w.dtype for w in weights(store, cell).values()} == {torch.float32}
+    model._loaded.clear()
+
+
+def test_orpo_s_nll_covers_what_the_config_says(make) -> None:
+    losses = {}
+    for nll in ("prompt_and_chosen", "completion"):
+        _, records = finish(make("method=orpo", "n=16", "method.epochs=1", f"method.nll={nll}"))
+        losses[nll] = records["adapt"]["metrics"]["first_loss"]
+    assert losses["prompt_and_chosen"] != pytest.approx(losses["completion"], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_the_stage_and_says_where(make) -> None:
+    cell = make("n=16", "recipe.lr.sft=1", "recipe.batch=1", "recipe.micro_batch=1", "recipe.max_grad_norm=1e9")
+    watch = train.Watch(lambda done, total: None)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 3"):
+        watch.on_log(None, type("State", (), {"global_step": 3}), None, {"loss": float("nan")})
+    assert cell.chain.adapt.spec["max_grad_norm"] == 1e9
+
+
+def test_a_record_says_where_its_numbers_came_from(make) -> None:
+    cell = make("n=16", "m=16")
+    store, records = finish(cell)
+    for stage in cell.chain.stages:
+        record = store.record(stage)
+        assert record["spec"] == stage.spec
+        assert record["parent"] == (stage.parent.key if stage.parent else None)
+        assert {"packages", "python", "git", "hardware", "threads", "started"} <= set(record["provenance"])
+        assert record["seconds"] > 0
+        assert record["peak_memory_mb"] > 0
+        assert all(data.digest(store.place(stage) / name) == digest for name, digest in record["files"].items())
+    assert records["adapt"]["data"]["samples"] == 16
+    assert records["adapt"]["metrics"]["samples_seen"] == 48
+    items = (store.place(cell.chain.evaluations[0]) / "items.jsonl").read_text().splitlines()
+    assert len(items) == records["evaluate"]["metrics"].get("accuracy", {"items": len(items)})["items"]
+
+
+def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path: Path) -> None:
+    cell = make("n=16")
+    store, _ = finish(cell)
+    base = model.base(cell.config.model, tmp_path)
+    monkeypatch.setattr(PeftModel, "disable_adapter", lambda self: contextlib.nullcontext())  # on or off: the same logits
+    with (
+        pytest.raises(RuntimeError, match="not applied"),
+        model.trained(base, store.place(cell.chain.adapt) / "adapter"),
+    ):
+        pass
+
+
+def test_ids_of_the_lab_fit_the_recipe(cell) -> None:
+    from transformers import AutoTokenizer
+
+    config = cell().config
+    tokenizer = AutoTokenizer.from_pretrained(data.ROOT / "d2lora/lab/base")
+    make = functools.partial(data.pair_example, tokenizer, config.task)
+    assert data.subset(data.rows(config.task.data), make, 200, config.recipe.max_length, "s").misfits == []
