@@ -34,9 +34,11 @@ def one_line(error: Exception) -> str:
     """Hydra's messages in one line; a list of options keeps its commas."""
     lines = [line for line in str(error).splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     text = lines[0].strip() if lines else type(error).__name__
-    options = [line.strip() for line in lines[1:] if line.startswith("\t")]
+    options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]
+    if "primary config" in text:
+        options = [*sorted(f.stem for f in (data.ROOT / "sweeps").glob("*.yaml")), "config"]
     if options:
-        text += f". Available: {', '.join(options)}"
+        text = f"{text.split('. ')[0].rstrip('.')}. Available: {', '.join(options)}"
     elif len(lines) > 1 and not isinstance(error, UserError):
         text += " " + " ".join(line.strip() for line in lines[1:2])
     return text

@@ -10,6 +10,7 @@ import json
 import lzma
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,11 @@ def _read(file: Path, _content: str) -> list[Row]:
 @functools.cache
 def _hub_rows(path: str, name: str | None, file: str | None, split: str, revision: str | None) -> list[Row]:
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are many lines; the outcome is one of ours
+    if sys.stderr.isatty():
+        print(f"reading {path} from the Hub or its cache ...", file=sys.stderr)
     files = {"data_files": {split: file}} if file else {}
     return datasets.load_dataset(path, name, split=split, revision=revision, **files).to_list()
 

@@ -152,13 +152,13 @@ class _Watched(HFLM):
         self.progress, self.requests, self.through = progress, 0, 0
         super().__init__(**kwargs)
 
-    def generate_until(self, requests, *args, **kwargs):
+    def generate_until(self, requests, disable_tqdm=True):
         self.requests += len(requests)
-        return super().generate_until(requests, *args, **kwargs)
+        return super().generate_until(requests, disable_tqdm=True)
 
-    def loglikelihood(self, requests, *args, **kwargs):
+    def loglikelihood(self, requests, disable_tqdm=True):
         self.requests += len(requests)
-        return super().loglikelihood(requests, *args, **kwargs)
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _model_call(self, inps, *args, **kwargs):
         return self._count(len(inps), super()._model_call(inps, *args, **kwargs))
