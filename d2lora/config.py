@@ -204,7 +204,9 @@ class Config(_Strict):
     def _data_root_where_needed(self) -> "Config":
         sources = [self.task.data, self.warmup.data, *(b.data for b in self.task.benchmark.values())]
         if self.data_root is None and any(source.path.startswith("None/") for source in sources):
-            raise ValueError("data_root=null: name the folder that holds your local data sets, for example data_root=~/data")
+            raise ValueError(
+                "data_root=null: name the folder that holds your local data sets, for example data_root=~/data"
+            )
         return self
 
     @model_validator(mode="after")

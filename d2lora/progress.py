@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would hide ours, which say themselves whether they show
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from d2lora.plan import Stage  # noqa: E402
+from d2lora.plan import Stage
 
 
 class Bar(contextlib.AbstractContextManager):

@@ -177,7 +177,9 @@ def train(
     trainer_class, config_class = METHODS[method["name"]]
     rows = sft_examples(examples) if method["name"] == "sft" else examples
     steps = math.ceil(len(rows) / spec["batch"]) * spec["epochs"]
-    args = config_class(**_arguments(spec, recipe, folder, max(1, steps // 20)), **_method_arguments(method, spec["max_length"]))
+    args = config_class(
+        **_arguments(spec, recipe, folder, max(1, steps // 20)), **_method_arguments(method, spec["max_length"])
+    )
     watch = Watch(progress)
     own = {key: method[key] for key in {"dpo": ["reference"], "orpo": ["nll"]}.get(method["name"], [])}
     if method["name"] == "orpo":

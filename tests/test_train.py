@@ -62,7 +62,9 @@ def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, n: i
         found.append(weights(store, cell))
     for other in found[1:]:
         for name, weight in found[0].items():
-            torch.testing.assert_close(other[name], weight, rtol=0, atol=2e-4)  # 2 % of the learning rate: Adam amplifies rounding
+            torch.testing.assert_close(
+                other[name], weight, rtol=0, atol=2e-4
+            )  # 2 % of the learning rate: Adam amplifies rounding
 
 
 def finish_job(cell: Cell) -> tuple[Store, list]:
@@ -186,7 +188,9 @@ def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path:
     cell = make("n=16")
     store, _ = finish(cell)
     base = model.base(cell.config.model, tmp_path)
-    monkeypatch.setattr(PeftModel, "disable_adapter", lambda self: contextlib.nullcontext())  # on or off: the same logits
+    monkeypatch.setattr(
+        PeftModel, "disable_adapter", lambda self: contextlib.nullcontext()
+    )  # on or off: the same logits
     with (
         pytest.raises(RuntimeError, match="not applied"),
         model.trained(base, store.place(cell.chain.adapt) / "adapter"),

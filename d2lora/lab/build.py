@@ -170,7 +170,6 @@ def train_base(steps: int, batch: int = 12, length: int = 192, lr: float = 3e-3)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if step % 50 == 0 or step == steps:
             print(f"step {step}/{steps} loss {smooth:.4f} {time.time() - start:.0f} s", flush=True)
-    model.generation_config.max_length = 512
     model.save_pretrained(BASE)
     tokenizer.save_pretrained(BASE)
 

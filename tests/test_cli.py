@@ -1,0 +1,205 @@
+"""The program as it is typed: real processes, from another folder."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
+COLUMNS = (
+    "cell_id sweep model task method init warmup recipe lr reference m n seed benchmark metric value stderr items "
+    "train_seconds eval_seconds peak_memory_mb stage_key"
+)
+
+
+def results(out: Path) -> list[dict]:
+    with (out / "report" / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def one_line(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if "Warning" not in line and line.strip()]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+def test_help_names_groups_amounts_and_examples(run) -> None:
+    text = run("--help").stdout
+    for word in ("method: dpo, orpo, sft", "scale: lab, laptop, paper", "40000", "10000", "python run.py -m method=sft,dpo,orpo", "-cn lab"):
+        assert word in text
+
+
+def test_cfg_job_prints_the_whole_resolved_cell(run) -> None:
+    text = run("--cfg", "job", "--resolve", "method=dpo").stdout
+    for word in ("reference: warm_start", "lab_facts:", "target_modules: all-linear", "micro_batch"):
+        assert word in text
+
+
+def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> None:
+    grid = ["-m", "method=sft,dpo,orpo", "n=0,4", "m=0,8", *SHORT]
+    text = run(*grid).stdout
+    assert "12 cells" in text
+    assert "warmup      1 stages, 1 shared" in text
+    for row in ("SFT LoRA", "SFT D2LoRA(8, n)", "DPO D2LoRA(8, n)", "ORPO LoRA"):
+        assert re.search(re.escape(row) + r"\s+\d+\.\d\d ± \d+\.\d\d\s+\d", text), text
+    assert "missing" not in text
+    rows = results(tmp_path / "out")
+    assert list(rows[0]) == COLUMNS.split()
+    assert len({r["cell_id"] for r in rows}) == 12
+    assert {r["benchmark"] for r in rows} == {"lab_math", "lab_facts"}
+    assert all(r["items"] == "4" for r in rows)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "store").rglob("record.json")}
+    again = run(*grid).stdout
+    assert "0 to do" in again
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "store").rglob("record.json")} == before
+    items = [json.loads(line) for f in (tmp_path / "out" / "store").rglob("items.jsonl") for line in f.read_text().splitlines()]
+    assert all({"prompt", "answer", "gold"} <= set(i) for i in items)
+    assert not [f for f in tmp_path.iterdir() if f.name != "out"], "nothing is written where it was typed"
+
+
+def test_joblib_s_workers_make_the_same_adapters(run, tmp_path: Path) -> None:
+    grid = ["-m", "method=sft,dpo", "n=8", "m=0,8", *SHORT]
+    run(*grid)
+    found = {f.parent.parent.name: load_file(f) for f in (tmp_path / "out" / "store").rglob("adapter_model.safetensors")}
+    (tmp_path / "out").rename(tmp_path / "basic")
+    run(*grid, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    other = {f.parent.parent.name: load_file(f) for f in (tmp_path / "out" / "store").rglob("adapter_model.safetensors")}
+    assert found.keys() == other.keys()
+    assert all((found[k][name] == other[k][name]).all() for k in found for name in found[k])
+
+
+def test_a_single_cell_prints_its_results(run) -> None:
+    text = run("n=4", *SHORT).stdout
+    assert re.search(r"lab_math accuracy: \d+\.\d\d % ± \d+\.\d\d \(4 items\)", text)
+    assert "lab_facts acc:" in text
+
+
+@pytest.mark.parametrize("sweep", [f.stem for f in sorted((ROOT / "sweeps").glob("*.yaml"))])
+def test_every_sweep_composes(run, tmp_path: Path, sweep: str) -> None:
+    text = run("-cn", sweep, "dry_run=true").stdout
+    assert text.startswith(f"sweep {sweep}: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_lab_sweep_is_table_3_at_a_tenth(run) -> None:
+    text = run("-cn", "lab", "dry_run=true").stdout
+    assert "30 cells" in text
+    cells = re.findall(r"lab-math-(\w+)-m(\d+)-n(\d+)-s0", text)
+    assert {c[0] for c in cells} == {"sft", "dpo", "orpo"}
+    assert {int(c[2]) for c in cells} == {0, 100, 200, 500, 1000}
+    assert {int(c[1]) > 0 for c in cells} == {False, True}
+    assert "without sharing" in text
+
+
+def test_a_dry_run_loads_no_torch(run, tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        f"import runpy, sys; sys.argv = ['run.py', '-cn', 'lab', 'dry_run=true', 'output={tmp_path / 'out'}']\n"
+        f"try: runpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'trl', 'lm_eval', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["n=-3"], ["n=-3", "all"]),
+        (["n=2.5"], ["n=2.5", "all"]),
+        (["n=20000"], ["n=20000", "lab-math", "11,000"]),
+        (["method=dpo", "task=lab_title"], ["method=dpo", "rejected", "sft"]),
+        (["method=ppo"], ["method/ppo", "dpo, orpo, sft"]),
+        (["nn=3"], ["nn"]),
+        (["task.data.path=nowhere"], ["nowhere"]),
+        (["scale=laptop"], ["data_root"]),
+        (["-cn", "nosuch"], ["nosuch", "lab", "smoke"]),
+        (["-m", "n=1,-2", "method=sft,dpo"], ["n=-2", "2 of the grid's cells", "skip_invalid"]),
+        (["-m", "method=sft,dpo", "task=lab_title"], ["method=dpo", "lab-title"]),
+        (["scale=paper"], ["xinlai/Math-Step-DPO-10K", "d2lora.fetch"]),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(run, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    line = one_line(run(*arguments, code=2).stderr)
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_columns_are_named(run, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    line = one_line(run("task.data.path=mine.jsonl", "n=1", code=2).stderr)
+    assert "missing columns full_chosen, full_rejected, initial_reason_steps" in line
+
+
+def test_invalid_cells_can_be_dropped(run) -> None:
+    done = run("-m", "method=sft,dpo", "task=lab_title,lab_math", "n=4", "skip_invalid=true", "dry_run=true")
+    assert "3 cells" in done.stdout
+    assert "left out: method=dpo" in done.stderr
+
+
+def test_a_failure_stays_local_and_is_named(run, tmp_path: Path) -> None:
+    """The warm-up fails (its conversations have no assistant): LoRA cells finish, what depends on it is blocked."""
+    bad = [{"chosen": [{"role": "user", "content": "hello"}]}] * 8
+    (tmp_path / "mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    done = run("-m", "method=sft,orpo", "n=4", "m=0,8", "warmup.data.path=mix.jsonl", *SHORT, code=1)
+    assert "failed: warm-up m=8 of lab: a conversation without an assistant turn" in done.stderr
+    assert "blocked: sft D2LoRA(8, 4) on lab-math, by warm-up m=8 of lab" in done.stderr
+    assert re.search(r"SFT LoRA\s+\d", done.stdout)
+    assert re.search(r"SFT D2LoRA\(8, n\)\s+missing", done.stdout)
+
+
+def test_a_table_that_would_hide_an_axis_is_refused(run) -> None:
+    text = run("-m", "method=sft", "n=4", "recipe.lr.sft=1e-3,1e-4", *SHORT).stdout
+    assert "no table: a table would hide that its cells differ in recipe.lr.sft" in text
+
+
+def test_seeds_and_inits_are_shown_as_rows(run) -> None:
+    text = run("-m", "method=sft", "n=4", "init=lora,gaussian", "seed=0,1", *SHORT).stdout
+    assert all(f"SFT LoRA {init} {seed}" in text for init in ("lora", "gaussian") for seed in (0, 1))
+
+
+def readme_examples() -> dict[str, str]:
+    text = (ROOT / "README.md").read_text()
+    return dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", text, re.S))
+
+
+def test_the_readme_s_own_task_and_benchmark_run(run, tmp_path: Path) -> None:
+    for name, content in readme_examples().items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    rows = [{"country": f"Land{i}", "capital": f"City{i}", "wrong": f"Town{i}"} for i in range(24)]
+    (tmp_path / "my_data").mkdir()
+    for name, part in (("capitals", rows[:20]), ("capitals_test", rows[20:])):
+        (tmp_path / "my_data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    text = run("--config-dir", str(tmp_path / "conf"), "-m", "task=capitals", "method=sft,dpo", "n=10,20", "m=0,8").stdout
+    assert re.search(r"DPO D2LoRA\(8, n\)\s+\d", text)
+    assert "capitals: rougeLsum" in text
+
+
+def test_fetch_takes_the_same_overrides(run, tmp_path: Path) -> None:
+    text = run("-cn", "lab", "m=0", module="d2lora.fetch").stdout
+    assert "task.data: d2lora/lab/data/math, 11,000 rows" in text
+    assert "model: lab is on this machine" in text
+    assert "d2lora.fetch" in one_line(run("scale=paper", module="d2lora.fetch", code=2).stderr)
+
+
+def test_the_report_can_be_made_again(run, tmp_path: Path) -> None:
+    import subprocess
+
+    run("-m", "method=sft", "n=0,4", "sweep=mine", *SHORT)
+    (tmp_path / "out" / "report" / "results.csv").unlink()
+    command = [sys.executable, "-m", "d2lora.report", "--output", str(tmp_path / "out")]
+    done = subprocess.run([*command, "mine"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "SFT LoRA" in done.stdout
+    assert results(tmp_path / "out")
+    wrong = subprocess.run([*command, "other"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert wrong.returncode == 2
+    assert "there: mine" in one_line(wrong.stderr)
