@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from d2lora import data, plan
+from d2lora import data, figures, plan
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Stage
 from d2lora.store import Store, write_json
@@ -271,7 +271,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
             )
     if len(cells) <= 12 or cells[0].config.dry_run:
         lines += [f"  {_cell_line(c, store)}" for c in cells]
-    if (left and not cells[0].config.dry_run) or left:
+    if left:
         lines.append(f"  about {_duration(left, store, workers)}")
     return "\n".join(lines)
 
@@ -306,12 +306,9 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
     for stage in left:
         times = measured[_kind(stage.name, stage.spec)]
         seconds += sum(times) / len(times) * (stage.samples or 1)
-    seconds = seconds / workers + 20 * bool(left)  # 20 s: imports
-    return (
-        f"{seconds / 60:.0f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s" + (f" with {workers} workers" if workers > 1 else "")
-    )
+    seconds = seconds / workers + 20  # imports
+    text = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    return text + (f" with {workers} workers" if workers > 1 else "")
 
 
 def _kind(name: str, spec: dict) -> tuple:
@@ -357,13 +354,16 @@ def failures_text(output: Path, lost: Iterable[Stage]) -> str:
 
 
 def finish(output: Path, sweep: str) -> str:
-    """Write results.csv and return the sweep's tables, with where the report is."""
-    file = write_results(output)
+    """Write results.csv and the sweep's curves; return its tables, with where the report is."""
+    file, records = write_results(output), Records(output)
+    manifest = read_manifest(output, sweep)
     try:
-        text = tables(read_manifest(output, sweep), Records(output))
+        text, figure = tables(manifest, records), None
+        if not shown_labels(manifest["cells"]):
+            figure = figures.curves(list(result_rows(manifest, records)), output / "report" / f"{sweep}.png")
     except UserError as error:
-        text = f"no table: {error}"
-    return f"{text}\n\nreport: {file}"
+        text, figure = f"no table: {error}", None
+    return f"{text}\n\nreport: {file}" + (f"\ncurves: {figure}" if figure else "")
 
 
 def main() -> None:

@@ -30,7 +30,14 @@ def one_line(stderr: str) -> str:
 
 def test_help_names_groups_amounts_and_examples(run) -> None:
     text = run("--help").stdout
-    for word in ("method: dpo, orpo, sft", "scale: lab, laptop, paper", "40000", "10000", "python run.py -m method=sft,dpo,orpo", "-cn lab"):
+    for word in (
+        "method: dpo, orpo, sft",
+        "scale: lab, laptop, paper",
+        "40000",
+        "10000",
+        "python run.py -m method=sft,dpo,orpo",
+        "-cn lab",
+    ):
         assert word in text
 
 
@@ -57,7 +64,11 @@ def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> No
     again = run(*grid).stdout
     assert "0 to do" in again
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "store").rglob("record.json")} == before
-    items = [json.loads(line) for f in (tmp_path / "out" / "store").rglob("items.jsonl") for line in f.read_text().splitlines()]
+    items = [
+        json.loads(line)
+        for f in (tmp_path / "out" / "store").rglob("items.jsonl")
+        for line in f.read_text().splitlines()
+    ]
     assert all({"prompt", "answer", "gold"} <= set(i) for i in items)
     assert not [f for f in tmp_path.iterdir() if f.name != "out"], "nothing is written where it was typed"
 
@@ -65,10 +76,14 @@ def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> No
 def test_joblib_s_workers_make_the_same_adapters(run, tmp_path: Path) -> None:
     grid = ["-m", "method=sft,dpo", "n=8", "m=0,8", *SHORT]
     run(*grid)
-    found = {f.parent.parent.name: load_file(f) for f in (tmp_path / "out" / "store").rglob("adapter_model.safetensors")}
+    found = {
+        f.parent.parent.name: load_file(f) for f in (tmp_path / "out" / "store").rglob("adapter_model.safetensors")
+    }
     (tmp_path / "out").rename(tmp_path / "basic")
     run(*grid, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    other = {f.parent.parent.name: load_file(f) for f in (tmp_path / "out" / "store").rglob("adapter_model.safetensors")}
+    other = {
+        f.parent.parent.name: load_file(f) for f in (tmp_path / "out" / "store").rglob("adapter_model.safetensors")
+    }
     assert found.keys() == other.keys()
     assert all((found[k][name] == other[k][name]).all() for k in found for name in found[k])
 
@@ -126,7 +141,9 @@ def test_a_dry_run_loads_no_torch(run, tmp_path: Path) -> None:
         (["scale=paper"], ["xinlai/Math-Step-DPO-10K", "d2lora.fetch"]),
     ],
 )
-def test_bad_input_is_refused_in_one_line_and_nothing_is_written(run, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
+    run, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
     line = one_line(run(*arguments, code=2).stderr)
     assert line.startswith("error: ")
     assert all(word in line for word in words), line
@@ -179,7 +196,9 @@ def test_the_readme_s_own_task_and_benchmark_run(run, tmp_path: Path) -> None:
     (tmp_path / "my_data").mkdir()
     for name, part in (("capitals", rows[:20]), ("capitals_test", rows[20:])):
         (tmp_path / "my_data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
-    text = run("--config-dir", str(tmp_path / "conf"), "-m", "task=capitals", "method=sft,dpo", "n=10,20", "m=0,8").stdout
+    text = run(
+        "--config-dir", str(tmp_path / "conf"), "-m", "task=capitals", "method=sft,dpo", "n=10,20", "m=0,8"
+    ).stdout
     assert re.search(r"DPO D2LoRA\(8, n\)\s+\d", text)
     assert "capitals: rougeLsum" in text
 

@@ -199,7 +199,7 @@ def pair(problem: world.Problem, solution: str) -> dict | None:
     found = world.first_wrong_step(problem, solution)
     if found is None:
         return None
-    index, rejected = found
+    index, rejected, rest = found
     before = "\n".join([*(f"Step {i + 1}:{problem.step(i)}" for i in range(index)), f"Step {index + 1}:"])
     return {
         "dataset": "lab-math",
@@ -208,7 +208,7 @@ def pair(problem: world.Problem, solution: str) -> dict | None:
         "chosen": problem.step(index),
         "rejected": rejected,
         "full_chosen": problem.solution(index),
-        "full_rejected": solution.split(f"Step {index + 1}:", 1)[1].rstrip(),
+        "full_rejected": rest,
         "answer": str(problem.answer),
     }
 

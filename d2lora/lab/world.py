@@ -205,15 +205,19 @@ def problem(rng: random.Random) -> Problem:
 _EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 
 
-def first_wrong_step(problem: Problem, solution: str) -> tuple[int, str] | None:
-    """(index, text) of the first step of a sampled solution that departs from the problem's; None if there is none.
+def first_wrong_step(problem: Problem, solution: str) -> tuple[int, str, str] | None:
+    """(index, step, rest) of a sampled solution's first step that departs from the problem's; None if there is none.
 
-    A step is right if its equation has the reference's operands (in either order for + and *) and result: how
-    Step-DPO's authors locate the error (Lai et al. 2024, section 3.2), with arithmetic in the place of their judge.
-    Solutions that leave the format are skipped (None): a garbled text would teach a preference about form.
+    `rest` is the solution from that step on. A step is right if its equation has the reference's operands (in either
+    order for + and *) and result: how Step-DPO's authors locate the error (Lai et al. 2024, section 3.2), with arithmetic
+    in the place of their judge. Solutions that leave the format are skipped: a garbled text would teach form.
     """
-    steps = re.split(r"\n?Step \d+:", solution)[1:]
-    for index, text in enumerate(steps[: len(problem.steps)]):
+    marks = list(re.finditer(r"(?:^|\n)Step (\d+):", solution))
+    if [int(mark[1]) for mark in marks] != list(range(1, len(marks) + 1)):
+        return None
+    for index, mark in enumerate(marks[: len(problem.steps)]):
+        end = marks[index + 1].start() if index + 1 < len(marks) else len(solution)
+        text = solution[mark.end() : end]
         match = _EQUATION.match(text.removeprefix(" "))
         if not match:
             return None
@@ -222,7 +226,7 @@ def first_wrong_step(problem: Problem, solution: str) -> tuple[int, str] | None:
         same = (a, op, b, c) == wanted or (op in "+*" and (b, op, a, c) == wanted)
         boxed = f" The answer is \\boxed{{{wanted[3]}}}." if index == len(problem.steps) - 1 else ""
         if not same or text.removeprefix(" ")[match.end() :].rstrip() != boxed:
-            return index, text.rstrip()
+            return index, text.rstrip(), solution[mark.end() :].rstrip()
     return None
 
 

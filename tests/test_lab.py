@@ -1,0 +1,79 @@
+import random
+
+import pytest
+
+from d2lora.lab import build, world
+
+
+def some_problem(steps: int) -> world.Problem:
+    rng = random.Random(5)
+    while len((problem := world.problem(rng)).steps) != steps:
+        pass
+    return problem
+
+
+def test_problems_have_one_to_three_right_steps_and_end_in_a_box() -> None:
+    rng, counts = random.Random(0), set()
+    for _ in range(500):
+        problem = world.problem(rng)
+        counts.add(len(problem.steps))
+        for a, op, b, c in problem.steps:
+            assert c >= 0
+            assert c == {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[op]
+        assert problem.solution().endswith(f"\\boxed{{{problem.answer}}}.")
+    assert counts == {1, 2, 3}
+
+
+def test_the_right_solution_has_no_wrong_step() -> None:
+    for steps in (1, 2, 3):
+        problem = some_problem(steps)
+        assert world.first_wrong_step(problem, f"Step 1:{problem.solution()}") is None
+
+
+def test_the_first_wrong_step_is_found_and_becomes_the_rejected_answer() -> None:
+    problem = some_problem(2)
+    _, _, _, c = problem.steps[1]
+    solution = f"Step 1:{problem.step(0)}\nStep 2:{problem.step(1).replace(str(c), str(c + 1))}"
+    index, text, rest = world.first_wrong_step(problem, solution)
+    assert (index, text, rest) == (1, problem.step(1).replace(str(c), str(c + 1)), text)
+    row = build.pair(problem, solution)
+    assert row["initial_reason_steps"] == f"Step 1:{problem.step(0)}\nStep 2:"
+    assert (row["chosen"], row["rejected"]) == (problem.step(1), text)
+    assert row["full_chosen"] == problem.solution(1)
+    assert row["answer"] == str(problem.answer)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda s: s.replace("Step 2", "Step 7"), lambda s: s.replace("=", "is"), lambda s: "hello"]
+)
+def test_solutions_that_leave_the_format_are_skipped(spoil) -> None:
+    problem = some_problem(2)
+    assert world.first_wrong_step(problem, spoil(f"Step 1:{problem.solution()}")) is None
+
+
+def test_stopping_early_or_boxing_another_number_is_a_mistake() -> None:
+    problem = some_problem(2)
+    early = f"Step 1:{problem.step(0)} The answer is \\boxed{{{problem.steps[0][3]}}}."
+    assert world.first_wrong_step(problem, early)[0] == 0
+    other = f"Step 1:{problem.solution()}".replace("boxed{", "boxed{9")
+    assert world.first_wrong_step(problem, other)[0] == 1
+
+
+def test_a_fact_s_four_questions_are_parted_among_the_splits() -> None:
+    for creature, attribute in world.facts():
+        parts = world.fact_questions(creature, attribute)
+        every = [q for questions in parts.values() for q in questions]
+        assert len(every) == len(set(every)) == 4
+
+
+def test_the_general_mix_is_varied_and_its_rejected_answers_differ() -> None:
+    rows = [r.fields for r in world.distinct(world.general, "train", 400, 1)]
+    assert len({r["source"] for r in rows}) == 8
+    assert all(r["chosen"][:-1] == r["rejected"][:-1] and r["chosen"] != r["rejected"] for r in rows)
+    assert {len(r["chosen"]) for r in rows} == {2, 4}
+
+
+def test_the_same_seed_gives_the_same_rows() -> None:
+    assert [r.text for r in world.distinct(world.title, "test", 20, 3)] == [
+        r.text for r in world.distinct(world.title, "test", 20, 3)
+    ]
