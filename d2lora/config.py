@@ -154,12 +154,20 @@ class Rates(_Strict):
     orpo: Rate
 
 
+class Epochs(_Strict):
+    warmup: Positive
+    sft: Positive
+    dpo: Positive
+    orpo: Positive
+
+
 class Recipe(_Strict):
     """How both phases are trained, and on what part of the machine."""
 
     name: StrictStr
     lora: Lora
     lr: Rates
+    epochs: Epochs  # what the method and warmup groups take theirs from
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
