@@ -133,7 +133,7 @@ def do(config: Config, cell: plan.Cell, store: Store, watch: Callable[[Stage], P
             continue
         try:
             run(config, cell.chain, stage, store, watch(stage))
-            (output(config) / "failed" / f"{stage.key}.json").unlink(missing_ok=True)
+            failure(config, stage).unlink(missing_ok=True)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
@@ -142,13 +142,18 @@ def do(config: Config, cell: plan.Cell, store: Store, watch: Callable[[Stage], P
     return lost
 
 
+def failure(config: Config, stage: Stage) -> Path:
+    """Where a stage's failure is written."""
+    return output(config) / "failed" / f"{stage.key}.json"
+
+
 def report_failure(config: Config, stage: Stage, error: BaseException) -> None:
     """Leave <output>/failed/<key>.json: what failed, why, and the traceback."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     text = "".join(traceback.format_exception(error))
     write_json(
-        output(config) / "failed" / f"{stage.key}.json",
+        failure(config, stage),
         {"key": stage.key, "label": stage.label, "error": kind + line, "traceback": text},
     )
 

@@ -42,7 +42,10 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict, argument
 
 def _launch_all(launcher: Any, cells: list[Cell], store: Store) -> None:
     """The two batches of plan.batches; the second without what its warm-up's failure blocks."""
-    first, second = plan.batches(cells, {s.key for s in plan.stages(cells) if store.done(s)})
+    done = {s.key for s in plan.stages(cells) if store.done(s)}
+    for stage in plan.stages(cells):
+        pipeline.failure(cells[0].config, stage).unlink(missing_ok=True)  # of an earlier try
+    first, second = plan.batches(cells, done)
     _launch(launcher, first, 0)
     _launch(launcher, [j for j in second if j.cell.chain.warmup and store.done(j.cell.chain.warmup)], len(first))
 

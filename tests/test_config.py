@@ -42,7 +42,7 @@ def test_the_paper_s_scale_has_table_2_s_settings(cell) -> None:
         (["n=many"], ["n=many", "all"]),
         (["m=true"], ["m=True", "whole number"]),
         (["recipe.batch=0"], ["recipe.batch=0", "greater than 0"]),
-        (["recipe.micro_batch=5"], ["batch=16", "micro_batch=5"]),
+        (["recipe.micro_batch=5"], ["batch=8", "micro_batch=5"]),
         (["recipe.lr.sft=0"], ["recipe.lr.sft=0"]),
         (["+recipe.bach=4"], ["recipe.bach", "no such key"]),
         (["method=dpo", "method.reference=policy"], ["method.reference=policy", "warm_start"]),

@@ -36,7 +36,7 @@ def test_the_base_s_evaluation_knows_no_seed_init_or_recipe(cell) -> None:
 @pytest.mark.parametrize(
     "other",
     ["n=200", "m=32", "seed=1", "data_seed=1", "recipe.lr.dpo=2e-4", "recipe.batch=32", "method.beta=0.2", "method.reference=base",
-     "method.epochs=1", "init=gaussian", "recipe.lora.r=8", "recipe.max_length=128", "task.continuation=rest", "model.dtype=bfloat16"],
+     "method.epochs=1", "init=gaussian", "recipe.lora.r=8", "recipe.max_length=128", "task.continuation=step", "model.dtype=bfloat16"],
 )  # fmt: skip
 def test_what_can_change_a_result_changes_the_key(cell, other: str) -> None:
     assert cell("method=dpo", "n=100").chain.adapt.key != cell("method=dpo", "n=100", other).chain.adapt.key
