@@ -16,6 +16,9 @@ from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.store import Store
 
+# Paths such as outputs/ belong to the project's folder, not to where the command is typed.
+OmegaConf.register_new_resolver("project", lambda path: str(data.ROOT / path), replace=True)
+
 
 def guard(main: Callable[[], object]) -> None:
     """Run main and exit: 0, 1 for work that failed, 2 for input that is wrong (one line), 130 after Ctrl-C."""
@@ -67,6 +70,7 @@ def check_inputs(config: Config, seen: set[str]) -> None:
         once(f"{config.warmup.data} {config.m}", lambda: data.check_warmup(config.warmup, config.m, config.split_seed))
     for benchmark in config.task.benchmark.values():
         once(str(benchmark), lambda b=benchmark: data.check_benchmark(b, config.split_seed))  # type: ignore[misc]
+    once(f"lm_eval {config.task.lm_eval}", lambda: data.check_lm_eval(config.task.lm_eval))
     once(str(config.model), lambda: data.check_model(config.model))
 
 

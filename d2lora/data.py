@@ -278,7 +278,7 @@ class Subset:
 def subset(found: list[Row], make: Callable[[Row], dict], amount: int | str, max_length: int, seed: str) -> Subset:
     """The first `amount` rows, in a seeded order, whose example fits `max_length` tokens.
 
-    Subsets are nested: amount = 1000 is a prefix of amount = 2000 (DESIGN: n rows are a prefix of one order).
+    Subsets are nested: those of amount = 1000 are the first of amount = 2000, so a curve over n adds rows and swaps none.
     """
     examples: list[dict] = []
     used: list[int] = []
@@ -359,14 +359,16 @@ def conversation_example(tokenizer, messages: list[dict]) -> dict:
                 raise UserError(
                     "the model's chat template rewrites earlier turns: the loss can't be placed on the assistant's"
                 )
-            spans.append((len(before), before, upto))
+            spans.append((len(before), _turn_end(tokenizer, upto, len(before))))
         text = upto
     if not spans:
         raise UserError("a conversation without an assistant turn")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    ranges = [(start, _turn_end(tokenizer, upto, start)) for start, _, upto in spans]
-    labels = [i if any(a <= begin < b for a, b in ranges) else -100 for i, (begin, _) in zip(ids, offsets, strict=True)]
+    labels = [
+        i if any(start <= begin < end for start, end in spans) else -100
+        for i, (begin, _) in zip(ids, offsets, strict=True)
+    ]
     whole = encode(tokenizer, text)
     return {"input_ids": whole, "labels": [-100] * (len(whole) - len(ids)) + labels}
 
@@ -389,6 +391,19 @@ def sft_examples(examples: Iterator[dict] | list[dict]) -> list[dict]:
         else {"input_ids": e["prompt_ids"] + e["chosen_ids"], "labels": [-100] * len(e["prompt_ids"]) + e["chosen_ids"]}
         for e in examples
     ]
+
+
+def check_lm_eval(names: list[str]) -> None:
+    """UserError unless each is a task that lm-evaluation-harness has."""
+    if not names:
+        return
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(
+            f"task.lm_eval={unknown[0]}: lm-evaluation-harness has no such task: `lm-eval ls tasks` lists them"
+        )
 
 
 def check_model(model: Model) -> None:

@@ -41,6 +41,7 @@ COLUMNS = [
     "peak_memory_mb",
     "stage_key",
 ]
+METHODS = ("sft", "dpo", "orpo")
 # What a table shows beside method, m and n, when its cells differ in it.
 _LABELS = ("model", "task", "init", "warmup", "recipe", "seed")
 
@@ -173,7 +174,7 @@ def tables(manifest: dict, records: Records) -> str:
             if row["benchmark"] == benchmark and row["metric"] in (metric, ""):
                 arm = "LoRA" if row["m"] == 0 else f"D2LoRA({plan.amount(row['m'])}, n)"
                 shown = tuple(str(row[k]) for k in labels if not (k == "warmup" and row["m"] == 0))
-                place = (row["method"], _size(row["m"]), " ".join([row["method"].upper(), arm, *shown]))
+                place = (METHODS.index(row["method"]), _size(row["m"]), " ".join([row["method"].upper(), arm, *shown]))
                 lines[place][row["n"]] = (
                     f"{100 * row['value']:.2f} ± {196 * row['stderr']:.2f}" if row["metric"] else "missing"
                 )

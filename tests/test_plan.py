@@ -1,6 +1,5 @@
-import ast
 import hashlib
-import inspect
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +35,7 @@ def test_the_base_s_evaluation_knows_no_seed_init_or_recipe(cell) -> None:
 @pytest.mark.parametrize(
     "other",
     ["n=200", "m=32", "seed=1", "data_seed=1", "recipe.lr.dpo=2e-4", "recipe.batch=32", "method.beta=0.2", "method.reference=base",
-     "method.epochs=1", "init=gaussian", "recipe.lora.r=8", "recipe.max_length=128", "task.continuation=step", "model.dtype=bfloat16"],
+     "method.epochs=2", "init=gaussian", "recipe.lora.r=8", "recipe.max_length=128", "task.continuation=step", "model.dtype=bfloat16"],
 )  # fmt: skip
 def test_what_can_change_a_result_changes_the_key(cell, other: str) -> None:
     assert cell("method=dpo", "n=100").chain.adapt.key != cell("method=dpo", "n=100", other).chain.adapt.key
@@ -106,20 +105,18 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 # The source of what each stage computes. When a test fails here: has the change an effect on results? If so raise
 # plan.VERSIONS of those stages, so that old records are not taken for new ones; then write the new hash here.
 SOURCES = {
-    "data": "",
-    "model": "",
-    "train": "",
-    "evaluate": "",
-    "answers": "",
-    "pipeline": "",
+    "data": "0608e2c15eff",
+    "model": "4fc0651c927e",
+    "train": "9a0ae576d1c8",
+    "evaluate": "7ab4877aea4b",
+    "answers": "6e7ecc83d20a",
+    "pipeline": "71a106254665",
 }
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_stage_s_source_does_not_change_without_a_look_at_its_version(module: str) -> None:
-    import importlib
-
-    source = inspect.getsource(importlib.import_module(f"d2lora.{module}"))
-    code = ast.unparse(ast.parse(source))  # without comments and layout
+    source = (Path(plan.__file__).parent / f"{module}.py").read_text()
+    code = "\n".join(line for line in source.splitlines() if line.strip() and not line.lstrip().startswith("#"))
     digest = hashlib.sha256(code.encode()).hexdigest()[:12]
     assert digest == SOURCES[module], f"d2lora/{module}.py changed: see the note above SOURCES ({digest})"

@@ -54,6 +54,7 @@ def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, n: i
             f"method={method}",
             f"n={n}",
             "method.epochs=1",
+            "recipe.batch=16",
             f"recipe.micro_batch={micro}",
             f"output={tmp_path / str(micro)}",
         )
