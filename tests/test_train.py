@@ -62,10 +62,9 @@ def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, n: i
         store, _ = finish_job(one)
         found.append(weights(store, cell))
     for other in found[1:]:
-        for name, weight in found[0].items():
-            torch.testing.assert_close(
-                other[name], weight, rtol=0, atol=2e-4
-            )  # 2 % of the learning rate: Adam amplifies rounding
+        apart = sum(float((other[k] - w).square().sum()) for k, w in found[0].items()) ** 0.5
+        size = sum(float(w.square().sum()) for w in found[0].values()) ** 0.5
+        assert apart / size < 1e-3, f"relative distance {apart / size:.1e}"
 
 
 def finish_job(cell: Cell) -> tuple[Store, list]:
