@@ -354,13 +354,13 @@ def failures_text(output: Path, lost: Iterable[Stage]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def finish(output: Path, sweep: str) -> str:
-    """Write results.csv and the sweep's curves; return its tables, with where the report is."""
+def finish(output: Path, sweep: str, draw: bool = True) -> str:
+    """Write results.csv and, if asked to draw, the sweep's curves; return its tables, with where the report is."""
     file, records = write_results(output), Records(output)
     manifest = read_manifest(output, sweep)
     try:
         text, figure = tables(manifest, records), None
-        if not shown_labels(manifest["cells"]):
+        if draw and not shown_labels(manifest["cells"]):
             figure = figures.curves(list(result_rows(manifest, records)), output / "report" / f"{sweep}.png")
     except UserError as error:
         text, figure = f"no table: {error}", None

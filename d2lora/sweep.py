@@ -31,10 +31,11 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict, argument
     os.environ["D2LORA_WORKERS"] = str(workers)
     print(report.plan_text(cells, store, workers), flush=True)
     report.write_manifest(output, cells)
+    new = any(not store.done(s) for s in plan.stages(cells))
     with progress.line(functools.partial(report.progress_text, cells, store)):
         _launch_all(launcher, cells, store)
     lost = [s for s in plan.stages(cells) if not store.done(s)]
-    print(report.finish(output, cells[0].config.sweep))
+    print(report.finish(output, cells[0].config.sweep, draw=new))
     if lost:
         print(report.failures_text(output, lost), end="", file=sys.stderr)
         raise SystemExit(1)
