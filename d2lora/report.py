@@ -15,7 +15,7 @@ from typing import Any
 from d2lora import data, figures, plan
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Stage
-from d2lora.store import Store, write_json
+from d2lora.store import Store, read_record, write_json
 
 COLUMNS = [
     "cell_id",
@@ -101,16 +101,11 @@ class Records:
         if key is None:
             return None
         if (stage, key) not in self.known:
-            file = self.folder / stage / key / "record.json"
-            try:
-                self.known[stage, key] = json.loads(file.read_text())
-            except FileNotFoundError:
+            found = read_record(self.folder / stage / key)
+            if found is None:
                 return None
-            except ValueError as error:
-                raise UserError(
-                    f"{file}: the record is damaged ({error}); move its folder away to have the stage done again"
-                ) from None
-        return self.known.get((stage, key))
+            self.known[stage, key] = found
+        return self.known[stage, key]
 
 
 def result_rows(manifest: dict, records: Records) -> Iterator[dict]:

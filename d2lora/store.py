@@ -33,18 +33,7 @@ class Store:
 
     def record(self, stage: Stage) -> dict | None:
         """A finished stage's record; None if it is not finished. UserError if it is not readable or not this stage's."""
-        file = self.place(stage) / "record.json"
-        try:
-            found = json.loads(file.read_text())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise UserError(
-                f"{file}: the record is damaged ({error}); move its folder away to have the stage done again"
-            ) from None
-        if found.get("key") != stage.key:
-            raise UserError(f"{file}: the record of another stage ({found.get('key')}); move its folder away")
-        return found
+        return read_record(self.place(stage))
 
     def ensure(self, stage: Stage, work: Callable[[Path], dict]) -> dict:
         """The stage's record; made by `work(folder)`, which fills the folder and returns the record, if there is none."""
@@ -79,20 +68,39 @@ class Store:
 
     @contextlib.contextmanager
     def _lock(self, stage: Stage) -> Iterator[None]:
-        from filelock import FileLock, Timeout
+        from filelock import FileLock
 
         folder = self.folder / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{stage.key}.lock")
         try:
             lock.acquire()
-        except (NotImplementedError, OSError, Timeout):
-            yield  # no locks here: the rename decides
+        except (NotImplementedError, OSError):
+            yield  # a file system without locks: the rename decides
             return
         try:
             yield
         finally:
             lock.release()
+
+
+def read_record(place: Path) -> dict | None:
+    """The record in a stage's folder, which is named by its key; None if there is none.
+
+    UserError if it is not readable or another stage's.
+    """
+    file = place / "record.json"
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{file}: the record is damaged ({error}); move its folder away to have the stage done again"
+        ) from None
+    if found.get("key") != place.name:
+        raise UserError(f"{file}: the record of another stage ({found.get('key')}); move its folder away")
+    return found
 
 
 def _sync(path: Path) -> None:
