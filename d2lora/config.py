@@ -177,6 +177,7 @@ class Recipe(_Strict):
     # From here on nothing changes a result beyond rounding, so nothing of it is part of a key.
     micro_batch: Positive
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
+    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
     eval_batch: Positive = 16
     gradient_checkpointing: StrictBool = False
     threads: Positive | None = None

@@ -15,11 +15,12 @@ Packed = dict[str, torch.Tensor]
 _PROMPT, _IGNORED = -1, -100
 
 
-def pack(examples: Sequence[dict], hidden: int, prompt_loss: bool = False) -> Packed:
+def pack(examples: Sequence[dict], hidden: int | None, prompt_loss: bool = False) -> Packed:
     """One micro-batch, packed into rows.
 
     `examples` are P pairs {prompt_ids, chosen_ids, rejected_ids}, or sequences {input_ids, labels}; `hidden` is the width of
-    the model; with `prompt_loss` the prompts of pairs are predicted too.
+    the model, None puts all into one row (for FlexAttention, to which length costs nothing); with `prompt_loss` the prompts
+    of pairs are predicted too.
 
     Returns, each (rows, length): `ids`, `positions`, `sequence` (number of the example, -1 in padding) and `part` (0 in a
     prompt, 1 and 2 in its answers). And for each of the T predicted tokens: its `target`, the `source` of its prediction (a
@@ -60,12 +61,15 @@ def _parts(example: dict, prompt_loss: bool) -> list[tuple[list[int], list[int]]
     return [(prompt, labels), *((example[k], example[k]) for k in ("chosen_ids", "rejected_ids"))]
 
 
-def _places(sizes: list[int], hidden: int) -> tuple[list[tuple[int, int]], int]:
+def _places(sizes: list[int], hidden: int | None) -> tuple[list[tuple[int, int]], int]:
     """(row, start) of each example, and the rows' length: of some lengths the one that costs least.
 
     A row costs its length in the linear layers and the square of it in attention; in a Llama the two are equal at a length of
     about six times its width.
     """
+    if hidden is None:
+        places, length = _first_fit(sizes, sum(sizes))
+        return places, -(-length // 128) * 128  # whole blocks, so that kernels are compiled for few lengths
     tries = [_first_fit(sizes, int(max(sizes) * factor)) for factor in (1, 1.25, 1.5, 2, 3, 4)]
     return min(tries, key=lambda t: (1 + max(row for row, _ in t[0])) * t[1] * (1 + t[1] / (6 * hidden)))
 

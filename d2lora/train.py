@@ -8,7 +8,7 @@ import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 class Packer:
     """The collator of packed training: token ids of a micro-batch -> packing.pack, and what TRL's trainers count by."""
 
-    hidden: int
+    hidden: int | None
     prompt_loss: bool = False
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -283,7 +283,8 @@ def train(
         **_own_arguments(method, drawn, reference),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with _attention(base, recipe.attention):
+        trainer.train()
     metrics = {
         "first_loss": watch.log[0]["loss"],
         "last_loss": watch.log[-1]["loss"],
@@ -296,10 +297,22 @@ def train(
     return metrics | {"log": watch.log}
 
 
+@contextlib.contextmanager
+def _attention(base: Base, kind: str) -> Iterator[None]:
+    """The base with another implementation of attention, while it trains."""
+    before = base.model.config._attn_implementation
+    base.model.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        base.model.set_attn_implementation(before)
+
+
 def _collator(base: Base, method: dict, recipe: Recipe):
     """The packer, or for padded batches TRL's own collator (None: the trainer has its own)."""
     if recipe.packing == "prefix_shared":
-        return Packer(base.model.config.get_text_config().hidden_size, method.get("nll") == "prompt_and_chosen")
+        hidden = None if recipe.attention == "flex_attention" else base.model.config.get_text_config().hidden_size
+        return Packer(hidden, method.get("nll") == "prompt_and_chosen")
     return DPODataCollatorWithPadding(base.tokenizer.pad_token_id) if method["name"] == "orpo" else None
 
 
