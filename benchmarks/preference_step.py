@@ -63,8 +63,8 @@ def ours(base, drawn, spec, recipe, folder: Path) -> dict:
 
     with model.adapter(base, spec, None) as wrapped:
         counter = Counter(base.model.base_model)
-        inner, spent = train.DPO._precompute_ref_logps, []
-        train.DPO._precompute_ref_logps = lambda *a, **k: timed(inner, spent, *a, **k)
+        inner, spent = train.DPO.with_reference, []
+        train.DPO.with_reference = lambda *a, **k: timed(inner, spent, *a, **k)
         clock = time.monotonic()
         metrics = train.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
         seconds = time.monotonic() - clock
@@ -112,11 +112,11 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
             inner = plain._precompute_ref_logps
             plain._precompute_ref_logps = lambda *a, **k: timed(inner, spent, *a, **k)
         collator = None if dpo else DPODataCollatorWithPadding(base.tokenizer.pad_token_id)
+        clock = time.monotonic()
         trainer = plain(
             model=wrapped, args=(DPOConfig if dpo else ORPOConfig)(**settings), train_dataset=Dataset.from_list(lengths),
             processing_class=base.tokenizer, data_collator=collator,
         )  # fmt: skip
-        clock = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - clock
     first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)

@@ -98,18 +98,21 @@ class DPO(_WholeBatch, DPOTrainer):
     """
 
     def __init__(self, *, reference: str, cache: Path, ahead: list[dict], **kwargs: Any) -> None:
-        self.reference, self.cache, self.ahead, self.computed = reference, cache, ahead, 0
+        self.reference, self.cache, self.computed = reference, cache, 0
         super().__init__(**kwargs)
         # TRL froze a copy of the adapter as the reference. Nothing is trained yet: the policy itself is what it would be.
         self.model.delete_adapter("ref")
+        self.train_dataset = self.with_reference(self.train_dataset, ahead)
+        self.precompute_ref_logps = True  # not as an argument: TRL would hash the whole model for a cache of its own
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
-    def _precompute_ref_logps(self, dataset, name, batch_size):
+    def with_reference(self, dataset: Dataset, ahead: list[dict]) -> Dataset:
+        """The pairs with ref_chosen_logps and ref_rejected_logps, from the cache where it has them."""
         examples = dataset.to_list()
         self.model.eval().to(self.accelerator.device)
-        everything, values = examples + self.ahead, []
+        everything, values = examples + ahead, []
         for start in range(0, len(everything), REFERENCE_BLOCK):
             block = everything[start : start + REFERENCE_BLOCK]
             name = hashlib.sha256(canonical(block).encode()).hexdigest()[:20]
@@ -362,5 +365,5 @@ def _method_arguments(method: dict, max_length: int) -> dict:
     if method["name"] == "sft":
         return {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     if method["name"] == "dpo":
-        return {"max_length": None, "beta": method["beta"], "precompute_ref_log_probs": True}
+        return {"max_length": None, "beta": method["beta"]}
     return {"max_length": max_length, "beta": method["beta"]}
