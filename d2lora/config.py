@@ -181,6 +181,7 @@ class Recipe(_Strict):
     eval_batch: Positive = 16
     gradient_checkpointing: StrictBool = False
     threads: Positive | None = None
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
 
     @model_validator(mode="after")
     def _micro_batch_divides_batch(self) -> "Recipe":

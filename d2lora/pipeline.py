@@ -6,12 +6,14 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from d2lora import data, plan
 from d2lora.config import Config
@@ -55,7 +57,9 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
             "peak_memory_mb": _peak_memory_mb(),
         }
 
-    return store.ensure(stage, work)
+    record = store.ensure(stage, work)
+    shutil.rmtree(_checkpoints(config, stage), ignore_errors=True)
+    return record
 
 
 def _warm_up(config, chain, stage, store, base, folder, progress) -> dict:
@@ -86,13 +90,43 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
     from d2lora import model, train
 
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
-    with model.adapter(base, stage.spec, parent) as wrapped:
-        metrics = train.train(
-            base, wrapped, drawn, stage.spec, config.recipe, folder / "trainer", progress, _reference(config, stage)
-        )
-        model.save(wrapped, folder / "adapter")
-    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    checkpoints, reference = _checkpoints(config, stage), _reference(config, stage)
+
+    def attempt(micro_batch: int) -> dict:
+        recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
+        with model.adapter(base, stage.spec, parent) as wrapped:
+            metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference)
+            model.save(wrapped, folder / "adapter")
+        return metrics
+
+    def smaller(micro_batch: int) -> int:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return max(d for d in range(1, micro_batch // 2 + 1) if stage.spec["batch"] % d == 0)
+
+    metrics = _in_memory(attempt, smaller, "recipe.micro_batch", config.recipe.micro_batch)
     return {"metrics": metrics, "data": drawn.counts()}
+
+
+def _in_memory(attempt: Callable[[int], Any], smaller: Callable[[int], int], key: str, size: int) -> Any:
+    """attempt(size), again with a smaller size as often as memory runs out. UserError with advice when 1 is too much."""
+    import torch
+
+    while True:
+        try:
+            return attempt(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise UserError(
+                    f"{key}=1: out of memory: try recipe.gradient_checkpointing=true, a smaller recipe.max_length or a larger GPU"
+                ) from None
+        size = smaller(size)  # outside of except: the error's frames hold the memory
+        torch.cuda.empty_cache()
+        print(f"out of memory: again with {key}={size}", file=sys.stderr)
+
+
+def _checkpoints(config: Config, stage: Stage) -> Path:
+    """Where a training that was killed finds what it had."""
+    return output(config) / "checkpoints" / stage.key
 
 
 def _reference(config: Config, stage: Stage) -> Path:
@@ -117,7 +151,8 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
     chat = benchmark.chat and base.tokenizer.chat_template is not None if benchmark else False
     with model.trained(base, parent) as tested:
-        metrics, items = evaluate.evaluate(base, tested, task, chat, config.recipe.eval_batch, progress)
+        attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)
+        metrics, items = _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch)
     with (folder / "items.jsonl").open("w") as file:
         file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     return {"benchmark": name, "metrics": metrics}

@@ -7,7 +7,9 @@ normalised over the effective batch: neither packing nor the micro-batch changes
 import contextlib
 import functools
 import hashlib
+import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from d2lora.config import Recipe
 from d2lora.data import REFERENCE_BLOCK, Subset, sft_examples
 from d2lora.model import Base, device
 from d2lora.plan import canonical
-from d2lora.store import cached
+from d2lora.store import cached, write_json
 
 Progress = Callable[[int, int], None]
 
@@ -233,24 +235,42 @@ METHODS: dict[str, tuple[type, type]] = {"sft": (SFT, SFTConfig), "dpo": (DPO, D
 
 
 class Watch(TrainerCallback):
-    """Keeps the log, reports progress, and stops at a loss that is not a number."""
+    """Reports progress, saves a checkpoint now and then, and stops at a loss that is not a number."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.log = progress, []
+    def __init__(self, progress: Progress, checkpoint_minutes: float, seconds_before: float = 0.0) -> None:
+        self.progress, self.every = progress, 60 * checkpoint_minutes
+        self.started = time.monotonic() - seconds_before
+        self.saved = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        entry = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        if "loss" not in entry:
-            return
-        bad = next((k for k in ("loss", "grad_norm") if not math.isfinite(entry.get(k, 0.0))), None)
-        if bad:
-            raise FloatingPointError(
-                f"{bad} is {entry[bad]} at step {state.global_step}: lower the learning rate or check the data"
-            )
-        self.log.append({"step": state.global_step, **entry})
+        values = {k: v for k, v in (logs or {}).items() if k in ("loss", "grad_norm")}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {state.global_step}: lower the learning rate or check the data"
+                )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.progress(state.global_step, state.max_steps)
+        control.should_save = time.monotonic() - self.saved >= self.every and state.global_step < state.max_steps
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Marks the checkpoint as whole: a process may die while Trainer writes one."""
+        self.saved = time.monotonic()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / _WHOLE, {"step": state.global_step, "seconds": round(self.saved - self.started, 3)})
+
+
+_WHOLE = "whole.json"
+
+
+def checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The latest whole checkpoint of a stage, with its step and the seconds it took to get there."""
+    marks = [(json.loads(file.read_text()), file.parent) for file in folder.glob(f"checkpoint-*/{_WHOLE}")]
+    if not marks:
+        return None
+    mark, place = max(marks, key=lambda found: found[0]["step"])
+    return place, mark
 
 
 def train(
@@ -265,8 +285,8 @@ def train(
 ) -> dict:
     """Train the adapter on the drawn examples as `spec` says.
 
-    `folder` is for the trainer's files, `reference` remembers what DPO's reference says (one folder a policy).
-    Returns metrics: first and last loss, steps, samples and tokens seen, and the log (one entry every 5 % of the steps).
+    `folder` is for checkpoints, from the last of which it goes on; `reference` remembers what DPO's reference says (one folder a
+    policy). Returns metrics: first and last loss, steps, samples and tokens seen, and the log (an entry every 5 % of the steps).
     """
     method = spec.get("method", {"name": "sft"})
     trainer_class, config_class = METHODS[method["name"]]
@@ -275,29 +295,32 @@ def train(
     args = config_class(
         **_arguments(spec, recipe, folder, max(1, steps // 20)), **_method_arguments(method, spec["max_length"])
     )
-    watch = Watch(progress)
+    place, mark = checkpoint(folder) or (None, {})
     trainer = trainer_class(
         model=wrapped,
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
-        callbacks=[watch],
+        callbacks=[Watch(progress, recipe.checkpoint_minutes, mark.get("seconds", 0.0))],
         data_collator=_collator(base, method, recipe),
         **_own_arguments(method, drawn, reference),
     )
     trainer.remove_callback(PrinterCallback)
     with _attention(base, recipe.attention):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(place) if place else None)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
     metrics = {
-        "first_loss": watch.log[0]["loss"],
-        "last_loss": watch.log[-1]["loss"],
+        "first_loss": log[0]["loss"],
+        "last_loss": log[-1]["loss"],
         "steps": trainer.state.global_step,
         "samples_seen": len(rows) * spec["epochs"],
         "tokens_seen": sum(_tokens(row, recipe.packing) for row in rows) * spec["epochs"],
     }
     if method["name"] == "dpo":
         metrics["reference_pairs_computed"] = trainer.computed
-    return metrics | {"log": watch.log}
+    if place:
+        metrics["resumed"] = mark
+    return metrics | {"micro_batch": recipe.micro_batch, "log": log}
 
 
 @contextlib.contextmanager
@@ -352,7 +375,8 @@ def _arguments(spec: dict, recipe: Recipe, folder: Path, logging_steps: int) -> 
         "logging_steps": logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
-        "save_strategy": "no",
+        "save_strategy": "no",  # Watch asks for checkpoints by the clock
+        "save_total_limit": 2,
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

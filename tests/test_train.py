@@ -140,7 +140,7 @@ def test_orpo_s_nll_covers_what_the_config_says(make) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_stage_and_says_where(make) -> None:
     cell = make("n=16", "recipe.lr.sft=1", "recipe.batch=1", "recipe.micro_batch=1", "recipe.max_grad_norm=1e9")
-    watch = train.Watch(lambda done, total: None)
+    watch = train.Watch(lambda done, total: None, checkpoint_minutes=5)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 3"):
         watch.on_log(None, type("State", (), {"global_step": 3}), None, {"loss": float("nan")})
     assert cell.chain.adapt.spec["max_grad_norm"] == 1e9

@@ -1,0 +1,140 @@
+"""Killed, out of memory, cut short: what is finished is kept, and what goes on ends as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2lora import data, packing, pipeline
+from d2lora.plan import Cell
+from d2lora.store import Store
+
+SMALL = ["n=48", "method.epochs=2", "recipe.checkpoint_minutes=0", "task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]  # fmt: skip
+
+
+@pytest.fixture
+def make(cell, tiny: Path, tmp_path: Path):
+    """make("out", "n=8", ...) -> an adaptation alone, its output in tmp_path/out."""
+
+    def adaptation(output: str, *overrides: str) -> Cell:
+        whole = cell(f"model.path={tiny}", f"output={tmp_path / output}", *SMALL, *overrides)
+        return Cell(whole.config.model_copy(update={"job": [whole.chain.adapt.key]}), whole.chain)
+
+    return adaptation
+
+
+def do(cell: Cell, progress=lambda done, total: None) -> Store:
+    store = Store(pipeline.output(cell.config))
+    lost = pipeline.do(cell.config, cell, store, lambda stage: progress)
+    assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
+    return store
+
+
+def adapter(cell: Cell) -> dict[str, torch.Tensor]:
+    place = Store(pipeline.output(cell.config)).place(cell.chain.adapt)
+    return load_file(place / "adapter" / "adapter_model.safetensors")
+
+
+def assert_equal(one: Cell, other: Cell) -> None:
+    weights = adapter(other)
+    assert all(torch.equal(weight, weights[name]) for name, weight in adapter(one).items())
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, method: str) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    calm, broken = make("calm", f"method={method}"), make("broken", f"method={method}")
+    do(calm)
+    with pytest.raises(KeyboardInterrupt):
+        do(broken, interrupt)
+    store = do(broken)
+    metrics = store.record(broken.chain.adapt)["metrics"]
+    assert metrics["resumed"]["step"] == 6
+    assert metrics["steps"] == 12
+    assert (
+        metrics["first_loss"] == Store(pipeline.output(calm.config)).record(calm.chain.adapt)["metrics"]["first_loss"]
+    )
+    assert_equal(calm, broken)
+    assert not list((pipeline.output(broken.config) / "checkpoints").iterdir()), "no longer needed"
+
+
+def test_a_checkpoint_cut_short_is_not_taken_up(make) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    calm, broken = make("calm"), make("broken")
+    do(calm)
+    with pytest.raises(KeyboardInterrupt):
+        do(broken, interrupt)
+    latest = pipeline.output(broken.config) / "checkpoints" / broken.chain.adapt.key / "checkpoint-6"
+    (latest / "whole.json").unlink()
+    (latest / "adapter_model.safetensors").write_bytes(b"cut")
+    assert do(broken).record(broken.chain.adapt)["metrics"]["resumed"]["step"] == 5
+    assert_equal(calm, broken)
+
+
+def test_kill_9_in_the_middle_of_a_training(make, tiny: Path, tmp_path: Path) -> None:
+    calm, killed = make("calm", "method=orpo"), make("killed", "method=orpo")
+    do(calm)
+    command = [
+        sys.executable,
+        str(data.ROOT / "run.py"),
+        f"model.path={tiny}",
+        f"output={tmp_path / 'killed'}",
+        "method=orpo",
+        *SMALL,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        marks = pipeline.output(killed.config) / "checkpoints"
+        deadline = time.monotonic() + 120
+        while not list(marks.glob("*/checkpoint-3/whole.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+    store = Store(pipeline.output(killed.config))
+    assert not store.done(killed.chain.adapt)
+    assert do(killed).record(killed.chain.adapt)["metrics"]["resumed"]["step"] >= 3
+    assert_equal(calm, killed)
+
+
+@pytest.mark.parametrize("method", ["sft", "orpo"])
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(make, method, monkeypatch, capsys) -> None:
+    calm, full = make("calm", f"method={method}"), make("full", f"method={method}")
+    do(calm)
+    plain = packing.pack
+
+    def pack(examples, *args):
+        if len(examples) > 3:
+            raise torch.OutOfMemoryError("simulated")
+        return plain(examples, *args)
+
+    monkeypatch.setattr(packing, "pack", pack)
+    record = do(full).record(full.chain.adapt)
+    assert record["metrics"]["micro_batch"] == 2
+    assert record["metrics"]["steps"] == 12
+    assert "again with recipe.micro_batch=4" in capsys.readouterr().err
+    for name, weight in adapter(full).items():
+        assert torch.allclose(weight, adapter(calm)[name], atol=1e-3), name
+
+
+def test_out_of_memory_at_micro_batch_1_fails_with_advice(make, monkeypatch) -> None:
+    def pack(examples, *args):
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(packing, "pack", pack)
+    cell = make("full")
+    store = Store(pipeline.output(cell.config))
+    lost = pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+    assert [s.name for s in lost] == ["adapt"]
+    told = json.loads((pipeline.output(cell.config) / "failed" / f"{lost[0].key}.json").read_text())["error"]
+    assert "recipe.micro_batch=1: out of memory: try recipe.gradient_checkpointing=true" in told
