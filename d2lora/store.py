@@ -3,19 +3,24 @@
     <output>/store/<stage>/<key>/   record.json, items.jsonl (evaluations), adapter/ (trainings)
 
 Correctness rests on one rename; the lock only saves waste. A file system without locks costs double work, never damage.
+
+`python -m d2lora.store check` verifies the store; `gc` lists what no sweep's manifest names any more, and `gc --yes` frees it.
 """
 
+import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from d2lora.errors import UserError
-from d2lora.plan import Stage
+from d2lora.plan import VERSIONS, Stage, canonical
 
 
 class Store:
@@ -49,6 +54,7 @@ class Store:
         temporary = Path(tempfile.mkdtemp(prefix=f".{stage.key}-", dir=place.parent))
         try:
             record = work(temporary)
+            record |= {"digest": _digest(record)}
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _sync(file)
@@ -88,7 +94,7 @@ class Store:
 def read_record(place: Path) -> dict | None:
     """The record in a stage's folder, which is named by its key; None if there is none.
 
-    UserError if it is not readable or another stage's.
+    UserError if it is not readable, was edited or is another stage's.
     """
     file = place / "record.json"
     try:
@@ -99,9 +105,18 @@ def read_record(place: Path) -> dict | None:
         raise UserError(
             f"{file}: the record is damaged ({error}); move its folder away to have the stage done again"
         ) from None
-    if found.get("key") != place.name:
-        raise UserError(f"{file}: the record of another stage ({found.get('key')}); move its folder away")
+    if not isinstance(found, dict) or found.get("key") != place.name:
+        raise UserError(f"{file}: not the record of this stage; move its folder away")
+    if found.get("digest") != _digest(found):
+        raise UserError(
+            f"{file}: the record was changed after it was published; move its folder away to have it done again"
+        )
     return found
+
+
+def _digest(record: dict) -> str:
+    """SHA-256 of a record without its own digest."""
+    return hashlib.sha256(canonical({k: v for k, v in record.items() if k != "digest"}).encode()).hexdigest()
 
 
 def cached(file: Path, make: Callable[[], Any]) -> Any:
@@ -130,3 +145,116 @@ def write_json(path: Path, value: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(name, path)
+
+
+# --- upkeep --------------------------------------------------------------------------------------------------------
+
+
+def check(output: Path) -> Iterator[str]:
+    """What is wrong in the store under `output`, a line each: damage, edits, missing or foreign files, what a kill left."""
+    for place in _entries(output):
+        if place.name.startswith("."):
+            yield f"{place}: unfinished: left by a worker that was stopped, or at work now"
+        elif place.parent.name not in VERSIONS or not (place / "record.json").is_file():
+            yield f"{place}: foreign: not a record's folder"
+        else:
+            yield from _faults(place)
+
+
+def _entries(output: Path) -> list[Path]:
+    stages = (f for f in (output / "store").glob("*") if f.name != ".locks")
+    return sorted(place for stage in stages for place in (stage.iterdir() if stage.is_dir() else [stage]))
+
+
+def _faults(place: Path) -> Iterator[str]:
+    try:
+        record = read_record(place)
+    except UserError as error:
+        yield str(error)
+        return
+    assert record is not None, "its file is there"
+    for name, digest in record["files"].items():
+        file = place / name
+        if not file.is_file():
+            yield f"{file}: missing"
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            yield f"{file}: not what was published"
+    parent = record["parent"]
+    if parent and not any((output / parent / "record.json").is_file() for output in place.parent.parent.iterdir()):
+        yield f"{place}: its parent {parent} is missing"
+
+
+def garbage(output: Path) -> Iterator[tuple[Path, str]]:
+    """What can be freed, and why: records that no manifest names, what kills left, checkpoints of finished stages."""
+    manifests = [json.loads(f.read_text()) for f in (output / "manifests").glob("*.json")]
+    named = {key for m in manifests for cell in m["cells"] for key in _strings(cell["stages"])}
+    for place in _entries(output):
+        if place.name.startswith("."):
+            if not _locked(output, place.name[1:].split("-")[0]):
+                yield place, "left by a worker that was stopped"
+        elif place.parent.name in VERSIONS and place.name not in named:
+            yield place, "in no sweep's manifest"
+    for place in sorted((output / "checkpoints").glob("*")):
+        if any((output / "store" / stage / place.name / "record.json").is_file() for stage in VERSIONS):
+            yield place, "checkpoint of a finished stage"
+    for place in sorted((output / "reference").glob("*")):
+        made = any((output / "store" / stage / place.name).exists() for stage in VERSIONS)
+        if made and place.name not in named:
+            yield place, "reference of a policy in no sweep's manifest"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def _locked(output: Path, key: str) -> bool:
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(output / "store" / ".locks" / f"{key}.lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _size(place: Path) -> int:
+    return sum(f.stat().st_size for f in [place, *place.rglob("*")] if f.is_file())
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
+
+
+def main() -> None:
+    from d2lora import data
+
+    parser = argparse.ArgumentParser(
+        prog="python -m d2lora.store", description="Verify the store, or free what nothing needs."
+    )
+    parser.add_argument("action", choices=["check", "gc"])
+    parser.add_argument("--yes", action="store_true", help="gc: free what it lists")
+    parser.add_argument("--output", default="outputs", help="the folder that holds store and manifests")
+    args = parser.parse_args()
+    output = data.ROOT / Path(args.output).expanduser()
+    if args.action == "check":
+        faults = list(check(output))
+        print("\n".join([*faults, f"{len(_entries(output))} entries, {len(faults)} of them to look at"]))
+        sys.exit(1 if faults else 0)
+    found = list(garbage(output))
+    for place, why in found:
+        print(f"{_size(place) / 1e6:8.1f} MB  {place}: {why}")
+        if args.yes:
+            _remove(place)
+    total = f"{len(found)} entries"
+    print(f"freed {total}" if args.yes else f"{total} could be freed: gc --yes")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ import pytest
 
 from d2lora.errors import UserError
 from d2lora.plan import Stage
-from d2lora.store import Store
+from d2lora.store import Store, check, garbage, write_json
 
 STAGE = Stage("adapt", {"n": 1})
 
@@ -82,8 +82,80 @@ def test_damaged_or_foreign_records_are_named_and_kept(tmp_path: Path) -> None:
     store = Store(tmp_path)
     file = store.place(STAGE) / "record.json"
     file.parent.mkdir(parents=True)
-    for text, word in (("{", "damaged"), (json.dumps({"key": "other"}), "another stage")):
+    for text, word in (("{", "damaged"), (json.dumps({"key": "other"}), "not the record of this stage")):
         file.write_text(text)
         with pytest.raises(UserError, match=word):
             store.ensure(STAGE, record)
         assert file.read_text() == text
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A store with a parent and its child, both named by a manifest, and a third that no manifest names."""
+    import hashlib
+
+    child, other = Stage("evaluate", {"b": 1}, STAGE), Stage("adapt", {"n": 2})
+    for stage in (STAGE, child, other):
+
+        def work(folder: Path, stage=stage) -> dict:
+            (folder / "weights").write_text("w")
+            files = {"weights": hashlib.sha256(b"w").hexdigest()}
+            return {"key": stage.key, "parent": stage.parent and stage.parent.key, "files": files, "value": 0.5}
+
+        Store(tmp_path).ensure(stage, work)
+    cells = [{"stages": {"warmup": None, "adapt": STAGE.key, "evaluate": {"math": child.key}}}]
+    write_json(tmp_path / "manifests" / "grid.json", {"cells": cells})
+    return tmp_path
+
+
+def test_a_sound_store_has_no_faults(output: Path) -> None:
+    assert list(check(output)) == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda place: (place / "weights").write_text("v"), "not what was published"),
+        (lambda place: (place / "weights").unlink(), "missing"),
+        (lambda place: (place / "record.json").write_text((place / "record.json").read_text()[:40]), "damaged"),
+        (
+            lambda place: (place / "record.json").write_text((place / "record.json").read_text().replace("0.5", "0.9")),
+            "changed after it was published",
+        ),
+        (lambda place: (place.parent / "notes.txt").write_text("mine"), "foreign"),
+        (lambda place: (place.parent / f".{'0' * 20}-abc").mkdir(), "unfinished"),
+        (lambda place: place.rename(place.parent.parent.parent / "away"), "its parent"),
+    ],
+)
+def test_check_names_what_is_wrong(output: Path, harm, told: str) -> None:
+    harm(Store(output).place(STAGE))
+    faults = list(check(output))
+    assert len(faults) == 1, faults
+    assert told in faults[0]
+
+
+def test_gc_lists_what_nothing_needs_before_it_frees_it(output: Path) -> None:
+    import subprocess
+    import sys
+
+    (output / "store" / "adapt" / f".{'0' * 20}-abc").mkdir()
+    (output / "checkpoints" / STAGE.key).mkdir(parents=True)
+    loose = Store(output).place(Stage("adapt", {"n": 2}))
+    assert {why for _, why in garbage(output)} == {
+        "in no sweep's manifest",
+        "left by a worker that was stopped",
+        "checkpoint of a finished stage",
+    }
+
+    def gc(*more: str) -> str:
+        command = [sys.executable, "-m", "d2lora.store", "gc", "--output", str(output), *more]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+        ).stdout
+
+    assert "3 entries could be freed" in gc()
+    assert loose.exists()
+    assert "freed 3 entries" in gc("--yes")
+    assert not loose.exists()
+    assert list(check(output)) == []
+    assert Store(output).done(STAGE)
