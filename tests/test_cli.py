@@ -94,13 +94,6 @@ def test_a_single_cell_prints_its_results(run) -> None:
     assert "lab_facts acc:" in text
 
 
-@pytest.mark.parametrize("sweep", [f.stem for f in sorted((ROOT / "sweeps").glob("*.yaml"))])
-def test_every_sweep_composes(run, tmp_path: Path, sweep: str) -> None:
-    text = run("-cn", sweep, "dry_run=true").stdout
-    assert text.startswith(f"sweep {sweep}: ")
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_lab_sweep_is_table_3_at_a_tenth(run) -> None:
     text = run("-cn", "lab", "dry_run=true").stdout
     assert "30 cells" in text
