@@ -228,11 +228,16 @@ def need(found: list[Row], data: Data, *columns: str) -> None:
         )
 
 
+def columns(task: Task) -> list[str]:
+    """The columns that a task's templates name."""
+    templates = (task.prompt, task.prefix, task.chosen, task.rejected, task.full_chosen, task.full_rejected)
+    return sorted(set().union(*(fields(t) for t in templates if t)))
+
+
 def check_task(task: Task, n: int | str, split_seed: int) -> None:
     """UserError unless the task's rows have its columns and are at least n."""
     found = rows(task.data, split_seed)
-    templates = (task.prompt, task.prefix, task.chosen, task.rejected, task.full_chosen, task.full_rejected)
-    need(found, task.data, *sorted(set().union(*(fields(t) for t in templates if t))))
+    need(found, task.data, *columns(task))
     _enough("n", n, len(found), f"task={task.name}")
 
 

@@ -83,7 +83,7 @@ def test_the_two_batches_do_each_stage_once_and_leave_nothing_waiting(grid) -> N
             mine = {s.key for s in job.stages}
             assert all(s.parent is None or s.parent.key in done | mine for s in job.stages)
         done |= {s.key for job in jobs for s in job.stages}
-        costs = [job.cost for job in jobs]
+        costs = [job.cost for job in jobs if job.stages[0].name != "contamination"]
         assert costs == sorted(costs, reverse=True)
 
 
@@ -105,12 +105,13 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 # The source of what each stage computes. When a test fails here: has the change an effect on results? If so raise
 # plan.VERSIONS of those stages, so that old records are not taken for new ones; then write the new hash here.
 SOURCES = {
-    "data": "2aaa95f40efe",
+    "contamination": "5124f59ed9fe",
+    "data": "373168bffcce",
     "model": "fb3550ed400a",
     "train": "9a0ae576d1c8",
     "evaluate": "7ab4877aea4b",
     "answers": "6e7ecc83d20a",
-    "pipeline": "71a106254665",
+    "pipeline": "2f46a2dd8874",
 }
 
 
