@@ -66,7 +66,7 @@ def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> No
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "store").rglob("record.json")} == before
     items = [
         json.loads(line)
-        for f in (tmp_path / "out" / "store").rglob("items.jsonl")
+        for f in (tmp_path / "out" / "store" / "evaluate").rglob("items.jsonl")
         for line in f.read_text().splitlines()
     ]
     assert all({"prompt", "answer", "gold"} <= set(i) for i in items)
