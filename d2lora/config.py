@@ -176,6 +176,8 @@ class Recipe(_Strict):
     max_length: Positive
     # From here on nothing changes a result beyond rounding, so nothing of it is part of a key.
     micro_batch: Positive
+    packing: Literal["prefix_shared", "padded"] = "prefix_shared"
+    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
     eval_batch: Positive = 16
     gradient_checkpointing: StrictBool = False
     threads: Positive | None = None

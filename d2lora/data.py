@@ -8,11 +8,12 @@ import importlib.util
 import io
 import json
 import lzma
+import math
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from d2lora.config import Benchmark, Data, Model, Task, Warmup, fields
@@ -273,13 +274,22 @@ def shuffled(count: int, seed: str) -> list[int]:
 # --- token ids -----------------------------------------------------------------------------------------------------
 
 
+# DPO's reference is computed in blocks of so many pairs of the seeded order, the same for every n: a pair's value doesn't
+# depend on who asks for it, not even in its last bits. The paper's sizes are multiples.
+REFERENCE_BLOCK = 10
+
+
 @dataclass(frozen=True)
 class Subset:
-    """Tokenized examples and what became of the rows: `rows` are the indices used, `misfits` those too long."""
+    """Tokenized examples and what became of the rows: `rows` are the indices used, `misfits` those too long.
+
+    `ahead` are the next examples of the order, up to a full reference block.
+    """
 
     examples: list[dict]
     rows: list[int]
     misfits: list[int]
+    ahead: list[dict] = field(default_factory=list)
 
     def counts(self) -> dict:
         """What the record says of the subset."""
@@ -296,23 +306,25 @@ def subset(found: list[Row], make: Callable[[Row], dict], amount: int | str, max
 
     Subsets are nested: those of amount = 1000 are the first of amount = 2000, so a curve over n adds rows and swaps none.
     """
+    wanted = len(found) if amount == "all" else int(amount)
+    block_end = math.ceil(wanted / REFERENCE_BLOCK) * REFERENCE_BLOCK
     examples: list[dict] = []
     used: list[int] = []
     misfits: list[int] = []
     for index in shuffled(len(found), seed):
-        if amount != "all" and len(used) == amount:
+        if len(examples) == block_end:
             break
         example = make(found[index])
         if longest(example) <= max_length:
             examples.append(example)
             used.append(index)
-        else:
+        elif len(used) < wanted:
             misfits.append(index)
-    if not used or amount not in ("all", len(used)):
+    if not used or (amount != "all" and len(used) < wanted):
         raise UserError(
             f"only {len(used):,} of {len(found):,} rows fit recipe.max_length={max_length}, and {amount} are asked for"
         )
-    return Subset(examples, used, misfits)
+    return Subset(examples[:wanted], used[:wanted], misfits, examples[wanted:])
 
 
 def longest(example: dict) -> int:

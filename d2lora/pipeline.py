@@ -1,6 +1,7 @@
 """Stage -> work: does one stage with what its parent left, and says in its record where the numbers came from."""
 
 import functools
+import hashlib
 import json
 import platform
 import shutil
@@ -109,10 +110,25 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
 
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
     with model.adapter(base, stage.spec, parent) as wrapped:
-        metrics = train.train(base, wrapped, drawn.examples, stage.spec, config.recipe, folder / "trainer", progress)
+        metrics = train.train(
+            base, wrapped, drawn, stage.spec, config.recipe, folder / "trainer", progress, _reference(config, stage)
+        )
         model.save(wrapped, folder / "adapter")
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return {"metrics": metrics, "data": drawn.counts()}
+
+
+def _reference(config: Config, stage: Stage) -> Path:
+    """Where the log-probabilities of DPO's reference are remembered: one folder a policy, for all cells that start from it."""
+    method, init = stage.spec.get("method", {}), stage.spec["init"]
+    if stage.parent and method.get("reference") != "base":
+        policy = stage.parent.key
+    else:
+        started = {"model": stage.spec["model"], "version": plan.VERSIONS["adapt"]}
+        if method.get("reference") != "base" and init["name"] not in ("lora", "gaussian"):  # those start as the base
+            started |= {k: stage.spec[k] for k in ("init", "lora", "seed")}
+        policy = hashlib.sha256(plan.canonical(started).encode()).hexdigest()[:20]
+    return output(config) / "reference" / policy
 
 
 def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:

@@ -94,6 +94,8 @@ def _training(config: Config, phase: str, epochs: int) -> dict:
         "seed": config.seed,
         "data_seed": config.data_seed,
     }
+    if config.recipe.lora.dropout:  # which units it drops depends on how the batch is laid out
+        recipe["packing"] = config.recipe.packing
     return shared | recipe | {"lr": getattr(config.recipe.lr, phase), "epochs": epochs, "libraries": _versions("trl")}
 
 

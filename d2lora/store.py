@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from d2lora.errors import UserError
 from d2lora.plan import Stage
@@ -101,6 +102,15 @@ def read_record(place: Path) -> dict | None:
     if found.get("key") != place.name:
         raise UserError(f"{file}: the record of another stage ({found.get('key')}); move its folder away")
     return found
+
+
+def cached(file: Path, make: Callable[[], Any]) -> Any:
+    """The value in a JSON file, made and written if there is none that can be read. For what is cheap to make again."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads(file.read_text())
+    value = make()
+    write_json(file, value)
+    return value
 
 
 def _sync(path: Path) -> None:

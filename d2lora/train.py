@@ -1,27 +1,65 @@
 """One train() for both phases and all methods, on TRL's trainers.
 
-The trainers get token ids (data.py made them) and their losses are normalised over the effective batch, so that the
-micro-batch changes a result by rounding only.
+The trainers get token ids (data.py made them), packed so that no token is computed twice (packing.py), and their losses are
+normalised over the effective batch: neither packing nor the micro-batch changes a result by more than rounding.
 """
 
+import contextlib
+import functools
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn.functional import cross_entropy, pad
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from d2lora import packing
 from d2lora.config import Recipe
-from d2lora.data import sft_examples
+from d2lora.data import REFERENCE_BLOCK, Subset, sft_examples
 from d2lora.model import Base, device
+from d2lora.plan import canonical
+from d2lora.store import cached
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Packer:
+    """The collator of packed training: token ids of a micro-batch -> packing.pack, and what TRL's trainers count by."""
+
+    hidden: int | None
+    prompt_loss: bool = False
+
+    def __call__(self, examples: list[dict]) -> dict:
+        packed = packing.pack(examples, self.hidden, self.prompt_loss)
+        batch: dict[str, Any] = {"packed": packed, "attention_mask": packed["sequence"] >= 0}
+        if "labels" in examples[0]:
+            batch["labels"] = pad(packed["target"][None], (1, 0), value=-100)
+        for key in ("ref_chosen_logps", "ref_rejected_logps"):
+            if key in examples[0]:
+                batch[key] = torch.tensor([e[key] for e in examples])
+        return batch
+
+
+class SFT(SFTTrainer):
+    """TRL's SFT, on packed batches too."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        forward = model
+        if "packed" in inputs:
+            forward = lambda packed, **_: packing.log_probs(model, packed)  # noqa: E731
+        return super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
 
 
 class _WholeBatch:
@@ -43,56 +81,97 @@ class _WholeBatch:
         return float(of) / float(total) * self.micro_batches if self.model.training else 1.0
 
     @staticmethod
+    def pairs(batch) -> int:
+        if "packed" in batch:
+            return len(batch["packed"]["lengths"]) // 2
+        return len(batch["chosen_input_ids"]) if "chosen_input_ids" in batch else len(batch["input_ids"]) // 2
+
+    @staticmethod
     def nll_tokens(batch) -> int:
         return 0
 
 
 class DPO(_WholeBatch, DPOTrainer):
-    """TRL's DPO on ready ids, with the reference's log-probabilities computed once, before training."""
+    """TRL's DPO on ready ids. The reference's log-probabilities are computed before training, once for each pair.
 
-    def __init__(self, *, reference: str, **kwargs: Any) -> None:
-        self.reference = reference
+    `cache` is the folder of the policy that is the reference; `ahead` are the pairs that fill the last block.
+    """
+
+    def __init__(self, *, reference: str, cache: Path, ahead: list[dict], **kwargs: Any) -> None:
+        self.reference, self.cache, self.computed = reference, cache, 0
         super().__init__(**kwargs)
+        # TRL froze a copy of the adapter as the reference. Nothing is trained yet: the policy itself is what it would be.
+        self.model.delete_adapter("ref")
+        self.train_dataset = self.with_reference(self.train_dataset, ahead)
+        self.precompute_ref_logps = True  # not as an argument: TRL would hash the whole model for a cache of its own
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
-    @staticmethod
-    def pairs(batch) -> int:
-        return len(batch["input_ids"]) // 2
-
-    def _precompute_ref_logps(self, dataset, name, batch_size):
-        # TRL froze a copy of the warm start as "ref"; without it, compute_ref_log_probs turns the adapter off: the base.
-        if self.reference == "base":
-            self.model.delete_adapter("ref")
-        batches = torch.utils.data.DataLoader(dataset, batch_size, collate_fn=self.data_collator)
-        place = self.accelerator.device
-        self.model.eval().to(place)
-        logps = [self.compute_ref_log_probs(self.model, {k: v.to(place) for k, v in b.items()}) for b in batches]
-        chosen, rejected = (torch.cat(part).float().tolist() for part in zip(*logps, strict=True))
-        first = next(iter(batches))
-        self.check_reference({k: v.to(place) for k, v in first.items()}, chosen[: self.pairs(first)])
-        if self.reference == "warm_start":
-            self.model.delete_adapter("ref")
+    def with_reference(self, dataset: Dataset, ahead: list[dict]) -> Dataset:
+        """The pairs with ref_chosen_logps and ref_rejected_logps, from the cache where it has them."""
+        examples = dataset.to_list()
+        self.model.eval().to(self.accelerator.device)
+        everything, values = examples + ahead, []
+        for start in range(0, len(everything), REFERENCE_BLOCK):
+            block = everything[start : start + REFERENCE_BLOCK]
+            name = hashlib.sha256(canonical(block).encode()).hexdigest()[:20]
+            values += cached(self.cache / f"{name}.json", functools.partial(self.reference_logps, block))
+        self.check_reference(examples[:4], values[:4])
         self.model.train()
-        return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+        for column, part in zip(("chosen", "rejected"), zip(*values[: len(examples)], strict=True), strict=True):
+            dataset = dataset.add_column(f"ref_{column}_logps", part)
+        return dataset
 
-    def check_reference(self, batch, chosen: list[float]) -> None:
-        """RuntimeError unless the reference's log-probabilities are those of the model it is said to be."""
-        off = self.model.disable_adapter() if self.reference == "base" else None
-        with off or torch.no_grad(), torch.no_grad():
-            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            expected = ORPOTrainer.get_batch_logps(logits.float(), labels)[: len(chosen)]
-        got = torch.tensor(chosen, device=expected.device)
-        if not torch.allclose(got, expected, rtol=1e-3, atol=2e-3 if logits.dtype == torch.float32 else 0.5):
+    @torch.no_grad()
+    def reference_logps(self, examples: list[dict]) -> list[list[float]]:
+        """[chosen, rejected] log-probabilities of pairs under the reference."""
+        self.computed += len(examples)
+        batch = self._prepare_inputs(self.data_collator(examples))
+        with self.as_reference(), self.accelerator.autocast():
+            if "packed" in batch:
+                logps = self.answers(self.model, batch["packed"]).log_probs
+            else:
+                batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+                logps = self.model(**batch, fused_lm_head=True).log_probs
+        return torch.stack(logps.sum(1).chunk(2), 1).float().tolist()
+
+    def as_reference(self):
+        """The model as the reference, before the first step: with its adapter, or the base alone."""
+        return self.model.disable_adapter() if self.reference == "base" else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def check_reference(self, examples: list[dict], found: list[list[float]]) -> None:
+        """RuntimeError unless reference log-probabilities are those of the model it is said to be.
+
+        It is asked in the plain way: padded sequences, whole logits, nothing packed and nothing remembered.
+        """
+        batch = self._prepare_inputs(DataCollatorForPreference(self._tokenizer.pad_token_id)(examples))
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        with self.as_reference(), self.accelerator.autocast():
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        expected = torch.stack(ORPOTrainer.get_batch_logps(logits, labels).chunk(2), 1)
+        got = torch.tensor(found, device=expected.device)
+        if not torch.allclose(got, expected, rtol=1e-3, atol=2e-3 if self.model.dtype == torch.float32 else 0.5):
             raise RuntimeError(
-                f"DPO's reference is not the {self.reference} model: {got[:3].tolist()} against {expected[:3].tolist()}"
+                f"DPO's reference is not the {self.reference} model: {got[0].tolist()} against {expected[0].tolist()}"
             )
 
+    @staticmethod
+    def answers(model, packed: packing.Packed, **_: Any) -> FusedCausalLMOutput:
+        """The packed forward with its results as TRL's loss expects them: a row an answer."""
+        found = packing.log_probs(model, packed)
+        wanted = ("log_probs", "entropy", "mean_logits", "is_top1")
+        return FusedCausalLMOutput(**{k: packing.by_answer(found[k], packed) for k in wanted})
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs)
-        return loss * self.share(self.pairs(inputs), self.batch_pairs)
+        share = self.share(self.pairs(inputs), self.batch_pairs)
+        if packed := inputs.pop("packed", None):
+            mask = pad(packing.mask_of(packed), (1, 0))
+            # TRL reads its labels' ids from input_ids; the packed forward has its own.
+            inputs |= {"input_ids": mask, "completion_mask": mask}
+            model = functools.partial(self.answers, model, packed)
+        return super().compute_loss(model, inputs) * share
 
 
 class ORPO(_WholeBatch, ORPOTrainer):
@@ -101,6 +180,7 @@ class ORPO(_WholeBatch, ORPOTrainer):
     def __init__(self, *, nll: str, **kwargs: Any) -> None:
         self.nll = nll
         super().__init__(**kwargs)
+        add_fused_lm_head(self.model.get_base_model(), outputs=("log_probs", "mean_logits"))
 
     def tokenize_row(self, feature, model=None) -> dict:
         row, prompt = {}, feature["prompt_ids"]
@@ -111,38 +191,45 @@ class ORPO(_WholeBatch, ORPOTrainer):
             row[f"{kind}_labels"] = [-100] * len(prompt) + answer
         return row
 
-    @staticmethod
-    def pairs(batch) -> int:
-        return len(batch["chosen_input_ids"])
-
     def nll_tokens(self, batch) -> int:
         """Predicted tokens that the NLL averages over: the first token of a sequence is predicted by nothing."""
+        if "packed" in batch:
+            return int(self._in_nll(batch["packed"]).sum())
         if self.nll == "completion":
             return int((batch["chosen_labels"][:, 1:] != -100).sum())
         return int(batch["chosen_attention_mask"][:, 1:].sum())
 
+    def _in_nll(self, packed: packing.Packed) -> torch.Tensor:
+        return (
+            packed["answer"] < len(packed["lengths"]) // 2
+        )  # the chosen answers' tokens, and the prompts' if predicted
+
     def concatenated_forward(self, model, batch):
-        chosen, rejected, chosen_logits, rejected_logits, nll, *rest = super().concatenated_forward(model, batch)
+        forward = self._packed_forward if "packed" in batch else self._padded_forward
+        *results, nll = forward(model, batch)
+        return *results, nll * self.share(self.nll_tokens(batch), self.batch_tokens)
+
+    def _packed_forward(self, model, batch):
+        packed = batch["packed"]
+        found = packing.log_probs(model, packed)
+        logps = packing.by_answer(found.log_probs, packed).sum(1) / packed["lengths"]
+        logits = packing.by_answer(found.mean_logits, packed)  # for TRL's log only
+        nll = -found.log_probs[0, self._in_nll(packed)].mean()
+        return *logps.chunk(2), *logits.chunk(2), nll
+
+    def _padded_forward(self, model, batch):
+        *results, logits, rejected_logits, nll = super().concatenated_forward(model, batch)[:5]
         if self.nll == "completion":
-            labels = torch.nn.functional.pad(
-                batch["chosen_labels"], (0, chosen_logits.shape[1] + 1 - batch["chosen_labels"].shape[1]), value=-100
-            )
-            nll = torch.nn.functional.cross_entropy(
-                chosen_logits.flatten(0, 1), labels[:, 1:].flatten().to(chosen_logits.device)
-            )
-        nll = nll * self.share(self.nll_tokens(batch), self.batch_tokens)
-        return chosen, rejected, chosen_logits, rejected_logits, nll, *rest
+            labels = pad(batch["chosen_labels"], (0, logits.shape[1] + 1 - batch["chosen_labels"].shape[1]), value=-100)
+            nll = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+        return *results, logits, rejected_logits, nll
 
     def odds_ratio_loss(self, chosen_logps, rejected_logps):
         losses, *rest = super().odds_ratio_loss(chosen_logps, rejected_logps)
         return losses * self.share(len(losses), self.batch_pairs), *rest
 
 
-METHODS: dict[str, tuple[type, type]] = {
-    "sft": (SFTTrainer, SFTConfig),
-    "dpo": (DPO, DPOConfig),
-    "orpo": (ORPO, ORPOConfig),
-}
+METHODS: dict[str, tuple[type, type]] = {"sft": (SFT, SFTConfig), "dpo": (DPO, DPOConfig), "orpo": (ORPO, ORPOConfig)}
 
 
 class Watch(TrainerCallback):
@@ -167,45 +254,82 @@ class Watch(TrainerCallback):
 
 
 def train(
-    base: Base, wrapped: PeftModel, examples: list[dict], spec: dict, recipe: Recipe, folder: Path, progress: Progress
+    base: Base,
+    wrapped: PeftModel,
+    drawn: Subset,
+    spec: dict,
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    reference: Path | None = None,
 ) -> dict:
-    """Train the adapter on the examples as `spec` says; `folder` is for the trainer's files.
+    """Train the adapter on the drawn examples as `spec` says.
 
+    `folder` is for the trainer's files, `reference` remembers what DPO's reference says (one folder a policy).
     Returns metrics: first and last loss, steps, samples and tokens seen, and the log (one entry every 5 % of the steps).
     """
     method = spec.get("method", {"name": "sft"})
     trainer_class, config_class = METHODS[method["name"]]
-    rows = sft_examples(examples) if method["name"] == "sft" else examples
+    rows = sft_examples(drawn.examples) if method["name"] == "sft" else drawn.examples
     steps = math.ceil(len(rows) / spec["batch"]) * spec["epochs"]
     args = config_class(
         **_arguments(spec, recipe, folder, max(1, steps // 20)), **_method_arguments(method, spec["max_length"])
     )
     watch = Watch(progress)
-    own = {key: method[key] for key in {"dpo": ["reference"], "orpo": ["nll"]}.get(method["name"], [])}
-    if method["name"] == "orpo":
-        own["data_collator"] = DPODataCollatorWithPadding(pad_token_id=base.tokenizer.pad_token_id)
     trainer = trainer_class(
         model=wrapped,
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
         callbacks=[watch],
-        **own,
+        data_collator=_collator(base, method, recipe),
+        **_own_arguments(method, drawn, reference),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    if "ref" in wrapped.peft_config:
-        wrapped.delete_adapter("ref")
-    tokens = sum(len(v) for row in rows for k, v in row.items() if k in ("input_ids", "chosen_ids", "rejected_ids"))
-    tokens += sum(2 * len(row["prompt_ids"]) for row in rows if "prompt_ids" in row)
-    return {
+    with _attention(base, recipe.attention):
+        trainer.train()
+    metrics = {
         "first_loss": watch.log[0]["loss"],
         "last_loss": watch.log[-1]["loss"],
         "steps": trainer.state.global_step,
         "samples_seen": len(rows) * spec["epochs"],
-        "tokens_seen": tokens * spec["epochs"],
-        "log": watch.log,
+        "tokens_seen": sum(_tokens(row, recipe.packing) for row in rows) * spec["epochs"],
     }
+    if method["name"] == "dpo":
+        metrics["reference_pairs_computed"] = trainer.computed
+    return metrics | {"log": watch.log}
+
+
+@contextlib.contextmanager
+def _attention(base: Base, kind: str) -> Iterator[None]:
+    """The base with another implementation of attention, while it trains."""
+    before = base.model.config._attn_implementation
+    base.model.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        base.model.set_attn_implementation(before)
+
+
+def _collator(base: Base, method: dict, recipe: Recipe):
+    """The packer, or for padded batches TRL's own collator (None: the trainer has its own)."""
+    if recipe.packing == "prefix_shared":
+        hidden = None if recipe.attention == "flex_attention" else base.model.config.get_text_config().hidden_size
+        return Packer(hidden, method.get("nll") == "prompt_and_chosen")
+    return DPODataCollatorWithPadding(base.tokenizer.pad_token_id) if method["name"] == "orpo" else None
+
+
+def _own_arguments(method: dict, drawn: Subset, reference: Path | None) -> dict:
+    """What our trainers take beyond TRL's."""
+    if method["name"] == "dpo":
+        return {"reference": method["reference"], "cache": reference, "ahead": drawn.ahead}
+    return {"nll": method["nll"]} if method["name"] == "orpo" else {}
+
+
+def _tokens(row: dict, packing: str) -> int:
+    """Tokens that one row puts through the model, padding apart."""
+    prompt = len(row.get("prompt_ids", ())) * (1 if packing == "prefix_shared" else 2)
+    return prompt + sum(len(row[k]) for k in ("input_ids", "chosen_ids", "rejected_ids") if k in row)
 
 
 def _arguments(spec: dict, recipe: Recipe, folder: Path, logging_steps: int) -> dict:
@@ -241,5 +365,5 @@ def _method_arguments(method: dict, max_length: int) -> dict:
     if method["name"] == "sft":
         return {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     if method["name"] == "dpo":
-        return {"max_length": None, "beta": method["beta"], "precompute_ref_log_probs": True}
+        return {"max_length": None, "beta": method["beta"]}
     return {"max_length": max_length, "beta": method["beta"]}

@@ -45,6 +45,8 @@ def test_what_can_change_a_result_changes_the_key(cell, other: str) -> None:
     "other",
     [
         "recipe.micro_batch=4",
+        "recipe.packing=padded",
+        "recipe.attention=eager",
         "recipe.threads=2",
         "recipe.eval_batch=3",
         "sweep=x",

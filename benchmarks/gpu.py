@@ -1,0 +1,147 @@
+"""Training speed on a GPU: pairs/s, tokens/s, MFU and peak memory of SFT, DPO and ORPO.
+
+    python benchmarks/gpu.py [--layers 32] [--steps 6] [--batch 16] [--micro 4]
+
+Llama-3.1-8B's architecture with random weights in bfloat16, LoRA r = 16 on all linear layers, and pairs with the lengths of real
+step-preference rows, through the project's own train(): padded batches (TRL's) and shared prefixes with `sdpa` and with
+`flex_attention`, with and without gradient checkpointing; Liger's layer kernels if `liger-kernel` is installed. MFU counts
+4 N FLOP a token (LoRA: forward 2 N, backward through the frozen weights 2 N) of the tokens that are no padding, of 989
+TFLOP/s (H100, dense bfloat16). Without a GPU a reduced model runs, to show that the script works; its MFU means nothing.
+"""
+
+import argparse
+import itertools
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PEAK = 989e12
+# Deciles 0, 10, ..., 100 of tokens in 2,000 real step-preference rows: prompt with shared steps, and one step.
+PROMPT = (63, 134, 175, 206, 234, 265, 296, 346, 407, 513, 1000)
+STEP = (2, 14, 18, 21, 24, 28, 31, 36, 42, 56, 420)
+METHODS = {
+    "sft": {"name": "sft"},
+    "dpo": {"name": "dpo", "beta": 0.1, "reference": "warm_start"},
+    "orpo": {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
+}
+
+
+def length(deciles: tuple[int, ...], rng: random.Random) -> int:
+    at = rng.uniform(0, 10)
+    low = min(int(at), 9)
+    return round(deciles[low] + (at - low) * (deciles[low + 1] - deciles[low]))
+
+
+def make_pairs(count: int, vocabulary: int) -> list[dict]:
+    rng = random.Random(0)
+    draw = lambda deciles: [rng.randrange(10, vocabulary) for _ in range(length(deciles, rng))]  # noqa: E731
+    return [{"prompt_ids": draw(PROMPT), "chosen_ids": draw(STEP), "rejected_ids": draw(STEP)} for _ in range(count)]
+
+
+def dtype() -> str:
+    """bfloat16; on a CPU, where that is very slow, float32."""
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def load(layers: int, hidden: int, liger: bool):
+    """A Base with random weights. Its tokenizer is the lab's: only its padding token is asked for."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from d2lora import model
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=False)
+    shape = LlamaConfig(
+        vocab_size=128_256 if torch.cuda.is_available() else 2_000, hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=layers,
+        num_attention_heads=hidden // 128, num_key_value_heads=max(1, hidden // 512), max_position_embeddings=8192,
+        rope_theta=500_000.0, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.set_default_dtype(getattr(torch, dtype()))
+    with torch.device(model.device()):
+        net = LlamaForCausalLM(shape)
+    torch.set_default_dtype(torch.float32)
+    net.eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base")
+    return model.Base("llama-3.1-8b, random", net, tokenizer, model.checksum(net))
+
+
+def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
+    """Pairs/s, tokens/s and peak memory of the steps after the first two, which compile and warm up."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from d2lora import cli, model, train
+    from d2lora.data import Subset
+
+    settings = {"batch": args.batch, "micro_batch": args.micro, **how}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        recipe = cli.cell(compose("config", [f"recipe.{k}={v}" for k, v in settings.items()])).config.recipe
+    spec = {
+        "method": METHODS[method], "batch": args.batch, "epochs": 1, "lr": 1e-6, "schedule": "cosine", "lr_warmup_ratio": 0.0,
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "max_length": 2048, "model": {"dtype": dtype()},
+        "lora": {"r": 16, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}, "init": {"name": "lora"},
+    }  # fmt: skip
+    clocks: list[float] = []
+
+    def watch(done: int, total: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        clocks.append(time.monotonic())
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder, model.adapter(base, spec, None) as wrapped:
+        drawn = Subset(pairs, list(range(len(pairs))), [])
+        metrics = train.train(base, wrapped, drawn, spec, recipe, Path(folder), watch, Path(folder) / "reference")
+    seconds = (clocks[-1] - clocks[1]) / (len(clocks) - 2)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
+    return {"pairs": args.batch / seconds, "tokens": metrics["tokens_seen"] / len(clocks) / seconds, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="32 on a GPU, 2 without")
+    parser.add_argument("--hidden", type=int, help="4096 on a GPU, 128 without")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--micro", type=int, default=4)
+    parser.add_argument("--methods", default="sft,dpo,orpo")
+    parser.add_argument("--liger", action="store_true", help="with Liger's layer kernels")
+    args = parser.parse_args()
+    import torch
+
+    gpu = torch.cuda.is_available()
+    base = load(args.layers or (32 if gpu else 2), args.hidden or (4096 if gpu else 128), args.liger)
+    size = sum(p.numel() for p in base.model.parameters())
+    pairs = make_pairs(args.steps * args.batch, base.model.config.vocab_size)
+    place = torch.cuda.get_device_name() if gpu else "no GPU: a reduced model on the CPU, its MFU means nothing"
+    print(
+        f"{place}; {size / 1e9:.2f} B parameters, {dtype()}, micro-batch {args.micro} of {args.batch}, MFU = 4 N x tokens/s / 989 TFLOP/s"
+    )
+    print(f"{'':<44}{'pairs/s':>9}{'tokens/s':>10}{'MFU %':>7}{'peak GiB':>10}")
+    layouts = [("padded", "sdpa"), ("prefix_shared", "sdpa")] + ([("prefix_shared", "flex_attention")] if gpu else [])
+    for method, (packing, attention), checkpointing in itertools.product(
+        args.methods.split(","), layouts, (False, True)
+    ):
+        how = {"packing": packing, "attention": attention, "gradient_checkpointing": checkpointing}
+        name = f"{method}, {packing}, {attention}" + (", checkpointing" if checkpointing else "")
+        try:
+            r = measure(base, method, how, pairs, args)
+        except torch.OutOfMemoryError:
+            print(f"{name:<44}{'out of memory':>19}", flush=True)
+            continue
+        mfu = 100 * 4 * size * r["tokens"] / PEAK
+        print(f"{name:<44}{r['pairs']:>9.2f}{r['tokens']:>10.0f}{mfu:>7.1f}{r['memory']:>10.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

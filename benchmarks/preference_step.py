@@ -1,0 +1,173 @@
+"""What a step of preference training costs: TRL as it comes, TRL at its best setting, and ours.
+
+    python benchmarks/preference_step.py [--rows FOLDER] [--pairs 16] [--epochs 4] [--methods dpo,orpo]
+
+Without --rows the lab's pairs and base; with it the step-preference rows in FOLDER (math-step-pref's layout) and SmolLM2-135M
+(extra [laptop]). Each side runs in a process of its own on one thread, on the same pairs with the effective batch of 16: TRL's
+micro-batch of 8 (its default), padded, DPO's reference in every step; the same with the reference computed before and
+similar lengths together; and ours. Each trains one epoch; a reference computed before is paid once for --epochs epochs.
+Prints for each method tokens, seconds a pair, peak memory and first losses, and last `speedup: N.Nx` (TRL as it comes) and
+`speedup_best: N.Nx` over all methods.
+"""
+
+import argparse
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+BATCH, MICRO = 16, 8
+SIDES = ("TRL as it comes", "TRL at its best", "d2lora")
+
+
+def prepare(rows: str | None, pairs: int, method: str):
+    """The base, `pairs` tokenized pairs, a spec and a recipe."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from d2lora import cli, data, model
+
+    torch.set_num_threads(1)
+    real = ["scale=laptop", "task.data.path=" + rows, f"data_root={rows}", "recipe.max_length=1024"] if rows else []
+    keep = [f"recipe.batch={BATCH}", f"recipe.micro_batch={MICRO}", "~task.benchmark"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cell = cli.cell(compose("config", overrides=[f"method={method}", f"n={pairs}", *real, *keep]))
+    base = model.base(cell.config.model, ROOT / "outputs" / "models")
+    make = functools.partial(data.pair_example, base.tokenizer, cell.config.task)
+    spec = cell.chain.adapt.spec | {"epochs": 1, "lr": 1e-5}
+    drawn = data.subset(data.rows(cell.config.task.data), make, pairs, spec["max_length"], "task/0")
+    return base, drawn, spec, cell.config.recipe
+
+
+class Counter:
+    """Counts the tokens (padding too) that go through a model, and the first loss."""
+
+    def __init__(self, backbone) -> None:
+        self.tokens = 0
+        backbone.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, module, args, kwargs) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        self.tokens += ids.numel()
+
+
+def ours(base, drawn, spec, recipe, folder: Path) -> dict:
+    from d2lora import model, train
+
+    with model.adapter(base, spec, None) as wrapped:
+        counter = Counter(base.model.base_model)
+        inner, spent = train.DPO.with_reference, []
+        train.DPO.with_reference = lambda *a, **k: timed(inner, spent, *a, **k)
+        clock = time.monotonic()
+        metrics = train.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
+        seconds = time.monotonic() - clock
+    reference = sum(spent)
+    return {
+        "seconds": seconds - reference,
+        "reference": reference,
+        "tokens": counter.tokens,
+        "loss": metrics["first_loss"],
+    }
+
+
+def timed(function, spent: list[float], *args, **kwargs):
+    clock = time.monotonic()
+    result = function(*args, **kwargs)
+    spent.append(time.monotonic() - clock)
+    return result
+
+
+def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
+    """TRL's own trainer; only its tokenization is skipped."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    from trl.experimental.utils import DPODataCollatorWithPadding
+
+    from d2lora import model, train
+
+    dpo = spec["method"]["name"] == "dpo"
+    plain = type("Plain", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *a, **k: dataset})
+    if not dpo:
+        plain = type("Plain", (ORPOTrainer,), {"tokenize_row": train.ORPO.tokenize_row})
+    lengths = [
+        {**e, "length": max(len(e["chosen_ids"]), len(e["rejected_ids"])) + len(e["prompt_ids"])}
+        for e in drawn.examples
+    ]
+    settings = train._arguments(spec, recipe, folder, 1) | {"beta": spec["method"]["beta"]}
+    settings |= {"max_length": None if dpo else spec["max_length"]}
+    if best:
+        settings |= {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
+        settings |= {"precompute_ref_log_probs": True} if dpo else {}
+    with model.adapter(base, spec, None) as wrapped:
+        counter, spent = Counter(base.model.base_model), []
+        if best and dpo:
+            inner = plain._precompute_ref_logps
+            plain._precompute_ref_logps = lambda *a, **k: timed(inner, spent, *a, **k)
+        collator = None if dpo else DPODataCollatorWithPadding(base.tokenizer.pad_token_id)
+        clock = time.monotonic()
+        trainer = plain(
+            model=wrapped, args=(DPOConfig if dpo else ORPOConfig)(**settings), train_dataset=Dataset.from_list(lengths),
+            processing_class=base.tokenizer, data_collator=collator,
+        )  # fmt: skip
+        trainer.train()
+        seconds = time.monotonic() - clock
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return {"seconds": seconds - sum(spent), "reference": sum(spent), "tokens": counter.tokens, "loss": first}
+
+
+def side(name: str, rows: str | None, pairs: int, method: str) -> dict:
+    """One side's measurements."""
+    work = {SIDES[0]: functools.partial(theirs, False), SIDES[1]: functools.partial(theirs, True), SIDES[2]: ours}[name]
+    prepared = prepare(rows, pairs, method)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        found = work(*prepared, Path(folder))
+    return found | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "idle": before / 2**10}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", help="folder with real step-preference rows")
+    parser.add_argument("--pairs", type=int)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--methods", default="dpo,orpo")
+    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    pairs = args.pairs or (BATCH if args.rows else 25 * BATCH)
+    if args.side:
+        print(json.dumps(side(args.side[0], args.rows, pairs, args.side[1])))
+        return
+    print(f"{pairs} pairs, effective batch {BATCH}, one thread; a reference is shared by {args.epochs} epochs")
+    print(f"{'':<24}{'tokens':>10}{'step s/pair':>13}{'ref s/pair':>12}{'pairs/s':>9}{'peak MB':>9}{'first loss':>12}")
+    total = dict.fromkeys(SIDES, 0.0)
+    for method in args.methods.split(","):
+        for name in SIDES:
+            command = [sys.executable, __file__, "--pairs", str(pairs), "--side", name, method]
+            command += ["--rows", str(Path(args.rows).resolve())] if args.rows else []
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(done.stderr[-3000:])
+            r = json.loads(done.stdout.strip().splitlines()[-1])
+            each = r["seconds"] / pairs + r["reference"] / pairs / args.epochs
+            total[name] += each
+            print(
+                f"{method + ', ' + name:<24}{r['tokens']:>10,}{r['seconds'] / pairs:>13.3f}{r['reference'] / pairs:>12.3f}"
+                f"{1 / each:>9.2f}{r['memory']:>9.0f}{float(r['loss']):>12.4f}",
+                flush=True,
+            )
+    print(f"speedup: {total[SIDES[0]] / total[SIDES[2]]:.1f}x")
+    print(f"speedup_best: {total[SIDES[1]] / total[SIDES[2]]:.1f}x")
+
+
+if __name__ == "__main__":
+    main()
