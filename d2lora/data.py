@@ -125,16 +125,27 @@ def rows(data: Data, split_seed: int = 0) -> list[Row]:
     """All rows of a data set after `where` and the hold-out, in the order of the source."""
     file = _file(data)
     found = _read(file, digest(file)) if file else _from_hub(data)
-    for column, values in data.where.items():
-        found = [row for row in found if str(row.get(column)) in values]
     if not found:
-        raise UserError(f"data.path={data.path}: no rows" + (f" where {data.where}" if data.where else ""))
+        raise UserError(f"data.path={data.path}: no rows")
+    for column, values in data.where.items():
+        found = _where(found, data, column, values)
     if data.hold_out:
         if data.hold_out >= len(found):
             raise UserError(f"data.hold_out={data.hold_out}: the data set has only {len(found)} rows")
         held = set(shuffled(len(found), f"hold-out/{split_seed}")[: data.hold_out])
         found = [row for index, row in enumerate(found) if (index in held) == (data.part == "held_out")]
     return found
+
+
+def _where(found: list[Row], data: Data, column: str, values: list[str]) -> list[Row]:
+    """The rows whose column has one of the values. UserError for a value that no row has: it would be missed in silence."""
+    need(found, data, column)
+    there = {str(row[column]) for row in found}
+    if absent := [value for value in values if value not in there]:
+        raise UserError(
+            f"data.where.{column}={', '.join(absent)}: no row has it; there are {', '.join(sorted(there)[:40])}"
+        )
+    return [row for row in found if str(row[column]) in values]
 
 
 @functools.cache
@@ -218,11 +229,16 @@ def need(found: list[Row], data: Data, *columns: str) -> None:
         )
 
 
+def columns(task: Task) -> list[str]:
+    """The columns that a task's templates name."""
+    templates = (task.prompt, task.prefix, task.chosen, task.rejected, task.full_chosen, task.full_rejected)
+    return sorted(set().union(*(fields(t) for t in templates if t)))
+
+
 def check_task(task: Task, n: int | str, split_seed: int) -> None:
     """UserError unless the task's rows have its columns and are at least n."""
     found = rows(task.data, split_seed)
-    templates = (task.prompt, task.prefix, task.chosen, task.rejected, task.full_chosen, task.full_rejected)
-    need(found, task.data, *sorted(set().union(*(fields(t) for t in templates if t))))
+    need(found, task.data, *columns(task))
     _enough("n", n, len(found), f"task={task.name}")
 
 
@@ -325,6 +341,16 @@ def encode(tokenizer, text: str) -> list[int]:
     if tokenizer.bos_token_id is not None and default[0] == tokenizer.bos_token_id != ids[0]:
         ids = [tokenizer.bos_token_id, *ids]
     return ids
+
+
+def undated(template: str | None) -> str | None:
+    """A chat template that does not write today's date into its prompts, as Llama 3.2's does: results would change daily.
+
+    The date is the one that Llama 3.1's template has, and 3.2's where it can't ask for today's.
+    """
+    if template and "strftime_now" in template:
+        return '{%- set date_string = "26 Jul 2024" -%}' + template
+    return template
 
 
 def rendered_prompt(tokenizer, prompt: str, prefix: str = "") -> str:

@@ -74,6 +74,7 @@ def _load(model: Model, cache: Path) -> Base:
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **remote)
+        tokenizer.chat_template = data.undated(tokenizer.chat_template)
         found = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, model.dtype), use_safetensors=True, attn_implementation="sdpa", **remote
         )

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d2lora import data, plan
+from d2lora import contamination, data, plan
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Chain, Stage
@@ -34,12 +34,8 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
     """The record of one stage of the cell; does it if nobody has. Its parent must be done."""
 
     def work(folder: Path) -> dict:
-        from d2lora import model  # late: torch and its friends take many seconds to import
-
         started, clock = datetime.now(UTC), time.monotonic()
-        threads = _limit_threads(config.recipe.threads)
-        _reset_peak_memory()
-        base = model.base(config.model, output(config) / "models")
+        base = _base(config) if stage.name != "contamination" else None
         loaded = time.monotonic()
         result = _WORK[stage.name](config, chain, stage, store, base, folder, progress)
         return {
@@ -51,7 +47,7 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
             "parent": stage.parent.key if stage.parent else None,
             **result,
             "files": {str(f.relative_to(folder)): data.digest(f) for f in sorted(folder.rglob("*")) if f.is_file()},
-            "provenance": _provenance() | {"started": started.isoformat(timespec="seconds"), "threads": threads},
+            "provenance": _provenance() | _hardware() | {"started": started.isoformat(timespec="seconds")},
             "seconds": round(time.monotonic() - loaded, 3),
             "load_seconds": round(loaded - clock, 3),
             "peak_memory_mb": _peak_memory_mb(),
@@ -60,6 +56,32 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
     record = store.ensure(stage, work)
     shutil.rmtree(_checkpoints(config, stage), ignore_errors=True)
     return record
+
+
+def _base(config: Config):
+    """The base, loaded once a process, with the process's threads as the recipe has them."""
+    import torch  # late: torch and its friends take many seconds to import, and a check of the data needs none of them
+
+    from d2lora import model
+
+    if config.recipe.threads:
+        torch.set_num_threads(config.recipe.threads)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return model.base(config.model, output(config) / "models")
+
+
+def _contamination(config, chain, stage, store, base, folder, progress) -> dict:
+    pair = plan.pairs(config)[chain.contamination.index(stage)]
+    tests, rows = (data.rows(source, config.split_seed) for source in (pair.benchmark.data, pair.rows))
+    items = contamination.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress)
+    _write_items(folder, items)
+    return {"pair": pair.name, "metrics": contamination.shares(items, len(tests)), "data": {"rows": len(rows)}}
+
+
+def _write_items(folder: Path, items: list[dict]) -> None:
+    with (folder / "items.jsonl").open("w") as file:
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 
 def _warm_up(config, chain, stage, store, base, folder, progress) -> dict:
@@ -153,12 +175,11 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
     with model.trained(base, parent) as tested:
         attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)
         metrics, items = _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch)
-    with (folder / "items.jsonl").open("w") as file:
-        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    _write_items(folder, items)
     return {"benchmark": name, "metrics": metrics}
 
 
-_WORK = {"warmup": _warm_up, "adapt": _adapt, "evaluate": _evaluate}
+_WORK = {"contamination": _contamination, "warmup": _warm_up, "adapt": _adapt, "evaluate": _evaluate}
 
 
 # --- a worker's share ----------------------------------------------------------------------------------------------
@@ -214,12 +235,21 @@ def report_failure(config: Config, stage: Stage, error: BaseException) -> None:
 
 @functools.cache
 def _provenance() -> dict:
-    import torch
+    return {"packages": _versions(), "python": platform.python_version(), "git": _git()}
 
-    hardware = {"machine": platform.machine(), "cores": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        hardware["gpu"] = torch.cuda.get_device_name()
-    return {"packages": _versions(), "python": platform.python_version(), "git": _git(), "hardware": hardware}
+
+def _torch():
+    """torch, if this process has imported it: a check of the data does not need it."""
+    return sys.modules.get("torch")
+
+
+def _hardware() -> dict:
+    hardware: dict = {"machine": platform.machine()}
+    if torch := _torch():
+        hardware["cores"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            hardware["gpu"] = torch.cuda.get_device_name()
+    return {"hardware": hardware, "threads": hardware.get("cores", 1)}
 
 
 def _versions() -> dict:
@@ -248,27 +278,10 @@ def _git() -> dict | None:
     return {"commit": commit, "dirty": bool(status.strip())}
 
 
-def _limit_threads(threads: int | None) -> int:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
-
-
-def _reset_peak_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def _peak_memory_mb() -> float:
     """Peak GPU memory of the stage; without a GPU, the peak resident memory of the process so far."""
     import resource
 
-    import torch
-
-    if torch.cuda.is_available():
+    if (torch := _torch()) and torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

@@ -1,5 +1,6 @@
 """Cells -> stages, each once. What a stage is, what its key covers, and in which order a grid does them. No torch here.
 
+    contamination (one a pair of test and training set)
     warm-up -> adapt -> evaluate (one a benchmark)
 
 A stage's key is a hash of everything that can change its result and of its parent's key, so cells share what they can:
@@ -13,11 +14,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from d2lora import data
-from d2lora.config import Config
+from d2lora import contamination, data
+from d2lora.config import Benchmark, Config, fields
 
 # Raised by hand when a stage's code changes what it computes; a test compares them with the source.
-VERSIONS = {"warmup": 1, "adapt": 1, "evaluate": 1}
+VERSIONS = {"contamination": 1, "warmup": 1, "adapt": 1, "evaluate": 1}
 
 
 def canonical(value: object) -> str:
@@ -58,9 +59,15 @@ class Chain:
     warmup: Stage | None
     adapt: Stage | None
     evaluations: tuple[Stage, ...]
+    contamination: tuple[Stage, ...] = ()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
+        return self.contamination + self.results
+
+    @property
+    def results(self) -> tuple[Stage, ...]:
+        """The stages that the cell's result comes from: a check of the data changes none."""
         return tuple(s for s in (self.warmup, self.adapt) if s) + self.evaluations
 
     @property
@@ -73,7 +80,7 @@ def chain(config: Config) -> Chain:
     """The stages of a cell. UserError for a data set or model that is not where the config says."""
     warmup = _warmup(config) if config.m != 0 else None
     adapt = _adapt(config, warmup) if config.n != 0 else None
-    return Chain(warmup, adapt, tuple(_evaluations(config, adapt or warmup)))
+    return Chain(warmup, adapt, tuple(_evaluations(config, adapt or warmup)), tuple(map(_contamination, pairs(config))))
 
 
 def _training(config: Config, phase: str, epochs: int) -> dict:
@@ -136,6 +143,50 @@ def _evaluations(config: Config, parent: Stage | None) -> Iterable[Stage]:
         )
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A test set and a training set of either phase, whole: the pair is the same for all n and m."""
+
+    benchmark: Benchmark
+    rows: data.Data
+    columns: tuple[str, ...]  # of the training set
+    split_seed: int
+    name: str  # for people: "training set / benchmark"
+
+    @property
+    def question(self) -> list[str]:
+        return sorted(fields(self.benchmark.prompt))
+
+    @property
+    def answer(self) -> list[str]:
+        return sorted(fields(self.benchmark.gold))
+
+
+def pairs(config: Config) -> list[Pair]:
+    """What a cell trains on, against what judges it. lm-evaluation-harness's own tasks are not read, so not checked."""
+    trained: list[tuple[str, data.Data, tuple[str, ...]]] = []
+    if config.m != 0:
+        trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,)))
+    if config.n != 0:
+        trained.append((config.task.name, config.task.data, tuple(data.columns(config.task))))
+    return [
+        Pair(benchmark, rows, columns, config.split_seed, f"{name} / {test}")
+        for name, rows, columns in trained
+        for test, benchmark in config.task.benchmark.items()
+    ]
+
+
+def _contamination(pair: Pair) -> Stage:
+    test = {
+        "data": data.identity(pair.benchmark.data, pair.split_seed),
+        "question": pair.question,
+        "answer": pair.answer,
+    }
+    train = {"data": data.identity(pair.rows, pair.split_seed), "columns": list(pair.columns)}
+    spec = {"test": test, "train": train, "ngram": contamination.NGRAM}
+    return Stage("contamination", spec, label=f"contamination of {pair.name}")
+
+
 def benchmarks(config: Config) -> list[str]:
     """The names of a cell's benchmarks, in the order of its chain's evaluations."""
     return [*config.task.benchmark, *config.task.lm_eval]
@@ -171,7 +222,7 @@ class Cell:
     def id(self) -> str:
         """A readable name with a hash of what the cell computes: equal cells have equal ids."""
         c = self.config
-        text = canonical([s.key for s in self.chain.stages] + [c.method.name, c.task.name])
+        text = canonical([s.key for s in self.chain.results] + [c.method.name, c.task.name])
         return f"{c.task.name}-{c.method.name}-m{c.m}-n{c.n}-s{c.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -189,7 +240,7 @@ class Job:
         trained = sum(
             (s.samples or 10**6) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0)
             for s in self.stages
-            if s.name != "evaluate"
+            if s.name in ("warmup", "adapt")
         )
         return trained + 1_000 * sum(s.name == "evaluate" for s in self.stages)
 
@@ -207,10 +258,12 @@ def stages(cells: Iterable[Cell]) -> list[Stage]:
 def batches(cells: list[Cell], done: set[str]) -> tuple[list[Job], list[Job]]:
     """The jobs of a grid in the two batches that a launcher gets, each longest first.
 
-    First what waits for nothing: warm-ups, evaluations of the base and the cells without warm-up. Then the rest, whose
-    warm-ups are done by then: no worker waits for a lock.
+    First what waits for nothing: checks of the data (before all, so that they are known when training begins), warm-ups,
+    evaluations of the base and the cells without warm-up. Then the rest, whose warm-ups are done by then: no worker waits
+    for a lock.
     """
     taken = set(done)
+    checks = [job for cell in cells if (job := _job(cell, cell.chain.contamination, taken)).stages]
     first: list[Job] = []
     second: list[Job] = []
     for cell in cells:
@@ -223,7 +276,8 @@ def batches(cells: list[Cell], done: set[str]) -> tuple[list[Job], list[Job]]:
         job = _job(cell, cell.chain.stages, taken)
         if job.stages:
             (second if waits else first).append(job)
-    return tuple(sorted(jobs, key=lambda job: -job.cost) for jobs in (first, second))  # type: ignore[return-value]
+    first, second = (sorted(jobs, key=lambda job: -job.cost) for jobs in (first, second))
+    return checks + first, second
 
 
 def _job(cell: Cell, wanted: Iterable[Stage], taken: set[str]) -> Job:

@@ -67,7 +67,8 @@ def _entry(cell: Cell) -> dict:
     chain = cell.chain
     evaluations = dict(zip(plan.benchmarks(cell.config), (s.key for s in chain.evaluations), strict=True))
     trained = {"warmup": chain.warmup and chain.warmup.key, "adapt": chain.adapt and chain.adapt.key}
-    return {"id": cell.id, "config": config, "stages": {**trained, "evaluate": evaluations}}
+    checks = {pair.name: s.key for pair, s in zip(plan.pairs(cell.config), chain.contamination, strict=True)}
+    return {"id": cell.id, "config": config, "stages": {**trained, "evaluate": evaluations, "contamination": checks}}
 
 
 def _manifest(output: Path, sweep: str) -> Path:
@@ -257,7 +258,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
     lines = [
         f"sweep {cells[0].config.sweep}: {len(cells)} cell{'s'[: len(cells) > 1]}, {len(stages)} stages, {len(stages) - len(left)} done, {len(left)} to do"
     ]
-    for name in ("warmup", "adapt", "evaluate"):
+    for name in ("contamination", "warmup", "adapt", "evaluate"):
         these = [s for s in stages if s.name == name]
         if these:
             shared = sum(used[s.key] > 1 for s in these)
@@ -273,7 +274,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
 
 
 def _samples(name: str, these: list[Stage], cells: list[Cell]) -> str:
-    if name == "evaluate":
+    if name in ("contamination", "evaluate"):
         return ""
     every = [s for c in cells for s in c.chain.stages if s.name == name]
     if any(s.samples is None for s in every):
@@ -309,6 +310,8 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
 
 def _kind(name: str, spec: dict) -> tuple:
     """What a stage's time a sample depends on most: kind, method and model; of an evaluation, its benchmark."""
+    if name == "contamination":
+        return name, plan.canonical(spec["train"])
     if name == "evaluate":
         return name, plan.canonical(spec.get("benchmark", spec.get("lm_eval")))
     return name, spec.get("method", {}).get("name"), plan.canonical(spec["model"])

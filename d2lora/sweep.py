@@ -18,7 +18,7 @@ from d2lora.plan import Cell, Job
 from d2lora.store import Store
 
 
-def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict, arguments: Sequence[str]) -> None:
+def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, arguments: Sequence[str]) -> None:
     """Do a whole grid. Exits with 1 if a stage is missing at the end; UserError (nothing written) for invalid cells."""
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
     cells = valid_cells(Composer(config, loader), grid)
@@ -73,8 +73,19 @@ def _workers(config: DictConfig) -> int:
 # --- composing -----------------------------------------------------------------------------------------------------
 
 
-def expand(parser: OverridesParser, params: dict, arguments: Sequence[str]) -> list[tuple[str, ...]]:
-    """The overrides of each cell of a grid. A key on the command line replaces that of the sweep's file."""
+def expand(parser: OverridesParser, params: dict | list, arguments: Sequence[str]) -> list[tuple[str, ...]]:
+    """The overrides of each cell. `params` is a grid (key -> values) or a list of grids, which are joined.
+
+    A key on the command line replaces that of the sweep's file, in every grid of it.
+    """
+    grids = params if isinstance(params, list) else [params]
+    if not grids or not all(isinstance(grid, dict) for grid in grids):
+        raise UserError(f"hydra.sweeper.params={params}: a mapping of keys to values, or a list of such mappings")
+    return [cell for grid in grids for cell in _product(parser, grid, arguments)]
+
+
+def _product(parser: OverridesParser, params: dict, arguments: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """The overrides of each cell of one grid."""
     given = [f"{key}={_listed(value)}" for key, value in params.items()]
     axes: dict[str, list[str]] = {}
     for override in [*parser.parse_overrides(given), *parser.parse_overrides(list(arguments))]:
@@ -87,7 +98,7 @@ def expand(parser: OverridesParser, params: dict, arguments: Sequence[str]) -> l
             axes[key] = [f"{key}={text}" for text in override.sweep_string_iterator()]
         else:
             axes[key] = [f"{key}={override.get_value_element_as_str()}"]
-    return list(itertools.product(*axes.values()))
+    return itertools.product(*axes.values())
 
 
 def _listed(value: Any) -> str:

@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 
 class SweepsOnThePath(SearchPathPlugin):
@@ -20,7 +20,7 @@ class SweepsOnThePath(SearchPathPlugin):
 class GridSweeper(Sweeper):
     """Plans the whole grid before anything runs: see d2lora.sweep."""
 
-    def __init__(self, params: DictConfig | None = None) -> None:
+    def __init__(self, params: DictConfig | ListConfig | None = None) -> None:
         self.params = OmegaConf.to_container(params) if params else {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

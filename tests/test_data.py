@@ -134,8 +134,10 @@ def test_rows_by_the_values_of_a_column(tmp_path) -> None:
         "".join(json.dumps({"source": s, "i": i}) + "\n" for i, s in enumerate("aabbc"))
     )
     assert [r["i"] for r in data.rows(Data(path=str(tmp_path), where={"source": ["b", "c"]}))] == [2, 3, 4]
-    with pytest.raises(UserError, match="no rows where"):
-        data.rows(Data(path=str(tmp_path), where={"source": ["d"]}))
+    with pytest.raises(UserError, match=r"data.where.source=d: no row has it; there are a, b, c"):
+        data.rows(Data(path=str(tmp_path), where={"source": ["b", "d"]}))
+    with pytest.raises(UserError, match=r"missing column origin; it has source, i"):
+        data.rows(Data(path=str(tmp_path), where={"origin": ["a"]}))
 
 
 def test_missing_columns_and_too_few_rows_are_named(tmp_path) -> None:

@@ -85,7 +85,7 @@ def test_the_two_batches_do_each_stage_once_and_leave_nothing_waiting(grid) -> N
             mine = {s.key for s in job.stages}
             assert all(s.parent is None or s.parent.key in done | mine for s in job.stages)
         done |= {s.key for job in jobs for s in job.stages}
-        costs = [job.cost for job in jobs]
+        costs = [job.cost for job in jobs if job.stages[0].name != "contamination"]
         assert costs == sorted(costs, reverse=True)
 
 
@@ -107,12 +107,14 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 # The source of what each stage computes. When a test fails here: has the change an effect on results? If so raise
 # plan.VERSIONS of those stages, so that old records are not taken for new ones; then write the new hash here.
 SOURCES = {
-    "data": "0608e2c15eff",
-    "model": "4fc0651c927e",
-    "train": "9a0ae576d1c8",
+    "contamination": "5124f59ed9fe",
+    "data": "612e418c241e",
+    "model": "2a9584b5bb99",
+    "packing": "af89367a6c1c",
+    "train": "622186b5378f",
     "evaluate": "7ab4877aea4b",
     "answers": "6e7ecc83d20a",
-    "pipeline": "71a106254665",
+    "pipeline": "5bafe7c4f4e2",
 }
 
 

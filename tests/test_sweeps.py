@@ -1,0 +1,165 @@
+"""Every sweep, planned in this process: its cells against the paper's grids, their stages against its Table 2."""
+
+import functools
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from d2lora import plan
+from d2lora.errors import UserError
+from d2lora.plan import Cell
+from d2lora.sweep import Composer, expand
+
+ROOT = Path(__file__).parent.parent
+SWEEPS = [f.stem for f in sorted((ROOT / "sweeps").glob("*.yaml"))]
+
+
+@functools.cache
+def cells(sweep: str, *arguments: str) -> list[Cell]:
+    """The cells of `python run.py -cn SWEEP ...`, each once."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(sweep, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        params = OmegaConf.to_container(config.hydra.sweeper.params)
+        grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
+        composer = Composer(config, loader)
+        return plan.unique(composer(overrides) for overrides in grid)
+
+
+def points(sweep: str) -> set[tuple]:
+    return {(c.config.task.name, c.config.method.name, c.config.m, c.config.n) for c in cells(sweep)}
+
+
+def grid(task: str, methods: str, m: int, *sizes: int | str) -> set[tuple]:
+    return {(task, method, size, n) for method in methods.split() for size in (0, m) for n in sizes}
+
+
+TABLE_1 = grid("title", "sft", 40_000, 0, 1000, 2000, 5000, "all")
+TABLE_3 = grid("math", "sft dpo orpo", 40_000, 0, 1000, 2000, 5000, 10_000)
+FIGURE_4 = grid("math", "orpo", 40_000, 100, 200, 500, 1000)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "wanted"),
+    [
+        ("table1", TABLE_1),
+        ("table3", TABLE_3),
+        ("figure3", TABLE_3),
+        ("figure4", FIGURE_4),
+        ("paper", TABLE_1 | TABLE_3 | FIGURE_4),
+        ("lab", grid("lab-math", "sft dpo orpo", 4000, 0, 100, 200, 500, 1000)),
+        ("lab_table1", grid("lab-title", "sft", 4000, 0, 100, 200, 500, 700)),
+        ("lab_figure4", grid("lab-math", "orpo", 4000, 10, 20, 50, 100)),
+    ],
+)
+def test_a_sweep_has_the_paper_s_cells_and_no_others(sweep: str, wanted: set[tuple]) -> None:
+    assert points(sweep) == wanted
+    assert len(cells(sweep)) == len(wanted)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_sweep_composes_and_carries_its_name(sweep: str) -> None:
+    assert {c.config.sweep for c in cells(sweep)} == {sweep}
+
+
+def test_cells_of_two_artefacts_are_the_same_cells() -> None:
+    ids = {sweep: {c.id for c in cells(sweep)} for sweep in ("table1", "table3", "figure3", "figure4", "paper")}
+    assert ids["figure3"] == ids["table3"]
+    assert len(ids["figure4"] & ids["table3"]) == 2, "ORPO at n = 1000"
+    assert ids["paper"] == ids["table1"] | ids["table3"] | ids["figure4"]
+    assert len({c.chain.warmup.key for c in cells("paper") if c.chain.warmup}) == 1
+
+
+def test_every_cell_of_the_paper_is_computed_as_table_2_says() -> None:
+    for cell in cells("paper"):
+        _trained_as_table_2_says(cell)
+        _judged_as_section_3_says(cell)
+
+
+def _trained_as_table_2_says(cell: Cell) -> None:
+    trained = [s for s in (cell.chain.warmup, cell.chain.adapt) if s]
+    assert len(trained) == (cell.config.m != 0) + (cell.config.n != 0)
+    for stage in trained:
+        assert stage.spec["model"]["path"] == "meta-llama/Llama-3.1-8B-Instruct"
+        assert (stage.spec["lora"]["r"], stage.spec["lora"]["alpha"]) == (16, 16)
+        assert stage.spec["schedule"] == "cosine"
+    if warmup := cell.chain.warmup:
+        assert (warmup.spec["lr"], warmup.spec["epochs"], warmup.spec["m"]) == (1e-7, 1, 40_000)
+        assert warmup.spec["data"]["path"] == "mlabonne/orpo-dpo-mix-40k"
+    if adapt := cell.chain.adapt:
+        assert (adapt.spec["lr"], adapt.spec["epochs"]) == (
+            1e-6,
+            {"sft": 3, "dpo": 4, "orpo": 4}[cell.config.method.name],
+        )
+        assert adapt.spec["method"].get("beta") == (None if cell.config.method.name == "sft" else 0.1)
+        assert adapt.spec["n"] == cell.config.n
+
+
+def _judged_as_section_3_says(cell: Cell) -> None:
+    names = dict(zip(plan.benchmarks(cell.config), (s.spec["benchmark"] for s in cell.chain.evaluations), strict=True))
+    assert names["arc_easy"]["kind"] == "choice"
+    if cell.config.task.name == "title":
+        assert (names["econ_titles"]["kind"], names["econ_titles"]["data"]["hold_out"]) == ("rouge", 100)
+    else:
+        appendix_a = "{question} Please reason step by step, and put your final answer within \\boxed{{}}."
+        assert (names["gsm8k"]["kind"], names["gsm8k"]["prompt"]) == ("number", appendix_a)
+
+
+def test_limitations_varies_the_model_m_and_the_warm_up_one_at_a_time() -> None:
+    llama = "llama-3.1-8b-instruct"
+    axes = {(c.config.model.name, c.config.m, c.config.warmup.name) for c in cells("limitations") if c.config.m}
+    models = {model for model, m, mix in axes if (m, mix) == (40_000, "mix40k")}
+    assert len(models) >= 8
+    assert {name.split("-")[0] for name in models} == {"llama", "qwen2.5", "smollm2"}
+    assert {m for model, m, mix in axes if (model, mix) == (llama, "mix40k")} == {
+        1000,
+        2000,
+        5000,
+        10_000,
+        20_000,
+        40_000,
+    }
+    parts = {mix for model, m, mix in axes if (model, m) == (llama, 2000)}
+    assert parts == {"mix40k", "mix-capybara", "mix-ultrafeedback", "mix-math"}
+    assert all(sum((model != llama, m not in (2000, 40_000), mix != "mix40k")) <= 1 for model, m, mix in axes)
+
+
+def test_everything_from_the_hub_is_pinned_to_a_commit() -> None:
+    for cell in [*cells("paper"), *cells("limitations")]:
+        c = cell.config
+        sources = [c.model, c.task.data, c.warmup.data, *(b.data for b in c.task.benchmark.values())]
+        assert all(len(source.revision) == 40 for source in sources), c.sweep
+
+
+def test_a_key_on_the_command_line_replaces_it_in_every_grid_of_a_union() -> None:
+    grids = [{"method": "sft", "n": "1,2"}, {"method": "dpo,orpo", "n": 3}]
+    assert expand(OverridesParser.create(), grids, ["n=7"]) == [
+        ("method=sft", "n=7"), ("method=dpo", "n=7"), ("method=orpo", "n=7")
+    ]  # fmt: skip
+    assert len(expand(OverridesParser.create(), grids, ["seed=0,1"])) == 2 * (2 + 2)
+    assert {(c.config.method.name, c.config.n) for c in cells("paper", "n=300", "m=0")} == {
+        ("sft", 300), ("dpo", 300), ("orpo", 300)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("params", [[], ["n=1"], [{"n": 1}, None]])
+def test_a_union_of_what_is_no_grid_is_refused_in_one_line(params: list) -> None:
+    with pytest.raises(UserError, match=r"hydra.sweeper.params=.*a mapping .* or a list of such mappings$"):
+        expand(OverridesParser.create(), params, [])
+
+
+def test_a_sweep_of_the_hub_s_data_sets_is_planned_offline(run) -> None:
+    assert run("-cn", "figure4", "dry_run=true").stdout.startswith("sweep figure4: 8 cells, ")
+
+
+def test_every_benchmark_belongs_to_a_task(cell) -> None:
+    used = set()
+    for file in (ROOT / "conf" / "task").glob("*.yaml"):
+        if file.stem != "math_local":  # the user's copy of math
+            used |= set(cell(f"task={file.stem}").config.task.benchmark)
+    assert used == {f.stem for f in (ROOT / "conf" / "benchmark").glob("*.yaml")}
