@@ -85,7 +85,7 @@ def _load(model: Model, cache: Path) -> Base:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # only ever masked: labels and attention masks say what is padding
     found.to(device()).eval().requires_grad_(False)
-    return Base(model.name, found, tokenizer, checksum(found))
+    return Base(model.name if place else model.path, found, tokenizer, checksum(found))
 
 
 def _from_gguf(file: Path, cache: Path) -> Path:
@@ -122,9 +122,9 @@ def adapter(base: Base, spec: dict, folder: Path | None) -> Iterator[PeftModel]:
     torch.manual_seed(spec["seed"])
     if folder is None:
         wrapped = get_peft_model(base.model, lora_config(spec))
-        wrapped.peft_config["default"].base_model_name_or_path = base.name
     else:
         wrapped = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
+    wrapped.peft_config["default"].base_model_name_or_path = ""  # with a name, PEFT asks the Hub at every checkpoint
     try:
         yield wrapped
     finally:
@@ -179,7 +179,8 @@ def lora_config(spec: dict) -> LoraConfig:
     )
 
 
-def save(wrapped: PeftModel, folder: Path) -> None:
+def save(base: Base, wrapped: PeftModel, folder: Path) -> None:
     """The adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)` loads it."""
+    wrapped.peft_config["default"].base_model_name_or_path = base.name
     wrapped.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

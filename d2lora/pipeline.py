@@ -118,7 +118,7 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
         with model.adapter(base, stage.spec, parent) as wrapped:
             metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference)
-            model.save(wrapped, folder / "adapter")
+            model.save(base, wrapped, folder / "adapter")
         return metrics
 
     def smaller(micro_batch: int) -> int:

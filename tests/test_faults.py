@@ -47,6 +47,7 @@ def assert_equal(one: Cell, other: Cell) -> None:
     assert all(torch.equal(weight, weights[name]) for name, weight in adapter(one).items())
 
 
+@pytest.mark.filterwarnings("error:Unable to fetch remote file")  # nobody is asked when a checkpoint is saved
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
 def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, method: str) -> None:
     def interrupt(done: int, total: int) -> None:
