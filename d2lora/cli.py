@@ -1,5 +1,6 @@
 """From a composed Hydra config to done stages: single cells, and the workers of a grid."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ OmegaConf.register_new_resolver("project", lambda path: str(data.ROOT / path), r
 
 
 def guard(main: Callable[[], object]) -> None:
-    """Run main and exit: 0, 1 for work that failed, 2 for input that is wrong (one line), 130 after Ctrl-C."""
+    """Run main and exit: 0, 1 for work that failed or a disk that fails, 2 for input that is wrong (one line), 130 after Ctrl-C."""
     try:
         code = main()
     except KeyboardInterrupt:
@@ -30,6 +31,11 @@ def guard(main: Callable[[], object]) -> None:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = 2
+    except OSError as error:
+        if not (error.filename or error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)):
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}; what is finished is kept", file=sys.stderr)
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from d2lora import cli, pipeline, plan, progress, report
 from d2lora.errors import UserError
-from d2lora.plan import Cell, Job
+from d2lora.plan import Cell, Job, Stage
 from d2lora.store import Store
 
 
@@ -27,6 +29,7 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     if cells[0].config.dry_run:
         print(report.plan_text(cells, store))
         return
+    _refuse_twice(config, cells[0].config.sweep)
     workers = _workers(config)
     os.environ["D2LORA_WORKERS"] = str(workers)
     print(report.plan_text(cells, store, workers), flush=True)
@@ -47,21 +50,75 @@ def _launch_all(launcher: Any, cells: list[Cell], store: Store) -> None:
     for stage in plan.stages(cells):
         pipeline.failure(cells[0].config, stage).unlink(missing_ok=True)  # of an earlier try
     first, second = plan.batches(cells, done)
-    _launch(launcher, first, 0)
-    _launch(launcher, [j for j in second if j.cell.chain.warmup and store.done(j.cell.chain.warmup)], len(first))
+    _launch(launcher, first, store)
+    _launch(launcher, [j for j in second if j.cell.chain.warmup and store.done(j.cell.chain.warmup)], store)
 
 
-def _launch(launcher: Any, jobs: list[Job], first: int) -> None:
-    """Hand jobs to the launcher. Whether they worked is judged by the store alone, so a launcher may say what it likes."""
-    if not jobs:
-        return
+def _launch(launcher: Any, jobs: list[Job], store: Store) -> None:
+    """Hand jobs to the launcher. Whether they worked is judged by the store alone, so a launcher may say what it likes.
+
+    A worker that the system kills takes its siblings with it on some launchers (joblib), and some (submitit) stop waiting for
+    them. So what was at work when the launcher stopped is tried again, each job alone; what had not begun, together.
+    """
+    waves = [jobs] if jobs else []
+    while waves:
+        wave = waves.pop(0)
+        stopped = _launch_once(launcher, wave)
+        if stopped is None:
+            continue
+        _wait_for_children()
+        left = [job for job in wave if _unsettled(job, store)]
+        begun = [job for job in left if any(_begun(stage, store) for stage in job.stages)]
+        if len(wave) == 1 and begun:
+            error = RuntimeError(f"its worker died without a word: killed by the system, often for memory ({stopped})")
+            pipeline.report_failure(wave[0].cell.config, next(s for s in wave[0].stages if not store.done(s)), error)
+        elif len(left) == len(wave) and not begun:
+            print(f"the launcher stopped: {stopped}", file=sys.stderr)
+        else:
+            rest = [job for job in left if job not in begun]
+            waves += ([rest] if rest else []) + [[job] for job in begun]
+
+
+def _launch_once(launcher: Any, jobs: list[Job]) -> str | None:
+    """What stopped the launcher; None if it came to its end."""
     overrides = [[*job.cell.overrides, f"job=[{','.join(s.key for s in job.stages)}]"] for job in jobs]
     try:
-        launcher.launch(overrides, initial_job_idx=first)
+        launcher.launch(overrides, initial_job_idx=0)
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:
-        print(f"the launcher stopped: {type(error).__name__}: {error}", file=sys.stderr)
+        return f"{type(error).__name__}: {cli.one_line(error) if isinstance(error, Exception) else error}"
+    return None
+
+
+def _wait_for_children() -> None:
+    """Wait for jobs that a launcher started as processes of this one and gave up on when another failed."""
+    import psutil
+
+    psutil.wait_procs([p for p in psutil.Process().children(recursive=True) if "submitit" in " ".join(p.cmdline())])
+
+
+def _unsettled(job: Job, store: Store) -> bool:
+    """Whether a job has neither all its records nor a failure that says why."""
+    left = [s for s in job.stages if not store.done(s)]
+    return bool(left) and not any(pipeline.failure(job.cell.config, s).exists() for s in left)
+
+
+def _begun(stage: Stage, store: Store) -> bool:
+    """Whether a worker has begun a stage that it has not finished."""
+    return not store.done(stage) and any(store.place(stage).parent.glob(f".{stage.key}-*"))
+
+
+def _refuse_twice(config: DictConfig, sweep: str) -> None:
+    """UserError while Slurm still has jobs of this sweep: typed again, it would start them twice."""
+    if "Slurm" not in config.hydra.launcher.get("_target_", "") or not shutil.which("squeue"):
+        return
+    command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={config.hydra.job.name}"]
+    jobs = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    if jobs:
+        raise UserError(
+            f"sweep={sweep}: {len(jobs)} of its Slurm jobs are still queued or running ({', '.join(jobs[:5])}): wait for them, or `scancel` them"
+        )
 
 
 def _workers(config: DictConfig) -> int:

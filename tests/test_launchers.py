@@ -1,0 +1,126 @@
+"""One grid on every launcher: what fails stays local, the rest finishes, and the records are the same."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["method.epochs=1", "task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
+# In every worker: the stage of n = 5 is killed by the system, that of n = 6 calls sys.exit, that of n = 7 raises.
+HARM = """
+    import importlib.util, os, signal, sys
+
+    def harm(module):
+        plain = module.train
+
+        def train(base, wrapped, drawn, *rest, **more):
+            n = len(drawn.examples)
+            if n == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if n == 6:
+                sys.exit(3)
+            if n == 7:
+                raise ValueError("seven")
+            return plain(base, wrapped, drawn, *rest, **more)
+
+        module.train = train
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name != "d2lora.train":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), harm(module))
+            return spec
+
+    sys.meta_path.insert(0, Finder())
+"""
+LAUNCHERS = {
+    "basic": ("", [], "4,6,7"),  # n = 5 would kill the sweep itself
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"], "4,5,6,7"),
+    "submitit_local": ("submitit", ["hydra.launcher.timeout_min=5"], "4,5,6,7"),
+    "ray": ("ray", ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.remote.max_retries=0"], "4,5,6,7"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "launcher", [*(pytest.param(x, marks=pytest.mark.ray if x == "ray" else ()) for x in LAUNCHERS)]
+)
+def test_what_fails_stays_local_and_the_rest_finishes(launcher: str, tiny: Path, tmp_path: Path) -> None:
+    module, more, sizes = LAUNCHERS[launcher]
+    if module and not importlib.util.find_spec(module.split(".")[0] if "hydra" not in module else module):
+        pytest.skip(f"{module} is not installed")
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(HARM))
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        "method=sft",
+        f"n={sizes}",
+        f"model.path={tiny}",
+        f"output={tmp_path / 'out'}",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [*command, f"hydra/launcher={launcher}", *more, *SHORT], capture_output=True, text=True, env=environment, timeout=540, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    told = done.stderr
+    assert "failed: sft D2LoRA(0, 6) on lab-math: SystemExit: 3 (traceback in" in told
+    assert "failed: sft D2LoRA(0, 7) on lab-math: ValueError: seven (traceback in" in told
+    assert ("failed: sft D2LoRA(0, 5) on lab-math: RuntimeError: its worker died without a word" in told) == (
+        "5" in sizes
+    ), told
+    records = [json.loads(f.read_text()) for f in (tmp_path / "out" / "store").glob("*/*/record.json")]
+    assert sorted(r["stage"] for r in records if r["stage"] != "contamination") == ["adapt", "evaluate", "evaluate"]
+    assert_as_alone(records, tiny, tmp_path)
+
+
+def assert_as_alone(records: list[dict], tiny: Path, tmp_path: Path) -> None:
+    """The adapter and the items are those of the cell run by hand."""
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "method=sft",
+        "n=4",
+        f"model.path={tiny}",
+        f"output={tmp_path / 'alone'}",
+    ]
+    subprocess.run([*command, *SHORT], capture_output=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for record in records:
+        alone = json.loads((tmp_path / "alone" / "store" / record["stage"] / record["key"] / "record.json").read_text())
+        assert {k: v for k, v in alone["files"].items() if "config" not in k} == {
+            k: v for k, v in record["files"].items() if "config" not in k
+        }
+
+
+def test_slurm_jobs_that_are_still_queued_are_not_started_twice(tmp_path: Path, tiny: Path) -> None:
+    if not importlib.util.find_spec("submitit"):
+        pytest.skip("submitit is not installed")
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\ncase "$*" in *--name=d2lora-mine*) echo 41; echo 42;; esac\n')
+    squeue.chmod(0o755)
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        "n=4",
+        "sweep=mine",
+        f"model.path={tiny}",
+        f"output={tmp_path / 'out'}",
+    ]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*command, "hydra/launcher=submitit_slurm"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert "sweep=mine: 2 of its Slurm jobs are still queued or running (41, 42)" in done.stderr
+    assert not (tmp_path / "out").exists()
