@@ -101,9 +101,10 @@ def holm(p: list[float]) -> list[float]:
     return adjusted
 
 
-def smallest_detectable(standard_error: float) -> float:
+def smallest_detectable(standard_error: float, exact_items: int | None = None) -> float:
     """The smallest true difference that a two-sided test at 5 % finds with power 80 %: 2.80 standard errors.
 
     `standard_error` is that of the paired difference, so correlation between the arms counts. Before any correction.
+    The exact McNemar test of `exact_items` items can't find less than 6 of them: 5, all on one side, have p = 0.06.
     """
-    return (_Z + _Z_POWER) * standard_error
+    return max((_Z + _Z_POWER) * standard_error, 6 / exact_items if exact_items else 0.0)

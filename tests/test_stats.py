@@ -40,6 +40,25 @@ def test_smallest_detectable_difference_has_the_power_that_statsmodels_finds() -
     assert stats.smallest_detectable(spread / items**0.5) == pytest.approx(expected, rel=5e-3)
 
 
+def test_a_difference_of_that_size_is_found_four_times_in_five() -> None:
+    """Simulated: 500 items, 20 % of which only one arm has right."""
+    items, discordant, tries = 500, 0.2, 1000
+    size = stats.smallest_detectable((discordant / items) ** 0.5, items)
+    draws = RNG.multinomial(items, [(discordant + size) / 2, (discordant - size) / 2, 1 - discordant], size=tries)
+    found = 0
+    for won, lost, _ in draws:
+        second = np.repeat([1.0, 0.0, 0.0], [won, lost, items - won - lost])
+        first = np.repeat([0.0, 1.0, 0.0], [won, lost, items - won - lost])
+        found += stats.mcnemar(first, second) <= 0.05
+    assert 0.74 < found / tries < 0.86
+
+
+def test_the_exact_test_needs_six_items() -> None:
+    nothing, some = np.zeros(100), np.repeat([1.0, 0.0], [6, 94])
+    assert stats.mcnemar(nothing, some) < 0.05 < stats.mcnemar(nothing, np.roll(some, -1) * some)
+    assert stats.smallest_detectable(0.001, 100) == 0.06
+
+
 def test_one_run_s_bootstrap_is_scipy_s() -> None:
     difference = (SECOND - FIRST)[None]
     for scores in (difference, ROUGE):
