@@ -11,7 +11,7 @@ function make(space, tag, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((c) => c !== null && c !== undefined && c !== false).map((c) => (c instanceof Node ? c : String(c))));
+  element.append(...children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false).map((c) => (c instanceof Node ? c : String(c))));
   return element;
 }
 const h = (tag, attributes, ...children) => make(null, tag, attributes, children);
@@ -122,7 +122,7 @@ function panel(found) {
     step.map((v) => [s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: y(v / 100), y2: y(v / 100) }), s("text", { x: LEFT - 5, y: y(v / 100) + 4, "text-anchor": "end" }, v.toFixed(digits))]),
     shown.map((n) => [s("line", { class: "grid", x1: x(n), x2: x(n), y1: TOP, y2: H - BOTTOM }), s("text", { x: x(n), y: H - BOTTOM + 14, "text-anchor": "middle" }, amount(n))]),
     s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, "task samples n"),
-  ].flat(3);
+  ];
   const drawn = curves.map((c, i) => curve(c, found, curves, x, y));
   return h("figure", {}, h("figcaption", {}, `${found.title}: ${found.unit}`),
     s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": found.title }, axes, drawn),

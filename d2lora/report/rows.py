@@ -90,6 +90,7 @@ def _read_scores(file: Path, metrics: dict) -> dict[str, np.ndarray]:
     try:
         text = file.read_text().strip().replace("\n", ",")  # one call of the decoder a file: a third of the time
         table = np.array([[item[c] for c in columns] for item in json.loads(f"[{text}]")], float)
+        table = table.reshape(-1, len(columns))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: not readable ({error!r}); move its folder away to have it done again") from None
     scores = {c: table[:, i].astype(np.float32) for i, c in enumerate(columns)}
