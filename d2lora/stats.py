@@ -52,8 +52,9 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
 
-    With several runs, runs and items are drawn independently, as both vary (the two-way bootstrap of Owen 2007). Drawing
-    from few runs would show too little of their spread, by (runs - 1) / runs in variance; that is put back.
+    With several runs, runs and items are drawn independently, as both vary (the two-way bootstrap of Owen 2007, which errs
+    to the wide side). Drawing from few runs would show too little of their spread, by (runs - 1) / runs in variance; that
+    is put back.
     """
     runs, items = scores.shape
     means = _draws(items, resamples, seed) @ scores.T.astype(np.float32) / items

@@ -161,9 +161,11 @@ def test_seeds_are_folded_and_the_base_stands_for_all(tmp_path: Path) -> None:
 
 
 def test_a_seed_that_is_missing_is_said(tmp_path: Path) -> None:
-    cells = grid(n=[100], m=[0], seed=[0, 1])
+    cells = grid(n=[100, 200], m=[0, 4000], seed=[0, 1])
     made.publish(tmp_path, cells, missing=lambda stage: stage in cells[1].chain.evaluations)
-    assert "(1 of 2 seeds)" in report.finish(tmp_path, "mine", draw=False)
+    text = report.finish(tmp_path, "mine", draw=False)
+    assert "(1 of 2 seeds)" in text
+    assert "2 training seeds (0, 1), folded into each number. 1 cell with fewer" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("effect", "better", "beyond"), [(0.35, 2, 2), (0.0, None, 0)])

@@ -79,6 +79,17 @@ def test_several_runs_spread_is_that_of_runs_and_of_items() -> None:
     assert drawn.std() > 1.2 * alone.std(), "the spread between training runs must widen the interval"
 
 
+@pytest.mark.parametrize("runs", [2, 3])
+def test_chance_alone_is_seldom_called_more(runs: int) -> None:
+    """Two arms that differ in nothing but the luck of their seeds (2 points each): at most about 5 % are called different."""
+    called, tries = 0, 150
+    for _ in range(tries):
+        items, luck, noise = RNG.random(200), RNG.normal(0, 0.02, (2, runs, 1)), RNG.normal(0, 0.2, (2, runs, 200))
+        first, second = (items + luck + noise > 0.5).astype(float)
+        called += stats.bootstrap_p(stats.bootstrap(second - first, 2000)) < 0.05
+    assert called / tries < 0.09
+
+
 def test_p_of_the_bootstrap_agrees_with_its_interval_and_a_t_test() -> None:
     noise = RNG.normal(size=(1, 300))
     noise = (noise - noise.mean()) / noise.std(ddof=1)

@@ -114,7 +114,9 @@ def verdict(found: Iterable[Comparison]) -> str:
     if detectable:
         sizes = sorted({f"{min(detectable):.1f}", f"{max(detectable):.1f}"}, key=float)
         text += f"; a cell alone shows differences from {' to '.join(sizes)} points on, four times in five"
-    return f"{text}. {seeds_text({s for c in unique for s in c.seeds})}"
+    seeds = {s for c in unique for s in c.seeds}
+    fewer = sum(len(c.seeds) < len(seeds) for c in unique)
+    return f"{text}. {seeds_text(seeds)}" + (f" {_cells(fewer)} with fewer: see seeds." if fewer else "")
 
 
 def _cells(count: int) -> str:

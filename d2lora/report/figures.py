@@ -143,7 +143,9 @@ def _draw_curve(axis, curve: Curve, panel: Panel) -> None:
     axis.fill_between(x, low, high, color=colour, alpha=band, linewidth=0)
     if curve.paper:
         x, y = ([x for x, _ in curve.paper], [100 * v for _, v in curve.paper])
-        axis.plot(x, y, color=colour, linestyle="--", linewidth=0.9, label=theirs[0])
+        axis.plot(
+            x, y, color=colour, linestyle="--", linewidth=0.9, marker=style["marker"], markersize=2, label=theirs[0]
+        )
 
 
 def _style(curve: Curve, panel: Panel) -> dict:

@@ -85,7 +85,7 @@ function cell(c) {
     h("small", {}, interval(p)),
     lost && p.value !== null ? h("small", { class: "missing" }, `${lost} of ${p.runs.length} seeds missing`) : null,
     p.paper !== null ? h("small", {}, `paper ${percent(p.paper)}` + (p.value === null ? "" : `, ${signed(p.value - p.paper)}`)) : null,
-    d ? h("small", {}, `${signed(d.difference)} to LoRA`) : null));
+    d ? h("small", {}, `${signed(d.difference)} against LoRA`) : null));
 }
 
 const plain = (head, rows, label) => sortable(head, rows.map((row) => ({ keys: row.map((t) => key(String(t))), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), label);
@@ -183,7 +183,7 @@ function detail(p, d) {
   dialog.replaceChildren(
     h("header", {}, h("h3", {}, `${name(p)} on ${p.benchmark}`), h("button", { type: "button", onclick: () => dialog.close() }, "close")),
     h("p", {}, p.value === null ? "No record yet: this cell is missing." : `${p.metric} ${percent(p.value)} %, 95 % interval ${interval(p)}, ${p.items} items.` + (p.paper === null ? "" : ` The paper has ${percent(p.paper)}.`)),
-    d ? h("p", {}, `D2LoRA − LoRA: ${signed(d.difference)} points [${signed(d.interval[0], 1)}, ${signed(d.interval[1], 1)}], p = ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}.`) : "",
+    d ? h("p", {}, `D2LoRA − LoRA: ${signed(d.difference)} points [${signed(d.interval[0], 1)}, ${signed(d.interval[1], 1)}], p ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}.`) : "",
     h("p", {}, pick("seed", seeds, (r) => r.seed, (r) => { state.seed = r.seed; }), pick("beside", partners, (o) => o.arm + (o.warmup ? ` ${o.warmup}` : ""), (o) => { state.other = o; })),
     body);
   fill();

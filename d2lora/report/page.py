@@ -63,16 +63,17 @@ class _Data:
             "problem": sweep.problem,
             "settings": {"head": head, "rows": rows},
             "contamination": sweep.contamination,
-            "shown": [self._shown(s) for s in sweep.shown],
+            "shown": [self._shown(s, sweep) for s in sweep.shown],
         }
 
-    def _shown(self, shown: Shown) -> dict:
+    def _shown(self, shown: Shown, sweep: Sweep) -> dict:
         figure = shown.name.startswith("figure")
+        said = {p for s in sweep.shown[1:] if not s.name.startswith("figure") for t in s.tables for p in t.points}
         return {
             "name": shown.name,
             "caption": shown.caption,
             "notes": [*([] if figure else tables.footnotes(shown.tables)), *shown.notes],
-            "verdicts": [t.verdict for t in shown.tables if figure and t.pairs],
+            "verdicts": [t.verdict for t in shown.tables if figure and not said.issuperset(t.points) and t.pairs],
             "tables": [] if figure else [self._table(t) for t in shown.tables],
             "panels": [self._panel(p) for p in shown.panels],
         }
