@@ -170,8 +170,7 @@ function hint(p, box) {
 function hide() { tip.hidden = true; }
 
 // --- a cell's provenance and items
-const others = (p) => data.points.filter((o) => o !== p && (o.m === 0) !== (p.m === 0) && ["model", "task", "method", "n", "benchmark", "metric"].every((k) => o[k] === p[k]) && (p.n === 0 || (o.init === p.init && o.recipe === p.recipe)) && o.runs.some((r) => r.done))
-  .filter((o, i, all) => all.findIndex((q) => q.runs[0].cell === o.runs[0].cell) === i);
+const others = (p) => data.points.filter((o) => o !== p && (o.m === 0) !== (p.m === 0) && ["sweep", "model", "task", "method", "n", "benchmark", "metric"].every((k) => o[k] === p[k]) && (p.n === 0 || (o.init === p.init && o.recipe === p.recipe)) && o.runs.some((r) => r.done));
 
 function detail(p, d) {
   hide();

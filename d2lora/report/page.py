@@ -44,13 +44,14 @@ class _Data:
     def __init__(self, records: Records) -> None:
         self.records = records
         self.points: dict[Point, int] = {}
+        self.sweeps: list[str] = []  # of each point
         self.comparisons: dict[Comparison, int] = {}
         self.environments: dict[str, int] = {}
 
     def tables(self) -> dict:
         samples = _samples(self.points, self.records)
         return {
-            "points": [_point(p) for p in self.points],
+            "points": [_point(p) | {"sweep": s} for p, s in zip(self.points, self.sweeps, strict=True)],
             "comparisons": [_comparison(c) for c in self.comparisons],
             "records": self._records(),
             "environments": [json.loads(e) for e in self.environments],
@@ -58,12 +59,14 @@ class _Data:
 
     def sweep(self, sweep: Sweep) -> dict:
         head, rows = sweep.settings
+        shown = [self._shown(s, sweep) for s in sweep.shown]
+        self.sweeps += [sweep.name] * (len(self.points) - len(self.sweeps))
         return {
             "name": sweep.name,
             "problem": sweep.problem,
             "settings": {"head": head, "rows": rows},
             "contamination": sweep.contamination,
-            "shown": [self._shown(s, sweep) for s in sweep.shown],
+            "shown": shown,
         }
 
     def _shown(self, shown: Shown, sweep: Sweep) -> dict:
