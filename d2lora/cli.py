@@ -11,10 +11,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import data, pipeline, plan, progress, report
+from d2lora import data, pipeline, plan, progress, summary
 from d2lora.config import Config, parse
 from d2lora.errors import UserError
 from d2lora.plan import Cell
+from d2lora.report import manifest
 from d2lora.store import Store
 
 # Paths such as outputs/ belong to the project's folder, not to where the command is typed.
@@ -95,14 +96,14 @@ def _one_cell(this: Cell) -> int:
     output = pipeline.output(this.config)
     store = Store(output)
     if this.config.dry_run:
-        print(report.plan_text([this], store))
+        print(summary.plan_text([this], store))
         return 0
     check_inputs(this.config, set())
     with progress.Bar() as bar:
         lost = pipeline.do(this.config, this, store, bar.stage)
-    report.add_to_manifest(output, this)
-    print(report.cell_text(this, store))
-    print(report.failures_text(output, lost), end="", file=sys.stderr)
+    manifest.add_to_manifest(output, this)
+    print(summary.cell_text(this, store))
+    print(summary.failures_text(output, lost), end="", file=sys.stderr)
     return 1 if lost else 0
 
 

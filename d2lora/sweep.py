@@ -14,9 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import cli, pipeline, plan, progress, report
+from d2lora import cli, pipeline, plan, progress, report, summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Job, Stage
+from d2lora.report import manifest
 from d2lora.store import Store
 
 
@@ -27,20 +28,20 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     output = pipeline.output(cells[0].config)
     store = Store(output)
     if cells[0].config.dry_run:
-        print(report.plan_text(cells, store))
+        print(summary.plan_text(cells, store))
         return
     _refuse_twice(config, cells[0].config.sweep)
     workers = _workers(config)
     os.environ["D2LORA_WORKERS"] = str(workers)
-    print(report.plan_text(cells, store, workers), flush=True)
-    report.write_manifest(output, cells)
+    print(summary.plan_text(cells, store, workers), flush=True)
+    manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))
-    with progress.line(functools.partial(report.progress_text, cells, store)):
+    with progress.line(functools.partial(summary.progress_text, cells, store)):
         _launch_all(launcher, cells, store)
     lost = [s for s in plan.stages(cells) if not store.done(s)]
     print(report.finish(output, cells[0].config.sweep, draw=new))
     if lost:
-        print(report.failures_text(output, lost), end="", file=sys.stderr)
+        print(summary.failures_text(output, lost), end="", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -109,12 +109,12 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 SOURCES = {
     "contamination": "5124f59ed9fe",
     "data": "612e418c241e",
-    "model": "2a9584b5bb99",
+    "model": "527cecc51e5a",
     "packing": "af89367a6c1c",
     "train": "622186b5378f",
     "evaluate": "7ab4877aea4b",
     "answers": "6e7ecc83d20a",
-    "pipeline": "5bafe7c4f4e2",
+    "pipeline": "5eaa6c3c5c83",
 }
 
 

@@ -1,0 +1,50 @@
+"""Tables, figures and the page of finished work, from manifests and records alone: no log, never W&B.
+
+`python -m d2lora.report [SWEEP ...]` writes them for the named sweeps, or for all, into <output>/report/.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from d2lora.errors import UserError
+from d2lora.report import manifest
+
+
+def finish(output: Path, sweep: str, draw: bool = True) -> str:
+    """A sweep's tables as text, with results.csv written; if asked to draw, its files and the page too."""
+    if draw:
+        return write(output, [sweep])
+    from d2lora.report import artefacts, rows  # late: planning a grid needs none of it
+
+    records = rows.Records(output)
+    file = rows.write_results(output, records)
+    return f"{artefacts.text(artefacts.load(output, sweep, records))}\n\nreport: {file}"
+
+
+def write(output: Path, sweeps: Iterable[str]) -> str:
+    """Write results.csv, the files of the named sweeps in <output>/report/<sweep>/ and the page of all sweeps.
+
+    Returns the named sweeps' tables as text. UserError for a sweep that was never started.
+    """
+    from d2lora.report import artefacts, page, rows
+
+    for name in sweeps:
+        manifest.read_manifest(output, name)
+    records = rows.Records(output)
+    rows.write_results(output, records)
+    loaded = {name: artefacts.load(output, name, records) for name in manifest.sweeps(output)}
+    parts = []
+    for name in sweeps:
+        artefacts.write(output / "report" / name, loaded[name])
+        parts.append(f"{name}\n{artefacts.text(loaded[name])}")
+    file = output / "report" / "index.html"
+    file.write_text(page.page(list(loaded.values()), records))
+    return "\n\n".join([*parts, f"report: {file}"])
+
+
+def everything(output: Path, sweeps: list[str]) -> str:
+    """`write` for the named sweeps or all; UserError where nothing was run yet."""
+    names = sweeps or manifest.sweeps(output)
+    if not names:
+        raise UserError(f"{output}: nothing was run here yet: python run.py, or make lab")
+    return write(output, names)

@@ -1,0 +1,134 @@
+"""D2LoRA against LoRA, cell by cell on the same items: differences, p values, and the verdict in words."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from d2lora import plan, stats
+from d2lora.report.rows import Point
+
+ALPHA = 0.05
+
+
+@dataclass(eq=False)
+class Comparison:
+    """D2LoRA minus LoRA at one place of a table. Fractions, not percent; `adjusted` is Holm's p over the table."""
+
+    lora: Point
+    d2lora: Point
+    difference: float
+    interval: tuple[float, float]
+    detectable: float  # stats.smallest_detectable; 0 where no item differs
+    p: float
+    test: str
+    seeds: tuple[int, ...]
+    adjusted: float = 1.0
+    methods: list[str] = field(default_factory=list)  # several at n = 0, where no method has done anything yet
+
+    @property
+    def beyond_chance(self) -> bool:
+        return self.adjusted <= ALPHA
+
+    @property
+    def label(self) -> str:
+        names = ", ".join(m.upper() for m in self.methods)
+        return f"{names} m={plan.amount(self.d2lora.m)} n={plan.amount(self.d2lora.n)}"
+
+
+def comparisons(points: Iterable[Point]) -> dict[Point, Comparison]:
+    """The comparison of each D2LoRA point with its LoRA point, if both have results on the same items.
+
+    Points that share their evaluations (at n = 0) share one comparison, so that it counts once, in Holm's correction too.
+    """
+    points = list(points)
+    lora = {_place(p): p for p in points if p.m == 0}
+    found: dict[Point, Comparison] = {}
+    distinct: dict[tuple, Comparison] = {}
+    for point in points:
+        other = lora.get(_place(point))
+        if point.m == 0 or other is None or (pair := _paired(other, point)) is None:
+            continue
+        keys = tuple((_key(other, s), point.runs[s].evaluate) for s in pair[0])
+        if keys not in distinct:
+            distinct[keys] = _compare(other, point, *pair)
+        distinct[keys].methods.append(point.method)
+        found[point] = distinct[keys]
+    unique = list(distinct.values())
+    for comparison, p in zip(unique, stats.holm([c.p for c in unique]), strict=True):
+        comparison.adjusted = p
+    return found
+
+
+def _place(point: Point) -> tuple:
+    """What a pair has in common. LoRA knows no warm-up, the base no initialization or recipe either."""
+    shared = (point.model, point.task, point.method, point.n, point.benchmark, point.metric)
+    return shared if point.n == 0 else (*shared, point.init, point.recipe)
+
+
+def _key(point: Point, seed: int) -> str:
+    return (point.runs.get(seed) or next(iter(point.runs.values()))).evaluate
+
+
+def _paired(lora: Point, d2lora: Point) -> tuple[tuple[int, ...], np.ndarray, np.ndarray] | None:
+    """Seeds that both have, and the scores (seeds, items) of LoRA and D2LoRA; None without, or on unlike items."""
+    base = next(iter(lora.scores.values()), None) if lora.is_base else None
+    first = dict.fromkeys(d2lora.scores, base) if base is not None else lora.scores
+    seeds = tuple(sorted(first.keys() & d2lora.scores.keys()))
+    if not seeds or len(lora.tested | d2lora.tested) > 1:
+        return None
+    return seeds, np.stack([first[s] for s in seeds]), np.stack([d2lora.scores[s] for s in seeds])
+
+
+def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarray, second: np.ndarray) -> Comparison:
+    difference = second - first
+    drawn = stats.bootstrap(difference)
+    exact = len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
+    if exact:
+        p, test = stats.mcnemar(first[0], second[0]), "exact McNemar"
+    else:
+        p, test = stats.bootstrap_p(drawn), "paired bootstrap" if len(seeds) == 1 else "two-level bootstrap"
+    return Comparison(
+        lora,
+        d2lora,
+        difference=float(difference.mean(dtype=float)),
+        interval=stats.percentiles(drawn),
+        detectable=stats.smallest_detectable(float(drawn.std()), difference.shape[1] if exact else None),
+        p=p,
+        test=test,
+        seeds=seeds,
+    )
+
+
+def verdict(found: Iterable[Comparison]) -> str:
+    """What the comparisons of one table say, in words and numbers, so that nobody reads noise as a gain."""
+    unique = list(dict.fromkeys(found))
+    if not unique:
+        return "No pair of LoRA and D2LoRA to compare yet."
+    better, worse = ([c for c in unique if sign * c.difference > 0] for sign in (1, -1))
+    text = f"D2LoRA beats LoRA in {len(better)} of {_cells(len(unique))}; beyond chance in {_chance(better)}"
+    text += f" (Holm, alpha {100 * ALPHA:.0f} %). LoRA beats D2LoRA in {len(worse)}; beyond chance in {_chance(worse)}."
+    mean = 100 * sum(c.difference for c in unique) / len(unique)
+    text += f" The mean difference is {mean:+.2f} points"
+    detectable = [100 * c.detectable for c in unique if c.detectable]
+    if detectable:
+        sizes = sorted({f"{min(detectable):.1f}", f"{max(detectable):.1f}"}, key=float)
+        text += f"; a cell alone shows differences from {' to '.join(sizes)} points on, four times in five"
+    seeds = {s for c in unique for s in c.seeds}
+    fewer = sum(len(c.seeds) < len(seeds) for c in unique)
+    return f"{text}. {seeds_text(seeds)}" + (f" {_cells(fewer)} with fewer: see seeds." if fewer else "")
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'s'[: count != 1]}"
+
+
+def _chance(found: list[Comparison]) -> int:
+    return sum(c.beyond_chance for c in found)
+
+
+def seeds_text(seeds: set[int]) -> str:
+    """How many training seeds a table rests on; that one is only one is said."""
+    if len(seeds) == 1:
+        return f"One training seed ({min(seeds)}): what another seed would change is not known."
+    return f"{len(seeds)} training seeds ({', '.join(map(str, sorted(seeds)))}), folded into each number."

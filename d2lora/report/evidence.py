@@ -1,0 +1,77 @@
+"""What stands behind a table's numbers: how its records were made, where they disagree, and tainted test items."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+from d2lora import plan
+from d2lora.report.rows import Point, Records
+
+
+def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dict, str]]:
+    """The finished records behind points by key, each with the name that its data set goes by in the config."""
+    found = {}
+    for point in points:
+        for run in point.runs.values():
+            names = {"evaluate": point.benchmark, "adapt": point.task, "warmup": point.warmup}
+            for stage, name in names.items():
+                if record := records.get(stage, getattr(run, stage)):
+                    found[record["key"]] = record, name
+    return found
+
+
+def notes(points: Iterable[Point], records: Records) -> list[str]:
+    """Why records of one table may not be comparable: versions of packages, data under one name, uncommitted code."""
+    found = list(records_of(points, records).values())
+    made = [record.get("provenance", {}) for record, _ in found]
+    return [*_versions(made), *_fingerprints(found), *_code(made)]
+
+
+def _versions(made: list[dict]) -> Iterator[str]:
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for one in made:
+        for package, version in ({"python": one.get("python")} | one.get("packages", {})).items():
+            counts[package][version] += 1
+    for package, versions in sorted(counts.items()):
+        if len(versions) > 1:
+            listed = ", ".join(f"{v} ({count} records)" for v, count in sorted(versions.items(), key=str))
+            yield f"Records were made with different versions of {package}: {listed}."
+
+
+def _fingerprints(found: list[tuple[dict, str]]) -> Iterator[str]:
+    sets: dict[tuple, Counter] = defaultdict(Counter)
+    for record, name in found:
+        spec = record["spec"]
+        source = spec.get("benchmark", spec).get("data")
+        if source is not None:
+            sets[record["stage"], name][plan.canonical(source)] += 1
+    for (stage, name), prints in sorted(sets.items()):
+        if len(prints) > 1:
+            yield f"Records of {stage} on {name} read different data under that name ({len(prints)} fingerprints)."
+
+
+def _code(made: list[dict]) -> Iterator[str]:
+    states = Counter("unknown" if not one.get("git") else "dirty" if one["git"]["dirty"] else "clean" for one in made)
+    if states["dirty"]:
+        yield f"{states['dirty']} of {len(made)} records were made with uncommitted changes in the code."
+    if states["unknown"]:
+        yield f"{states['unknown']} of {len(made)} records were made outside a git checkout: their code is not known."
+
+
+def contamination(cells: Iterable[dict], records: Records) -> dict[str, dict]:
+    """Test items found in a training set: {"<training set> / <benchmark>": {measure: {"value": share, "items": N}}}."""
+    keys = {pair: key for c in cells for pair, key in c["stages"].get("contamination", {}).items()}
+    found = {pair: records.get("contamination", key) for pair, key in keys.items()}
+    return {pair: record["metrics"] for pair, record in sorted(found.items()) if record}
+
+
+def contamination_text(found: dict[str, dict]) -> str:
+    """The same as lines; empty where nothing was checked."""
+    if not found:
+        return ""
+    lines = [
+        f"  {pair}: "
+        + ", ".join(f"{name} {100 * m['value']:.2f} %" for name, m in measures.items())
+        + f" of {max(m['items'] for m in measures.values())} items"
+        for pair, measures in found.items()
+    ]
+    return "\n".join(["test items found in a training set", *lines])

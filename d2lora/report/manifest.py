@@ -1,0 +1,52 @@
+"""Manifests: what a sweep planned, each cell's resolved config with the keys of its stages."""
+
+import json
+from pathlib import Path
+
+from d2lora import plan
+from d2lora.errors import UserError
+from d2lora.plan import Cell
+from d2lora.store import write_json
+
+
+def write_manifest(output: Path, cells: list[Cell]) -> None:
+    """The grid as planned: each cell's resolved config and the keys of its stages."""
+    sweep = cells[0].config.sweep
+    write_json(_manifest(output, sweep), {"sweep": sweep, "cells": [_entry(c) for c in cells]})
+
+
+def add_to_manifest(output: Path, cell: Cell) -> None:
+    """A cell typed by hand joins its sweep's manifest."""
+    entries = read_manifest(output, cell.config.sweep)["cells"] if _manifest(output, cell.config.sweep).exists() else []
+    kept = [e for e in entries if e["id"] != cell.id]
+    write_json(_manifest(output, cell.config.sweep), {"sweep": cell.config.sweep, "cells": [*kept, _entry(cell)]})
+
+
+def _entry(cell: Cell) -> dict:
+    config = cell.config.model_dump(exclude={"output", "dry_run", "skip_invalid", "job", "data_root"})
+    chain = cell.chain
+    evaluations = dict(zip(plan.benchmarks(cell.config), (s.key for s in chain.evaluations), strict=True))
+    trained = {"warmup": chain.warmup and chain.warmup.key, "adapt": chain.adapt and chain.adapt.key}
+    checks = {pair.name: s.key for pair, s in zip(plan.pairs(cell.config), chain.contamination, strict=True)}
+    return {"id": cell.id, "config": config, "stages": {**trained, "evaluate": evaluations, "contamination": checks}}
+
+
+def _manifest(output: Path, sweep: str) -> Path:
+    return output / "manifests" / f"{sweep}.json"
+
+
+def sweeps(output: Path) -> list[str]:
+    """The names of all sweeps that have a manifest."""
+    return sorted(f.stem for f in (output / "manifests").glob("*.json"))
+
+
+def read_manifest(output: Path, sweep: str) -> dict:
+    """A sweep's manifest. UserError if there is none or it is damaged."""
+    file = _manifest(output, sweep)
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        there = ", ".join(sorted(f.stem for f in file.parent.glob("*.json"))) or "none"
+        raise UserError(f"sweep={sweep}: no such sweep was started here (there: {there})") from None
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); start the sweep again to have it written anew") from None

@@ -1,0 +1,246 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const FILTERS = ["sweep", "model", "task", "method", "m"];
+const chosen = {};
+const tip = document.getElementById("tip"), dialog = document.getElementById("detail");
+
+// Elements. Children that are strings become text, never HTML: texts of records are not trusted.
+function make(space, tag, attributes, children) {
+  const element = space ? document.createElementNS(space, tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
+  }
+  element.append(...children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false).map((c) => (c instanceof Node ? c : String(c))));
+  return element;
+}
+const h = (tag, attributes, ...children) => make(null, tag, attributes, children);
+const s = (tag, attributes, ...children) => make("http://www.w3.org/2000/svg", tag, attributes, children);
+
+const percent = (value, digits = 2) => (value === null ? "missing" : (100 * value).toFixed(digits));
+const signed = (value, digits = 2) => (value >= 0 ? "+" : "−") + Math.abs(100 * value).toFixed(digits);
+const amount = (n) => (typeof n === "number" && n >= 1000 && n % 1000 === 0 ? n / 1000 + "k" : String(n));
+const size = (n) => (n === "all" ? Infinity : n);
+const p3 = (p) => (p < 0.001 ? "<0.001" : p.toFixed(3));
+const name = (p) => `${p.method.toUpperCase()} ${p.arm}, n=${amount(p.n)}`;
+const interval = (p) => (p.value === null ? "" : `[${percent(p.low, 1)}, ${percent(p.high, 1)}]`);
+
+// A D2LoRA filter keeps LoRA too: it is what D2LoRA is compared with.
+const kept = (point) => ["model", "task", "method"].every((k) => !chosen[k] || point[k] === chosen[k]) && (!chosen.m || String(point.m) === chosen.m || (point.m === 0 && chosen.m !== "0"));
+const first = (cells) => cells.map((c) => c && data.points[c.p]).find(Boolean);
+
+// --- filters
+function filters() {
+  const values = Object.fromEntries(FILTERS.map((k) => [k, k === "sweep" ? data.sweeps.map((w) => w.name) : [...new Set(data.points.map((p) => p[k]))]]));
+  values.m.sort((a, b) => size(a) - size(b));
+  const selects = FILTERS.filter((k) => values[k].length > 1).map((k) =>
+    h("label", {}, k + " ", h("select", { name: k, onchange: (e) => { chosen[k] = e.target.value; draw(); } },
+      h("option", { value: "" }, "all"), values[k].map((v) => h("option", { value: v }, String(v))))));
+  document.getElementById("filters").append(...selects);
+}
+
+// --- tables
+function sortable(head, rows, label) {
+  // rows: [{keys: [...], row: tr}]; a click sorts by that column, again reverses.
+  const body = h("tbody", {}, rows.map((r) => r.row));
+  const heads = head.map((text, i) => h("th", { scope: "col", "aria-sort": "none", tabindex: 0, onclick: () => sort(i), onkeydown: (e) => { if (e.key === "Enter") sort(i); } }, text));
+  function sort(i) {
+    const down = heads[i].getAttribute("aria-sort") === "descending";
+    heads.forEach((x) => x.setAttribute("aria-sort", "none"));
+    heads[i].setAttribute("aria-sort", down ? "ascending" : "descending");
+    body.append(...[...rows].sort((a, b) => compare(a.keys[i], b.keys[i], down ? 1 : -1)).map((r) => r.row));
+  }
+  return h("div", { class: "scroll" }, h("table", { "aria-label": label }, h("thead", {}, h("tr", {}, heads)), body));
+}
+function compare(a, b, way) {
+  if (a === null || b === null) return (a === null) - (b === null); // missing values come last
+  return way * (typeof a === "string" ? a.localeCompare(b, undefined, { numeric: true }) : a - b);
+}
+
+function grid(table) {
+  const lines = table.lines.filter((line) => { const p = first(line.cells); return p && kept(p); });
+  if (!lines.length) return null;
+  const rows = lines.map((line) => ({
+    keys: [line.label, ...line.cells.map((c) => c && data.points[c.p].value)],
+    row: h("tr", {}, h("th", { scope: "row" }, line.label), line.cells.map((c) => cell(c))),
+  }));
+  const pairs = table.pairs.filter((row) => !chosen.method || row[0].includes(chosen.method));
+  const heads = ["D2LoRA − LoRA", "difference", "95 % interval", "p", "p (Holm)", "detectable", "test", "seeds"];
+  return h("div", {}, h("h4", {}, table.title), h("p", { class: "verdict" }, table.verdict),
+    sortable(["", ...table.columns], rows, table.title),
+    pairs.length ? h("details", {}, h("summary", {}, "each comparison, in points"),
+      sortable(heads, pairs.map(([, ...row]) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
+}
+function key(text) {
+  const number = parseFloat(text.replace(/[*<]/g, ""));
+  return /^[+−-]?[<\d.]/.test(text) && !isNaN(number) ? number : text;
+}
+
+function cell(c) {
+  if (!c) return h("td", {}, "–");
+  const p = data.points[c.p], d = c.c === null ? null : data.comparisons[c.c];
+  const lost = p.runs.filter((r) => !r.done).length;
+  return h("td", { class: "open" }, h("button", { type: "button", "aria-label": `${name(p)}: details`, onclick: () => detail(p, d) },
+    p.value === null ? h("span", { class: "missing" }, "missing") : percent(p.value) + (d && d.beyond ? "*" : ""),
+    h("small", {}, interval(p)),
+    lost && p.value !== null ? h("small", { class: "missing" }, `${lost} of ${p.runs.length} seeds missing`) : null,
+    p.paper !== null ? h("small", {}, `paper ${percent(p.paper)}` + (p.value === null ? "" : `, ${signed(p.value - p.paper)}`)) : null,
+    d ? h("small", {}, `${signed(d.difference)} against LoRA`) : null));
+}
+
+const plain = (head, rows, label) => sortable(head, rows.map((row) => ({ keys: row.map((t) => key(String(t))), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), label);
+
+// --- figures
+const W = 420, H = 260, LEFT = 44, RIGHT = 12, TOP = 10, BOTTOM = 36;
+function ticks(low, high) {
+  const rough = (high - low) / 5, base = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((f) => f * base).find((x) => x >= rough);
+  const found = [];
+  for (let v = Math.ceil(low / step) * step; v <= high + 1e-9; v += step) found.push(v);
+  return found;
+}
+function scales(curves) {
+  const points = curves.flatMap((c) => c.points.map(([x, i]) => [x, data.points[i]]));
+  const paper = curves.flatMap((c) => c.paper);
+  const xs = [...new Set([...points, ...paper].map(([x]) => x))].sort((a, b) => a - b);
+  const ys = [...points.flatMap(([, p]) => [p.low, p.high]), ...paper.map(([, v]) => v)];
+  const low = Math.min(...ys), high = Math.max(...ys), room = (high - low || 0.02) * 0.06;
+  const x = (n) => LEFT + ((W - LEFT - RIGHT) * (n - xs[0])) / (xs[xs.length - 1] - xs[0] || 1);
+  const y = (v) => TOP + ((H - TOP - BOTTOM) * (high + room - v)) / (high - low + 2 * room || 1);
+  return { xs, x, y, low: low - room, high: high + room };
+}
+const path = (pairs) => pairs.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
+
+function panel(found) {
+  const curves = found.curves.filter((c) => c.points.length && kept(data.points[c.points[0][1]]));
+  if (!curves.length) return null;
+  const { xs, x, y, low, high } = scales(curves);
+  const digits = high - low < 0.03 ? 1 : 0;
+  const step = ticks(100 * low, 100 * high);
+  const shown = xs.filter((n, i) => i === 0 || i === xs.length - 1 || x(n) - x(xs[i - 1]) > 22);
+  const axes = [
+    step.map((v) => [s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: y(v / 100), y2: y(v / 100) }), s("text", { x: LEFT - 5, y: y(v / 100) + 4, "text-anchor": "end" }, v.toFixed(digits))]),
+    shown.map((n) => [s("line", { class: "grid", x1: x(n), x2: x(n), y1: TOP, y2: H - BOTTOM }), s("text", { x: x(n), y: H - BOTTOM + 14, "text-anchor": "middle" }, amount(n))]),
+    s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, "task samples n"),
+  ];
+  const drawn = curves.map((c, i) => curve(c, found, curves, x, y));
+  return h("figure", {}, h("figcaption", {}, `${found.title}: ${found.unit}`),
+    s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": found.title }, axes, drawn),
+    h("div", {}, curves.map((c) => legend(c, found, curves))));
+}
+function colour(c, found, curves) {
+  if (!found.arms) return `var(--${c.method})`;
+  if (c.lora) return "var(--lora)";
+  return ["var(--d2lora)", "var(--dpo)", "var(--orpo)", "var(--soft)"][curves.filter((o) => !o.lora).indexOf(c) % 4];
+}
+function mark(c, found, x, y) {
+  const shape = found.arms ? (c.lora ? "sft" : "dpo") : c.method;
+  if (shape === "sft") return s("circle", { class: "dot", cx: x, cy: y, r: 3.6 });
+  if (shape === "dpo") return s("rect", { class: "dot", x: x - 3.3, y: y - 3.3, width: 6.6, height: 6.6 });
+  return s("path", { class: "dot", d: `M${x} ${y - 4.4}L${x + 4.2} ${y + 3.4}L${x - 4.2} ${y + 3.4}Z` });
+}
+function curve(c, found, curves, x, y) {
+  const points = c.points.map(([n, i]) => [n, data.points[i]]);
+  const band = [...points.map(([n, p]) => [x(n), y(p.high)]), ...[...points].reverse().map(([n, p]) => [x(n), y(p.low)])];
+  return s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found, curves)}` },
+    s("path", { class: "band", d: path(band) + "Z" }),
+    c.paper.length ? s("path", { class: "paper", d: path(c.paper.map(([n, v]) => [x(n), y(v)])) }) : null,
+    s("path", { class: "curve", d: path(points.map(([n, p]) => [x(n), y(p.value)])) }),
+    points.map(([n, p]) => dot(c, found, p, x(n), y(p.value))));
+}
+function dot(c, found, p, x, y) {
+  const show = (e) => hint(p, e.currentTarget.getBoundingClientRect());
+  const hit = s("circle", { class: "hit", cx: x, cy: y, r: 9, tabindex: 0, role: "button", "aria-label": `${name(p)}: ${percent(p.value)} ${interval(p)}`,
+    onpointerenter: show, onfocus: show, onpointerleave: hide, onblur: hide, onclick: () => detail(p), onkeydown: (e) => { if (e.key === "Enter") detail(p); } });
+  return s("g", {}, mark(c, found, x, y), hit);
+}
+function legend(c, found, curves) {
+  const group = s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found, curves)}` }, s("path", { class: "curve", d: "M0 6L30 6" }), mark(c, found, 15, 6));
+  const paper = c.paper.length ? h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, s("path", { class: "paper", style: `--c:${colour(c, found, curves)}`, d: "M0 6L30 6" })), `${c.label}, paper`) : null;
+  return [h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, group), c.label), paper].filter(Boolean).reduce((a, b) => (a.append(b), a), document.createDocumentFragment());
+}
+function hint(p, box) {
+  const keys = p.runs.filter((r) => r.done).map((r) => r.evaluate).filter((k, i, all) => all.indexOf(k) === i);
+  tip.textContent = `${name(p)}\n${p.metric} ${percent(p.value)} ${interval(p)}` + (p.paper === null ? "" : `\npaper ${percent(p.paper)}`) + `\n${p.items} items, seed ${p.runs.map((r) => r.seed).join(", ")}\nrecord ${keys.join(", ")}`;
+  tip.hidden = false;
+  const left = Math.min(box.right + 8, innerWidth - tip.offsetWidth - 6);
+  tip.style.left = `${Math.max(6, left)}px`;
+  tip.style.top = `${Math.max(6, Math.min(box.bottom + 8, innerHeight - tip.offsetHeight - 6))}px`;
+}
+function hide() { tip.hidden = true; }
+
+// --- a cell's provenance and items
+const others = (p) => data.points.filter((o) => o !== p && (o.m === 0) !== (p.m === 0) && ["sweep", "model", "task", "method", "n", "benchmark", "metric"].every((k) => o[k] === p[k]) && (p.n === 0 || (o.init === p.init && o.recipe === p.recipe)) && o.runs.some((r) => r.done));
+
+function detail(p, d) {
+  hide();
+  const partners = others(p), seeds = p.runs.filter((r) => r.done);
+  const state = { seed: seeds.length ? seeds[0].seed : null, other: partners[0] };
+  const body = h("div", {});
+  const fill = () => body.replaceChildren(...sides(p, state));
+  const pick = (label, values, show, set) => (values.length > 1 ? h("label", {}, ` ${label} `, h("select", { onchange: (e) => { set(values[e.target.selectedIndex]); fill(); } }, values.map((v) => h("option", {}, show(v))))) : null);
+  dialog.replaceChildren(
+    h("header", {}, h("h3", {}, `${name(p)} on ${p.benchmark}`), h("button", { type: "button", onclick: () => dialog.close() }, "close")),
+    h("p", {}, p.value === null ? "No record yet: this cell is missing." : `${p.metric} ${percent(p.value)} %, 95 % interval ${interval(p)}, ${p.items} items.` + (p.paper === null ? "" : ` The paper has ${percent(p.paper)}.`)),
+    d ? h("p", {}, `D2LoRA − LoRA: ${signed(d.difference)} points [${signed(d.interval[0], 1)}, ${signed(d.interval[1], 1)}], p ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}.`) : "",
+    h("p", {}, pick("seed", seeds, (r) => r.seed, (r) => { state.seed = r.seed; }), pick("beside", partners, (o) => o.arm + (o.warmup ? ` ${o.warmup}` : ""), (o) => { state.other = o; })),
+    body);
+  fill();
+  if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
+}
+const run = (p, seed) => p && (p.runs.find((r) => r.done && r.seed === seed) || p.runs.find((r) => r.done));
+
+function sides(p, state) {
+  const pair = [p, state.other].filter(Boolean).sort((a, b) => size(a.m) - size(b.m)).map((x) => ({ point: x, run: run(x, state.seed) })).filter((x) => x.run);
+  const own = run(p, state.seed) || p.runs[0];
+  return [h("details", {}, h("summary", {}, "where the number comes from"), ["evaluate", "adapt", "warmup"].filter((k) => own[k]).map((k) => record(k, own[k]))), ...items(pair)];
+}
+function record(stage, key) {
+  const r = data.records[key];
+  const title = h("h4", {}, `${stage} `, h("a", { href: `../store/${stage}/${key}/record.json` }, key));
+  if (!r) return h("div", {}, title, h("p", { class: "missing" }, "no record"));
+  const env = data.environments[r.environment], git = env.git;
+  const rows = { what: r.label, code: git ? `${git.commit}${git.dirty ? ", with uncommitted changes" : ""}` : "unknown (outside a git checkout)",
+    packages: Object.entries(env.packages || {}).map((x) => x.join(" ")).join(", ") + `, python ${env.python}`, hardware: Object.entries(env.hardware || {}).map((x) => x.join(" ")).join(", ") + `, ${env.threads} threads`,
+    when: `${r.started}, ${r.seconds} s, peak memory ${r.peak_memory_mb} MB`, result: JSON.stringify(r.metrics), data: r.data ? JSON.stringify(r.data) : null, spec: JSON.stringify(r.spec) };
+  return h("div", {}, title, h("dl", {}, Object.entries(rows).filter(([, v]) => v).map(([k, v]) => [h("dt", {}, k), h("dd", {}, v)])));
+}
+function items(pair) {
+  const shown = pair.map((x) => data.answers[x.run.evaluate]);
+  if (!shown.length || !shown[0]) return [];
+  const set = data.sets[shown[0].set];
+  return [h("h4", {}, `A sample of ${set.length} items`), h("p", { class: "note" }, "Half drawn by chance, half those on which this benchmark's evaluations disagree most: no basis for a rate."),
+    ...set.map(([index, prompt, gold], i) => h("div", { class: "item" },
+      h("div", { class: "small" }, `item ${index}`), h("pre", {}, prompt), h("div", { class: "small" }, "gold"), h("pre", {}, gold),
+      h("div", { class: "answers" }, pair.map((x, j) => shown[j] && shown[j].set === shown[0].set ? answer(x.point, shown[j].items[i]) : null))))];
+}
+function answer(p, [text, score]) {
+  const verdict = score === 1 ? h("span", { class: "right" }, "✓ right") : score === 0 ? h("span", { class: "wrong" }, "✗ wrong") : `${p.metric} ${percent(score, 1)}`;
+  return h("div", {}, h("div", { class: "small" }, `${p.arm}: `, verdict), h("pre", {}, text));
+}
+
+// --- the page
+function shown(x) {
+  const parts = [x.tables.map(grid), x.panels.length ? h("div", { class: "figure" }, x.panels.map(panel)) : null].flat().filter(Boolean);
+  return parts.length ? h("section", {}, h("h3", {}, x.caption), x.verdicts.map((v) => h("p", { class: "verdict" }, v)), parts, x.notes.map((n) => h("p", { class: /^\d|^Records/.test(n) ? "warning" : "note" }, n))) : null;
+}
+function contamination(found) {
+  const rows = Object.entries(found).flatMap(([pair, measures]) => Object.entries(measures).map(([k, m]) => [pair, k, `${percent(m.value)} %`, String(m.items)]));
+  return rows.length ? h("section", {}, h("h3", {}, "Test items found in a training set"), plain(["training set / benchmark", "measure", "share", "items"], rows, "contamination")) : null;
+}
+function sweep(w) {
+  const [own, ...papers] = w.shown.map(shown);
+  return h("section", {}, h("h2", {}, `Sweep ${w.name}`), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, papers,
+    papers.some(Boolean) && own ? h("details", {}, h("summary", {}, "All cells of this sweep"), own) : own,
+    contamination(w.contamination), h("details", {}, h("summary", {}, "Table 2: the settings that ran"), plain(w.settings.head, w.settings.rows, "settings")));
+}
+function draw() {
+  hide();
+  const sweeps = data.sweeps.filter((w) => !chosen.sweep || w.name === chosen.sweep);
+  document.getElementById("main").replaceChildren(...sweeps.map(sweep));
+}
+dialog.addEventListener("click", (e) => { if (e.target === dialog) dialog.close(); });
+addEventListener("scroll", hide, { passive: true });
+filters();
+draw();

@@ -1,0 +1,90 @@
+"""The paper's Tables 1 and 3 and Figures 1 to 4 by what their cells are, at the paper's scale and the lab's; its numbers."""
+
+import csv
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal
+
+from d2lora.report.rows import Point
+
+_ALL_TITLES = 7000  # Table 1's last column says 7k and can only mean all pairs that are not held out
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The names that the paper's two tasks and their benchmarks have at one scale."""
+
+    math: tuple[str, str]  # task, benchmark
+    titles: tuple[str, str]
+    forgetting: tuple[str, str]
+    small: int  # the largest n of Figure 4, the smallest but 0 of the other artefacts
+
+
+SCALES = (
+    Scale(("math", "gsm8k"), ("title", "econ_titles"), ("math", "arc_easy"), 1000),
+    Scale(("lab-math", "lab_math"), ("lab-title", "lab_title"), ("lab-math", "lab_facts"), 100),
+)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A table or figure: which cells it shows, in what panels."""
+
+    name: str
+    caption: str
+    role: Literal["math", "titles", "forgetting"]
+    methods: tuple[str, ...] = ("sft", "dpo", "orpo")
+    sizes: Literal["large", "small"] = "large"
+    warmed: bool = True  # whether D2LoRA is in it
+    panel: Literal["all", "method"] = "method"
+
+
+TABLES = (
+    Artefact("table1", "Table 1: ROUGE of LoRA and D2LoRA in title generation", "titles", ("sft",)),
+    Artefact("table3", "Table 3: accuracy of SFT, DPO and ORPO, LoRA and D2LoRA, in mathematical reasoning", "math"),
+)
+FIGURES = (
+    Artefact("figure1", "Figure 1: SFT, DPO and ORPO with LoRA over n", "math", warmed=False, panel="all"),
+    Artefact("figure2", "Figure 2: LoRA and D2LoRA over n for each method", "math"),
+    Artefact("figure3", "Figure 3: what the base knew (forgetting) over n for each method", "forgetting"),
+    Artefact("figure4", "Figure 4: LoRA and D2LoRA with ORPO and few samples", "math", ("orpo",), "small"),
+)
+
+
+def select(artefact: Artefact, points: Iterable[Point]) -> list[Point]:
+    """The points that an artefact shows; none unless they have two sizes n and, where it compares, both arms."""
+    points = list(points)
+    for scale in SCALES:
+        chosen = [p for p in points if _shown(artefact, scale, p)]
+        arms = {p.m == 0 for p in chosen}
+        if len({p.n for p in chosen if p.n != 0}) > 1 and arms == ({True, False} if artefact.warmed else {True}):
+            return chosen
+    return []
+
+
+def _shown(artefact: Artefact, scale: Scale, point: Point) -> bool:
+    if (point.task, point.benchmark) != getattr(scale, artefact.role):
+        return False
+    if point.method not in artefact.methods or not (artefact.warmed or point.m == 0):
+        return False
+    size = float("inf") if point.n == "all" else float(point.n)
+    return 0 < size <= scale.small if artefact.sizes == "small" else size == 0 or size >= scale.small
+
+
+def value(point: Point) -> float | None:
+    """The paper's number for a point, as a fraction; None where the paper has none for this model, task and size.
+
+    The paper does not say which ROUGE its Table 1 has, so its number stands beside each.
+    """
+    n = _ALL_TITLES if point.task == "title" and point.n == "all" else point.n
+    metric = "rouge" if point.metric.startswith("rouge") else point.metric
+    return _numbers().get((point.model, point.task, point.benchmark, metric, point.method, str(point.m), str(n)))
+
+
+@functools.cache
+def _numbers() -> dict[tuple, float]:
+    keys = ("model", "task", "benchmark", "metric", "method", "m", "n")
+    with (files("d2lora.report") / "reference.csv").open() as file:
+        return {tuple(row[k] for k in keys): float(row["value"]) / 100 for row in csv.DictReader(file)}

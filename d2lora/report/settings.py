@@ -1,0 +1,76 @@
+"""Table 2: the settings that ran, from the configs of a sweep's cells; one column a distinct config."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from d2lora import plan
+from d2lora.report.rows import flat, size
+
+# What a reader of the paper's Table 2 looks for, in its order: (row, key of the config).
+_ROWS = (
+    ("model", "model.name"),
+    ("dtype", "model.dtype"),
+    ("initialization", "init.name"),
+    ("LoRA rank", "recipe.lora.r"),
+    ("LoRA alpha", "recipe.lora.alpha"),
+    ("LoRA dropout", "recipe.lora.dropout"),
+    ("LoRA targets", "recipe.lora.target_modules"),
+    ("schedule", "recipe.schedule"),
+    ("lr warm-up ratio", "recipe.lr_warmup_ratio"),
+    ("weight decay", "recipe.weight_decay"),
+    ("gradient clipping", "recipe.max_grad_norm"),
+    ("effective batch", "recipe.batch"),
+    ("longest row (tokens)", "recipe.max_length"),
+    ("phase 1: data", "warmup.name"),
+    ("phase 1: lr", "recipe.lr.warmup"),
+    ("phase 1: epochs", "warmup.epochs"),
+    ("phase 2: data", "task.name"),
+    ("phase 2: lr", "lr"),
+    ("phase 2: epochs", "method.epochs"),
+    ("beta", "method.beta"),
+    ("DPO's reference", "method.reference"),
+    ("ORPO's NLL", "method.nll"),
+    ("order of samples (data_seed)", "data_seed"),
+    ("hold-outs (split_seed)", "split_seed"),
+)
+# How, not what; and what the columns are made of.
+_APART = ("n", "m", "seed", "sweep", "method.name", "recipe.name", "recipe.lr", "recipe.epochs", "model.path")
+_MACHINE = ("recipe.micro_batch", "recipe.eval_batch", "recipe.gradient_checkpointing", "recipe.threads")
+
+
+def settings(cells: Iterable[dict]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of Table 2. A setting that the paper has no row for is shown where the columns differ in it."""
+    columns: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        config = _values(cell["config"])
+        columns.setdefault(tuple(config.items()), []).append(cell["config"])
+    values = [dict(column) for column in columns]
+    named = {key for _, key in _ROWS} | {"method"}
+    keys = dict.fromkeys(k for v in values for k in v if k not in named and len({w.get(k) for w in values}) > 1)
+    rows = [[name, *(_text(v.get(key)) for v in values)] for name, key in (*_ROWS, *((k, k) for k in keys))]
+    for axis, name in (("m", "m that ran"), ("n", "n that ran"), ("seed", "seeds")):
+        rows.append([name, *(_ran(configs, axis) for configs in columns.values())])
+    return ["", *(v["method"].upper() for v in values)], rows
+
+
+def _values(config: dict) -> dict[str, str]:
+    """The settings of a cell that make a column, flat."""
+    method = config["method"]["name"]
+    found = {k: v for k, v in flat(config) if not _apart(k)}
+    return found | {
+        "method": method,
+        "lr": str(config["recipe"]["lr"][method]),
+        "recipe.lr.warmup": str(config["recipe"]["lr"]["warmup"]),
+    }
+
+
+def _apart(key: str) -> bool:
+    return key in _MACHINE or any(key == k or key.startswith(f"{k}.") for k in _APART)
+
+
+def _text(value: Any) -> str:
+    return "N/A" if value in (None, "None") else str(value)
+
+
+def _ran(configs: list[dict], axis: str) -> str:
+    return ", ".join(plan.amount(v) for v in sorted({c[axis] for c in configs}, key=size))

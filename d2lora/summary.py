@@ -1,0 +1,115 @@
+"""What a run says of itself: the plan and about how long it takes, the sweep's line, a cell's results, what failed."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from d2lora import plan
+from d2lora.plan import Cell, Stage
+from d2lora.store import Store
+
+
+def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
+    """What a sweep will do: cells, stages, what is shared and done, samples to be seen, and about how long."""
+    stages = plan.stages(cells)
+    left = [s for s in stages if not store.done(s)]
+    used = Counter(s.key for c in cells for s in c.chain.stages)
+    lines = [
+        f"sweep {cells[0].config.sweep}: {len(cells)} cell{'s'[: len(cells) > 1]}, {len(stages)} stages, {len(stages) - len(left)} done, {len(left)} to do"
+    ]
+    for name in ("contamination", "warmup", "adapt", "evaluate"):
+        these = [s for s in stages if s.name == name]
+        if these:
+            shared = sum(used[s.key] > 1 for s in these)
+            done = sum(store.done(s) for s in these)
+            lines.append(
+                f"  {name:<13} {len(these):>4} stages, {shared} shared by several cells, {done} done{_samples(name, these, cells)}"
+            )
+    if len(cells) <= 12 or cells[0].config.dry_run:
+        lines += [f"  {_cell_line(c, store)}" for c in cells]
+    if left:
+        lines.append(f"  about {_duration(left, store, workers)}")
+    return "\n".join(lines)
+
+
+def _samples(name: str, these: list[Stage], cells: list[Cell]) -> str:
+    if name in ("contamination", "evaluate"):
+        return ""
+    every = [s for c in cells for s in c.chain.stages if s.name == name]
+    if any(s.samples is None for s in every):
+        return "; samples known once the data set is read (n or m is all)"
+    once, apart = (sum(s.samples or 0 for s in group) for group in (these, every))
+    return f"; {once:,} samples to be seen" + (f" ({apart:,} without sharing)" if apart > once else "")
+
+
+def _cell_line(cell: Cell, store: Store) -> str:
+    chain = cell.chain
+    marks = [f"{s.name} {s.key[:8]}{' (done)' if store.done(s) else ''}" for s in chain.stages]
+    return f"{cell.id}: {', '.join(marks)}"
+
+
+def _duration(left: list[Stage], store: Store, workers: int) -> str:
+    """An estimate from the seconds that finished stages of the same kind took; says so if there are none."""
+    measured: dict[tuple, list[float]] = defaultdict(list)
+    for file in store.folder.glob("*/*/record.json"):
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue  # `python -m d2lora.store check` names it; an estimate can do without
+        measured[_kind(record["stage"], record["spec"])].append(
+            record["seconds"] / max(record.get("metrics", {}).get("samples_seen", 1), 1)
+        )
+    if any(_kind(s.name, s.spec) not in measured for s in left):
+        return "an unknown time: nothing like it was measured here yet"
+    seconds = 0.0
+    for stage in left:
+        times = measured[_kind(stage.name, stage.spec)]
+        seconds += sum(times) / len(times) * (stage.samples or 1)
+    seconds = seconds / workers + 20  # imports
+    text = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    return text + (f" with {workers} workers" if workers > 1 else "")
+
+
+def _kind(name: str, spec: dict) -> tuple:
+    """What a stage's time a sample depends on most: kind, method and model; of an evaluation, its benchmark."""
+    if name == "contamination":
+        return name, plan.canonical(spec["train"])
+    if name == "evaluate":
+        return name, plan.canonical(spec.get("benchmark", spec.get("lm_eval")))
+    return name, spec.get("method", {}).get("name"), plan.canonical(spec["model"])
+
+
+def progress_text(cells: list[Cell], store: Store) -> str:
+    """The sweep's line: done, running, left, failures."""
+    stages = plan.stages(cells)
+    done = sum(store.done(s) for s in stages)
+    failed = sum((store.folder.parent / "failed" / f"{s.key}.json").exists() for s in stages)
+    running = sum(any(store.place(s).parent.glob(f".{s.key}-*")) for s in stages)
+    return f"{cells[0].config.sweep}: {done} of {len(stages)} stages done, {running} running, {len(stages) - done - running - failed} left, {failed} failed"
+
+
+def cell_text(cell: Cell, store: Store) -> str:
+    """A single cell's results."""
+    lines = [cell.id]
+    for name, stage in zip(plan.benchmarks(cell.config), cell.chain.evaluations, strict=True):
+        record = store.record(stage)
+        for metric, r in (record["metrics"] if record else {}).items():
+            lines.append(f"  {name} {metric}: {100 * r['value']:.2f} % ± {196 * r['stderr']:.2f} ({r['items']} items)")
+        if record is None:
+            lines.append(f"  {name}: missing")
+    return "\n".join(lines)
+
+
+def failures_text(output: Path, lost: Iterable[Stage]) -> str:
+    """What failed and why, and what that blocked."""
+    lines = []
+    for stage in lost:
+        file = output / "failed" / f"{stage.key}.json"
+        if file.exists():
+            lines.append(f"failed: {stage.label}: {json.loads(file.read_text())['error']} (traceback in {file})")
+        else:
+            lines.append(
+                f"blocked: {stage.label}" + (f", by {stage.parent.label}" if stage.parent else ": no worker did it")
+            )
+    return "".join(f"{line}\n" for line in lines)

@@ -1,0 +1,84 @@
+"""Records as a run leaves them, with made-up scores: what a report is tested and timed on. Nothing is trained."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from d2lora.config import Config
+from d2lora.plan import Cell, Stage, benchmarks, chain
+from d2lora.report.manifest import write_manifest
+from d2lora.store import Store
+
+PROVENANCE = {
+    "packages": {"torch": "2.13.0", "trl": "1.16.0"},
+    "python": "3.11.7",
+    "git": {"commit": "0123abc", "dirty": False},
+    "hardware": {"machine": "x86_64", "cores": 1},
+    "started": "2026-01-01T00:00:00+00:00",
+    "threads": 1,
+}
+METRICS = {"number": ["accuracy"], "choice": ["acc", "acc_norm"], "rouge": ["rouge1", "rouge2", "rougeL", "rougeLsum"]}
+
+
+def cells(config: Config, **axes: Iterable) -> list[Cell]:
+    """The grid of a config over the values of its top-level keys, each cell once."""
+    grid = [{}]
+    for key, values in axes.items():
+        grid = [{**point, key: value} for point in grid for value in values]
+    made = (config.model_copy(update=point) for point in grid)
+    return list({c.id: c for c in (Cell(m, chain(m)) for m in made)}.values())
+
+
+def gain(cell: Cell) -> float:
+    """Chance to solve an item of middling difficulty: grows with n; a warm-up adds little."""
+    n = 7000 if cell.config.n == "all" else int(cell.config.n)
+    return 0.4 + 0.04 * np.log1p(n / 50) + (0.02 if cell.config.m != 0 else 0.0)
+
+
+def publish(
+    output: Path,
+    grid: list[Cell],
+    items: int = 40,
+    ability: Callable[[Cell], float] = gain,
+    text: Callable[[int], str] = lambda i: f"answer {i}",
+    provenance: Callable[[Stage], dict] = lambda stage: PROVENANCE,
+    missing: Callable[[Stage], bool] = lambda stage: False,
+) -> None:
+    """Write the grid's manifest and the record of each of its stages through the store, but for `missing` ones."""
+    store = Store(output)
+    write_manifest(output, grid)
+    for cell in grid:
+        names = dict(zip((s.key for s in cell.chain.evaluations), benchmarks(cell.config), strict=True))
+        for stage in cell.chain.stages:
+            if not missing(stage):
+                store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, names.get(s.key), items, ability, text, provenance))  # fmt: skip # noqa: B023
+
+
+def _record(folder, stage, cell, benchmark, items, ability, text, provenance) -> dict:
+    record = {"key": stage.key, "stage": stage.name, "label": stage.label, "version": 1, "spec": stage.spec}
+    record |= {"parent": stage.parent.key if stage.parent else None, "provenance": provenance(stage)}
+    record |= {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0}
+    if stage.name != "evaluate":
+        n = stage.spec.get("n", stage.spec.get("m"))
+        samples = 6970 if n == "all" else n
+        return record | {"metrics": {"samples_seen": samples}, "data": {"samples": samples, "misfits": 0}}
+    kind = cell.config.task.benchmark[benchmark].kind
+    scores = _scores(stage, kind, items, ability(cell))
+    with (folder / "items.jsonl").open("w") as file:
+        for i in range(items):
+            item = {"index": i, "prompt": f"question {i}: {text(i)}", "answer": text(i), "gold": f"gold {i}"}
+            file.write(json.dumps(item | {m: x[i] for m, x in scores.items()}) + "\n")
+    metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
+    return record | {"benchmark": benchmark, "metrics": metrics}
+
+
+def _scores(stage: Stage, kind: str, items: int, ability: float) -> dict[str, list[float]]:
+    """Scores of each item; items have a difficulty of their own, so evaluations agree more than chance would have it."""
+    difficulty = np.random.default_rng(0).random(items)
+    noise = np.random.default_rng(int(hashlib.sha256(stage.key.encode()).hexdigest()[:8], 16)).normal(0, 0.15, items)
+    solved = ability - difficulty + noise
+    values = np.clip(0.3 + solved / 3, 0, 1) if kind == "rouge" else (solved > 0).astype(float)
+    return {m: values.tolist() for m in METRICS[kind]}

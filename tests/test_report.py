@@ -1,0 +1,256 @@
+"""The report on made-up records, written through the store and manifests that a run writes them with."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import made
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from d2lora import cli, report
+from d2lora.plan import Cell
+from d2lora.report import artefacts, compare, evidence, paper, rows, tables
+
+ROOT = Path(__file__).parent.parent
+SIZES = [0, 1000, 2000, 5000, 10000]
+
+
+def grid(*overrides: str, methods=("sft",), **axes) -> list[Cell]:
+    """grid("scale=paper", ..., methods=[...], n=[...]): the cells of a small grid of the given methods."""
+    found = []
+    for method in methods:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = compose("config", overrides=["sweep=mine", f"method={method}", *overrides])
+        found += made.cells(cli.cell(composed).config, **axes)
+    return found
+
+
+@pytest.fixture(scope="module")
+def table3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of the paper's Table 3 with its report."""
+    output = tmp_path_factory.mktemp("table3")
+    cells = grid("scale=paper", methods=("sft", "dpo", "orpo"), n=SIZES, m=[0, 40000])
+    made.publish(output, cells)
+    text = report.write(output, ["mine"])
+    assert "SFT D2LoRA(40k, n)" in text
+    return output
+
+
+def points(output: Path, sweep: str = "mine") -> list[rows.Point]:
+    return rows.points(report.manifest.read_manifest(output, sweep), rows.Records(output))
+
+
+def read_csv(file: Path) -> list[dict]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_table_3_has_our_values_the_paper_s_and_the_difference(table3: Path) -> None:
+    found = read_csv(table3 / "report" / "mine" / "table3.csv")
+    assert len(found) == 30
+    assert {r["benchmark"] for r in found} == {"gsm8k"}
+    row = next(r for r in found if (r["method"], r["m"], r["n"]) == ("dpo", "40000", "2000"))
+    assert float(row["paper"]) == pytest.approx(0.8294)
+    assert float(row["to_paper"]) == pytest.approx(float(row["value"]) - 0.8294)
+    assert float(row["low"]) < float(row["value"]) < float(row["high"])
+    recorded = json.loads((table3 / "store" / "evaluate" / row["evaluations"] / "record.json").read_text())
+    assert float(row["value"]) == pytest.approx(recorded["metrics"]["accuracy"]["value"])
+    markdown = (table3 / "report" / "mine" / "table3.md").read_text()
+    assert re.search(r"\| paper \| 74\.53 \| 80\.36 \| 81\.88 \| 81\.73 \| 83\.32 \|", markdown)
+    assert "D2LoRA beats LoRA in" in markdown
+    assert "of 13 cells" in markdown, "the three methods share their cells at n = 0: one comparison"
+
+
+def test_latex_is_booktabs_and_escaped(table3: Path) -> None:
+    for name in ("table3", "table2", "table"):
+        text = (table3 / "report" / "mine" / f"{name}.tex").read_text()
+        assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}") > 0
+        body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+        assert not re.search(r"(?<!\\)[%#]|(?<![\\$])_", body)
+        assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+        for tabular in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.S):
+            lines = [x for x in tabular[1].splitlines() if x.endswith(r"\\")]
+            assert {len(re.findall(r"(?<!\\)&", x)) for x in lines} == {len(tabular[0]) - 1}
+    assert tables.latex_text("a_b 5% {x} \\") == r"a\_b 5\% \{x\} \textbackslash{}"
+
+
+def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numbers(table3: Path) -> None:
+    folder = table3 / "report" / "mine"
+    assert {f.stem for f in folder.glob("*.png")} == {"curves", "figure1", "figure2", "figure3"}
+    assert (folder / "figure2.pdf").read_bytes().startswith(b"%PDF")
+    loaded = artefacts.load(table3, "mine", rows.Records(table3))
+    panels = {s.name: s.panels for s in loaded.shown}
+    assert [len(panels[f"figure{i}"]) for i in (1, 2, 3)] == [1, 3, 3]
+    assert [c.label for c in panels["figure1"][0].curves] == ["SFT LoRA", "DPO LoRA", "ORPO LoRA"]
+    assert panels["figure2"][1].curves[1].paper[-1] == (10000, pytest.approx(0.8347))
+    assert all(not c.paper for panel in panels["figure3"] for c in panel.curves), "Figure 3 has no numbers in the paper"
+
+
+def test_another_model_or_scale_is_not_set_beside_the_paper_s_numbers(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid(methods=("sft", "dpo"), n=[0, 100, 1000], m=[0, 4000]))
+    found = points(tmp_path)
+    assert paper.select(paper.TABLES[1], found)
+    assert all(paper.value(p) is None for p in found)
+    made.publish(tmp_path, grid("scale=paper", "model=lab", "sweep=other", n=SIZES, m=[0, 40000]))
+    assert all(paper.value(p) is None for p in points(tmp_path, "other"))
+
+
+def test_table_1_says_the_true_size_of_all(tmp_path: Path) -> None:
+    cells = grid("scale=paper", "task=title", n=[0, 1000, "all"], m=[0, 40000])
+    made.publish(tmp_path, cells)
+    report.write(tmp_path, ["mine"])
+    text = (tmp_path / "report" / "mine" / "table1.md").read_text()
+    assert "n=all (6,970)" in text
+    assert all(f"econ_titles: {metric} in %" in text for metric in ("rouge1", "rouge2", "rougeL", "rougeLsum"))
+    assert "31.66" in text, "the paper's 7k is all"
+    assert "does not say which ROUGE" in text
+    assert "paired bootstrap" in text
+
+
+def test_figure_4_is_orpo_with_few_samples(tmp_path: Path) -> None:
+    cells = grid("scale=paper", methods=("orpo",), n=[100, 200, 500, 1000], m=[0, 40000])
+    made.publish(tmp_path, cells, items=20)
+    shown = artefacts.load(tmp_path, "mine", rows.Records(tmp_path)).shown
+    assert [s.name for s in shown] == ["table", "figure4"]
+    assert [x for x, _ in shown[1].panels[0].curves[0].points] == [100, 200, 500, 1000]
+
+
+def test_table_2_shows_what_ran(tmp_path: Path) -> None:
+    cells = grid("scale=paper", "task.continuation=rest", methods=("sft", "orpo"), n=[0, 1000], m=[0, 40000])
+    cells += grid("scale=paper", methods=("sft",), n=[0, 1000], m=[0, 40000])
+    made.publish(tmp_path, cells, items=4)
+    text = report.finish(tmp_path, "mine")
+    assert "no table: a table would hide that its cells differ in task.continuation" in text
+    table = (tmp_path / "report" / "mine" / "table2.md").read_text()
+    assert "| phase 2: lr | 1e-06 | 1e-06 | 1e-06 |" in table
+    assert "| beta | N/A | 0.1 | N/A |" in table
+    assert "| task.continuation | rest | rest | step |" in table
+    assert "| m that ran | 0, 40k | 0, 40k | 0, 40k |" in table
+
+
+def test_missing_cells_are_shown_as_missing_and_compared_with_nothing(tmp_path: Path) -> None:
+    cells = grid(n=[0, 100], m=[0, 4000])
+    lost = next(c for c in cells if c.config.n == 100 and c.config.m == 0)
+    made.publish(tmp_path, cells, missing=lambda stage: stage in lost.chain.evaluations)
+    text = report.finish(tmp_path, "mine")
+    assert re.search(r"SFT LoRA\s+\d+\.\d\d ± \d+\.\d\d\s+missing", text)
+    assert "of 1 cell;" in text
+    assert '"value":null' in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_seeds_are_folded_and_the_base_stands_for_all(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid(n=[0, 100], m=[0, 4000], seed=[0, 1, 2]), items=200)
+    found = {(p.m, p.n): p for p in points(tmp_path) if p.metric == "accuracy"}
+    assert {place: p.table.shape for place, p in found.items()} == {
+        (0, 0): (1, 200),
+        (0, 100): (3, 200),
+        (4000, 0): (3, 200),
+        (4000, 100): (3, 200),
+    }
+    pairs = compare.comparisons(found.values())
+    assert all(c.seeds == (0, 1, 2) and c.test == "two-level bootstrap" for c in pairs.values())
+    assert "3 training seeds (0, 1, 2)" in report.finish(tmp_path, "mine", draw=False)
+    mean = sum(float(s.mean()) for s in found[4000, 100].scores.values()) / 3
+    assert found[4000, 100].value == pytest.approx(mean)
+
+
+def test_a_seed_that_is_missing_is_said(tmp_path: Path) -> None:
+    cells = grid(n=[100, 200], m=[0, 4000], seed=[0, 1])
+    made.publish(tmp_path, cells, missing=lambda stage: stage in cells[1].chain.evaluations)
+    text = report.finish(tmp_path, "mine", draw=False)
+    assert "(1 of 2 seeds)" in text
+    assert "2 training seeds (0, 1), folded into each number. 1 cell with fewer" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("effect", "better", "beyond"), [(0.35, 2, 2), (0.0, None, 0)])
+def test_the_verdict_tells_a_gain_from_noise(tmp_path: Path, effect: float, better: int | None, beyond: int) -> None:
+    cells = grid(n=[100, 200], m=[0, 4000])
+    made.publish(tmp_path, cells, items=300, ability=lambda c: 0.4 + (effect if c.config.m else 0))
+    table = next(t for t in tables.build(points(tmp_path)) if t.title.startswith("lab_math"))
+    assert f"beyond chance in {beyond} (Holm, alpha 5 %)" in table.verdict
+    assert "One training seed (0)" in table.verdict
+    if better is not None:
+        assert table.verdict.startswith(f"D2LoRA beats LoRA in {better} of 2 cells")
+    assert ("*" in tables.text(table)) == bool(beyond)
+
+
+def test_records_made_differently_are_pointed_out(tmp_path: Path) -> None:
+    cells = grid(n=[0, 100], m=[0])
+    other = made.PROVENANCE | {"packages": {"torch": "2.14.0", "trl": "1.16.0"}, "git": {"commit": "f", "dirty": True}}
+    made.publish(tmp_path, cells, provenance=lambda stage: other if stage.name == "adapt" else made.PROVENANCE)
+    text = report.finish(tmp_path, "mine")
+    assert "different versions of torch: 2.13.0 (4 records), 2.14.0 (1 records)" in text
+    assert "1 of 5 records were made with uncommitted changes" in text
+    assert "trl" not in text.split("note:", 1)[1]
+    for file in ("index.html", "mine/table.md", "mine/table.tex"):
+        assert "different versions of torch" in (tmp_path / "report" / file).read_text()
+
+
+def test_other_data_under_one_name_are_pointed_out_and_not_compared(tmp_path: Path) -> None:
+    data = tmp_path / "facts.jsonl"
+    cells = []
+    for m in (0, 4000):
+        data.write_text(json.dumps({"question": str(m), "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}))
+        overrides = [f"task.benchmark.lab_facts.data.path={data}"]
+        cells += grid(*overrides, n=[100], m=[m])
+    made.publish(tmp_path, cells)
+    text = report.finish(tmp_path, "mine", draw=False)
+    assert "Records of evaluate on lab_facts read different data under that name (2 fingerprints)" in text
+    pairs = compare.comparisons(points(tmp_path))
+    assert {p.benchmark for p in pairs} == {"lab_math"}
+
+
+def test_contamination_is_shown_where_it_was_checked(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid(n=[100], m=[0]))
+    file = tmp_path / "manifests" / "mine.json"
+    manifest = json.loads(file.read_text())
+    manifest["cells"][0]["stages"]["contamination"] = {"lab-math / lab_math": "c0"}
+    file.write_text(json.dumps(manifest))
+    assert "training set" not in report.finish(tmp_path, "mine", draw=False), "not done yet"
+    metrics = {"exact": {"value": 0.02, "items": 500}, "ngram13": {"value": 0.05, "items": 500}}
+    place = tmp_path / "store" / "contamination" / "c0" / "record.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"key": "c0", "stage": "contamination", "metrics": metrics}))
+    assert "lab-math / lab_math: exact 2.00 %, ngram13 5.00 % of 500 items" in report.finish(tmp_path, "mine")
+    found = evidence.contamination(manifest["cells"], rows.Records(tmp_path))
+    assert found == {"lab-math / lab_math": metrics}
+
+
+def test_damaged_items_are_named(tmp_path: Path) -> None:
+    cells = grid(n=[0], m=[0])
+    made.publish(tmp_path, cells)
+    file = tmp_path / "store" / "evaluate" / cells[0].chain.evaluations[0].key / "items.jsonl"
+    whole = file.read_text()
+    for damage in (whole[:-20], "\n".join(whole.splitlines()[:-1]), ""):
+        file.write_text(damage)
+        text = report.finish(tmp_path, "mine", draw=False)
+        assert "no table: " in text
+        assert str(file) in text
+
+
+def test_initializations_are_rows_of_their_own(tmp_path: Path) -> None:
+    cells = grid(n=[0, 100], m=[0, 40]) + grid("init=gaussian", n=[0, 100], m=[0, 40])
+    cells = list({c.id: c for c in cells}.values())
+    made.publish(tmp_path, cells)
+    found = points(tmp_path)
+    text = tables.text(tables.build(found)[0])
+    assert not re.search(r"SFT LoRA gaussian\s+-", text), "the base is one cell for all initializations"
+    assert len(set(compare.comparisons(found).values())) == 8, "each D2LoRA is compared with LoRA of its initialization"
+
+
+def test_the_same_records_give_the_same_report(table3: Path) -> None:
+    files = {f: f.read_bytes() for f in (table3 / "report").rglob("*.*")}
+    report.write(table3, ["mine"])
+    assert [f for f, content in files.items() if f.read_bytes() != content] == []
+
+
+def test_planning_a_grid_loads_no_scipy_or_matplotlib() -> None:
+    code = "import sys, d2lora.cli, d2lora.sweep, d2lora.report; print({'scipy', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
