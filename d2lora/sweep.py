@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,7 +85,9 @@ def _launch_once(launcher: Any, jobs: list[Job]) -> str | None:
     """What stopped the launcher; None if it came to its end."""
     overrides = [[*job.cell.overrides, f"job=[{','.join(s.key for s in job.stages)}]"] for job in jobs]
     try:
-        launcher.launch(overrides, initial_job_idx=0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # joblib renews workers that grew
+            launcher.launch(overrides, initial_job_idx=0)
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:
