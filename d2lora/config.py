@@ -197,6 +197,7 @@ class Wandb(_Strict):
     project: StrictStr | None = None  # WANDB_PROJECT, or d2lora
     entity: StrictStr | None = None  # WANDB_ENTITY, or the account's own
     artifacts: StrictBool = True  # adapters, with their lineage
+    patience: Annotated[float, Field(gt=0)] = 60  # seconds that a job waits for the server before it goes on without
 
 
 class Config(_Strict):

@@ -215,7 +215,7 @@ def do(config: Config, cell: plan.Cell, store: Store, watch: Callable[[Stage], P
             report_failure(config, stage, error)
             lost.append(stage)
     tracking.cell(cell, store)
-    tracking.flush()
+    tracking.flush(config)
     return lost
 
 

@@ -1,8 +1,8 @@
 """W&B mirrors the records: a run a stage, a light run a cell, one report run a sweep. It is never the source of a number.
 
-All calls of wandb are made by one thread a process, in order, and the stages do not wait for it: a server that is down,
-slow or refuses cannot hold up a cell. The first thing that goes wrong is told in one line; from then on the process
-keeps its runs on disk, where `wandb sync` finds them. Run ids come from keys, so a stage taken up again continues its run.
+All calls of wandb are made by threads, one a run, and the stages do not wait for them: a server that is down, slow or
+refuses cannot hold up a cell. The first thing that goes wrong is told in one line; from then on the process keeps its
+runs on disk, where `wandb sync` finds them. Run ids come from keys, so a stage taken up again continues its run.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,103 +28,111 @@ import numpy as np
 
 from d2lora import data, plan, stats
 from d2lora.config import Config
+from d2lora.errors import UserError
 from d2lora.plan import Cell, Stage
 from d2lora.store import Store, cached, write_json
 
-PATIENCE = 20.0  # seconds that a run may take to begin, and its upload to end
-_LEAVE = 45.0  # seconds that a job waits for W&B when all its work is done
+
+# --- what this process knows of W&B --------------------------------------------------------------------------------
 
 
-# --- the thread ----------------------------------------------------------------------------------------------------
+@dataclass
+class _State:
+    runs: "list[_Run]" = field(default_factory=list)  # begun and not ended
+    stage: "_Run | None" = None  # of the stage at work
+    offline: bool = False  # something went wrong: runs are kept on disk from there on
+    stuck: bool = False  # even that did not come to an end: no more runs
+    warned: bool = False
 
 
-class _Thread:
-    """Does what it is given, in order. Nobody waits for it but flush(), and not for ever."""
-
-    def __init__(self) -> None:
-        self.tasks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self.stuck = self.offline = False
-        self.told: set[str] = set()
-        threading.Thread(target=self._work, daemon=True, name="wandb").start()
-
-    def _work(self) -> None:
-        while True:
-            try:
-                self.tasks.get()()
-            except Exception as error:
-                self.fail(error)
-
-    def flush(self, patience: float) -> None:
-        """Wait until all that was given is done; give W&B up for this process if that takes too long."""
-        if self.stuck:
-            return
-        done = threading.Event()
-        self.tasks.put(done.set)
-        if not done.wait(patience):
-            self.stuck = True
-            self.tell(f"no answer for {patience:.0f} s: nothing more is mirrored by this process")
-
-    def fail(self, error: BaseException) -> None:
-        """Keep the coming runs on disk, and say why."""
-        self.offline = True
-        line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
-        self.tell(f"{line}: runs are kept on disk from here on")
-
-    def tell(self, text: str) -> None:
-        """One warning a process: what follows is mostly the same again."""
-        if not self.told:
-            print(f"W&B: {text}", file=sys.stderr, flush=True)
-        self.told.add(text)
+_state = _State()
+_at_once = threading.BoundedSemaphore(4)  # runs that are begun, filled or uploaded at the same time
 
 
-_thread: _Thread | None = None
-_current: "_Run | None" = None  # the stage at work in this process
+def _warn(text: str) -> None:
+    """One warning a process: what follows is mostly the same again."""
+    if not _state.warned:
+        print(f"W&B: {text}", file=sys.stderr, flush=True)
+    _state.warned = True
+
+
+def _fail(error: BaseException) -> None:
+    """Keep the coming runs on disk, and say why."""
+    _state.offline = True
+    line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
+    _warn(f"{line}: runs are kept on disk from here on")
 
 
 def _disabled(config: Config) -> bool:
     mode = os.environ.get("WANDB_MODE") if config.wandb.mode == "auto" else config.wandb.mode
-    return mode == "disabled" or (_thread is not None and _thread.stuck)
+    return mode == "disabled" or _state.stuck
 
 
-def flush() -> None:
-    """Wait for what is still to be written or uploaded, a limited time. Every job ends with it."""
-    if _thread:
-        _thread.flush(_LEAVE)
+def flush(config: Config) -> None:
+    """Wait for what is still to be written or uploaded, but not for ever. Every job ends with it."""
+    started, patience = time.monotonic(), config.wandb.patience
+    slow = TimeoutError(f"the server takes longer than wandb.patience={patience:g} s")
+    for limit, then in ((patience, lambda: _fail(slow)), (2 * patience + 5, _give_up)):
+        for run in _state.runs:
+            run.thread.join(max(0.0, started + limit - time.monotonic()))
+        _state.runs = [run for run in _state.runs if run.thread.is_alive()]
+        if not _state.runs:
+            return
+        then()
+
+
+def _give_up() -> None:
+    _state.stuck, _state.runs = True, []
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
 class _Run:
-    """One W&B run, begun, filled and ended by the thread."""
+    """One W&B run, begun, filled and ended by a thread of its own, in the order in which it was asked to."""
 
     def __init__(self, whose: Config, output: Path, **about: Any) -> None:
-        global _thread
         self.whose, self.output, self.about = whose, output, about
-        self.run: Any = None
-        self.logged = False
-        _thread = self.thread = _thread or _Thread()
-        self.thread.tasks.put(self._begin)
+        self.tasks: queue.SimpleQueue[Callable[[Any], object] | int] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        _state.runs.append(self)
+        self.thread.start()
 
     def do(self, task: Callable[[Any], object]) -> None:
-        """Have the thread call task(run), unless the run did not begin or is there whole already."""
-        self.thread.tasks.put(lambda: task(self.run) if self.run and not self.logged else None)
+        """Have the thread call task(run), unless all of the run was logged before."""
+        self.tasks.put(task)
 
     def end(self, code: int = 0) -> None:
         """Have the thread end the run; with a code other than 0 it shows as failed."""
-        self.thread.tasks.put(lambda: self.run and self.run.finish(exit_code=code, quiet=True))
+        self.tasks.put(code)
 
-    def _begin(self) -> None:
-        mode = "offline" if self.thread.offline else _mode(self.whose, self.thread)
+    def _work(self) -> None:
+        with _at_once:
+            try:
+                run = self._begin()
+                # Of a stage that another output folder has done already nothing is logged twice.
+                logged = run.resumed and "seconds" in run.summary.keys()  # noqa: SIM118 (not a dict)
+                while not isinstance(task := self.tasks.get(), int):
+                    self._try(task, run) if not logged else None
+                run.finish(exit_code=task)
+            except Exception as error:
+                _fail(error)
+
+    def _try(self, task: Callable[[Any], object], run: Any) -> None:
         try:
-            self.run = self._init(mode)
+            task(run)
+        except Exception as error:
+            _fail(error)
+
+    def _begin(self) -> Any:
+        mode = "offline" if _state.offline else _mode(self.whose)
+        try:
+            return self._init(mode)
         except Exception as error:
             if mode == "offline":
                 raise
-            self.thread.fail(error)
-            self.run = self._init("offline")
-        # Of a stage that another output folder has done already nothing is logged twice.
-        self.logged = self.run.resumed and "seconds" in self.run.summary.keys()  # noqa: SIM118 (no plain dict)
+            _fail(error)
+            return self._init("offline")
 
     def _init(self, mode: str) -> Any:
         # wandb's staging of artifacts and its cache belong to the runs, not to the home folder.
@@ -142,21 +151,20 @@ class _Run:
             dir=self.output,
             resume="allow",
             reinit="create_new",
-            settings=_settings(),
+            settings=_settings(wanted.patience),
             **self.about,
         )
 
 
-def _settings() -> Any:
+def _settings(patience: float) -> Any:
     import wandb
 
     return wandb.Settings(
         silent=True,
         console="off",
-        init_timeout=PATIENCE,
-        finish_timeout=PATIENCE,
+        init_timeout=patience,
+        finish_timeout=patience,
         finish_timeout_raises=True,
-        x_graphql_timeout_seconds=PATIENCE / 2,
         x_disable_meta=True,  # it holds paths of this machine; records say what matters of it
         disable_git=True,
         disable_code=True,
@@ -164,14 +172,13 @@ def _settings() -> Any:
     )
 
 
-def _mode(config: Config, thread: _Thread) -> str:
+def _mode(config: Config) -> str:
     """auto is WANDB_MODE, or online with credentials and offline without."""
     wanted = os.environ.get("WANDB_MODE", "auto") if config.wandb.mode == "auto" else config.wandb.mode
     if wanted == "offline" or _credentials():
         return "offline" if wanted == "offline" else "online"
     if wanted == "online":  # wandb would ask for a key here
-        thread.offline = True
-        thread.tell("wandb.mode=online, but no credentials (wandb login, or WANDB_API_KEY): runs are kept on disk")
+        _fail(UserError("wandb.mode=online, but no credentials (wandb login, or WANDB_API_KEY)"))
     return "offline"
 
 
@@ -193,14 +200,13 @@ def _credentials() -> bool:
 @contextlib.contextmanager
 def stage(config: Config, chain: plan.Chain, stage: Stage, store: Store) -> Iterator[None]:
     """The run of a stage that does work. At the end it gets what the published record says, or is marked as failed."""
-    global _current
     if _disabled(config):
         yield
         return
     about = _about(config, chain, stage)
     run = _Run(config, store.folder.parent, id=stage.key, job_type=stage.name, **about)
     run.do(_define_axes)
-    _current = run
+    _state.stage = run
     try:
         yield
         record, place = store.record(stage), store.place(stage)
@@ -213,14 +219,14 @@ def stage(config: Config, chain: plan.Chain, stage: Stage, store: Store) -> Iter
         run.end(code=1)
         raise
     finally:
-        _current = None
+        _state.stage = None
 
 
 def log(values: dict[str, float], samples_seen: int) -> None:
     """Log a training's values of now to the run of the stage at work, if it has one."""
-    if _current:
+    if _state.stage:
         now = {f"train/{k}": v for k, v in values.items()} | {"samples_seen": samples_seen, "_timestamp": time.time()}
-        _current.do(lambda r: r.log(now))
+        _state.stage.do(lambda r: r.log(now))
 
 
 def _about(config: Config, chain: plan.Chain, stage: Stage) -> dict:
@@ -322,7 +328,8 @@ def _adapter(stage: Stage, store: Store) -> Any:
     if not folder.is_dir():
         return None
     artifact = wandb.Artifact(f"{stage.name}-{stage.key}", "model", description=stage.label, metadata=stage.spec)
-    artifact.add_dir(str(folder), policy="immutable")
+    for file in sorted(folder.iterdir()):
+        artifact.add_file(str(file), policy="immutable")
     return artifact
 
 
@@ -412,7 +419,7 @@ def report(cells: list[Cell], store: Store, tables: str) -> str:
     fill = functools.partial(_fill_report, config=config, files=files, tables=tables)
     content = [_digest(f.name, f.read_bytes().hex()) for f in files]
     _log_once(f"report-{_digest(config.sweep)}", content, config, output, fill, tags=["report"], **about)
-    flush()
+    flush(config)
     return _where(output)
 
 
@@ -452,7 +459,7 @@ def _number(text: str) -> Any:
 
 def _where(output: Path) -> str:
     kept = any((output / "wandb").glob("offline-run-*"))
-    if kept or (_thread and _thread.offline):
+    if kept or _state.offline:
         shown = os.path.relpath(output)
         return f"W&B: runs in {shown}/wandb; to upload them: wandb sync --include-online {shown}/wandb/*run-*"
     return "W&B: the runs are online"
