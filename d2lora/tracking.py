@@ -32,7 +32,6 @@ from d2lora.errors import UserError
 from d2lora.plan import Cell, Stage
 from d2lora.store import Store, cached, write_json
 
-
 # --- what this process knows of W&B --------------------------------------------------------------------------------
 
 
@@ -139,6 +138,7 @@ class _Run:
         for name in ("DATA", "CACHE"):
             os.environ.setdefault(f"WANDB_{name}_DIR", str(self.output / "wandb" / name.lower()))
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its end waits half a minute for a server that is silent
         import wandb
 
         wanted = self.whose.wandb
@@ -165,6 +165,7 @@ def _settings(patience: float) -> Any:
         init_timeout=patience,
         finish_timeout=patience,
         finish_timeout_raises=True,
+        x_graphql_timeout_seconds=patience / 2,
         x_disable_meta=True,  # it holds paths of this machine; records say what matters of it
         disable_git=True,
         disable_code=True,
