@@ -93,6 +93,7 @@ class _Run:
     def __init__(self, whose: Config, output: Path, **about: Any) -> None:
         self.whose, self.output, self.about = whose, output, about
         self.tasks: queue.SimpleQueue[Callable[[Any], object] | int] = queue.SimpleQueue()
+        self.before = next((r for r in _state.runs if r.about["id"] == about["id"]), None)
         self.thread = threading.Thread(target=self._work, daemon=True)
         _state.runs.append(self)
         self.thread.start()
@@ -106,8 +107,11 @@ class _Run:
         self.tasks.put(code)
 
     def _work(self) -> None:
+        if self.before:  # an earlier try of the same stage is still ending
+            self.before.thread.join()
         with _at_once:
             try:
+                _prepare(self.output)
                 run = self._begin()
                 # Of a stage that another output folder has done already nothing is logged twice.
                 logged = run.resumed and "seconds" in run.summary.keys()  # noqa: SIM118 (not a dict)
@@ -134,11 +138,6 @@ class _Run:
             return self._init("offline")
 
     def _init(self, mode: str) -> Any:
-        # wandb's staging of artifacts and its cache belong to the runs, not to the home folder.
-        for name in ("DATA", "CACHE"):
-            os.environ.setdefault(f"WANDB_{name}_DIR", str(self.output / "wandb" / name.lower()))
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its end waits half a minute for a server that is silent
         import wandb
 
         wanted = self.whose.wandb
@@ -156,13 +155,22 @@ class _Run:
         )
 
 
+def _prepare(output: Path) -> None:
+    """What wandb takes from the environment only; it must be there before the import."""
+    # Its staging of artifacts and its cache belong to the runs, not to the home folder.
+    os.environ.setdefault("WANDB_DATA_DIR", str(output / "wandb" / "data"))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(output / "wandb" / "cache"))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its end waits half a minute for a server that is silent
+
+
 def _settings(patience: float) -> Any:
     import wandb
 
     return wandb.Settings(
         silent=True,
         console="off",
-        init_timeout=patience,
+        init_timeout=patience / 2,
         finish_timeout=patience,
         finish_timeout_raises=True,
         x_graphql_timeout_seconds=patience / 2,

@@ -1,14 +1,17 @@
 """W&B as its users see it: real sweeps, whose runs are read back with wandb's own reader."""
 
+import contextlib
 import http.server
 import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -344,3 +347,134 @@ def test_settings_are_checked(run: Callable, key: str, words: str) -> None:
 
 
 # --- a real server -------------------------------------------------------------------------------------------------
+# openwandb speaks W&B's protocol. Its licence is not for us to depend on, so it lives in an environment of its own
+# (`make .wandb-server/ready`), and without one these tests are skipped.
+
+
+class Server:
+    """openwandb on loopback; what it knows is read from its database and its pages."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self.program, self.folder = program, folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
+        self.start()
+
+    def start(self) -> None:
+        command = [self.program, "serve", "--host", "127.0.0.1", "--port", str(self.port), "--data-dir", self.folder]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(300):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/login", timeout=5):
+                return self._hash_faster()
+            time.sleep(0.1)
+        raise RuntimeError("openwandb does not start")
+
+    def _hash_faster(self) -> None:
+        """It checks the key at each request with bcrypt, a third of a second of CPU: fewer rounds do here."""
+        code = f"import bcrypt; print(bcrypt.hashpw({KEY.encode()!r}, bcrypt.gensalt(4)).decode())"
+        python = self.program.parent / "python"
+        hashed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        self.ask("UPDATE api_keys SET key_hash = ?", hashed)
+
+    def ask(self, query: str, *values: str) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(self.folder / "openwandb.db", timeout=30)) as base, base:
+            return base.execute(query, values).fetchall()
+
+    def runs(self) -> dict[str, tuple[str, str, dict]]:
+        """Run id -> its name, state and summary."""
+        rows = self.ask("SELECT run_id, display_name, state, summary_json FROM runs")
+        return {key: (name, state, json.loads(summary)) for key, name, state, summary in rows}
+
+    def page(self, path: str) -> str:
+        """A page as a user who is logged in gets it."""
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        user = json.dumps({"username": "admin", "password": "admin123"}).encode()
+        login = urllib.request.Request(
+            f"{self.url}/api/v2/auth/login", data=user, headers={"Content-Type": "application/json"}
+        )
+        opener.open(login, timeout=30).close()
+        with opener.open(f"{self.url}{path}", timeout=30) as answer:
+            return answer.read().decode()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    program = Path(os.environ.get("D2LORA_WANDB_SERVER", ROOT / ".wandb-server/bin/openwandb"))
+    if not program.exists():
+        pytest.skip(
+            f"no W&B-compatible server: {program} is not there (make .wandb-server/ready, or D2LORA_WANDB_SERVER)"
+        )
+    found = Server(program, tmp_path / "server")
+    yield found
+    found.kill()
+
+
+CHAIN = ["-m", "method=sft", "n=16", "m=8", "sweep=mine", "wandb.project=lab"]
+
+
+def same(server: Server, output: Path) -> None:
+    """The server has all runs of an output folder, ended, with the numbers of the records."""
+    there = server.runs()
+    for key, record in records(output).items():
+        _, state, summary = there[key]
+        assert state == "finished"
+        if record["stage"] == "evaluate":
+            assert summary["lab_math/accuracy"] == record["metrics"]["accuracy"]["value"]
+        elif record["stage"] != "contamination":
+            assert summary["last_loss"] == pytest.approx(record["metrics"]["last_loss"])
+            logged = server.ask("SELECT value FROM metrics WHERE run_id = ? AND key = 'train/loss' ORDER BY step", key)
+            assert [v for (v,) in logged] == pytest.approx([e["loss"] for e in record["metrics"]["log"]])
+    assert sum(key.startswith("cell-") for key in there) == 1
+    assert sum(key.startswith("report-") for key in there) == 1
+
+
+@pytest.mark.wandb_server
+def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
+    done = typed(tmp_path, *CHAIN, environment=server.environment)
+    assert warnings(done) == []
+    assert done.out.splitlines()[-1] == "W&B: the runs are online"
+    same(server, tmp_path / "out")
+    files = {name.split("/")[-1].split("_")[0] for (name,) in server.ask("SELECT name FROM files") if "media" in name}
+    assert {"items", "results", "table"} <= files
+    kinds = {kind for (kind,) in server.ask("SELECT artifact_type FROM artifacts")}
+    assert {"base", "dataset", "model"} <= kinds
+    page = server.page("/projects/default/lab")
+    for name in ("sft · D2LoRA(8, 16) · s0", "warm-up · D2LoRA(8, 0) · s0", "report · mine"):
+        assert name in page
+
+
+@pytest.mark.wandb_server
+def test_a_server_that_dies_costs_no_record_and_the_rest_is_synced_in_any_order(server: Server, tmp_path: Path) -> None:
+    """It is killed once the first run has arrived; the records are those of a sweep that W&B has nothing to do with."""
+
+    def kill() -> None:
+        while not server.runs():
+            time.sleep(0.05)
+        server.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    done = typed(tmp_path, *CHAIN, "wandb.patience=5", environment=server.environment)
+    killer.join()
+    (line,) = warnings(done)
+    assert "runs are kept on disk" in line
+    typed(tmp_path, *CHAIN, "wandb.mode=disabled", output="plain")
+    assert results(tmp_path / "out") == results(tmp_path / "plain")
+
+    server.start()
+    folders = sorted((tmp_path / "out/wandb").glob("*run-*"), reverse=True)
+    subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", "--include-online", *folders],
+        env=os.environ | server.environment | {"WANDB_MODE": "online", "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    same(server, tmp_path / "out")
