@@ -40,7 +40,8 @@ class _State:
     runs: "list[_Run]" = field(default_factory=list)  # begun and not ended
     stage: "_Run | None" = None  # of the stage at work
     offline: bool = False  # something went wrong: runs are kept on disk from there on
-    stuck: bool = False  # even that did not come to an end: no more runs
+    left: bool = False  # runs were left behind, as they did not come to an end
+    stuck: bool = False  # that happened again: no more runs
     warned: bool = False
 
 
@@ -81,7 +82,10 @@ def flush(config: Config) -> None:
 
 
 def _give_up() -> None:
-    _state.stuck, _state.runs = True, []
+    """Leave runs behind that do not come to an end. Those to come are on disk and need no server."""
+    global _at_once
+    _at_once = threading.BoundedSemaphore(4)
+    _state.stuck, _state.left, _state.runs = _state.left, True, []
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------
@@ -173,7 +177,10 @@ def _settings(patience: float) -> Any:
         init_timeout=patience / 2,
         finish_timeout=patience,
         finish_timeout_raises=True,
-        x_graphql_timeout_seconds=patience / 2,
+        x_graphql_timeout_seconds=patience / 4,
+        x_graphql_retry_max=5,
+        x_graphql_retry_wait_min_seconds=patience / 60,
+        x_graphql_retry_wait_max_seconds=patience / 10,
         x_disable_meta=True,  # it holds paths of this machine; records say what matters of it
         disable_git=True,
         disable_code=True,
@@ -277,11 +284,12 @@ def _mirror(run: Any, record: dict, place: Path) -> None:
     import wandb
 
     run.config.update({k: record[k] for k in ("provenance", "data") if k in record}, allow_val_change=True)
-    if items := _items(place):
-        columns = list(dict.fromkeys(k for item in items for k in item))
-        run.log({"items": wandb.Table(columns, [[_plain(item.get(c)) for c in columns] for item in items])})
+    items = _items(place)
     run.summary.update(_results(record, items))
     run.summary.update({k: record[k] for k in ("seconds", "peak_memory_mb")})
+    if items:  # last, for it asks the server
+        columns = list(dict.fromkeys(k for item in items for k in item))
+        run.log({"items": wandb.Table(columns, [[_plain(item.get(c)) for c in columns] for item in items])})
 
 
 def _items(place: Path) -> list[dict]:
