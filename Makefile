@@ -7,7 +7,7 @@ BIN := .venv/bin
 lab: .venv/ready
 	$(BIN)/python run.py -cn lab
 
-test: .venv/ready-dev lint
+test: .venv/ready-dev .wandb-server/ready lint
 	$(BIN)/python -m pytest
 
 lint: .venv/ready-dev
@@ -25,5 +25,11 @@ lint: .venv/ready-dev
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# A server that speaks W&B's protocol, for tests only and apart: its licence is non-commercial. Without it they are skipped.
+.wandb-server/ready:
+	$(PYTHON) -m venv .wandb-server
+	.wandb-server/bin/pip install --quiet openwandb==0.5.25 || echo "no W&B-compatible server: its tests are skipped"
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .wandb-server

@@ -346,6 +346,21 @@ def test_settings_are_checked(run: Callable, key: str, words: str) -> None:
     assert words in stderr
 
 
+def test_the_dashboard_has_accuracy_over_n_the_curves_and_the_table(offline) -> None:
+    pytest.importorskip("wandb_workspaces", reason="the extra dashboard is not installed")
+    from d2lora import dashboard
+
+    metrics = dashboard.main_metrics(offline.out, "mine")
+    assert metrics == ["lab_math/accuracy"]
+    spec = json.dumps(dashboard.report("mine", metrics, "me", "lab")._to_model().model_dump(mode="json", by_alias=True))
+    for word in ("lab_math/accuracy over n", "train/loss", "samples_seen", "rewards/margins", "jobType", '"results"'):
+        assert word in spec
+
+
+def test_the_dashboard_of_a_sweep_without_results_is_refused(run: Callable) -> None:
+    assert "sweep=nosuch: no results" in run("nosuch", module="d2lora.dashboard", code=2).stderr
+
+
 # --- a real server -------------------------------------------------------------------------------------------------
 # openwandb speaks W&B's protocol. Its licence is not for us to depend on, so it lives in an environment of its own
 # (`make .wandb-server/ready`), and without one these tests are skipped.
