@@ -34,7 +34,7 @@ def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
 
     def runs(kind: str, by: str) -> Any:
         filters = f"Metric('Group') = '{sweep}' and Metric('JobType') = '{kind}'"
-        return wr.Runset(entity=entity, project=project, name=kind, filters=filters, groupby=[by] if by else [])
+        return wr.Runset(name=kind, filters=filters, groupby=[by] if by else [])  # of the report's own project
 
     over_n = [wr.ScatterPlot(title=f"{m} over n", x=wr.Config("n"), y=wr.SummaryMetric(m)) for m in metrics]
     curves = [
