@@ -41,7 +41,10 @@ def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
         wr.LinePlot(title=name, x="samples_seen", y=[f"train/{name}"], title_x="samples seen")
         for name in ("loss", "grad_norm", "learning_rate", "rewards/margins", "rewards/accuracies", "tokens_per_second")
     ]
-    shown = [wr.WeavePanelSummaryTable(table_name="results"), wr.MediaBrowser(title="figures", media_keys=["curves", "tables"])]
+    shown = [
+        wr.WeavePanelSummaryTable(table_name="results"),
+        wr.MediaBrowser(title="figures", media_keys=["curves", "tables"]),
+    ]
     blocks = [
         wr.H2("Accuracy over n"),
         wr.PanelGrid(runsets=[runs("cell", "config.arm")], panels=over_n),

@@ -191,8 +191,8 @@ def _settings(patience: float) -> Any:
 def _mode(config: Config) -> str:
     """auto is WANDB_MODE, or online with credentials and offline without."""
     wanted = os.environ.get("WANDB_MODE", "auto") if config.wandb.mode == "auto" else config.wandb.mode
-    if wanted == "offline" or _credentials():
-        return "offline" if wanted == "offline" else "online"
+    if wanted in ("auto", "online") and _credentials():
+        return "online"
     if wanted == "online":  # wandb would ask for a key here
         _fail(UserError("wandb.mode=online, but no credentials (wandb login, or WANDB_API_KEY)"))
     return "offline"
@@ -289,7 +289,8 @@ def _mirror(run: Any, record: dict, place: Path) -> None:
     run.summary.update({k: record[k] for k in ("seconds", "peak_memory_mb")})
     if items:  # last, for it asks the server
         columns = list(dict.fromkeys(k for item in items for k in item))
-        run.log({"items": wandb.Table(columns, [[_plain(item.get(c)) for c in columns] for item in items])})
+        rows = [[_plain(item.get(c)) for c in columns] for item in items]
+        run.log({"items": wandb.Table(columns, rows, allow_mixed_types=True)})
 
 
 def _items(place: Path) -> list[dict]:
@@ -410,7 +411,10 @@ def _public(value: Any, key: str = "") -> Any:
         return {k: _public(v, k) for k, v in value.items()}
     if key != "path" or not isinstance(value, str):
         return value
-    place = data.local(value)
+    try:
+        place = data.local(value)
+    except UserError:  # weights that come with a package have no file of that name
+        return Path(value).name
     if place is None:
         return value
     return str(place.relative_to(data.ROOT)) if place.is_relative_to(data.ROOT) else place.name
