@@ -8,7 +8,7 @@ lab: .venv/ready
 	$(BIN)/python run.py -cn lab
 
 # Two workers on two cores; each test's stages set their own threads.
-test: .venv/ready-dev lint
+test: .venv/ready-dev .wandb-server/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/ready-dev
@@ -27,5 +27,11 @@ lint: .venv/ready-dev
 	$(BIN)/pip install --quiet --no-deps -r tests/ray.txt || echo "no ray here: its test is skipped"
 	touch $@
 
+# A server that speaks W&B's protocol, for tests only and apart: its licence is non-commercial. Without it they are skipped.
+.wandb-server/ready:
+	$(PYTHON) -m venv .wandb-server
+	.wandb-server/bin/pip install --quiet openwandb==0.5.25 || echo "no W&B-compatible server: its tests are skipped"
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .wandb-server

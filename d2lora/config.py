@@ -190,6 +190,16 @@ class Recipe(_Strict):
         return self
 
 
+class Wandb(_Strict):
+    """Where W&B mirrors the records. Nothing of it changes a result, so nothing of it is in a key or a manifest."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with credentials, offline without
+    project: StrictStr | None = None  # WANDB_PROJECT, or d2lora
+    entity: StrictStr | None = None  # WANDB_ENTITY, or the account's own
+    artifacts: StrictBool = True  # adapters, with their lineage
+    patience: Annotated[float, Field(gt=0)] = 60  # seconds that a job waits for the server before it goes on without
+
+
 class Config(_Strict):
     """One cell of the grid: D2LoRA(m, n) of one task, method, init, recipe and seed."""
 
@@ -206,6 +216,7 @@ class Config(_Strict):
     split_seed: Seed = 0  # hold-outs
     sweep: Annotated[StrictStr, Field(pattern=r"^[\w.-]+$")] = "adhoc"
     output: StrictStr = "outputs"
+    wandb: Wandb = Field(default=Wandb(), exclude=True)
     data_root: StrictStr | None = None
     dry_run: StrictBool = False
     skip_invalid: StrictBool = False

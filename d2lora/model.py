@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import psutil
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -50,6 +51,12 @@ _loaded: dict[str, Base] = {}
 def device() -> str:
     """Where everything runs: one GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def memory_mb() -> float:
+    """GPU memory in use now; without a GPU, the resident memory of the process."""
+    used = torch.cuda.memory_allocated() if device() == "cuda" else psutil.Process().memory_info().rss
+    return round(used / 2**20, 1)
 
 
 def base(model: Model, cache: Path) -> Base:

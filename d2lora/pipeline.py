@@ -1,5 +1,6 @@
 """Stage -> work: does one stage with what its parent left, and says in its record where the numbers came from."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d2lora import contamination, data, plan
+from d2lora import contamination, data, plan, tracking
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Chain, Stage
@@ -34,6 +35,7 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
     """The record of one stage of the cell; does it if nobody has. Its parent must be done."""
 
     def work(folder: Path) -> dict:
+        mirror.enter_context(tracking.stage(config, chain, stage, store))
         started, clock = datetime.now(UTC), time.monotonic()
         base = _base(config) if stage.name != "contamination" else None
         loaded = time.monotonic()
@@ -53,7 +55,8 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
             "peak_memory_mb": _peak_memory_mb(),
         }
 
-    record = store.ensure(stage, work)
+    with contextlib.ExitStack() as mirror:  # left once the record is published: that is what is mirrored
+        record = store.ensure(stage, work)
     shutil.rmtree(_checkpoints(config, stage), ignore_errors=True)
     return record
 
@@ -229,6 +232,8 @@ def do(config: Config, cell: plan.Cell, store: Store, watch: Callable[[Stage], P
         except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
             report_failure(config, stage, error)
             lost.append(stage)
+    tracking.cell(cell, store)
+    tracking.flush(config)
     return lost
 
 

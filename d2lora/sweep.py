@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import cli, pipeline, plan, progress, report, summary
+from d2lora import cli, pipeline, plan, progress, report, summary, tracking
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Job, Stage
 from d2lora.report import manifest
@@ -40,7 +40,9 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     with progress.line(functools.partial(summary.progress_text, cells, store)):
         _launch_all(launcher, cells, store)
     lost = [s for s in plan.stages(cells) if not store.done(s)]
-    print(report.finish(output, cells[0].config.sweep, draw=new))
+    print(tables := report.finish(output, cells[0].config.sweep, draw=new))
+    if told := tracking.report(cells, store, tables):
+        print(told)
     if lost:
         print(summary.failures_text(output, lost), end="", file=sys.stderr)
         raise SystemExit(1)

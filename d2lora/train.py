@@ -26,10 +26,10 @@ from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from d2lora import packing
+from d2lora import packing, tracking
 from d2lora.config import Recipe
 from d2lora.data import REFERENCE_BLOCK, Subset, sft_examples
-from d2lora.model import Base, device
+from d2lora.model import Base, device, memory_mb
 from d2lora.plan import canonical
 from d2lora.store import cached, write_json
 
@@ -261,6 +261,30 @@ class Watch(TrainerCallback):
         write_json(folder / _WHOLE, {"step": state.global_step, "seconds": round(self.saved - self.started, 3)})
 
 
+class Mirror(TrainerCallback):
+    """Shows W&B every entry of the log, over the samples seen. `rows` are trained on, of a mean of `tokens` tokens."""
+
+    def __init__(self, rows: int, batch: int, tokens: float) -> None:
+        self.rows, self.batch, self.tokens = rows, batch, tokens
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.seen, self.clock = self._seen(state.global_step), time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" not in (logs or {}):
+            return
+        seen, clock = self._seen(state.global_step), time.monotonic()
+        rate = (seen - self.seen) / max(clock - self.clock, 1e-9)
+        speed = {"samples_per_second": rate, "tokens_per_second": rate * self.tokens, "memory_mb": memory_mb()}
+        tracking.log({k: v for k, v in logs.items() if isinstance(v, int | float)} | speed, seen)
+        self.seen, self.clock = seen, clock
+
+    def _seen(self, step: int) -> int:
+        """Samples seen after a step; the last batch of an epoch may be smaller."""
+        epochs, steps = divmod(step, math.ceil(self.rows / self.batch))
+        return epochs * self.rows + steps * self.batch
+
+
 _WHOLE = "whole.json"
 
 
@@ -291,36 +315,58 @@ def train(
     method = spec.get("method", {"name": "sft"})
     trainer_class, config_class = METHODS[method["name"]]
     rows = sft_examples(drawn.examples) if method["name"] == "sft" else drawn.examples
+    tokens = sum(_tokens(row, recipe.packing) for row in rows)
     steps = math.ceil(len(rows) / spec["batch"]) * spec["epochs"]
-    args = config_class(
-        **_arguments(spec, recipe, folder, max(1, steps // 20)), **_method_arguments(method, spec["max_length"])
-    )
+    often = max(1, steps // 200)  # for W&B; the record keeps fewer
+    args = config_class(**_arguments(spec, recipe, folder, often), **_method_arguments(method, spec["max_length"]))
     place, mark = checkpoint(folder) or (None, {})
     trainer = trainer_class(
         model=wrapped,
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
-        callbacks=[Watch(progress, recipe.checkpoint_minutes, mark.get("seconds", 0.0))],
+        callbacks=[
+            Watch(progress, recipe.checkpoint_minutes, mark.get("seconds", 0.0)),
+            Mirror(len(rows), spec["batch"], tokens / len(rows)),
+        ],
         data_collator=_collator(base, method, recipe),
         **_own_arguments(method, drawn, reference),
     )
     trainer.remove_callback(PrinterCallback)
     with _attention(base, recipe.attention):
         trainer.train(resume_from_checkpoint=str(place) if place else None)
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = thin([e for e in trainer.state.log_history if "loss" in e], max(1, steps // 20 // often) * often)
     metrics = {
         "first_loss": log[0]["loss"],
         "last_loss": log[-1]["loss"],
         "steps": trainer.state.global_step,
         "samples_seen": len(rows) * spec["epochs"],
-        "tokens_seen": sum(_tokens(row, recipe.packing) for row in rows) * spec["epochs"],
+        "tokens_seen": tokens * spec["epochs"],
     }
     if method["name"] == "dpo":
         metrics["reference_pairs_computed"] = trainer.computed
     if place:
         metrics["resumed"] = mark
     return metrics | {"micro_batch": recipe.micro_batch, "log": log}
+
+
+def thin(log: list[dict], every: int) -> list[dict]:
+    """A log with an entry after step 1 and then every so many steps, as the trainer would have written it at once.
+
+    Losses and rewards are means over the steps since the entry before; what tells a state is as it was last.
+    """
+    states = ("step", "epoch", "learning_rate", "grad_norm", "num_tokens")
+    kept, window, before = [], [], 0
+    for entry in log:
+        window.append((entry["step"] - before, entry))
+        before = entry["step"]
+        if before == 1 or before % every == 0:
+            steps = sum(n for n, _ in window)
+            kept.append(
+                {k: v if k in states else sum(n * e.get(k, v) for n, e in window) / steps for k, v in entry.items()}
+            )
+            window = []
+    return kept
 
 
 @contextlib.contextmanager

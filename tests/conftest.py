@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
+os.environ["WANDB_MODE"] = "disabled"  # but where a test asks for it
 
 
 @pytest.fixture

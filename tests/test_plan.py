@@ -109,12 +109,12 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 SOURCES = {
     "contamination": "5124f59ed9fe",
     "data": "cb422a4acb73",
-    "model": "527cecc51e5a",
+    "model": "fe42ed851ddc",
     "packing": "af89367a6c1c",
-    "train": "622186b5378f",
+    "train": "0a770d13f862",
     "evaluate": "7ab4877aea4b",
     "answers": "6e7ecc83d20a",
-    "pipeline": "f17c04c1328f",
+    "pipeline": "3387a796c164",
 }
 
 

@@ -184,3 +184,19 @@ def test_ids_of_the_lab_fit_the_recipe(cell) -> None:
     tokenizer = AutoTokenizer.from_pretrained(data.ROOT / "d2lora/lab/base")
     make = functools.partial(data.pair_example, tokenizer, config.task)
     assert data.subset(data.rows(config.task.data), make, 200, config.recipe.max_length, "s").misfits == []
+
+
+def test_a_log_written_often_is_thinned_to_what_one_written_seldom_says() -> None:
+    """Steps 1, 2, 4, 6, 8, 10 with windows of 1, 1, 2, 2, 2, 2 steps, to an entry every 4 steps."""
+    from d2lora import train
+
+    often = [
+        {"step": s, "loss": float(s), "rewards/margins": 2.0 * s, "grad_norm": s, "epoch": s / 10}
+        for s in (1, 2, 4, 6, 8)
+    ]
+    kept = train.thin(often, 4)
+    assert [e["step"] for e in kept] == [1, 4, 8]
+    assert [e["loss"] for e in kept] == [1.0, pytest.approx((2 + 2 * 4) / 3), 7.0]
+    assert kept[1]["rewards/margins"] == pytest.approx(2 * kept[1]["loss"])
+    assert (kept[2]["grad_norm"], kept[2]["epoch"]) == (8, 0.8)
+    assert train.thin(often, 1) == often

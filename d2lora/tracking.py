@@ -1,0 +1,504 @@
+"""W&B mirrors the records: a run a stage, a light run a cell, one report run a sweep. It is never the source of a number.
+
+All calls of wandb are made by threads, one a run, and the stages do not wait for them: a server that is down, slow or
+refuses cannot hold up a cell. The first thing that goes wrong is told in one line; from then on the process keeps its
+runs on disk, where `wandb sync` finds them. Run ids come from keys, so a stage taken up again continues its run.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import html
+import json
+import netrc
+import os
+import queue
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from d2lora import data, plan, stats
+from d2lora.config import Config
+from d2lora.errors import UserError
+from d2lora.plan import Cell, Stage
+from d2lora.store import Store, cached, write_json
+
+# --- what this process knows of W&B --------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    runs: "list[_Run]" = field(default_factory=list)  # begun and not ended
+    stage: "_Run | None" = None  # of the stage at work
+    offline: bool = False  # something went wrong: runs are kept on disk from there on
+    left: bool = False  # runs were left behind, as they did not come to an end
+    stuck: bool = False  # that happened again: no more runs
+    warned: bool = False
+
+
+_state = _State()
+_at_once = threading.BoundedSemaphore(4)  # runs that are begun, filled or uploaded at the same time
+
+
+def _warn(text: str) -> None:
+    """One warning a process: what follows is mostly the same again."""
+    if not _state.warned:
+        print(f"W&B: {text}", file=sys.stderr, flush=True)
+    _state.warned = True
+
+
+def _fail(error: BaseException) -> None:
+    """Keep the coming runs on disk, and say why."""
+    _state.offline = True
+    line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
+    _warn(f"{line}: runs are kept on disk from here on")
+
+
+def _disabled(config: Config) -> bool:
+    mode = os.environ.get("WANDB_MODE") if config.wandb.mode == "auto" else config.wandb.mode
+    return mode == "disabled" or _state.stuck
+
+
+def flush(config: Config) -> None:
+    """Wait for what is still to be written or uploaded, but not for ever. Every job ends with it."""
+    started, patience = time.monotonic(), config.wandb.patience
+    slow = TimeoutError(f"the server takes longer than wandb.patience={patience:g} s")
+    for limit, then in ((patience, lambda: _fail(slow)), (2 * patience + 5, _give_up)):
+        for run in _state.runs:
+            run.thread.join(max(0.0, started + limit - time.monotonic()))
+        _state.runs = [run for run in _state.runs if run.thread.is_alive()]
+        if not _state.runs:
+            return
+        then()
+
+
+def _give_up() -> None:
+    """Leave runs behind that do not come to an end. Those to come are on disk and need no server."""
+    global _at_once
+    _at_once = threading.BoundedSemaphore(4)
+    _state.stuck, _state.left, _state.runs = _state.left, True, []
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One W&B run, begun, filled and ended by a thread of its own, in the order in which it was asked to."""
+
+    def __init__(self, whose: Config, output: Path, **about: Any) -> None:
+        self.whose, self.output, self.about = whose, output, about
+        self.tasks: queue.SimpleQueue[Callable[[Any], object] | int] = queue.SimpleQueue()
+        self.before = next((r for r in _state.runs if r.about["id"] == about["id"]), None)
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        _state.runs.append(self)
+        self.thread.start()
+
+    def do(self, task: Callable[[Any], object]) -> None:
+        """Have the thread call task(run), unless all of the run was logged before."""
+        self.tasks.put(task)
+
+    def end(self, code: int = 0) -> None:
+        """Have the thread end the run; with a code other than 0 it shows as failed."""
+        self.tasks.put(code)
+
+    def _work(self) -> None:
+        if self.before:  # an earlier try of the same stage is still ending
+            self.before.thread.join()
+        with _at_once:
+            try:
+                _prepare(self.output)
+                run = self._begin()
+                # Of a stage that another output folder has done already nothing is logged twice.
+                logged = run.resumed and "seconds" in run.summary.keys()  # noqa: SIM118 (not a dict)
+                while not isinstance(task := self.tasks.get(), int):
+                    self._try(task, run) if not logged else None
+                run.finish(exit_code=task)
+            except Exception as error:
+                _fail(error)
+
+    def _try(self, task: Callable[[Any], object], run: Any) -> None:
+        try:
+            task(run)
+        except Exception as error:
+            _fail(error)
+
+    def _begin(self) -> Any:
+        mode = "offline" if _state.offline else _mode(self.whose)
+        try:
+            return self._init(mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            _fail(error)
+            return self._init("offline")
+
+    def _init(self, mode: str) -> Any:
+        import wandb
+
+        wanted = self.whose.wandb
+        self.output.mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            project=wanted.project or os.environ.get("WANDB_PROJECT", "d2lora"),
+            entity=wanted.entity,
+            group=self.whose.sweep,
+            dir=self.output,
+            resume="allow",
+            reinit="create_new",
+            settings=_settings(wanted.patience),
+            **self.about,
+        )
+
+
+def _prepare(output: Path) -> None:
+    """What wandb takes from the environment only; it must be there before the import."""
+    # Its staging of artifacts and its cache belong to the runs, not to the home folder.
+    os.environ.setdefault("WANDB_DATA_DIR", str(output / "wandb" / "data"))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(output / "wandb" / "cache"))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its end waits half a minute for a server that is silent
+
+
+def _settings(patience: float) -> Any:
+    import wandb
+
+    return wandb.Settings(
+        silent=True,
+        console="off",
+        init_timeout=patience / 2,
+        finish_timeout=patience,
+        finish_timeout_raises=True,
+        x_graphql_timeout_seconds=patience / 4,
+        x_graphql_retry_max=5,
+        x_graphql_retry_wait_min_seconds=patience / 60,
+        x_graphql_retry_wait_max_seconds=patience / 10,
+        x_disable_meta=True,  # it holds paths of this machine; records say what matters of it
+        disable_git=True,
+        disable_code=True,
+        x_save_requirements=False,
+    )
+
+
+def _mode(config: Config) -> str:
+    """auto is WANDB_MODE, or online with credentials and offline without."""
+    wanted = os.environ.get("WANDB_MODE", "auto") if config.wandb.mode == "auto" else config.wandb.mode
+    if wanted in ("auto", "online") and _credentials():
+        return "online"
+    if wanted == "online":  # wandb would ask for a key here
+        _fail(UserError("wandb.mode=online, but no credentials (wandb login, or WANDB_API_KEY)"))
+    return "offline"
+
+
+def _credentials() -> bool:
+    """Whether there is a key for the server: in the environment, or in .netrc, where `wandb login` writes it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        host = urlsplit(wandb.setup().settings.base_url).netloc
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
+# --- stages --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stage(config: Config, chain: plan.Chain, stage: Stage, store: Store) -> Iterator[None]:
+    """The run of a stage that does work. At the end it gets what the published record says, or is marked as failed."""
+    if _disabled(config):
+        yield
+        return
+    about = _about(config, chain, stage)
+    run = _Run(config, store.folder.parent, id=stage.key, job_type=stage.name, **about)
+    run.do(_define_axes)
+    _state.stage = run
+    try:
+        yield
+        record, place = store.record(stage), store.place(stage)
+        assert record is not None, "the caller published it"
+        run.do(lambda r: _mirror(r, record, place))
+        if config.wandb.artifacts:
+            run.do(lambda r: _lineage(r, config, stage, store))
+        run.end()
+    except BaseException:
+        run.end(code=1)
+        raise
+    finally:
+        _state.stage = None
+
+
+def log(values: dict[str, float], samples_seen: int) -> None:
+    """Log a training's values of now to the run of the stage at work, if it has one."""
+    if _state.stage:
+        now = {f"train/{k}": v for k, v in values.items()} | {"samples_seen": samples_seen, "_timestamp": time.time()}
+        _state.stage.do(lambda r: r.log(now))
+
+
+def _about(config: Config, chain: plan.Chain, stage: Stage) -> dict:
+    """Name, tags and config of a stage's run: from what the stage depends on, for it may serve many cells."""
+    trained = stage if stage.name in ("warmup", "adapt") else stage.parent
+    name, tags = _who(config, trained)
+    if stage.name == "evaluate":
+        name.insert(0, plan.benchmarks(config)[chain.evaluations.index(stage)])
+    elif stage is not trained:
+        name, tags = [stage.label], []
+    facts = {"stage": stage.name, "key": stage.key, "parent": stage.parent and stage.parent.key, "label": stage.label}
+    return {"name": " · ".join(name), "tags": tags, "config": stage.spec | facts}
+
+
+def _who(config: Config, trained: Stage | None) -> tuple[list[str], list[str]]:
+    """How an adapter is called, in parts, and its tags. None is the base itself."""
+    if trained is None:
+        return [f"base {config.model.name}"], ["base"]
+    m = config.m if trained.parent or trained.name == "warmup" else 0
+    n = config.n if trained.name == "adapt" else 0
+    method = config.method.name if n else "warm-up"
+    return (
+        [method, f"D2LoRA({plan.amount(m)}, {plan.amount(n)})", f"s{config.seed}"],
+        [method, config.init.name, _arm(m)],
+    )
+
+
+def _arm(m: int | str) -> str:
+    return "LoRA" if m == 0 else "D2LoRA"
+
+
+def _define_axes(run: Any) -> None:
+    run.define_metric("samples_seen", hidden=True)
+    run.define_metric("train/*", step_metric="samples_seen")
+
+
+def _mirror(run: Any, record: dict, place: Path) -> None:
+    """A record's provenance as config, its metrics as summary, its items as a Table."""
+    import wandb
+
+    run.config.update({k: record[k] for k in ("provenance", "data") if k in record}, allow_val_change=True)
+    items = _items(place)
+    run.summary.update(_results(record, items))
+    run.summary.update({k: record[k] for k in ("seconds", "peak_memory_mb")})
+    if items:  # last, for it asks the server
+        columns = list(dict.fromkeys(k for item in items for k in item))
+        rows = [[_plain(item.get(c)) for c in columns] for item in items]
+        run.log({"items": wandb.Table(columns, rows, allow_mixed_types=True)})
+
+
+def _items(place: Path) -> list[dict]:
+    file = place / "items.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _results(record: dict, items: list[dict]) -> dict:
+    """Metrics as flat numbers: a benchmark's with its number of items and the 95 % interval that the report has."""
+    name = record.get("benchmark", record.get("pair", record["stage"]))
+    flat: dict[str, Any] = {}
+    for metric, found in record["metrics"].items():
+        if isinstance(found, dict) and "value" in found:
+            flat |= {f"{name}/{metric}": found["value"], f"{name}/{metric}_items": found["items"]}
+            if len(items) == found["items"]:
+                low, high = stats.interval(np.array([[float(item[metric]) for item in items]]))
+                flat |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
+        elif metric != "log":
+            flat[metric] = found
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """A Table's column has one type: lists and the like are shown as their JSON."""
+    return value if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False)
+
+
+# --- artifacts -----------------------------------------------------------------------------------------------------
+
+
+def _lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
+    """What the stage was given, as its inputs; its adapter, if it made one, as its output.
+
+    An input is given by content, not by name: runs can be uploaded in any order, and W&B takes equal content for one version.
+    """
+    inputs = [_adapter(stage.parent, store)] if stage.parent else [_note("base", config.model.name, stage.spec)]
+    if stage.parent and stage.name == "adapt":
+        inputs.append(_note("base", config.model.name, stage.spec))
+    sources = {"warmup": config.warmup.name, "adapt": config.task.name}
+    inputs += [_note("dataset", sources[stage.name], stage.spec)] if stage.name in sources else []
+    for artifact in filter(None, inputs):
+        # run.use_artifact() waits for the server, and refuses to work offline; this is what it does otherwise.
+        run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    if made := _adapter(stage, store):
+        run.log_artifact(made)
+
+
+def _adapter(stage: Stage, store: Store) -> Any:
+    """A training's adapter; its files are those of the record, which never change, so they are not copied. Or None."""
+    import wandb
+
+    folder = store.place(stage) / "adapter"
+    if not folder.is_dir():
+        return None
+    artifact = wandb.Artifact(f"{stage.name}-{stage.key}", "model", description=stage.label, metadata=stage.spec)
+    for file in sorted(folder.iterdir()):
+        artifact.add_file(str(file), policy="immutable")
+    return artifact
+
+
+def _note(kind: str, name: str, spec: dict) -> Any:
+    """A base or data set: its fingerprint (content hashes, or the Hub's name and revision), not its files."""
+    import wandb
+
+    identity = spec.get({"base": "model", "dataset": "data"}[kind])
+    if identity is None:
+        return None
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{kind}-{name}"), kind, metadata=identity)
+    with artifact.new_file("identity.json") as file:
+        json.dump(identity, file, sort_keys=True)
+    return artifact
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+
+def cell(cell: Cell, store: Store) -> None:
+    """The light run of a cell whose stages are all done: its config, flat, and its results. Logged once."""
+    if _disabled(cell.config):
+        return
+    records = {s: store.record(s) for s in cell.chain.results}
+    if any(r is None for r in records.values()):
+        return
+    results: dict[str, Any] = {}
+    for stage, record in records.items():
+        assert record is not None
+        results |= {f"{stage.name}_seconds": results.get(f"{stage.name}_seconds", 0.0) + record["seconds"]}
+        if stage in cell.chain.evaluations:
+            results |= _results(record, _items(store.place(stage)))
+    c = cell.config
+    name = f"{c.method.name} · D2LoRA({plan.amount(c.m)}, {plan.amount(c.n)}) · s{c.seed}"
+    about = {"name": name, "job_type": "cell", "config": _flat(cell), "tags": [c.method.name, c.init.name, _arm(c.m)]}
+    fill = functools.partial(_fill_cell, cell=cell, results=results)
+    _log_once(f"cell-{_digest(cell.id, c.sweep)}", results, c, store.folder.parent, fill, **about)
+
+
+def _fill_cell(run: Any, cell: Cell, results: dict) -> None:
+    url = None if run.offline else run.url  # offline the ids find the stages too
+    links = [(s.label or s.name, s.key) for s in cell.chain.results]
+    run.notes = "\n".join(f"- [{t}]({url.rsplit('/', 1)[0]}/{key})" if url else f"- {t}: {key}" for t, key in links)
+    run.summary.update(results)
+
+
+def _flat(cell: Cell) -> dict:
+    """What one filters and groups by at the top; the resolved config below; the ids of the stages' runs."""
+    c = cell.config
+    named = {k: getattr(c, k).name for k in ("method", "task", "model", "init", "warmup", "recipe")}
+    sizes = {"m": c.m, "n": c.n, "seed": c.seed, "arm": _arm(c.m), "lr": getattr(c.recipe.lr, c.method.name)}
+    evaluations = dict(zip(plan.benchmarks(c), (s.key for s in cell.chain.evaluations), strict=True))
+    trained = {s.name: s.key for s in (cell.chain.warmup, cell.chain.adapt) if s}
+    whole = c.model_dump(exclude={"output", "data_root", "dry_run", "skip_invalid", "job"})
+    return named | sizes | {"cell": cell.id, "stages": trained | {"evaluate": evaluations}, "config": _public(whole)}
+
+
+def _public(value: Any, key: str = "") -> Any:
+    """A config without this machine's paths: of a local one, what is below the project, or else its last name."""
+    if isinstance(value, dict):
+        return {k: _public(v, k) for k, v in value.items()}
+    if key != "path" or not isinstance(value, str):
+        return value
+    try:
+        place = data.local(value)
+    except UserError:  # weights that come with a package have no file of that name
+        return Path(value).name
+    if place is None:
+        return value
+    return str(place.relative_to(data.ROOT)) if place.is_relative_to(data.ROOT) else place.name
+
+
+# --- the sweep's report --------------------------------------------------------------------------------------------
+
+
+def report(cells: list[Cell], store: Store, tables: str) -> str:
+    """The runs of cells that no worker logged, and the report run: tables, figures and results.csv.
+
+    Returns what to tell the user: where the runs are. Empty where W&B is disabled.
+    """
+    config, output = cells[0].config, store.folder.parent
+    if _disabled(config):
+        return ""
+    for each in cells:
+        cell(each, store)
+    folder = output / "report"
+    files = [folder / "results.csv", *folder.glob(f"{config.sweep}.png"), *(folder / config.sweep).glob("*.*")]
+    files = sorted(f for f in files if f.suffix in (".png", ".csv") and f.is_file())
+    about = {"name": f"report · {config.sweep}", "job_type": "report", "config": {"sweep": config.sweep}}
+    fill = functools.partial(_fill_report, config=config, files=files, tables=tables)
+    content = [_digest(f.name, f.read_bytes().hex()) for f in files]
+    _log_once(f"report-{_digest(config.sweep)}", content, config, output, fill, tags=["report"], **about)
+    flush(config)
+    return _where(output)
+
+
+def _fill_report(run: Any, config: Config, files: list[Path], tables: str) -> None:
+    import wandb
+
+    shown = "\n".join(line for line in tables.splitlines() if not re.match(r"(report|curves): ", line))
+    run.log({"tables": wandb.Html(f"<pre>{html.escape(shown.strip())}</pre>")})
+    for file in files:
+        if file.suffix == ".png":
+            run.log({file.stem: wandb.Image(str(file))})
+        else:
+            run.log({file.stem: _table(file, config.sweep)})
+    if config.wandb.artifacts:
+        artifact = wandb.Artifact(f"report-{config.sweep}", "report")
+        for file in files:
+            artifact.add_file(str(file))
+        run.log_artifact(artifact)
+
+
+def _table(file: Path, sweep: str) -> Any:
+    """A CSV file as a Table; of results.csv, which holds all sweeps, this sweep's rows."""
+    import wandb
+
+    with file.open() as lines:
+        rows = [r for r in csv.DictReader(lines) if r.get("sweep", sweep) == sweep]
+    columns = list(rows[0]) if rows else []
+    return wandb.Table(columns, [[_number(row[c]) for c in columns] for row in rows], allow_mixed_types=True)
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _where(output: Path) -> str:
+    kept = any((output / "wandb").glob("offline-run-*"))
+    if kept or _state.offline:
+        shown = os.path.relpath(output)
+        return f"W&B: runs in {shown}/wandb; to upload them: wandb sync --include-online {shown}/wandb/*run-*"
+    return "W&B: the runs are online"
+
+
+# --- once ----------------------------------------------------------------------------------------------------------
+
+
+def _log_once(run_id: str, content: object, whose: Config, output: Path, fill: Callable[[Any], None], **about) -> None:
+    """Log a run unless it was logged with this content before; <output>/wandb/logged remembers that."""
+    file, now = output / "wandb" / "logged" / f"{run_id}.json", _digest(content)
+    if file.exists() and cached(file, str) == now:
+        return
+    run = _Run(whose, output, id=run_id, **about)
+    run.do(fill)
+    run.do(lambda _: write_json(file, now))
+    run.end()
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(plan.canonical(list(parts)).encode()).hexdigest()[:20]
