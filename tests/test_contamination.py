@@ -102,8 +102,8 @@ def test_another_test_or_training_set_is_another_pair(cell) -> None:
 
 def test_checks_are_the_first_jobs_of_a_grid_and_a_finished_one_is_none(cell) -> None:
     grid = [cell(f"m={m}", f"n={n}") for m in (8, 0) for n in (0, 8, 16)]
-    first, second = plan.batches(grid, set())
-    kinds = [{s.name == "contamination" for s in job.stages} for job in first + second]
+    batches = plan.batches(grid, set())
+    kinds = [{s.name == "contamination" for s in job.stages} for jobs in batches for job in jobs]
     assert kinds[:2] == [{True}, {True}]
     assert all(kind == {False} for kind in kinds[2:])
     checks = {s.key for s in plan.stages(grid) if s.name == "contamination"}
