@@ -142,7 +142,7 @@ class Init(_Strict):
 
     name: Literal[
         "lora", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "milora", "corda_kpm", "corda_ipm",
-        "eva", "lora_ga", "multilora",
+        "eva", "lora_ga", "loftq", "multilora",
     ]  # fmt: skip
     data: Literal["general", "task"] | None = None
     samples: Positive | None = None  # rows of it at most
@@ -273,6 +273,8 @@ class Config(_Strict):
             raise ValueError(f"recipe.lora.r={lora.r}: must be a multiple of {parts} with init={name}")
         if self.init.data == "task" and self.n == 0 and self.m != 0:
             raise ValueError("init.data=task: n=0 leaves no task rows to look at: use init.data=general")
+        if name == "loftq" and self.method.reference == "base":
+            raise ValueError("method.reference=base: with init=loftq the base is a quantized one: use warm_start")
         return self
 
     @model_validator(mode="after")

@@ -329,6 +329,43 @@ def _ids(model: nn.Module, ids: list[int]) -> torch.Tensor:
     return torch.tensor([ids], device=next(model.parameters()).device)
 
 
+@torch.no_grad()
+def _loftq(wrapped: PeftModel, spec: dict, rows: list[dict], progress: Progress) -> None:
+    """LoftQ (Li et al. 2023, arXiv 2310.08659) with one iteration: s B A is the part of rank r of W - Q, Q being W in NF4.
+
+    One iteration, so that Q is what a 4-bit load of the base gives. PEFT's own wants a GPU and leaves out the scale s.
+    """
+    found = layers(wrapped)
+    for index, layer in enumerate(found.values()):
+        weight, r = layer.get_base_layer().weight.data, layer.r[ADAPTER]
+        U, S, Vh = torch.linalg.svd(weight.float() - nf4(weight).float(), full_matrices=False)
+        root = (S[:r] / layer.scaling[ADAPTER]).sqrt()
+        layer.lora_A[ADAPTER].weight.data = root[:, None] * Vh[:r]
+        layer.lora_B[ADAPTER].weight.data = U[:, :r] * root
+        progress(index + 1, len(found))
+
+
+def nf4(weight: torch.Tensor) -> torch.Tensor:
+    """The weight after 4-bit quantization: NF4 in blocks of 64, as bitsandbytes loads models."""
+    import bitsandbytes.functional as bnb  # late: an extra, and only LoftQ's
+
+    codes, state = bnb.quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=False, quant_type="nf4")
+    return bnb.dequantize_4bit(codes, state).to(weight.dtype)
+
+
+@contextlib.contextmanager
+def quantized(wrapped: nn.Module):
+    """The base's weights under the adapter in NF4 for a while; put back as they were, bit for bit."""
+    kept = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in layers(wrapped).values()]
+    try:
+        for weight, original in kept:
+            weight.data = nf4(original)
+        yield
+    finally:
+        for weight, original in kept:
+            weight.data = original
+
+
 def _eva(wrapped: PeftModel, spec: dict, rows: list[dict], progress: Progress) -> None:
     """EVA (Paischer et al. 2024, arXiv 2410.07170): A from the inputs' principal components, ranks by explained variance."""
     rho, r = spec["init"]["rho"], spec["lora"]["r"]
@@ -379,4 +416,5 @@ _PREPARE = dict.fromkeys(_FROM_WEIGHTS, _from_weights) | {
     "corda_ipm": _corda,
     "eva": _eva,
     "lora_ga": _lora_ga,
+    "loftq": _loftq,
 }

@@ -121,7 +121,8 @@ def adapter(base: Base, spec: dict, record: Path | None) -> Iterator[PeftModel]:
     wrapped = inits.taken_up(base.model, spec, record) if record else inits.fresh(base.model, spec)
     wrapped.peft_config["default"].base_model_name_or_path = ""  # with a name, PEFT asks the Hub at every checkpoint
     try:
-        yield wrapped
+        with inits.quantized(wrapped) if record and spec["init"]["name"] == "loftq" else contextlib.nullcontext():
+            yield wrapped
     finally:
         wrapped.unload()
         base.model.__dict__.pop("forward", None)  # TRL's trainers patch it and do not put it back
@@ -131,8 +132,8 @@ def adapter(base: Base, spec: dict, record: Path | None) -> Iterator[PeftModel]:
 
 
 @contextlib.contextmanager
-def trained(base: Base, folder: Path | None) -> Iterator[torch.nn.Module]:
-    """The base with the adapter in `folder` for inference; the base alone if there is none."""
+def trained(base: Base, folder: Path | None, init: str = "lora") -> Iterator[torch.nn.Module]:
+    """The base with the adapter in `folder` for inference; the base alone if there is none. LoftQ's is for a quantized base."""
     if folder is None:
         yield base.model
         return
@@ -140,8 +141,9 @@ def trained(base: Base, folder: Path | None) -> Iterator[torch.nn.Module]:
     merge = base.model.dtype == torch.float32
     wrapped = PeftModel.from_pretrained(copy.deepcopy(base.model) if merge else base.model, folder).eval()
     try:
-        check_applied(base, wrapped)
-        yield wrapped.merge_and_unload(safe_merge=True) if merge else wrapped
+        with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext():
+            check_applied(base, wrapped)
+            yield wrapped.merge_and_unload(safe_merge=True) if merge else wrapped
     finally:
         if not merge:
             wrapped.unload()

@@ -171,7 +171,8 @@ def _checkpoints(config: Config, stage: Stage) -> Path:
 def _reference(config: Config, stage: Stage) -> Path:
     """Where the log-probabilities of DPO's reference are remembered: one folder a policy, for all cells that start from it."""
     method, init = stage.spec.get("method", {}), stage.spec["init"]
-    if stage.parent and stage.parent.name != "prepare" and method.get("reference") != "base":
+    starts_as_base = stage.parent is None or (stage.parent.name == "prepare" and init["name"] != "loftq")
+    if not starts_as_base and method.get("reference") != "base":
         policy = stage.parent.key
     else:
         started = {"model": stage.spec["model"], "version": plan.VERSIONS["adapt"]}
@@ -191,7 +192,8 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
     task = evaluate.task_of(name, benchmark, data.rows(benchmark.data, config.split_seed)) if benchmark else name
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
     chat = benchmark.chat and base.tokenizer.chat_template is not None if benchmark else False
-    with model.trained(base, parent) as tested:
+    init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
+    with model.trained(base, parent, init) as tested:
         attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)
         metrics, items = _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch)
     _write_items(folder, items)

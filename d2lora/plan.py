@@ -12,10 +12,11 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from d2lora import contamination, data
 from d2lora.config import Benchmark, Config, Task, fields
+from d2lora.errors import UserError
 
 # Raised by hand when a stage's code changes what it computes; a test compares them with the source.
 VERSIONS = {"contamination": 1, "prepare": 1, "warmup": 1, "adapt": 1, "evaluate": 1}
@@ -74,7 +75,7 @@ class Chain:
     @property
     def adapter(self) -> Stage | None:
         """The stage whose adapter is evaluated; None for the base itself."""
-        return self.adapt or self.warmup
+        return self.adapt or self.warmup or self.prepare
 
 
 def chain(config: Config) -> Chain:
@@ -82,13 +83,16 @@ def chain(config: Config) -> Chain:
     prepare = _prepare(config) if _is_prepared(config) else None
     warmup = _warmup(config, prepare) if config.m != 0 else None
     adapt = _adapt(config, warmup or prepare) if config.n != 0 else None
-    evaluations = tuple(_evaluations(config, adapt or warmup))
+    evaluations = tuple(_evaluations(config, adapt or warmup or prepare))
     return Chain(warmup, adapt, evaluations, tuple(map(_contamination, pairs(config))), prepare)
 
 
 def _is_prepared(config: Config) -> bool:
-    """Whether the cell's adapter starts from a preparation. D2LoRA(0, 0) is the base, however it would have started."""
-    return config.init.prepared and (config.m != 0 or config.n != 0)
+    """Whether the cell's adapter starts from a preparation.
+
+    D2LoRA(0, 0) is the base, however it would have started; but with LoftQ it is a quantized base with its adapter.
+    """
+    return config.init.prepared and (config.m != 0 or config.n != 0 or config.init.name == "loftq")
 
 
 def _prepare(config: Config) -> Stage:
@@ -99,7 +103,7 @@ def _prepare(config: Config) -> Stage:
         "model": data.model_identity(config.model),
         "init": init.model_dump(exclude_none=True),
         "lora": config.recipe.lora.model_dump(),
-        "libraries": _versions("peft"),
+        "libraries": _versions("peft", *(["bitsandbytes"] if init.name == "loftq" else [])),
     }
     label = f"preparation of {init.name}"
     if init.random:
@@ -139,8 +143,11 @@ def _training(config: Config, phase: str, epochs: int) -> dict:
 
 
 def _versions(*packages: str) -> dict:
-    """Versions of packages whose releases have changed results (TRL's ORPO loss, lm-eval's tasks)."""
-    return {p: version(p) for p in packages}
+    """Versions of packages whose releases have changed results (TRL's ORPO loss, lm-eval's tasks). UserError without one."""
+    try:
+        return {p: version(p) for p in packages}
+    except PackageNotFoundError as error:
+        raise UserError(f"this cell needs {error.name}, which is not installed: pip install {error.name}") from None
 
 
 def _warmup(config: Config, parent: Stage | None) -> Stage:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -189,9 +190,10 @@ def test_pissa_takes_the_largest_singular_values(make, init: str) -> None:
         taken, best = s * B @ A, truncated(W, slice(None, R)).float()
         if init == "pissa":
             assert (taken - best).norm() < 1e-5 * W.norm(), name
-        else:  # randomized: a part of W, and nearly as much of it
-            Q, _ = torch.linalg.qr(B)
-            assert (taken - Q @ Q.T @ W).norm() < 1e-4 * W.norm(), name
+        else:  # randomized: W on r directions of one side, and nearly as much of it
+            left, right = (torch.linalg.qr(x)[0] for x in (B, A.T))
+            gap = min((taken - left @ left.T @ W).norm(), (taken - W @ right @ right.T).norm())
+            assert gap < 1e-4 * W.norm(), name
             assert taken.norm() > 0.9 * best.norm(), name
 
 
@@ -433,3 +435,63 @@ def test_preparations_go_first_and_what_needs_them_is_not_started_without(cell) 
             assert stage.parent is None or inside or where[stage.parent.key] < where[stage.key]
     blocked = [j for jobs in batches[1:] for j in jobs if j.cell.config.init.name == "pissa" and j.waits_for]
     assert {s.name for j in blocked for s in j.waits_for} == {"prepare", "warmup"}
+
+
+# --- LoftQ: starts from another base -------------------------------------------------------------------------------
+
+
+def test_loftq_without_bitsandbytes_is_refused_when_planned(cell, monkeypatch) -> None:
+    def version(package: str) -> str:
+        if package == "bitsandbytes":
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(plan, "version", version)
+    with pytest.raises(UserError, match="needs bitsandbytes"):
+        cell("init=loftq")
+
+
+def test_loftq_has_no_base_for_a_reference(cell) -> None:
+    with pytest.raises(UserError, match=r"method.reference=base.*warm_start"):
+        cell("init=loftq", "method=dpo", "method.reference=base")
+
+
+@pytest.fixture
+def loftq(make) -> Callable[..., Cell]:
+    pytest.importorskip("bitsandbytes", reason="LoftQ needs bitsandbytes: pip install -e '.[loftq]'")
+    return functools.partial(make, "init=loftq")
+
+
+def test_loftq_is_nearer_to_the_base_than_the_quantized_base_is(loftq) -> None:
+    cell = loftq()
+    store, base = train(cell), of(cell)
+    weights = {name: m.weight.detach().clone() for name, m in base.model.named_modules() if hasattr(m, "weight")}
+    with model.adapter(base, cell.chain.adapt.spec, store.place(cell.chain.prepare)) as wrapped:
+        for name, layer in inits.layers(wrapped).items():
+            W, Q = weights[name.removeprefix("base_model.model.")], layer.get_base_layer().weight
+            assert 0 < (W - Q - layer.get_delta_weight("default")).norm() < (W - Q).norm() < 0.2 * W.norm(), name
+
+
+@pytest.mark.parametrize("m", [0, 8])
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+def test_loftq_continues_on_its_quantized_base(loftq, tiny: Path, method: str, m: int) -> None:
+    cell = loftq(f"method={method}", m=m)
+    store, base = train(cell), of(cell)
+    before = logits(base.model)
+    for stage in [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]:
+        with model.adapter(base, cell.chain.adapt.spec, store.place(stage)) as wrapped:
+            continued = logits(wrapped)
+        with model.trained(base, store.place(stage) / "adapter", "loftq") as tested:
+            assert (logits(tested) - continued).abs().max() < 1e-4
+        assert (continued - before).abs().max() > 1e-4, "not the base itself"
+    assert torch.equal(logits(base.model), before), "the base is put back"
+    if method == "dpo":
+        first = store.record(cell.chain.adapt)["metrics"]["first_loss"]
+        assert first == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_loftq_s_untrained_cell_is_a_baseline_of_its_own(loftq, cell) -> None:
+    chain = loftq("n=0").chain
+    assert chain.evaluations[0].parent == chain.prepare == chain.adapter
+    assert chain.prepare.key != chain.evaluations[0].key
+    assert cell("n=0").chain.evaluations[0].parent is None
