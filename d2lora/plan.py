@@ -12,11 +12,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from d2lora import contamination, data
 from d2lora.config import Benchmark, Config, Task, fields
-from d2lora.errors import UserError
 
 # Raised by hand when a stage's code changes what it computes; a test compares them with the source.
 VERSIONS = {"contamination": 1, "prepare": 1, "warmup": 1, "adapt": 1, "evaluate": 1}
@@ -103,7 +102,7 @@ def _prepare(config: Config) -> Stage:
         "model": data.model_identity(config.model),
         "init": init.model_dump(exclude_none=True),
         "lora": config.recipe.lora.model_dump(),
-        "libraries": _versions("peft", *(["bitsandbytes"] if init.name == "loftq" else [])),
+        "libraries": _versions("peft"),
     }
     label = f"preparation of {init.name}"
     if init.random:
@@ -143,11 +142,8 @@ def _training(config: Config, phase: str, epochs: int) -> dict:
 
 
 def _versions(*packages: str) -> dict:
-    """Versions of packages whose releases have changed results (TRL's ORPO loss, lm-eval's tasks). UserError without one."""
-    try:
-        return {p: version(p) for p in packages}
-    except PackageNotFoundError as error:
-        raise UserError(f"this cell needs {error.name}, which is not installed: pip install {error.name}") from None
+    """Versions of packages whose releases have changed results (TRL's ORPO loss, lm-eval's tasks)."""
+    return {p: version(p) for p in packages}
 
 
 def _warmup(config: Config, parent: Stage | None) -> Stage:

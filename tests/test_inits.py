@@ -4,7 +4,6 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -440,20 +439,20 @@ def test_preparations_go_first_and_what_needs_them_is_not_started_without(cell) 
 # --- LoftQ: starts from another base -------------------------------------------------------------------------------
 
 
-def test_loftq_without_bitsandbytes_is_refused_when_planned(cell, monkeypatch) -> None:
-    def version(package: str) -> str:
-        if package == "bitsandbytes":
-            raise PackageNotFoundError(package)
-        return "1"
-
-    monkeypatch.setattr(plan, "version", version)
-    with pytest.raises(UserError, match="needs bitsandbytes"):
-        cell("init=loftq")
+def test_loftq_without_bitsandbytes_is_refused_before_anything_is_loaded(cell, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="init=loftq: needs bitsandbytes"):
+        cli.check_inputs(cell("init=loftq").config, set())
 
 
 def test_loftq_has_no_base_for_a_reference(cell) -> None:
     with pytest.raises(UserError, match=r"method.reference=base.*warm_start"):
         cell("init=loftq", "method=dpo", "method.reference=base")
+
+
+def test_too_few_general_rows_are_refused_before_anything_is_loaded(cell) -> None:
+    with pytest.raises(UserError, match=r"init.samples=90000: warmup=lab has 44,000 rows"):
+        cli.check_inputs(cell("init=eva", "init.data=general", "init.samples=90000").config, set())
 
 
 @pytest.fixture
