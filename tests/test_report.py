@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from d2lora import cli, report
+from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import artefacts, compare, evidence, paper, rows, tables
 
@@ -254,3 +255,36 @@ def test_planning_a_grid_loads_no_scipy_or_matplotlib() -> None:
     code = "import sys, d2lora.cli, d2lora.sweep, d2lora.report; print({'scipy', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) -> None:
+    grid_ = [c for i in ("lora", "milora", "eva") for c in grid(f"init={i}", n=[8, 16], m=[0, 8], seed=[0, 1])]
+    better = lambda cell: made.gain(cell) + (0.4 if cell.config.init.name == "milora" else 0)  # noqa: E731
+    lost = next(c.chain.evaluations[0].key for c in grid_ if c.config.init.name == "eva")
+    made.publish(tmp_path, grid_, items=200, ability=better, missing=lambda stage: stage.key == lost)
+    report.write(tmp_path, ["mine"])
+    folder = tmp_path / "report" / "mine"
+    with (folder / "inits.csv").open() as lines:
+        head, *body = csv.reader(lines)
+    assert head[:6] == ["initialization", "method", "m", "n", "lab_math accuracy", "95 % interval"]
+    assert [row[0] for row in body] == ["lora", "milora", "eva"] * 4
+    assert {row[0]: row[-2] for row in body} == {"lora": "-", "milora": "1.0", "eva": "1.0"}, "seconds of preparation"
+    difference = head.index("- lora")
+    assert all(float(row[difference].rstrip("*")) > 15 and "*" in row[difference] for row in body if row[0] == "milora")
+    assert all("*" not in row[difference] for row in body if row[0] != "milora")
+    assert (folder / "inits.png").stat().st_size > 1000
+    assert "2 training seeds (0, 1)" in (folder / "inits.md").read_text()
+    assert any(
+        float(r["prepare_seconds"]) == 1 for r in read_csv(tmp_path / "report" / "results.csv") if r["init"] == "eva"
+    )
+
+
+def test_a_sweep_of_one_initialization_has_no_table_of_them(table3: Path) -> None:
+    assert not (table3 / "report" / "mine" / "inits.md").exists()
+
+
+def test_general_rows_that_only_the_preparation_sees_are_an_axis_too(tmp_path: Path) -> None:
+    general = [grid("init=eva", "init.data=general", f"warmup.name={name}", *more, n=[8]) for name, more in (("one", []), ("two", ["warmup.messages=rejected"]))]  # fmt: skip
+    made.publish(tmp_path, [c for cells in general for c in cells])
+    with pytest.raises(UserError, match=r"hide that its cells differ in warmup"):
+        points(tmp_path)
