@@ -68,6 +68,14 @@ def _digest(path: Path, size: int, time: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(found: list[Row]) -> str:
+    """SHA-256 of rows, whatever file they came from."""
+    digest = hashlib.sha256()
+    for row in found:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def identity(data: Data, split_seed: int) -> dict:
     """What of a data set can change a result: a content hash, or the Hub's name and revision. Part of stages' keys."""
     file = _file(data)

@@ -19,7 +19,7 @@ from d2lora import contamination, data, plan
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Chain, Stage
-from d2lora.store import Store, write_json
+from d2lora.store import Store, cached, write_json
 
 Progress = Callable[[int, int], None]
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "lm-eval", "d2lora")
@@ -71,9 +71,27 @@ def _base(config: Config):
     return model.base(config.model, output(config) / "models")
 
 
+def _rows(config: Config, source: data.Data) -> list[dict]:
+    """A data set's rows. UserError if they are not what this name and revision held when records here were made.
+
+    A local file enters the keys by its content. The Hub's `main` may move: then the records would mix two data sets.
+    """
+    found, identity = data.rows(source, config.split_seed), data.identity(source, config.split_seed)
+    if "content" not in identity:
+        name = hashlib.sha256(plan.canonical(identity).encode()).hexdigest()[:20]
+        here = {"rows": len(found), "sha256": data.fingerprint(found)}
+        known = cached(output(config) / "fingerprints" / f"{name}.json", lambda: identity | here)
+        if known["sha256"] != here["sha256"]:
+            raise UserError(
+                f"data.path={source.path}: revision {source.revision} has {here['rows']:,} rows that are not the {known['rows']:,} "
+                f"that records in {output(config)} were made from: pin data.revision to a commit, or give another output"
+            )
+    return found
+
+
 def _contamination(config, chain, stage, store, base, folder, progress) -> dict:
     pair = plan.pairs(config)[chain.contamination.index(stage)]
-    tests, rows = (data.rows(source, config.split_seed) for source in (pair.benchmark.data, pair.rows))
+    tests, rows = (_rows(config, source) for source in (pair.benchmark.data, pair.rows))
     items = contamination.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress)
     _write_items(folder, items)
     return {"pair": pair.name, "metrics": contamination.shares(items, len(tests)), "data": {"rows": len(rows)}}
@@ -98,13 +116,13 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
 def _general_rows(config, stage, base, amount: int | str) -> data.Subset:
     column = config.warmup.messages
     make = lambda row: data.conversation_example(base.tokenizer, _conversation(row[column], config))  # noqa: E731
-    rows = data.rows(config.warmup.data, config.split_seed)
+    rows = _rows(config, config.warmup.data)
     return data.subset(rows, make, amount, stage.spec["max_length"], f"warmup/{config.data_seed}")
 
 
 def _task_rows(config, stage, base, amount: int | str) -> data.Subset:
     make = functools.partial(data.pair_example, base.tokenizer, config.task)
-    rows = data.rows(config.task.data, config.split_seed)
+    rows = _rows(config, config.task.data)
     return data.subset(rows, make, amount, stage.spec["max_length"], f"task/{config.data_seed}")
 
 
@@ -189,7 +207,7 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
 
     name = plan.benchmarks(config)[chain.evaluations.index(stage)]
     benchmark = config.task.benchmark.get(name)
-    task = evaluate.task_of(name, benchmark, data.rows(benchmark.data, config.split_seed)) if benchmark else name
+    task = evaluate.task_of(name, benchmark, _rows(config, benchmark.data)) if benchmark else name
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
     chat = benchmark.chat and base.tokenizer.chat_template is not None if benchmark else False
     init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
