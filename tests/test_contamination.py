@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from d2lora import contamination, pipeline, plan, report
+from d2lora import contamination, pipeline, plan
+from d2lora.report import manifest
 from d2lora.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -193,8 +194,8 @@ def test_a_check_that_fails_or_finds_everything_holds_nothing_up(planted, monkey
 
 def test_a_manifest_names_the_checks_of_a_cell_by_their_pair(planted) -> None:
     output = pipeline.output(planted.config)
-    report.add_to_manifest(output, planted)
-    (entry,) = report.read_manifest(output, "adhoc")["cells"]
+    manifest.add_to_manifest(output, planted)
+    (entry,) = manifest.read_manifest(output, "adhoc")["cells"]
     assert entry["stages"]["contamination"] == {
         f"{train} / {test}": stage.key
         for (train, test), stage in zip(

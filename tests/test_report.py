@@ -208,19 +208,14 @@ def test_other_data_under_one_name_are_pointed_out_and_not_compared(tmp_path: Pa
 
 
 def test_contamination_is_shown_where_it_was_checked(tmp_path: Path) -> None:
-    made.publish(tmp_path, grid(n=[100], m=[0]))
-    file = tmp_path / "manifests" / "mine.json"
-    manifest = json.loads(file.read_text())
-    manifest["cells"][0]["stages"]["contamination"] = {"lab-math / lab_math": "c0"}
-    file.write_text(json.dumps(manifest))
+    cells = grid(n=[100], m=[0])
+    made.publish(tmp_path, cells, missing=lambda stage: stage.name == "contamination")
     assert "training set" not in report.finish(tmp_path, "mine", draw=False), "not done yet"
-    metrics = {"exact": {"value": 0.02, "items": 500}, "ngram13": {"value": 0.05, "items": 500}}
-    place = tmp_path / "store" / "contamination" / "c0" / "record.json"
-    place.parent.mkdir(parents=True)
-    place.write_text(json.dumps({"key": "c0", "stage": "contamination", "metrics": metrics}))
-    assert "lab-math / lab_math: exact 2.00 %, ngram13 5.00 % of 500 items" in report.finish(tmp_path, "mine")
+    made.publish(tmp_path, cells)
+    assert "lab-math / lab_math: exact 0.00 % of 40 items" in report.finish(tmp_path, "mine")
+    manifest = json.loads((tmp_path / "manifests" / "mine.json").read_text())
     found = evidence.contamination(manifest["cells"], rows.Records(tmp_path))
-    assert found == {"lab-math / lab_math": metrics}
+    assert found["lab-math / lab_math"] == {"exact": {"value": 0.0, "items": 40}}
 
 
 def test_damaged_items_are_named(tmp_path: Path) -> None:
@@ -284,7 +279,11 @@ def test_a_sweep_of_one_initialization_has_no_table_of_them(table3: Path) -> Non
 
 
 def test_general_rows_that_only_the_preparation_sees_are_an_axis_too(tmp_path: Path) -> None:
-    general = [grid("init=eva", "init.data=general", f"warmup.name={name}", *more, n=[8]) for name, more in (("one", []), ("two", ["warmup.messages=rejected"]))]  # fmt: skip
-    made.publish(tmp_path, [c for cells in general for c in cells])
-    with pytest.raises(UserError, match=r"hide that its cells differ in warmup"):
+    def named(name: str, *overrides: str) -> list[Cell]:
+        return grid("init=eva", "init.data=general", f"warmup.name={name}", *overrides, n=[8])
+
+    made.publish(tmp_path, named("one") + named("two", "warmup.messages=rejected"))
+    assert {p.warmup for p in points(tmp_path)} == {"one", "two"}
+    made.publish(tmp_path, named("one") + named("one", "warmup.messages=rejected"))
+    with pytest.raises(UserError, match=r"hide that its cells differ in warmup\.messages"):
         points(tmp_path)

@@ -117,7 +117,7 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
             "cell_id": cell["id"],
             "sweep": manifest["sweep"],
             **{k: c[k]["name"] for k in ("model", "task", "method", "init", "recipe")},
-            "warmup": c["warmup"]["name"] if stages["warmup"] else "",
+            "warmup": c["warmup"]["name"] if _general(c) else "",
             "lr": rates[c["method"]["name"]] if stages["adapt"] else rates["warmup"] if stages["warmup"] else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
@@ -215,7 +215,7 @@ def points(manifest: dict, records: Records) -> list[Point]:
     found: dict[tuple, Point] = {}
     for cell in tqdm(manifest["cells"], desc=f"reading {manifest['sweep']}", leave=False, disable=None):
         c, stages = cell["config"], cell["stages"]
-        names = {k: c[k]["name"] for k in LABELS} | ({} if stages["warmup"] else {"warmup": ""})
+        names = {k: c[k]["name"] for k in LABELS} | ({} if _general(c) else {"warmup": ""})
         for benchmark, key in stages["evaluate"].items():
             run = Run(cell["id"], key, stages["adapt"], stages["warmup"], stages.get("prepare"))
             for metric in metrics[benchmark]:
@@ -264,8 +264,7 @@ def shown_labels(cells: list[dict]) -> list[str]:
             shown = tuple(name[k] for k in labels if k == top) + (
                 (cell["config"]["method"]["name"],) if top == "method" else ()
             )
-            unused = cell["config"]["m"] == 0 and cell["config"]["init"].get("data") != "general"
-            if top in ("n", "m", "sweep", "seed") or (top == "warmup" and unused):
+            if top in ("n", "m", "sweep", "seed") or (top == "warmup" and not _general(cell["config"])):
                 continue
             before = groups[key].setdefault(shown, value)
             if before != value:
@@ -273,6 +272,11 @@ def shown_labels(cells: list[dict]) -> list[str]:
                     f"a table would hide that its cells differ in {key} ({before} and {value}): give each its own sweep=NAME"
                 )
     return labels
+
+
+def _general(config: dict) -> bool:
+    """Whether a cell uses general data: in a warm-up, or to start its adapter."""
+    return config["m"] != 0 or config["init"].get("data") == "general"
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
