@@ -290,7 +290,7 @@ class Job:
         """Relative length: samples, a preference pair as two and DPO's reference as a half; an evaluation as 1,000 samples."""
         per = {"sft": 1.0, "dpo": 2.5, "orpo": 2.0}
         trained = sum(
-            (s.samples or 10**6) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0)
+            (10**6 if s.samples is None else s.samples) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0)
             for s in self.stages
             if s.name in ("prepare", "warmup", "adapt")
         )
