@@ -250,11 +250,11 @@ def check_task(task: Task, n: int | str, split_seed: int) -> None:
     _enough("n", n, len(found), f"task={task.name}")
 
 
-def check_warmup(warmup: Warmup, m: int | str, split_seed: int) -> None:
-    """UserError unless the warm-up's rows have its column and are at least m."""
+def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") -> None:
+    """UserError unless the warm-up's rows have its column and are at least m (the value of `key`)."""
     found = rows(warmup.data, split_seed)
     need(found, warmup.data, warmup.messages)
-    _enough("m", m, len(found), f"warmup={warmup.name}")
+    _enough(key, m, len(found), f"warmup={warmup.name}")
 
 
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:

@@ -49,13 +49,12 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
 
 
 def _launch_all(launcher: Any, cells: list[Cell], store: Store) -> None:
-    """The two batches of plan.batches; the second without what its warm-up's failure blocks."""
+    """The batches of plan.batches, each without what the failure of a preparation or warm-up blocks."""
     done = {s.key for s in plan.stages(cells) if store.done(s)}
     for stage in plan.stages(cells):
         pipeline.failure(cells[0].config, stage).unlink(missing_ok=True)  # of an earlier try
-    first, second = plan.batches(cells, done)
-    _launch(launcher, first, store)
-    _launch(launcher, [j for j in second if j.cell.chain.warmup and store.done(j.cell.chain.warmup)], store)
+    for batch in plan.batches(cells, done):
+        _launch(launcher, [job for job in batch if all(map(store.done, job.waits_for))], store)
 
 
 def _launch(launcher: Any, jobs: list[Job], store: Store) -> None:

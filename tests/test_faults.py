@@ -26,7 +26,8 @@ def make(cell, tiny: Path, tmp_path: Path):
 
     def adaptation(output: str, *overrides: str) -> Cell:
         whole = cell(f"model.path={tiny}", f"output={tmp_path / output}", *SMALL, *overrides)
-        return Cell(whole.config.model_copy(update={"job": [whole.chain.adapt.key]}), whole.chain)
+        keys = [s.key for s in (whole.chain.prepare, whole.chain.adapt) if s]
+        return Cell(whole.config.model_copy(update={"job": keys}), whole.chain)
 
     return adaptation
 
@@ -49,13 +50,15 @@ def assert_equal(one: Cell, other: Cell) -> None:
 
 
 @pytest.mark.filterwarnings("error:Unable to fetch remote file")  # nobody is asked when a checkpoint is saved
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
-def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "init"), [("sft", "lora"), ("dpo", "lora"), ("orpo", "lora"), ("sft", "pissa"), ("sft", "multilora")]
+)
+def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, method: str, init: str) -> None:
     def interrupt(done: int, total: int) -> None:
-        if done == 7:
+        if (done, total) == (7, 12):
             raise KeyboardInterrupt
 
-    calm, broken = make("calm", f"method={method}"), make("broken", f"method={method}")
+    calm, broken = (make(output, f"method={method}", f"init={init}") for output in ("calm", "broken"))
     do(calm)
     with pytest.raises(KeyboardInterrupt):
         do(broken, interrupt)
