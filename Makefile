@@ -7,8 +7,9 @@ BIN := .venv/bin
 lab: .venv/ready
 	$(BIN)/python run.py -cn lab
 
+# Two workers on two cores; each test's stages set their own threads.
 test: .venv/ready-dev .wandb-server/ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -21,8 +22,9 @@ lint: .venv/ready-dev
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@
 
-.venv/ready-dev: .venv/ready
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+.venv/ready-dev: .venv/ready tests/ray.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,slurm]'
+	$(BIN)/pip install --quiet --no-deps -r tests/ray.txt || echo "no ray here: its test is skipped"
 	touch $@
 
 # A server that speaks W&B's protocol, for tests only and apart: its licence is non-commercial. Without it they are skipped.

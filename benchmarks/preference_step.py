@@ -4,7 +4,7 @@
 
 Without --rows the lab's pairs and base; with it the step-preference rows in FOLDER (math-step-pref's layout) and SmolLM2-135M
 (extra [laptop]). Each side runs in a process of its own on one thread, on the same pairs with the effective batch of 16: TRL's
-micro-batch of 8 (its default), padded, DPO's reference in every step; the same with the reference computed before and
+micro-batch of 8 (its default; 4 with real rows, for memory), padded, DPO's reference in every step; the same with the reference computed before and
 similar lengths together; and ours. Each trains one epoch; a reference computed before is paid once for --epochs epochs.
 Prints for each method tokens, seconds a pair, peak memory and first losses, and last `speedup: N.Nx` (TRL as it comes) and
 `speedup_best: N.Nx` over all methods.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-BATCH, MICRO = 16, 8
+BATCH = 16
 SIDES = ("TRL as it comes", "TRL at its best", "d2lora")
 
 
@@ -36,7 +36,7 @@ def prepare(rows: str | None, pairs: int, method: str):
 
     torch.set_num_threads(1)
     real = ["scale=laptop", "task.data.path=" + rows, f"data_root={rows}", "recipe.max_length=1024"] if rows else []
-    keep = [f"recipe.batch={BATCH}", f"recipe.micro_batch={MICRO}", "~task.benchmark"]
+    keep = [f"recipe.batch={BATCH}", f"recipe.micro_batch={4 if rows else 8}", "~task.benchmark"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cell = cli.cell(compose("config", overrides=[f"method={method}", f"n={pairs}", *real, *keep]))
     base = model.base(cell.config.model, ROOT / "outputs" / "models")

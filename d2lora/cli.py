@@ -3,7 +3,10 @@
 import errno
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -75,6 +78,12 @@ def check_inputs(config: Config, seen: set[str]) -> None:
         once(f"{config.task.data} {config.n}", lambda: data.check_task(config.task, config.n, config.split_seed))
     if config.m != 0:
         once(f"{config.warmup.data} {config.m}", lambda: data.check_warmup(config.warmup, config.m, config.split_seed))
+    if config.init.name == "loftq" and find_spec("bitsandbytes") is None:
+        raise UserError("init=loftq: needs bitsandbytes, which is not installed: pip install -e '.[loftq]'")
+    if config.init.data == "general":
+        wanted = config.init.samples or 0
+        check = lambda: data.check_warmup(config.warmup, wanted, config.split_seed, "init.samples")  # noqa: E731
+        once(f"{config.warmup.data} init {wanted}", check)
     for benchmark in config.task.benchmark.values():
         once(str(benchmark), lambda b=benchmark: data.check_benchmark(b, config.split_seed))  # type: ignore[misc]
     once(f"lm_eval {config.task.lm_eval}", lambda: data.check_lm_eval(config.task.lm_eval))
@@ -107,8 +116,26 @@ def _one_cell(this: Cell) -> int:
     return 1 if lost else 0
 
 
+def _end_with_parent() -> None:
+    """End this process soon after the sweep that started it ends, however that ended: nobody would wait for its result.
+
+    Only a direct child does: a job in a queue outlives the sweep, and its record is found when the sweep is typed again.
+    """
+    parent = os.getppid()
+    if os.environ.get("D2LORA_SWEEP") != str(parent) or any(t.name == "end-with-parent" for t in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
 def _share(config: DictConfig) -> int:
     """A launcher's job. Nothing but Ctrl-C may leave it as an exception: some launchers then drop the other jobs."""
+    _end_with_parent()
     try:
         this = cell(config)
         with progress.Bar(quiet=os.environ.get("D2LORA_WORKERS", "1") != "1") as bar:

@@ -68,6 +68,14 @@ def _digest(path: Path, size: int, time: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(found: list[Row]) -> str:
+    """SHA-256 of rows, whatever file they came from."""
+    digest = hashlib.sha256()
+    for row in found:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def identity(data: Data, split_seed: int) -> dict:
     """What of a data set can change a result: a content hash, or the Hub's name and revision. Part of stages' keys."""
     file = _file(data)
@@ -242,11 +250,11 @@ def check_task(task: Task, n: int | str, split_seed: int) -> None:
     _enough("n", n, len(found), f"task={task.name}")
 
 
-def check_warmup(warmup: Warmup, m: int | str, split_seed: int) -> None:
-    """UserError unless the warm-up's rows have its column and are at least m."""
+def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") -> None:
+    """UserError unless the warm-up's rows have its column and are at least m (the value of `key`)."""
     found = rows(warmup.data, split_seed)
     need(found, warmup.data, warmup.messages)
-    _enough("m", m, len(found), f"warmup={warmup.name}")
+    _enough(key, m, len(found), f"warmup={warmup.name}")
 
 
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:

@@ -13,10 +13,10 @@ import datasets
 import psutil
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from d2lora import data
+from d2lora import data, inits
 from d2lora.config import Model
 from d2lora.errors import UserError
 
@@ -26,8 +26,6 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
 logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-_INIT_WEIGHTS = {"lora": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 @dataclass
@@ -121,19 +119,17 @@ def checksum(model: torch.nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def adapter(base: Base, spec: dict, folder: Path | None) -> Iterator[PeftModel]:
-    """A trainable adapter on the base: the one in `folder`, or a fresh one of `spec` (lora, init, seed).
+def adapter(base: Base, spec: dict, record: Path | None) -> Iterator[PeftModel]:
+    """A trainable adapter on the base: the one in the folder of a record, or a fresh one of `spec` (lora, init, seed).
 
     On leaving, the base is as it was, and checked to be.
     """
-    torch.manual_seed(spec["seed"])
-    if folder is None:
-        wrapped = get_peft_model(base.model, lora_config(spec))
-    else:
-        wrapped = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
+    torch.manual_seed(spec.get("seed", 0))
+    wrapped = inits.taken_up(base.model, spec, record) if record else inits.fresh(base.model, spec)
     wrapped.peft_config["default"].base_model_name_or_path = ""  # with a name, PEFT asks the Hub at every checkpoint
     try:
-        yield wrapped
+        with inits.quantized(wrapped) if record and spec["init"]["name"] == "loftq" else contextlib.nullcontext():
+            yield wrapped
     finally:
         wrapped.unload()
         base.model.__dict__.pop("forward", None)  # TRL's trainers patch it and do not put it back
@@ -143,8 +139,8 @@ def adapter(base: Base, spec: dict, folder: Path | None) -> Iterator[PeftModel]:
 
 
 @contextlib.contextmanager
-def trained(base: Base, folder: Path | None) -> Iterator[torch.nn.Module]:
-    """The base with the adapter in `folder` for inference; the base alone if there is none."""
+def trained(base: Base, folder: Path | None, init: str = "lora") -> Iterator[torch.nn.Module]:
+    """The base with the adapter in `folder` for inference; the base alone if there is none. LoftQ's is for a quantized base."""
     if folder is None:
         yield base.model
         return
@@ -152,8 +148,9 @@ def trained(base: Base, folder: Path | None) -> Iterator[torch.nn.Module]:
     merge = base.model.dtype == torch.float32
     wrapped = PeftModel.from_pretrained(copy.deepcopy(base.model) if merge else base.model, folder).eval()
     try:
-        check_applied(base, wrapped)
-        yield wrapped.merge_and_unload(safe_merge=True) if merge else wrapped
+        with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext():
+            check_applied(base, wrapped)
+            yield wrapped.merge_and_unload(safe_merge=True) if merge else wrapped
     finally:
         if not merge:
             wrapped.unload()
@@ -173,21 +170,7 @@ def check_applied(base: Base, wrapped: PeftModel) -> None:
         raise RuntimeError("the adapter has non-zero weights and is not applied")
 
 
-def lora_config(spec: dict) -> LoraConfig:
-    """PEFT's config of a stage's spec."""
-    lora = spec["lora"]
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=lora["target_modules"],
-        init_lora_weights=_INIT_WEIGHTS[spec["init"]["name"]],
-    )
-
-
-def save(base: Base, wrapped: PeftModel, folder: Path) -> None:
-    """The adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)` loads it."""
+def save(base: Base, wrapped: PeftModel, record: Path) -> None:
+    """The adapter in PEFT's format: `PeftModel.from_pretrained(base, record / "adapter")` loads it."""
     wrapped.peft_config["default"].base_model_name_or_path = base.name
-    wrapped.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    inits.save(wrapped, record)

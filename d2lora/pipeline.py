@@ -20,7 +20,7 @@ from d2lora import contamination, data, plan, tracking
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Chain, Stage
-from d2lora.store import Store, write_json
+from d2lora.store import Store, cached, write_json
 
 Progress = Callable[[int, int], None]
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "lm-eval", "d2lora")
@@ -74,9 +74,27 @@ def _base(config: Config):
     return model.base(config.model, output(config) / "models")
 
 
+def _rows(config: Config, source: data.Data) -> list[dict]:
+    """A data set's rows. UserError if they are not what this name and revision held when records here were made.
+
+    A local file enters the keys by its content. The Hub's `main` may move: then the records would mix two data sets.
+    """
+    found, identity = data.rows(source, config.split_seed), data.identity(source, config.split_seed)
+    if "content" not in identity:
+        name = hashlib.sha256(plan.canonical(identity).encode()).hexdigest()[:20]
+        here = {"rows": len(found), "sha256": data.fingerprint(found)}
+        known = cached(output(config) / "fingerprints" / f"{name}.json", lambda: identity | here)
+        if known["sha256"] != here["sha256"]:
+            raise UserError(
+                f"data.path={source.path}: revision {source.revision} has {here['rows']:,} rows that are not the {known['rows']:,} "
+                f"that records in {output(config)} were made from: pin data.revision to a commit, or give another output"
+            )
+    return found
+
+
 def _contamination(config, chain, stage, store, base, folder, progress) -> dict:
     pair = plan.pairs(config)[chain.contamination.index(stage)]
-    tests, rows = (data.rows(source, config.split_seed) for source in (pair.benchmark.data, pair.rows))
+    tests, rows = (_rows(config, source) for source in (pair.benchmark.data, pair.rows))
     items = contamination.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress)
     _write_items(folder, items)
     return {"pair": pair.name, "metrics": contamination.shares(items, len(tests)), "data": {"rows": len(rows)}}
@@ -87,12 +105,32 @@ def _write_items(folder: Path, items: list[dict]) -> None:
         file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 
-def _warm_up(config, chain, stage, store, base, folder, progress) -> dict:
+def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
+    from d2lora import inits, model
+
+    draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
+    drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
+    with model.adapter(base, stage.spec, None) as wrapped:
+        inits.prepare(wrapped, stage.spec, data.sft_examples(drawn.examples), progress)
+        model.save(base, wrapped, folder)
+    return {"metrics": {"samples_seen": len(drawn.rows)}, "data": drawn.counts()}
+
+
+def _general_rows(config, stage, base, amount: int | str) -> data.Subset:
     column = config.warmup.messages
     make = lambda row: data.conversation_example(base.tokenizer, _conversation(row[column], config))  # noqa: E731
-    rows = data.rows(config.warmup.data, config.split_seed)
-    drawn = data.subset(rows, make, config.m, stage.spec["max_length"], f"warmup/{config.data_seed}")
-    return _train(config, stage, store, base, folder, progress, drawn)
+    rows = _rows(config, config.warmup.data)
+    return data.subset(rows, make, amount, stage.spec["max_length"], f"warmup/{config.data_seed}")
+
+
+def _task_rows(config, stage, base, amount: int | str) -> data.Subset:
+    make = functools.partial(data.pair_example, base.tokenizer, config.task)
+    rows = _rows(config, config.task.data)
+    return data.subset(rows, make, amount, stage.spec["max_length"], f"task/{config.data_seed}")
+
+
+def _warm_up(config, chain, stage, store, base, folder, progress) -> dict:
+    return _train(config, stage, store, base, folder, progress, _general_rows(config, stage, base, config.m))
 
 
 def _conversation(value: object, config: Config) -> list[dict]:
@@ -105,23 +143,20 @@ def _conversation(value: object, config: Config) -> list[dict]:
 
 
 def _adapt(config, chain, stage, store, base, folder, progress) -> dict:
-    make = functools.partial(data.pair_example, base.tokenizer, config.task)
-    rows = data.rows(config.task.data, config.split_seed)
-    drawn = data.subset(rows, make, config.n, stage.spec["max_length"], f"task/{config.data_seed}")
-    return _train(config, stage, store, base, folder, progress, drawn)
+    return _train(config, stage, store, base, folder, progress, _task_rows(config, stage, base, config.n))
 
 
 def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> dict:
     from d2lora import model, train
 
-    parent = store.place(stage.parent) / "adapter" if stage.parent else None
+    parent = store.place(stage.parent) if stage.parent else None
     checkpoints, reference = _checkpoints(config, stage), _reference(config, stage)
 
     def attempt(micro_batch: int) -> dict:
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
         with model.adapter(base, stage.spec, parent) as wrapped:
             metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference)
-            model.save(base, wrapped, folder / "adapter")
+            model.save(base, wrapped, folder)
         return metrics
 
     def smaller(micro_batch: int) -> int:
@@ -157,11 +192,14 @@ def _checkpoints(config: Config, stage: Stage) -> Path:
 def _reference(config: Config, stage: Stage) -> Path:
     """Where the log-probabilities of DPO's reference are remembered: one folder a policy, for all cells that start from it."""
     method, init = stage.spec.get("method", {}), stage.spec["init"]
-    if stage.parent and method.get("reference") != "base":
+    starts_as_base = stage.parent is None or (stage.parent.name == "prepare" and init["name"] != "loftq")
+    if not starts_as_base and method.get("reference") != "base":
         policy = stage.parent.key
     else:
         started = {"model": stage.spec["model"], "version": plan.VERSIONS["adapt"]}
-        if method.get("reference") != "base" and init["name"] not in ("lora", "gaussian"):  # those start as the base
+        if (
+            method.get("reference") != "base" and init["name"] == "orthogonal"
+        ):  # B A is 0 to rounding; in others it is 0
             started |= {k: stage.spec[k] for k in ("init", "lora", "seed")}
         policy = hashlib.sha256(plan.canonical(started).encode()).hexdigest()[:20]
     return output(config) / "reference" / policy
@@ -172,17 +210,24 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
 
     name = plan.benchmarks(config)[chain.evaluations.index(stage)]
     benchmark = config.task.benchmark.get(name)
-    task = evaluate.task_of(name, benchmark, data.rows(benchmark.data, config.split_seed)) if benchmark else name
+    task = evaluate.task_of(name, benchmark, _rows(config, benchmark.data)) if benchmark else name
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
     chat = benchmark.chat and base.tokenizer.chat_template is not None if benchmark else False
-    with model.trained(base, parent) as tested:
+    init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
+    with model.trained(base, parent, init) as tested:
         attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)
         metrics, items = _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch)
     _write_items(folder, items)
     return {"benchmark": name, "metrics": metrics}
 
 
-_WORK = {"contamination": _contamination, "warmup": _warm_up, "adapt": _adapt, "evaluate": _evaluate}
+_WORK = {
+    "contamination": _contamination,
+    "prepare": _prepare,
+    "warmup": _warm_up,
+    "adapt": _adapt,
+    "evaluate": _evaluate,
+}
 
 
 # --- a worker's share ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Cells -> stages, each once. What a stage is, what its key covers, and in which order a grid does them. No torch here.
 
     contamination (one a pair of test and training set)
-    warm-up -> adapt -> evaluate (one a benchmark)
+    prepare (initializations computed from weights or data) -> warm-up -> adapt -> evaluate (one a benchmark)
 
 A stage's key is a hash of everything that can change its result and of its parent's key, so cells share what they can:
 a warm-up knows no n, method or task and serves the whole grid; the base's evaluation knows no seed or recipe.
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from d2lora import contamination, data
-from d2lora.config import Benchmark, Config, fields
+from d2lora.config import Benchmark, Config, Task, fields
 
 # Raised by hand when a stage's code changes what it computes; a test compares them with the source.
-VERSIONS = {"contamination": 1, "warmup": 1, "adapt": 1, "evaluate": 1}
+VERSIONS = {"contamination": 1, "prepare": 1, "warmup": 1, "adapt": 1, "evaluate": 1}
 
 
 def canonical(value: object) -> str:
@@ -60,6 +60,7 @@ class Chain:
     adapt: Stage | None
     evaluations: tuple[Stage, ...]
     contamination: tuple[Stage, ...] = ()
+    prepare: Stage | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -68,19 +69,60 @@ class Chain:
     @property
     def results(self) -> tuple[Stage, ...]:
         """The stages that the cell's result comes from: a check of the data changes none."""
-        return tuple(s for s in (self.warmup, self.adapt) if s) + self.evaluations
+        return tuple(s for s in (self.prepare, self.warmup, self.adapt) if s) + self.evaluations
 
     @property
     def adapter(self) -> Stage | None:
         """The stage whose adapter is evaluated; None for the base itself."""
-        return self.adapt or self.warmup
+        return self.adapt or self.warmup or self.prepare
 
 
 def chain(config: Config) -> Chain:
     """The stages of a cell. UserError for a data set or model that is not where the config says."""
-    warmup = _warmup(config) if config.m != 0 else None
-    adapt = _adapt(config, warmup) if config.n != 0 else None
-    return Chain(warmup, adapt, tuple(_evaluations(config, adapt or warmup)), tuple(map(_contamination, pairs(config))))
+    prepare = _prepare(config) if _is_prepared(config) else None
+    warmup = _warmup(config, prepare) if config.m != 0 else None
+    adapt = _adapt(config, warmup or prepare) if config.n != 0 else None
+    evaluations = tuple(_evaluations(config, adapt or warmup or prepare))
+    return Chain(warmup, adapt, evaluations, tuple(map(_contamination, pairs(config))), prepare)
+
+
+def _is_prepared(config: Config) -> bool:
+    """Whether the cell's adapter starts from a preparation.
+
+    D2LoRA(0, 0) is the base, however it would have started; but with LoftQ it is a quantized base with its adapter.
+    """
+    return config.init.prepared and (config.m != 0 or config.n != 0 or config.init.name == "loftq")
+
+
+def _prepare(config: Config) -> Stage:
+    """What an initialization computes: shared by all cells whose base, LoRA settings and data are these."""
+    init = config.init
+    looked_at = _prepare_data(config) if init.data else {}
+    spec = looked_at | {
+        "model": data.model_identity(config.model),
+        "init": init.model_dump(exclude_none=True),
+        "lora": config.recipe.lora.model_dump(),
+        "libraries": _versions("peft"),
+    }
+    label = f"preparation of {init.name}"
+    if init.random:
+        spec["seed"] = config.seed
+        label += _seed(config)
+    return Stage("prepare", spec, label=label, samples=looked_at.get("samples", 0))
+
+
+def _prepare_data(config: Config) -> dict:
+    """The rows an initialization looks at: the first of the warm-up's order, or of the cell's own n rows."""
+    init, task, w = config.init, config.task, config.warmup
+    limits = {"data_seed": config.data_seed, "max_length": config.recipe.max_length}
+    if init.data == "general":
+        return limits | {
+            "data": data.identity(w.data, config.split_seed),
+            "messages": w.messages,
+            "samples": init.samples,
+        }
+    samples = init.samples if config.n == "all" else min(init.samples or 0, int(config.n))
+    return limits | {"data": data.identity(task.data, config.split_seed), "task": _rendering(task), "samples": samples}
 
 
 def _training(config: Config, phase: str, epochs: int) -> dict:
@@ -90,7 +132,7 @@ def _training(config: Config, phase: str, epochs: int) -> dict:
     )
     shared = {
         "model": data.model_identity(config.model),
-        "init": config.init.model_dump(),
+        "init": config.init.model_dump(exclude_none=True),
         "seed": config.seed,
         "data_seed": config.data_seed,
     }
@@ -104,7 +146,7 @@ def _versions(*packages: str) -> dict:
     return {p: version(p) for p in packages}
 
 
-def _warmup(config: Config) -> Stage:
+def _warmup(config: Config, parent: Stage | None) -> Stage:
     w = config.warmup
     spec = _training(config, "warmup", w.epochs) | {
         "data": data.identity(w.data, config.split_seed),
@@ -114,6 +156,7 @@ def _warmup(config: Config) -> Stage:
     return Stage(
         "warmup",
         spec,
+        parent,
         label=f"warm-up m={amount(config.m)} of {w.name}{_seed(config)}",
         samples=_samples(config, w.data, config.m, w.epochs),
     )
@@ -121,14 +164,18 @@ def _warmup(config: Config) -> Stage:
 
 def _adapt(config: Config, parent: Stage | None) -> Stage:
     task, method = config.task, config.method
-    rendering = task.model_dump(
-        include={"prompt", "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "continuation"}
-    )
     spec = _training(config, method.name, method.epochs)
-    spec |= {"data": data.identity(task.data, config.split_seed), "n": config.n, "task": rendering}
+    spec |= {"data": data.identity(task.data, config.split_seed), "n": config.n, "task": _rendering(task)}
     spec |= {"method": method.model_dump(exclude_none=True)}
     label = f"{method.name} D2LoRA({amount(config.m)}, {amount(config.n)}) on {task.name}{_seed(config)}"
     return Stage("adapt", spec, parent, label, _samples(config, task.data, config.n, method.epochs))
+
+
+def _rendering(task: Task) -> dict:
+    """What of a task turns its rows into texts."""
+    return task.model_dump(
+        include={"prompt", "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "continuation"}
+    )
 
 
 def _evaluations(config: Config, parent: Stage | None) -> Iterable[Stage]:
@@ -163,9 +210,9 @@ class Pair:
 
 
 def pairs(config: Config) -> list[Pair]:
-    """What a cell trains on, against what judges it. lm-evaluation-harness's own tasks are not read, so not checked."""
+    """What a cell trains on or is prepared with, against what judges it. lm-evaluation-harness's own tasks are not read, so not checked."""
     trained: list[tuple[str, data.Data, tuple[str, ...]]] = []
-    if config.m != 0:
+    if config.m != 0 or (_is_prepared(config) and config.init.data == "general"):
         trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,)))
     if config.n != 0:
         trained.append((config.task.name, config.task.data, tuple(data.columns(config.task))))
@@ -234,13 +281,18 @@ class Job:
     stages: tuple[Stage, ...]
 
     @property
+    def waits_for(self) -> list[Stage]:
+        """The stages of other jobs that must be done before."""
+        return [s.parent for s in self.stages if s.parent and s.parent not in self.stages]
+
+    @property
     def cost(self) -> float:
         """Relative length: samples, a preference pair as two and DPO's reference as a half; an evaluation as 1,000 samples."""
         per = {"sft": 1.0, "dpo": 2.5, "orpo": 2.0}
         trained = sum(
-            (s.samples or 10**6) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0)
+            (10**6 if s.samples is None else s.samples) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0)
             for s in self.stages
-            if s.name in ("warmup", "adapt")
+            if s.name in ("prepare", "warmup", "adapt")
         )
         return trained + 1_000 * sum(s.name == "evaluate" for s in self.stages)
 
@@ -255,29 +307,35 @@ def stages(cells: Iterable[Cell]) -> list[Stage]:
     return list({s.key: s for cell in cells for s in cell.chain.stages}.values())
 
 
-def batches(cells: list[Cell], done: set[str]) -> tuple[list[Job], list[Job]]:
-    """The jobs of a grid in the two batches that a launcher gets, each longest first.
+def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
+    """The jobs of a grid in the three batches that a launcher gets, each longest first. Nothing in a batch waits for another
+    job of it, so no worker waits for a lock.
 
-    First what waits for nothing: checks of the data (before all, so that they are known when training begins), warm-ups,
-    evaluations of the base and the cells without warm-up. Then the rest, whose warm-ups are done by then: no worker waits
-    for a lock.
+    First checks of the data (before all, so that they are known when training begins) and preparations; then warm-ups,
+    evaluations of the base and the cells without warm-up; then the rest.
     """
     taken = set(done)
     checks = [job for cell in cells if (job := _job(cell, cell.chain.contamination, taken)).stages]
-    first: list[Job] = []
+    prepares = _alone(cells, "prepare", taken)
+    first = _alone(cells, "warmup", taken)
     second: list[Job] = []
     for cell in cells:
-        chain = cell.chain
-        if chain.warmup and chain.warmup.key not in taken:
-            alone = () if chain.adapt else chain.evaluations  # D2LoRA(m, 0) is evaluated by the job that made it
-            first.append(_job(cell, (chain.warmup, *alone), taken))
-    for cell in cells:
-        waits = cell.chain.warmup is not None
         job = _job(cell, cell.chain.stages, taken)
         if job.stages:
-            (second if waits else first).append(job)
-    first, second = (sorted(jobs, key=lambda job: -job.cost) for jobs in (first, second))
-    return checks + first, second
+            (second if cell.chain.warmup else first).append(job)
+    prepares, first, second = (sorted(jobs, key=lambda job: -job.cost) for jobs in (prepares, first, second))
+    return [checks + prepares, first, second]
+
+
+def _alone(cells: list[Cell], name: str, taken: set[str]) -> list[Job]:
+    """Jobs of the preparations or warm-ups that are left, one each; with the evaluations of those that end there."""
+    jobs = []
+    for cell in cells:
+        stage: Stage | None = getattr(cell.chain, name)
+        if stage and stage.key not in taken:
+            ends = cell.chain.evaluations if stage is cell.chain.adapter else ()  # D2LoRA(m, 0)
+            jobs.append(_job(cell, (stage, *ends), taken))
+    return jobs
 
 
 def _job(cell: Cell, wanted: Iterable[Stage], taken: set[str]) -> Job:

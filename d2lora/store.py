@@ -1,6 +1,7 @@
 """Records of finished stages on disk: published whole or not at all, and never made twice.
 
-    <output>/store/<stage>/<key>/   record.json, items.jsonl (evaluations), adapter/ (trainings)
+    <output>/store/<stage>/<key>/   record.json, items.jsonl (evaluations), adapter/ (trainings), state/ (where
+                                    training goes on from other matrices than adapter/ has)
 
 Correctness rests on one rename; the lock only saves waste. A file system without locks costs double work, never damage.
 

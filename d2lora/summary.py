@@ -18,7 +18,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
     lines = [
         f"sweep {cells[0].config.sweep}: {len(cells)} cell{'s'[: len(cells) > 1]}, {len(stages)} stages, {len(stages) - len(left)} done, {len(left)} to do"
     ]
-    for name in ("contamination", "warmup", "adapt", "evaluate"):
+    for name in ("contamination", "prepare", "warmup", "adapt", "evaluate"):
         these = [s for s in stages if s.name == name]
         if these:
             shared = sum(used[s.key] > 1 for s in these)
@@ -34,7 +34,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
 
 
 def _samples(name: str, these: list[Stage], cells: list[Cell]) -> str:
-    if name in ("contamination", "evaluate"):
+    if name in ("contamination", "prepare", "evaluate"):
         return ""
     every = [s for c in cells for s in c.chain.stages if s.name == name]
     if any(s.samples is None for s in every):
@@ -77,7 +77,8 @@ def _kind(name: str, spec: dict) -> tuple:
         return name, plan.canonical(spec["train"])
     if name == "evaluate":
         return name, plan.canonical(spec.get("benchmark", spec.get("lm_eval")))
-    return name, spec.get("method", {}).get("name"), plan.canonical(spec["model"])
+    kind = spec["init"]["name"] if name == "prepare" else spec.get("method", {}).get("name")
+    return name, kind, plan.canonical(spec["model"])
 
 
 def progress_text(cells: list[Cell], store: Store) -> str:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
         return
     _refuse_twice(config, cells[0].config.sweep)
     workers = _workers(config)
-    os.environ["D2LORA_WORKERS"] = str(workers)
+    os.environ |= {"D2LORA_WORKERS": str(workers), "D2LORA_SWEEP": str(os.getpid())}
     print(summary.plan_text(cells, store, workers), flush=True)
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))
@@ -48,13 +49,12 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
 
 
 def _launch_all(launcher: Any, cells: list[Cell], store: Store) -> None:
-    """The two batches of plan.batches; the second without what its warm-up's failure blocks."""
+    """The batches of plan.batches, each without what the failure of a preparation or warm-up blocks."""
     done = {s.key for s in plan.stages(cells) if store.done(s)}
     for stage in plan.stages(cells):
         pipeline.failure(cells[0].config, stage).unlink(missing_ok=True)  # of an earlier try
-    first, second = plan.batches(cells, done)
-    _launch(launcher, first, store)
-    _launch(launcher, [j for j in second if j.cell.chain.warmup and store.done(j.cell.chain.warmup)], store)
+    for batch in plan.batches(cells, done):
+        _launch(launcher, [job for job in batch if all(map(store.done, job.waits_for))], store)
 
 
 def _launch(launcher: Any, jobs: list[Job], store: Store) -> None:
@@ -86,7 +86,9 @@ def _launch_once(launcher: Any, jobs: list[Job]) -> str | None:
     """What stopped the launcher; None if it came to its end."""
     overrides = [[*job.cell.overrides, f"job=[{','.join(s.key for s in job.stages)}]"] for job in jobs]
     try:
-        launcher.launch(overrides, initial_job_idx=0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # joblib renews workers that grew
+            launcher.launch(overrides, initial_job_idx=0)
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:

@@ -61,6 +61,8 @@ def _record(folder, stage, cell, benchmark, items, ability, text, provenance) ->
     record = {"key": stage.key, "stage": stage.name, "label": stage.label, "version": 1, "spec": stage.spec}
     record |= {"parent": stage.parent.key if stage.parent else None, "provenance": provenance(stage)}
     record |= {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0}
+    if stage.name == "contamination":
+        return record | {"metrics": {"exact": {"value": 0.0, "items": items}}, "data": {"rows": 100}}
     if stage.name != "evaluate":
         n = stage.spec.get("n", stage.spec.get("m"))
         samples = 6970 if n == "all" else n

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from d2lora import contamination, pipeline, plan, report
+from d2lora import contamination, pipeline, plan
+from d2lora.report import manifest
 from d2lora.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -102,8 +103,8 @@ def test_another_test_or_training_set_is_another_pair(cell) -> None:
 
 def test_checks_are_the_first_jobs_of_a_grid_and_a_finished_one_is_none(cell) -> None:
     grid = [cell(f"m={m}", f"n={n}") for m in (8, 0) for n in (0, 8, 16)]
-    first, second = plan.batches(grid, set())
-    kinds = [{s.name == "contamination" for s in job.stages} for job in first + second]
+    batches = plan.batches(grid, set())
+    kinds = [{s.name == "contamination" for s in job.stages} for jobs in batches for job in jobs]
     assert kinds[:2] == [{True}, {True}]
     assert all(kind == {False} for kind in kinds[2:])
     checks = {s.key for s in plan.stages(grid) if s.name == "contamination"}
@@ -193,8 +194,8 @@ def test_a_check_that_fails_or_finds_everything_holds_nothing_up(planted, monkey
 
 def test_a_manifest_names_the_checks_of_a_cell_by_their_pair(planted) -> None:
     output = pipeline.output(planted.config)
-    report.add_to_manifest(output, planted)
-    (entry,) = report.read_manifest(output, "adhoc")["cells"]
+    manifest.add_to_manifest(output, planted)
+    (entry,) = manifest.read_manifest(output, "adhoc")["cells"]
     assert entry["stages"]["contamination"] == {
         f"{train} / {test}": stage.key
         for (train, test), stage in zip(

@@ -1,5 +1,6 @@
 """Killed, out of memory, cut short: what is finished is kept, and what goes on ends as if nothing had happened."""
 
+import errno
 import json
 import os
 import signal
@@ -25,7 +26,8 @@ def make(cell, tiny: Path, tmp_path: Path):
 
     def adaptation(output: str, *overrides: str) -> Cell:
         whole = cell(f"model.path={tiny}", f"output={tmp_path / output}", *SMALL, *overrides)
-        return Cell(whole.config.model_copy(update={"job": [whole.chain.adapt.key]}), whole.chain)
+        keys = [s.key for s in (whole.chain.prepare, whole.chain.adapt) if s]
+        return Cell(whole.config.model_copy(update={"job": keys}), whole.chain)
 
     return adaptation
 
@@ -48,13 +50,15 @@ def assert_equal(one: Cell, other: Cell) -> None:
 
 
 @pytest.mark.filterwarnings("error:Unable to fetch remote file")  # nobody is asked when a checkpoint is saved
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
-def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "init"), [("sft", "lora"), ("dpo", "lora"), ("orpo", "lora"), ("sft", "pissa"), ("sft", "multilora")]
+)
+def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, method: str, init: str) -> None:
     def interrupt(done: int, total: int) -> None:
-        if done == 7:
+        if (done, total) == (7, 12):
             raise KeyboardInterrupt
 
-    calm, broken = make("calm", f"method={method}"), make("broken", f"method={method}")
+    calm, broken = (make(output, f"method={method}", f"init={init}") for output in ("calm", "broken"))
     do(calm)
     with pytest.raises(KeyboardInterrupt):
         do(broken, interrupt)
@@ -139,3 +143,45 @@ def test_out_of_memory_at_micro_batch_1_fails_with_advice(make, monkeypatch) -> 
     assert [s.name for s in lost] == ["adapt"]
     told = json.loads((pipeline.output(cell.config) / "failed" / f"{lost[0].key}.json").read_text())["error"]
     assert "recipe.micro_batch=1: out of memory: try recipe.gradient_checkpointing=true" in told
+
+
+def test_a_data_set_that_changed_under_its_name_stops_with_an_explanation(make, monkeypatch) -> None:
+    """The Hub's part is played by a function: everything behind it is real."""
+    rows = [{"prompt": f"{i} + 1?", "initial_reason_steps": "", "chosen": f"{i + 1}", "rejected": "0", "full_chosen": f"{i + 1}",
+             "full_rejected": "0"} for i in range(60)]  # fmt: skip
+    monkeypatch.setattr(data, "_hub_rows", lambda *_: rows)
+    hub = ["task.data.path=someone/pairs", "+task.data.revision=main"]
+    do(make("out", *hub))
+    do(make("out", *hub, "seed=1"))
+    rows[3]["chosen"] = "moved"
+    cell = make("out", *hub, "seed=2")
+    lost = pipeline.do(cell.config, cell, Store(pipeline.output(cell.config)), lambda stage: lambda done, total: None)
+    told = json.loads((pipeline.output(cell.config) / "failed" / f"{lost[0].key}.json").read_text())["error"]
+    assert "data.path=someone/pairs: revision main has 60 rows that are not the 60 that records in" in told
+    assert "pin data.revision to a commit" in told
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fails_is_one_line_and_loses_nothing(make, monkeypatch, number: int) -> None:
+    cell = make("out")
+
+    def fail(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        store = Store(pipeline.output(cell.config))
+        with pytest.raises(OSError, match=os.strerror(number)):  # not even the failure could be written
+            pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+    assert not store.done(cell.chain.adapt)
+    assert do(cell).done(cell.chain.adapt)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    command = [sys.executable, str(data.ROOT / "run.py"), "-m", "n=4", f"output={tmp_path / 'file' / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith(f"error: {tmp_path / 'file' / 'out'}")
+    assert "Not a directory" in done.stderr
+    assert (tmp_path / "file").read_text() == "in the way"

@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -124,3 +127,29 @@ def test_slurm_jobs_that_are_still_queued_are_not_started_twice(tmp_path: Path, 
     assert done.returncode == 2
     assert "sweep=mine: 2 of its Slurm jobs are still queued or running (41, 42)" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_no_worker_outlives_its_sweep(number: int, code: int, tiny: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends with 130, a killed sweep at once; in both cases its workers are gone soon after."""
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        "method=sft",
+        "n=400,401",
+        "method.epochs=50",
+        f"model.path={tiny}",
+    ]
+    command += [f"output={tmp_path / 'out'}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as sweep:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out" / "store" / "adapt").glob(".*")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        workers = psutil.Process(sweep.pid).children(recursive=True)
+        assert len(workers) >= 2
+        os.kill(sweep.pid, number)
+        assert sweep.wait(timeout=60) == code
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    assert not list((tmp_path / "out" / "store" / "adapt").glob("[!.]*/record.json"))

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from d2lora import cli, report
+from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import artefacts, compare, evidence, paper, rows, tables
 
@@ -207,19 +208,14 @@ def test_other_data_under_one_name_are_pointed_out_and_not_compared(tmp_path: Pa
 
 
 def test_contamination_is_shown_where_it_was_checked(tmp_path: Path) -> None:
-    made.publish(tmp_path, grid(n=[100], m=[0]))
-    file = tmp_path / "manifests" / "mine.json"
-    manifest = json.loads(file.read_text())
-    manifest["cells"][0]["stages"]["contamination"] = {"lab-math / lab_math": "c0"}
-    file.write_text(json.dumps(manifest))
+    cells = grid(n=[100], m=[0])
+    made.publish(tmp_path, cells, missing=lambda stage: stage.name == "contamination")
     assert "training set" not in report.finish(tmp_path, "mine", draw=False), "not done yet"
-    metrics = {"exact": {"value": 0.02, "items": 500}, "ngram13": {"value": 0.05, "items": 500}}
-    place = tmp_path / "store" / "contamination" / "c0" / "record.json"
-    place.parent.mkdir(parents=True)
-    place.write_text(json.dumps({"key": "c0", "stage": "contamination", "metrics": metrics}))
-    assert "lab-math / lab_math: exact 2.00 %, ngram13 5.00 % of 500 items" in report.finish(tmp_path, "mine")
+    made.publish(tmp_path, cells)
+    assert "lab-math / lab_math: exact 0.00 % of 40 items" in report.finish(tmp_path, "mine")
+    manifest = json.loads((tmp_path / "manifests" / "mine.json").read_text())
     found = evidence.contamination(manifest["cells"], rows.Records(tmp_path))
-    assert found == {"lab-math / lab_math": metrics}
+    assert found["lab-math / lab_math"] == {"exact": {"value": 0.0, "items": 40}}
 
 
 def test_damaged_items_are_named(tmp_path: Path) -> None:
@@ -254,3 +250,40 @@ def test_planning_a_grid_loads_no_scipy_or_matplotlib() -> None:
     code = "import sys, d2lora.cli, d2lora.sweep, d2lora.report; print({'scipy', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) -> None:
+    grid_ = [c for i in ("lora", "milora", "eva") for c in grid(f"init={i}", n=[8, 16], m=[0, 8], seed=[0, 1])]
+    better = lambda cell: made.gain(cell) + (0.4 if cell.config.init.name == "milora" else 0)  # noqa: E731
+    lost = next(c.chain.evaluations[0].key for c in grid_ if c.config.init.name == "eva")
+    made.publish(tmp_path, grid_, items=200, ability=better, missing=lambda stage: stage.key == lost)
+    report.write(tmp_path, ["mine"])
+    folder = tmp_path / "report" / "mine"
+    with (folder / "inits.csv").open() as lines:
+        head, *body = csv.reader(lines)
+    assert head[:6] == ["initialization", "method", "m", "n", "lab_math accuracy", "95 % interval"]
+    assert [row[0] for row in body] == ["lora", "milora", "eva"] * 4
+    assert {row[0]: row[-2] for row in body} == {"lora": "-", "milora": "1.0", "eva": "1.0"}, "seconds of preparation"
+    difference = head.index("- lora")
+    assert all(float(row[difference].rstrip("*")) > 15 and "*" in row[difference] for row in body if row[0] == "milora")
+    assert all("*" not in row[difference] for row in body if row[0] != "milora")
+    assert (folder / "inits.png").stat().st_size > 1000
+    assert "2 training seeds (0, 1)" in (folder / "inits.md").read_text()
+    assert any(
+        float(r["prepare_seconds"]) == 1 for r in read_csv(tmp_path / "report" / "results.csv") if r["init"] == "eva"
+    )
+
+
+def test_a_sweep_of_one_initialization_has_no_table_of_them(table3: Path) -> None:
+    assert not (table3 / "report" / "mine" / "inits.md").exists()
+
+
+def test_general_rows_that_only_the_preparation_sees_are_an_axis_too(tmp_path: Path) -> None:
+    def named(name: str, *overrides: str) -> list[Cell]:
+        return grid("init=eva", "init.data=general", f"warmup.name={name}", *overrides, n=[8])
+
+    made.publish(tmp_path, named("one") + named("two", "warmup.messages=rejected"))
+    assert {p.warmup for p in points(tmp_path)} == {"one", "two"}
+    made.publish(tmp_path, named("one") + named("one", "warmup.messages=rejected"))
+    with pytest.raises(UserError, match=r"hide that its cells differ in warmup\.messages"):
+        points(tmp_path)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2lora.errors import UserError
-from d2lora.report import evidence, figures, paper, rows, settings, tables
+from d2lora.report import evidence, figures, inits, paper, rows, settings, tables
 from d2lora.report.figures import Panel
 from d2lora.report.manifest import read_manifest
 from d2lora.report.tables import Table
@@ -33,6 +33,7 @@ class Sweep:
     settings: tuple[list[str], list[list[str]]]
     shown: list[Shown]
     contamination: dict[str, dict]
+    inits: list[inits.Row]
 
 
 def load(output: Path, name: str, records: rows.Records) -> Sweep:
@@ -44,7 +45,8 @@ def load(output: Path, name: str, records: rows.Records) -> Sweep:
     except UserError as error:
         points, problem = [], str(error)
     shown = _shown(name, points, records) if points else []
-    return Sweep(name, problem, settings.settings(cells), shown, evidence.contamination(cells, records))
+    contamination = evidence.contamination(cells, records)
+    return Sweep(name, problem, settings.settings(cells), shown, contamination, inits.compare(points, records))
 
 
 def _shown(name: str, points: list[rows.Point], records: rows.Records) -> list[Shown]:
@@ -72,6 +74,8 @@ def write(folder: Path, sweep: Sweep) -> None:
     """Tables as Markdown, LaTeX and CSV, figures as PNG, SVG and PDF."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_settings(folder, sweep)
+    if sweep.inits:
+        inits.write(folder, sweep.inits)
     for shown in sweep.shown:
         if shown.name.startswith("table"):
             (folder / f"{shown.name}.md").write_text(tables.markdown(shown.caption, shown.tables, shown.notes))

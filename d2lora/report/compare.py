@@ -60,6 +60,12 @@ def comparisons(points: Iterable[Point]) -> dict[Point, Comparison]:
     return found
 
 
+def compared(first: Point, second: Point) -> Comparison | None:
+    """Second minus first on the same items and seeds; None where they share none. Its p is not adjusted yet."""
+    pair = _paired(first, second)
+    return _compare(first, second, *pair) if pair else None
+
+
 def _place(point: Point) -> tuple:
     """What a pair has in common. LoRA knows no warm-up, the base no initialization or recipe either."""
     shared = (point.model, point.task, point.method, point.n, point.benchmark, point.metric)

@@ -12,7 +12,7 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dic
     found = {}
     for point in points:
         for run in point.runs.values():
-            names = {"evaluate": point.benchmark, "adapt": point.task, "warmup": point.warmup}
+            names = {"evaluate": point.benchmark, "adapt": point.task, "warmup": point.warmup, "prepare": point.init}
             for stage, name in names.items():
                 if record := records.get(stage, getattr(run, stage)):
                     found[record["key"]] = record, name

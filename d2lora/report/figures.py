@@ -1,9 +1,11 @@
 """Curves over n with the 95 % interval as a band, as wide as a paper's column; the paper's own curve is dashed."""
 
+import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from d2lora import plan
 from d2lora.report import paper
@@ -70,8 +72,11 @@ def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
 
 def draw(found: list[Panel], stem: Path) -> list[Path]:
     """Draw panels, one below the other, to stem.png, .svg and .pdf; the files, none without panels."""
-    if not found:
-        return []
+    return save(stem, functools.partial(_figure, found)) if found else []
+
+
+def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
+    """Write the figure that make(pyplot) draws, in the report's style, to stem.png, .svg and .pdf; the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,7 +90,7 @@ def draw(found: list[Panel], stem: Path) -> list[Path]:
         "legend.fontsize": 7,
     }
     with matplotlib.rc_context(style | {"svg.hashsalt": stem.name, "pdf.fonttype": 42}):
-        figure = _figure(found, pyplot)
+        figure = make(pyplot)
         stem.parent.mkdir(parents=True, exist_ok=True)
         files = [stem.with_suffix(suffix) for suffix in (".png", ".svg", ".pdf")]
         for file in files:

@@ -26,7 +26,7 @@ def _entry(cell: Cell) -> dict:
     config = cell.config.model_dump(exclude={"output", "dry_run", "skip_invalid", "job", "data_root"})
     chain = cell.chain
     evaluations = dict(zip(plan.benchmarks(cell.config), (s.key for s in chain.evaluations), strict=True))
-    trained = {"warmup": chain.warmup and chain.warmup.key, "adapt": chain.adapt and chain.adapt.key}
+    trained = {name: stage and stage.key for name in ("prepare", "warmup", "adapt") for stage in [getattr(chain, name)]}
     checks = {pair.name: s.key for pair, s in zip(plan.pairs(cell.config), chain.contamination, strict=True)}
     return {"id": cell.id, "config": config, "stages": {**trained, "evaluate": evaluations, "contamination": checks}}
 

@@ -36,6 +36,7 @@ COLUMNS = [
     "value",
     "stderr",
     "items",
+    "prepare_seconds",
     "train_seconds",
     "eval_seconds",
     "peak_memory_mb",
@@ -110,17 +111,18 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
     """One row a cell, benchmark and metric; a cell without its evaluation has one row with empty values."""
     for cell in manifest["cells"]:
         c, stages = cell["config"], cell["stages"]
-        trained = [r for name in ("warmup", "adapt") if (r := records.get(name, stages[name]))]
+        trained = [r for name in ("prepare", "warmup", "adapt") if (r := records.get(name, stages.get(name)))]
         rates = c["recipe"]["lr"]
         common = {
             "cell_id": cell["id"],
             "sweep": manifest["sweep"],
             **{k: c[k]["name"] for k in ("model", "task", "method", "init", "recipe")},
-            "warmup": c["warmup"]["name"] if stages["warmup"] else "",
+            "warmup": c["warmup"]["name"] if _general(c) else "",
             "lr": rates[c["method"]["name"]] if stages["adapt"] else rates["warmup"] if stages["warmup"] else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
-            "train_seconds": round(sum(r["seconds"] for r in trained), 3) if trained else 0,
+            "prepare_seconds": round(sum(r["seconds"] for r in trained if r["stage"] == "prepare"), 3),
+            "train_seconds": round(sum(r["seconds"] for r in trained if r["stage"] != "prepare"), 3),
         }
         for benchmark, key in stages["evaluate"].items():
             record = records.get("evaluate", key)
@@ -160,6 +162,7 @@ class Run:
     evaluate: str
     adapt: str | None
     warmup: str | None
+    prepare: str | None = None
 
 
 @dataclass(eq=False)
@@ -212,9 +215,9 @@ def points(manifest: dict, records: Records) -> list[Point]:
     found: dict[tuple, Point] = {}
     for cell in tqdm(manifest["cells"], desc=f"reading {manifest['sweep']}", leave=False, disable=None):
         c, stages = cell["config"], cell["stages"]
-        names = {k: c[k]["name"] for k in LABELS} | ({} if stages["warmup"] else {"warmup": ""})
+        names = {k: c[k]["name"] for k in LABELS} | ({} if _general(c) else {"warmup": ""})
         for benchmark, key in stages["evaluate"].items():
-            run = Run(cell["id"], key, stages["adapt"], stages["warmup"])
+            run = Run(cell["id"], key, stages["adapt"], stages["warmup"], stages.get("prepare"))
             for metric in metrics[benchmark]:
                 place = (*(names[k] for k in labels), c["method"]["name"], c["m"], c["n"], benchmark, metric)
                 if place not in found:
@@ -261,7 +264,7 @@ def shown_labels(cells: list[dict]) -> list[str]:
             shown = tuple(name[k] for k in labels if k == top) + (
                 (cell["config"]["method"]["name"],) if top == "method" else ()
             )
-            if top in ("n", "m", "sweep", "seed") or (top == "warmup" and cell["config"]["m"] == 0):
+            if top in ("n", "m", "sweep", "seed") or (top == "warmup" and not _general(cell["config"])):
                 continue
             before = groups[key].setdefault(shown, value)
             if before != value:
@@ -269,6 +272,11 @@ def shown_labels(cells: list[dict]) -> list[str]:
                     f"a table would hide that its cells differ in {key} ({before} and {value}): give each its own sweep=NAME"
                 )
     return labels
+
+
+def _general(config: dict) -> bool:
+    """Whether a cell uses general data: in a warm-up, or to start its adapter."""
+    return config["m"] != 0 or config["init"].get("data") == "general"
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

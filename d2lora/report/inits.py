@@ -1,0 +1,157 @@
+"""A sweep's initializations side by side: scores, how they differ from plain LoRA's, time of preparation, memory."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+from d2lora import plan, stats
+from d2lora.report import figures, tables
+from d2lora.report.compare import ALPHA, Comparison, compared, seeds_text
+from d2lora.report.rows import Point, Records, size
+
+CAPTION = "Initializations: scores in %, differences to init=lora in points on the same items"
+PLAIN = "lora"
+
+
+@dataclass
+class Row:
+    """One initialization under one method, m and n: its point a benchmark and metric, and the comparison with init=lora."""
+
+    init: str
+    method: str
+    m: int | str
+    n: int | str
+    points: dict[str, Point] = field(default_factory=dict)
+    against: dict[str, Comparison] = field(default_factory=dict)
+    prepare_seconds: float | None = None  # mean over seeds; None where nothing is prepared
+    peak_memory_mb: float | None = None  # largest of its trainings
+
+
+def compare(points: Iterable[Point], records: Records) -> list[Row]:
+    """The rows of a sweep with several initializations, in the order of the sweep; none otherwise."""
+    found: dict[tuple, Row] = {}
+    for p in points:
+        if not p.is_base:
+            row = found.setdefault((p.init, p.method, p.m, p.n), Row(p.init, p.method, p.m, p.n))
+            row.points[f"{p.benchmark} {p.metric}".strip()] = p
+    if len({row.init for row in found.values()}) < 2:
+        return []
+    for row in found.values():
+        _add_costs(row, records)
+        plain = found.get((PLAIN, row.method, row.m, row.n))
+        if plain and plain is not row:
+            pairs = {k: compared(plain.points[k], p) for k, p in row.points.items() if k in plain.points}
+            row.against = {k: c for k, c in pairs.items() if c}
+    _adjust(found.values())
+    order = {init: place for place, init in enumerate(dict.fromkeys(row.init for row in found.values()))}
+    place = lambda r: (tables.METHODS.index(r.method), size(r.n), size(r.m), order[r.init])  # noqa: E731
+    return sorted(found.values(), key=place)
+
+
+def _adjust(rows: Iterable[Row]) -> None:
+    """Holm's correction over each benchmark's column."""
+    columns: dict[str, list[Comparison]] = {}
+    for row in rows:
+        for benchmark, comparison in row.against.items():
+            columns.setdefault(benchmark, []).append(comparison)
+    for column in columns.values():
+        for comparison, adjusted in zip(column, stats.holm([c.p for c in column]), strict=True):
+            comparison.adjusted = adjusted
+
+
+def _add_costs(row: Row, records: Records) -> None:
+    runs = [run for p in row.points.values() for run in p.runs.values()]
+    prepared = [r for run in runs if (r := records.get("prepare", run.prepare))]
+    trained = [r for run in runs for s in ("warmup", "adapt") if (r := records.get(s, getattr(run, s)))]
+    if prepared:
+        row.prepare_seconds = mean(r["seconds"] for r in prepared)
+    row.peak_memory_mb = max((r["peak_memory_mb"] for r in [*prepared, *trained]), default=None)
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows of texts): for each benchmark the score, its interval, the difference to init=lora and its interval."""
+    benchmarks = list(dict.fromkeys(k for row in rows for k in row.points))
+    head = ["initialization", "method", "m", "n"]
+    for benchmark in benchmarks:
+        head += [benchmark, "95 % interval", f"- {PLAIN}", "95 % interval"]
+    return [*head, "preparation (s)", "peak memory (MB)"], [_texts(row, benchmarks) for row in rows]
+
+
+def _texts(row: Row, benchmarks: list[str]) -> list[str]:
+    texts = [row.init, row.method.upper(), plan.amount(row.m), plan.amount(row.n)]
+    for benchmark in benchmarks:
+        point, against = row.points.get(benchmark), row.against.get(benchmark)
+        texts.append(tables.percent(point.value) or "missing" if point else "-")
+        texts.append(tables.bounds(point.interval) if point and point.interval else "")
+        star = "*" if against and against.beyond_chance else ""
+        texts.append(tables.percent(against.difference, sign="+") + star if against else "")
+        texts.append(tables.bounds(against.interval, "+") if against else "")
+    costs = (row.prepare_seconds, 1), (row.peak_memory_mb, 0)
+    return texts + ["-" if value is None else f"{value:.{digits}f}" for value, digits in costs]
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What a reader must know of the table."""
+    seeds = {seed for row in rows for p in row.points.values() for seed in p.scores}
+    tests = sum(len(row.against) for row in rows)
+    return [
+        *([seeds_text(seeds)] if seeds else []),
+        f"* differs from init={PLAIN} beyond chance (Holm over each benchmark's column, alpha {100 * ALPHA:.0f} %); {tests} comparisons.",
+        "Preparation: seconds of its stage, done once for all cells that share it. Memory: of the GPU; on a CPU the peak of the whole process so far, whatever it did before.",
+    ]
+
+
+def write(folder: Path, rows: list[Row]) -> None:
+    """inits.md, .tex and .csv, and the figure inits.png, .svg and .pdf."""
+    head, texts = table(rows)
+    listed = "\n".join(f"- {line}" for line in notes(rows))
+    (folder / "inits.md").write_text(f"# {CAPTION}\n\n{tables.markdown_rows(head, texts)}\n\n{listed}\n")
+    escaped = [[tables.latex_text(t) for t in row] for row in texts]
+    (folder / "inits.tex").write_text(tables.latex_rows(f"{CAPTION}. {' '.join(notes(rows))}", head, escaped) + "\n")
+    (folder / "inits.csv").write_text(tables.csv_rows(head, texts))
+    if any(p.scores for row in rows for p in row.points.values()):
+        figures.save(folder / "inits", functools.partial(_figure, rows))
+
+
+def _figure(rows: list[Row], pyplot):
+    """A panel a benchmark and n: scores with intervals by initialization; filled markers have a warm-up."""
+    places = list(dict.fromkeys((k, row.n) for row in rows for k, p in row.points.items() if p.scores))
+    inits = list(dict.fromkeys(row.init for row in rows))
+    series = list(dict.fromkeys((row.method, row.m) for row in rows))
+    figure, axes = pyplot.subplots(
+        len(places), 1, figsize=(2 * figures.WIDTH, 1.6 * len(places) + 0.8), squeeze=False, sharex=True, layout="constrained"
+    )  # fmt: skip
+    for axis, (benchmark, n) in zip(axes[:, 0], places, strict=True):
+        for place, (method, m) in enumerate(series):
+            shown = [r for r in rows if (r.method, r.m, r.n) == (method, m, n)]
+            _draw(axis, shown, benchmark, inits, (place - (len(series) - 1) / 2) * 0.8 / len(series))
+        axis.set(title=f"{benchmark}, n={plan.amount(n)}", ylabel="%")
+        axis.grid(axis="y", alpha=0.3, linewidth=0.5)
+    axes[-1, 0].set_xticks(range(len(inits)), inits, rotation=30, ha="right")
+    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _draw(axis, rows: list[Row], benchmark: str, inits: list[str], shift: float) -> None:
+    """One method and m: a marker an initialization, beside those of the others."""
+    scored = [(inits.index(r.init) + shift, r.points[benchmark]) for r in rows if benchmark in r.points]
+    shown = [(x, 100 * p.value, [100 * b for b in p.interval]) for x, p in scored if p.value is not None and p.interval]
+    if not shown:
+        return
+    method, arm = rows[0].method, next(iter(rows[0].points.values())).arm
+    low, high = ([max(0.0, sign * (y - b[i])) for _, y, b in shown] for i, sign in ((0, 1), (1, -1)))
+    axis.errorbar(
+        [x for x, _, _ in shown],
+        [y for _, y, _ in shown],
+        yerr=[low, high],
+        label=f"{method.upper()} {arm}",
+        color=figures.COLOURS[method],
+        marker=figures.MARKS[method],
+        markerfacecolor="white" if rows[0].m == 0 else None,
+        linestyle="none",
+        markersize=3.5,
+        elinewidth=0.8,
+    )

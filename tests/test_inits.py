@@ -1,0 +1,496 @@
+"""Every initialization under every method on a tiny random model: starts as the base, continues, works for anyone."""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from d2lora import cli, data, inits, model, pipeline, plan
+from d2lora.errors import UserError
+from d2lora.plan import Cell, Stage
+from d2lora.store import Store
+
+R = 4
+FROM_WEIGHTS = ["pissa", "pissa_niter_16", "olora", "milora"]
+FROM_DATA = ["corda_kpm", "corda_ipm", "eva", "lora_ga"]
+PREPARED = FROM_WEIGHTS + FROM_DATA
+INITS = ["lora", "gaussian", "orthogonal", "multilora", *PREPARED]
+MOVING = [name for name in PREPARED if name != "eva"]
+CELLS = [(init, method, m) for init in INITS for method in ("sft", "dpo", "orpo") for m in (0, 8)]
+LAYERS = 14
+SMALL = [f"recipe.lora.r={R}", "recipe.lora.alpha=8", "recipe.batch=4", "recipe.micro_batch=4", "n=8"]
+RATES = [f"recipe.lr.{phase}=1e-3" for phase in ("warmup", "sft", "dpo", "orpo")]
+SMALL += RATES + [f"recipe.epochs.{method}=1" for method in ("sft", "dpo", "orpo")]
+IDS = torch.arange(20, 44)[None]
+
+
+@functools.cache
+def compose_cell(*overrides: str) -> Cell:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(data.ROOT / "conf"), version_base="1.3"):
+        return cli.cell(compose("config", overrides=list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def make(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cell]:
+    """make("init=pissa", ...) -> a cell of the tiny model; all share one output, so each stage is done once."""
+    output = tmp_path_factory.mktemp("out")
+
+    def cell(*overrides: str, m: int = 0) -> Cell:
+        samples = ["init.samples=8"] if any(o.removeprefix("init=") in FROM_DATA for o in overrides) else []
+        composed = compose_cell(f"model.path={tiny}", f"output={output}", *SMALL, *samples, *overrides).config
+        config = composed.model_copy(update={"m": m})  # composing takes longer than some of the tests
+        return Cell(config, plan.chain(config))
+
+    return cell
+
+
+def train(cell: Cell) -> Store:
+    """The cell's trainings, done; no evaluations."""
+    chain = cell.chain
+    keys = [s.key for s in (chain.prepare, chain.warmup, chain.adapt) if s]
+    store = Store(pipeline.output(cell.config))
+    config = cell.config.model_copy(update={"job": keys})
+    lost = pipeline.do(config, cell, store, lambda stage: lambda done, total: None)
+    assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
+    return store
+
+
+def of(cell: Cell) -> model.Base:
+    return model.base(cell.config.model, pipeline.output(cell.config))
+
+
+@torch.inference_mode()
+def logits(some_model: torch.nn.Module) -> torch.Tensor:
+    return some_model(input_ids=IDS).logits.float()
+
+
+def parameters(wrapped: PeftModel) -> int:
+    return sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+
+
+def original(tiny: Path, record: Path) -> PeftModel:
+    """What anyone gets who loads the adapter on the base."""
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), record / "adapter")
+
+
+@pytest.mark.parametrize(("init", "method", "m"), CELLS)
+def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: str, method: str, m: int) -> None:
+    cell = make(f"init={init}", f"method={method}", m=m)
+    store, base = train(cell), of(cell)
+    stages = [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]
+    plain, counts = logits(base.model), []
+    for stage in stages:
+        with model.adapter(base, cell.chain.adapt.spec, store.place(stage)) as wrapped:
+            counts.append(parameters(wrapped))
+            continued = logits(wrapped)
+            with wrapped.disable_adapter():
+                assert torch.equal(logits(wrapped), plain), "without its adapter it is the base"
+        anyone = logits(original(tiny, store.place(stage)))
+        assert (anyone - continued).abs().max() < 1e-4, stage.name
+        moved = (continued - plain).abs().max()
+        assert moved < 1e-4 if stage.name == "prepare" else moved > 1e-4, stage.name
+    with model.adapter(base, cell.chain.adapt.spec, None) as wrapped:
+        assert (logits(wrapped) - plain).abs().max() < 1e-4, "at step 0 it is the base"
+        counts.append(parameters(wrapped) if init != "eva" else counts[0])
+    assert len(set(counts)) == 1, "the same parameters are trained from start to end"
+    if method == "dpo":
+        first = store.record(cell.chain.adapt)["metrics"]["first_loss"]
+        assert first == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_adding_dpo_s_reference_changes_the_policy_by_nothing(make, init: str) -> None:
+    cell = make(f"init={init}", "method=dpo", m=8)
+    store, base = train(cell), of(cell)
+    with model.adapter(base, cell.chain.adapt.spec, store.place(cell.chain.warmup)) as wrapped:
+        before, trained = logits(wrapped), {n for n, p in wrapped.named_parameters() if p.requires_grad}
+        wrapped.add_adapter("ref", wrapped.peft_config["default"])  # as TRL does
+        wrapped.delete_adapter("ref")
+        assert torch.equal(logits(wrapped), before)
+        assert {n for n, p in wrapped.named_parameters() if p.requires_grad} == trained
+
+
+def reference_values(cell: Cell) -> tuple[list, torch.Tensor]:
+    """The log-probabilities that DPO's reference gave the cell's pairs, and the pairs' examples."""
+    folder = pipeline._reference(cell.config, cell.chain.adapt)
+    values = [value for file in sorted(folder.glob("*.json")) for value in json.loads(file.read_text())]
+    return values, pipeline._task_rows(cell.config, cell.chain.adapt, of(cell), 8)
+
+
+@torch.inference_mode()
+def answer_log_probs(policy: torch.nn.Module, example: dict) -> list[float]:
+    """[chosen, rejected] of a pair, one sequence at a time, by the definition."""
+    found = []
+    for kind in ("chosen_ids", "rejected_ids"):
+        ids = torch.tensor([example["prompt_ids"] + example[kind]])
+        steps = policy(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        scores = steps.gather(1, ids[0, 1:, None])[:, 0]
+        found.append(float(scores[len(example["prompt_ids"]) - 1 :].sum()))
+    return found
+
+
+@pytest.mark.parametrize("init", ["pissa", "lora_ga", "multilora"])
+@pytest.mark.parametrize("reference", ["warm_start", "base"])
+def test_dpo_s_reference_is_what_the_config_says(make, tiny: Path, tmp_path: Path, init: str, reference: str) -> None:
+    cell = make(f"init={init}", "method=dpo", f"method.reference={reference}", f"output={tmp_path}", "data_seed=3", m=8)
+    store = train(cell)
+    values, drawn = reference_values(cell)
+    policy = original(tiny, store.place(cell.chain.warmup)) if reference == "warm_start" else of(cell).model
+    for example, value in zip([*drawn.examples, *drawn.ahead], values, strict=True):
+        assert value == pytest.approx(answer_log_probs(policy, example), abs=2e-3)
+
+
+@pytest.mark.parametrize("init", ["pissa", "milora", "corda_ipm", "lora_ga", "multilora"])
+def test_on_a_bfloat16_base_it_starts_as_the_base_bit_for_bit(make, init: str) -> None:
+    cell = make(f"init={init}", "model.dtype=bfloat16")
+    store, base = train(cell), of(cell)
+    place = store.place(cell.chain.prepare) if cell.chain.prepare else None
+    with model.adapter(base, cell.chain.adapt.spec, place) as wrapped:
+        assert torch.equal(logits(wrapped), logits(base.model))
+        assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
+    tensors = load_file(store.place(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+# --- the init is the one asked for ---------------------------------------------------------------------------------
+
+
+def started(make, init: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, str]]:
+    """(W, A, B, s, name) of each layer after the preparation."""
+    cell = make(f"init={init}")
+    store, base = train(cell), of(cell)
+    with model.adapter(base, cell.chain.adapt.spec, store.place(cell.chain.prepare)) as wrapped:
+        found = inits.layers(wrapped)
+        assert len(found) == LAYERS
+        for name, layer in found.items():
+            A, B = (layer.__getattr__(f"lora_{x}")["default"].weight.detach() for x in "AB")
+            place = name.removeprefix("base_model.model.")
+            yield layer.get_base_layer().weight.detach(), A, B, layer.scaling["default"], place
+
+
+def truncated(matrix: torch.Tensor, part: slice) -> torch.Tensor:
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (U[:, part] * S[part]) @ Vh[part]
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16"])
+def test_pissa_takes_the_largest_singular_values(make, init: str) -> None:
+    for W, A, B, s, name in started(make, init):
+        taken, best = s * B @ A, truncated(W, slice(None, R)).float()
+        if init == "pissa":
+            assert (taken - best).norm() < 1e-5 * W.norm(), name
+        else:  # randomized: W on r directions of one side, and nearly as much of it
+            left, right = (torch.linalg.qr(x)[0] for x in (B, A.T))
+            gap = min((taken - left @ left.T @ W).norm(), (taken - W @ right @ right.T).norm())
+            assert gap < 1e-4 * W.norm(), name
+            assert taken.norm() > 0.9 * best.norm(), name
+
+
+def test_milora_takes_the_smallest_singular_values(make) -> None:
+    for W, A, B, s, name in started(make, "milora"):
+        minor = truncated(W, slice(-R, None))
+        assert minor.norm() > 1e-4 * W.norm()
+        assert (s * B @ A - minor).norm() < 1e-5 * W.norm(), name
+
+
+def test_olora_is_orthonormal(make) -> None:
+    for W, A, B, _, name in started(make, "olora"):
+        assert torch.allclose(B.T @ B, torch.eye(R), atol=1e-5), name
+        assert torch.allclose(A, B.T @ W, atol=1e-5), name
+
+
+def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> None:
+    cell = make("init=multilora", "init.modules=2")
+    store, base = train(cell), of(cell)
+    with model.adapter(base, cell.chain.adapt.spec, None) as wrapped:
+        for layer in inits.layers(wrapped).values():
+            assert not layer.lora_scale["default"].any()
+            assert layer.lora_scale["default"].shape == (2, layer.out_features)
+            largest = layer.lora_B["default"].weight.abs().max()
+            assert 0.5 / math.sqrt(R / 2) < largest <= 1 / math.sqrt(R / 2), (
+                "Kaiming-uniform for a fan-in of r / modules"
+            )
+    state = load_file(store.place(cell.chain.adapt) / "state" / "adapter_model.safetensors")
+    scales = [t for name, t in state.items() if "lora_scale" in name]
+    assert len(scales) == LAYERS
+    assert all(t.any() for t in scales)
+
+
+def looked_at(cell: Cell) -> list[dict]:
+    """The rows that a preparation saw."""
+    draw = pipeline._general_rows if cell.config.init.data == "general" else pipeline._task_rows
+    return data.sft_examples(draw(cell.config, cell.chain.prepare, of(cell), 8).examples)
+
+
+def inputs_of_layers(cell: Cell, answers_only: bool) -> list[dict[str, torch.Tensor]]:
+    """What goes into each linear layer, a mapping (tokens, in) a row."""
+    base, found = of(cell), []
+    for row in looked_at(cell):
+        seen: dict[str, torch.Tensor] = {}
+        wanted = torch.tensor(row["labels"]) != -100 if answers_only else slice(None)
+        handles = [
+            module.register_forward_hook(
+                lambda m, i, o, name=name, seen=seen, wanted=wanted: seen.update({name: i[0][0][wanted].double()})
+            )
+            for name, module in base.model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        with torch.inference_mode():
+            base.model(input_ids=torch.tensor([row["input_ids"]]))
+        for handle in handles:
+            handle.remove()
+        found.append(seen)
+    return found
+
+
+@pytest.mark.parametrize(("init", "part"), [("corda_ipm", slice(None, R)), ("corda_kpm", slice(-R, None))])
+def test_corda_s_directions_are_those_of_the_inputs_covariance(make, init: str, part: slice) -> None:
+    rows = inputs_of_layers(make(f"init={init}"), answers_only=False)
+    for W, A, B, s, name in started(make, init):
+        scaled = [x / x.max().abs() for x in (row[name] for row in rows)]
+        covariance = sum(x.T @ x for x in scaled) / len(rows)
+        covariance += 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))
+        expected = truncated(W.double() @ covariance, part)
+        assert (s * B.double() @ A.double() @ covariance - expected).norm() < 1e-2 * expected.norm(), name
+
+
+def test_eva_s_directions_are_those_of_the_inputs(make) -> None:
+    rows = inputs_of_layers(make("init=eva"), answers_only=True)
+    ranks = []
+    for _, A, B, _, name in started(make, "eva"):
+        x = torch.cat([row[name] for row in rows])
+        x -= x.mean(0)
+        best = torch.linalg.svdvals(x)[: len(A)].square().sum()
+        assert torch.allclose(A @ A.T, torch.eye(len(A)), atol=1e-4), name
+        assert (x @ A.double().T).square().sum() > 0.95 * best, name
+        assert not B.any()
+        ranks.append(len(A))
+    assert sum(ranks) == R * LAYERS
+    assert len(set(ranks)) > 1, "ranks go where the variance is explained"
+
+
+def test_lora_ga_s_directions_are_those_of_the_gradient(make, tiny: Path) -> None:
+    rows = looked_at(make("init=lora_ga"))
+    plain = AutoModelForCausalLM.from_pretrained(tiny)
+    for row in rows:
+        ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+        (plain(input_ids=ids, labels=labels).loss / len(rows)).backward()
+    for _, A, B, _, name in started(make, "lora_ga"):
+        U, _, Vh = torch.linalg.svd(plain.get_submodule(name).weight.grad)
+        size = len(B) ** 0.25 / 16**0.5
+        assert torch.allclose((A @ Vh[:R].T / size).square().sum(1), torch.ones(R), atol=1e-2), name
+        assert torch.allclose((B.T @ U[:, R : 2 * R] / size).square().sum(1), torch.ones(R), atol=1e-2), name
+
+
+@pytest.mark.parametrize("init", PREPARED)
+def test_d2lora_keeps_training_the_adapter_that_was_prepared(make, init: str) -> None:
+    cell = make(f"init={init}", m=8)
+    store, before = train(cell), None
+    for stage in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt):
+        place = store.place(stage)
+        state = load_file((place / "state" if init in MOVING else place / "adapter") / "adapter_model.safetensors")
+        start = load_file(place / "state" / "start.safetensors") if init in MOVING else {}
+        if before is not None:
+            assert start.keys() == before[1].keys()
+            assert all(torch.equal(start[k], before[1][k]) for k in start), "its start is kept"
+            for name, weight in state.items():
+                step = (weight - before[0][name]).abs().max()
+                assert 0 < step < 0.01, (name, float(step))
+        before = (state, start)
+
+
+def test_an_adapter_is_the_same_bit_for_bit_whatever_was_before(make, tmp_path: Path) -> None:
+    def adapter(output: str) -> dict[str, torch.Tensor]:
+        cell = make("init=pissa_niter_16", "method=dpo", f"output={tmp_path / output}", m=8)
+        store = train(cell)
+        return load_file(store.place(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
+
+    first = adapter("first")
+    for init in ("olora", "lora_ga", "corda_ipm", "eva", "multilora"):
+        train(make(f"init={init}", f"output={tmp_path / init}"))
+    again = adapter("again")
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+
+
+# --- silent fall-backs are errors ----------------------------------------------------------------------------------
+
+
+def failure(cell: Cell) -> str:
+    """What the preparation's failure says; the base is whole afterwards."""
+    store = Store(pipeline.output(cell.config))
+    lost = pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+    stage: Stage = cell.chain.prepare
+    assert stage in lost
+    of(cell).check()
+    assert not inits.layers(of(cell).model)
+    return json.loads(pipeline.failure(cell.config, stage).read_text())["error"]
+
+
+def test_a_layer_that_eva_has_no_directions_for_is_an_error(make, tmp_path: Path, monkeypatch) -> None:
+    plain = inits.get_eva_state_dict
+    monkeypatch.setattr(inits, "get_eva_state_dict", lambda *a, **k: dict(list(plain(*a, **k).items())[1:]))
+    assert "EVA has no directions for" in failure(make("init=eva", f"output={tmp_path}"))
+
+
+def test_lora_ga_without_gradients_is_an_error(make, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(inits, "preprocess_loraga", lambda *a, **k: None)
+    assert "LoRA-GA has no gradient of" in failure(make("init=lora_ga", f"output={tmp_path}"))
+
+
+def test_too_few_tokens_for_eva_are_refused_instead_of_going_round_for_ever(make, tmp_path: Path) -> None:
+    said = failure(make("init=eva", f"output={tmp_path}", "recipe.lora.r=16", "init.samples=1"))
+    assert said.startswith("init.samples=1: a batch of EVA's has")
+
+
+@pytest.mark.parametrize(("init", "r"), [("pissa", 33), ("lora_ga", 17), ("eva", 17)])
+def test_a_rank_that_the_layers_do_not_have_is_refused(make, tmp_path: Path, init: str, r: int) -> None:
+    assert failure(make(f"init={init}", f"output={tmp_path}", f"recipe.lora.r={r}")).startswith(f"recipe.lora.r={r}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["init=unknown_one"], ["unknown_one"]),
+        (["init.name=lora_gb"], ["init.name=lora_gb", "lora_ga"]),
+        (["init.name=corda_kpm"], ["init", "corda_kpm takes data, samples"]),
+        (["init=lora", "+init.samples=3"], ["lora takes no settings", "samples"]),
+        (["init=eva", "init.data=all"], ["init.data=all", "general", "task"]),
+        (["init=eva", "init.rho=0.5"], ["init.rho=0.5", "greater than or equal to 1"]),
+        (["init=eva", "m=8", "n=0"], ["init.data=task", "n=0", "general"]),
+        (["init=pissa", "recipe.lora.dropout=0.1"], ["recipe.lora.dropout=0.1", "pissa"]),
+        (["init=orthogonal", "recipe.lora.r=3"], ["recipe.lora.r=3", "multiple of 2"]),
+        (["init=multilora", "recipe.lora.r=6"], ["recipe.lora.r=6", "multiple of 4"]),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (ours, or Hydra's for an unknown group)
+        compose_cell(*overrides)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    if not overrides[0].endswith("unknown_one"):
+        assert isinstance(caught.value, UserError)
+        assert "\n" not in message
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+
+
+def test_one_preparation_serves_every_cell_that_starts_from_it(cell) -> None:
+    grid = [cell("init=pissa", f"method={x}", f"m={m}", f"n={n}", f"seed={s}") for x in ("sft", "dpo") for m in (0, 8) for n in (8, 16) for s in (0, 1)]  # fmt: skip
+    assert len({c.chain.prepare.key for c in grid}) == 1
+    assert len({c.chain.warmup.key for c in grid if c.chain.warmup}) == 2, "one a seed"
+    seeded = [cell("init=lora_ga", f"seed={s}").chain.prepare.key for s in (0, 1)]
+    assert len(set(seeded)) == 2, "its SVD draws random numbers"
+
+
+def test_what_can_change_a_preparation_changes_its_key(cell) -> None:
+    def key(*overrides: str) -> str:
+        return cell("init=eva", *overrides).chain.prepare.key
+
+    changes = ["n=8", "init.samples=16", "init.rho=1", "recipe.lora.r=8", "recipe.lora.alpha=8", "data_seed=1", "init.data=general", "recipe.max_length=128", "model.dtype=bfloat16"]  # fmt: skip
+    assert len({key(), *map(key, changes)}) == 1 + len(changes)
+    assert key() == key("method=dpo") == key("recipe.lr.sft=1e-4") == key("n=500") == key("seed=2")
+
+
+def test_a_preparation_never_sees_rows_that_the_cell_does_not_have(make) -> None:
+    cell = make("init=eva", "init.samples=64")
+    store = train(cell)
+    prepared, adapted = (store.record(s)["data"] for s in (cell.chain.prepare, cell.chain.adapt))
+    assert prepared == adapted, "its own 8 rows"
+    assert cell.chain.prepare.spec["samples"] == 8
+
+
+def test_the_base_needs_no_preparation_and_is_evaluated_once_for_all_inits(cell) -> None:
+    keys = set()
+    for init in ("lora", "pissa", "eva"):
+        chain = cell(f"init={init}", "n=0", "m=0").chain
+        assert chain.prepare is None
+        keys.add(tuple(s.key for s in chain.evaluations))
+    assert len(keys) == 1
+
+
+def test_general_rows_that_an_init_looks_at_are_checked_against_the_tests(cell) -> None:
+    names = [s.label for s in cell("init=eva", "init.data=general", "m=0", "n=8").chain.contamination]
+    assert any("lab / lab_math" in name for name in names)
+
+
+def test_preparations_go_first_and_what_needs_them_is_not_started_without(cell) -> None:
+    grid = [cell(f"init={i}", f"m={m}", "n=8") for i in ("lora", "pissa") for m in (0, 8)]
+    batches = plan.batches(grid, set())
+    where = {s.key: number for number, jobs in enumerate(batches) for job in jobs for s in job.stages}
+    for one in grid:
+        for stage in one.chain.results:
+            inside = any(stage in job.stages and stage.parent in job.stages for jobs in batches for job in jobs)
+            assert stage.parent is None or inside or where[stage.parent.key] < where[stage.key]
+    blocked = [j for jobs in batches[1:] for j in jobs if j.cell.config.init.name == "pissa" and j.waits_for]
+    assert {s.name for j in blocked for s in j.waits_for} == {"prepare", "warmup"}
+
+
+# --- LoftQ: starts from another base -------------------------------------------------------------------------------
+
+
+def test_loftq_without_bitsandbytes_is_refused_before_anything_is_loaded(cell, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="init=loftq: needs bitsandbytes"):
+        cli.check_inputs(cell("init=loftq").config, set())
+
+
+def test_loftq_has_no_base_for_a_reference(cell) -> None:
+    with pytest.raises(UserError, match=r"method.reference=base.*warm_start"):
+        cell("init=loftq", "method=dpo", "method.reference=base")
+
+
+def test_too_few_general_rows_are_refused_before_anything_is_loaded(cell) -> None:
+    with pytest.raises(UserError, match=r"init.samples=90000: warmup=lab has 44,000 rows"):
+        cli.check_inputs(cell("init=eva", "init.data=general", "init.samples=90000").config, set())
+
+
+@pytest.fixture
+def loftq(make) -> Callable[..., Cell]:
+    pytest.importorskip("bitsandbytes", reason="LoftQ needs bitsandbytes: pip install -e '.[loftq]'")
+    return functools.partial(make, "init=loftq")
+
+
+def test_loftq_is_nearer_to_the_base_than_the_quantized_base_is(loftq) -> None:
+    cell = loftq()
+    store, base = train(cell), of(cell)
+    weights = {name: m.weight.detach().clone() for name, m in base.model.named_modules() if hasattr(m, "weight")}
+    with model.adapter(base, cell.chain.adapt.spec, store.place(cell.chain.prepare)) as wrapped:
+        for name, layer in inits.layers(wrapped).items():
+            W, Q = weights[name.removeprefix("base_model.model.")], layer.get_base_layer().weight
+            assert 0 < (W - Q - layer.get_delta_weight("default")).norm() < (W - Q).norm() < 0.2 * W.norm(), name
+
+
+@pytest.mark.parametrize("m", [0, 8])
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+def test_loftq_continues_on_its_quantized_base(loftq, tiny: Path, method: str, m: int) -> None:
+    cell = loftq(f"method={method}", m=m)
+    store, base = train(cell), of(cell)
+    before = logits(base.model)
+    for stage in [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]:
+        with model.adapter(base, cell.chain.adapt.spec, store.place(stage)) as wrapped:
+            continued = logits(wrapped)
+        with model.trained(base, store.place(stage) / "adapter", "loftq") as tested:
+            assert (logits(tested) - continued).abs().max() < 1e-4
+        assert (continued - before).abs().max() > 1e-4, "not the base itself"
+    assert torch.equal(logits(base.model), before), "the base is put back"
+    if method == "dpo":
+        first = store.record(cell.chain.adapt)["metrics"]["first_loss"]
+        assert first == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_loftq_s_untrained_cell_is_a_baseline_of_its_own(loftq, cell) -> None:
+    chain = loftq("n=0").chain
+    assert chain.evaluations[0].parent == chain.prepare == chain.adapter
+    assert chain.prepare.key != chain.evaluations[0].key
+    assert cell("n=0").chain.evaluations[0].parent is None
