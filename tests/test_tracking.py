@@ -246,6 +246,16 @@ def test_artifacts_can_be_turned_off(tmp_path: Path) -> None:
     assert "LoRA" in found["sft · D2LoRA(0, 4) · s0"]["tags"]
 
 
+def test_a_prepared_initialization_is_a_run_and_an_input(tmp_path: Path) -> None:
+    typed(tmp_path, "n=4", "init=pissa", "wandb.mode=offline")
+    found = {r["job_type"]: r for r in runs(tmp_path / "out")}
+    prepared = found["prepare"]["run_id"]
+    assert found["prepare"]["display_name"] == "prepare · D2LoRA(0, 0) · s0"
+    assert "pissa" in found["adapt"]["tags"]
+    assert {(f"prepare-{prepared}", "model", True), ("base-lab", "base", True)} <= set(found["adapt"]["artifacts"])
+    assert (f"prepare-{prepared}", "model", False) in found["prepare"]["artifacts"]
+
+
 def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: Path, cell) -> None:
     """The same id in both tries; the second is what it ends with."""
     from d2lora import tracking
