@@ -247,7 +247,7 @@ def log(values: dict[str, float], samples_seen: int) -> None:
 
 def _about(config: Config, chain: plan.Chain, stage: Stage) -> dict:
     """Name, tags and config of a stage's run: from what the stage depends on, for it may serve many cells."""
-    trained = stage if stage.name in ("warmup", "adapt") else stage.parent
+    trained = stage if stage.name in ("prepare", "warmup", "adapt") else stage.parent
     name, tags = _who(config, trained)
     if stage.name == "evaluate":
         name.insert(0, plan.benchmarks(config)[chain.evaluations.index(stage)])
@@ -261,13 +261,9 @@ def _who(config: Config, trained: Stage | None) -> tuple[list[str], list[str]]:
     """How an adapter is called, in parts, and its tags. None is the base itself."""
     if trained is None:
         return [f"base {config.model.name}"], ["base"]
-    m = config.m if trained.parent or trained.name == "warmup" else 0
-    n = config.n if trained.name == "adapt" else 0
-    method = config.method.name if n else "warm-up"
-    return (
-        [method, f"D2LoRA({plan.amount(m)}, {plan.amount(n)})", f"s{config.seed}"],
-        [method, config.init.name, _arm(m)],
-    )
+    m, n = config.m, config.n if trained.name == "adapt" else 0
+    what = {"adapt": config.method.name, "warmup": "warm-up"}.get(trained.name, trained.name)
+    return [what, f"D2LoRA({plan.amount(m)}, {plan.amount(n)})", f"s{config.seed}"], [what, config.init.name, _arm(m)]
 
 
 def _arm(m: int | str) -> str:
@@ -326,9 +322,7 @@ def _lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
 
     An input is given by content, not by name: runs can be uploaded in any order, and W&B takes equal content for one version.
     """
-    inputs = [_adapter(stage.parent, store)] if stage.parent else [_note("base", config.model.name, stage.spec)]
-    if stage.parent and stage.name == "adapt":
-        inputs.append(_note("base", config.model.name, stage.spec))
+    inputs = [_adapter(stage.parent, store) if stage.parent else None, _note("base", config.model.name, stage.spec)]
     sources = {"warmup": config.warmup.name, "adapt": config.task.name}
     inputs += [_note("dataset", sources[stage.name], stage.spec)] if stage.name in sources else []
     for artifact in filter(None, inputs):
