@@ -231,8 +231,9 @@ def stage(config: Config, chain: plan.Chain, stage: Stage, store: Store) -> Iter
         if config.wandb.artifacts:
             run.do(lambda r: _lineage(r, config, stage, store))
         run.end()
-    except BaseException:
+    except BaseException as error:
         run.end(code=1)
+        _state.warned |= isinstance(error, KeyboardInterrupt)  # wandb ends now, whatever its threads make of it
         raise
     finally:
         _state.stage = None
