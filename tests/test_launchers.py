@@ -1,5 +1,6 @@
 """One grid on every launcher: what fails stays local, the rest finishes, and the records are the same."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -142,14 +143,20 @@ def test_no_worker_outlives_its_sweep(number: int, code: int, tiny: Path, tmp_pa
         f"model.path={tiny}",
     ]
     command += [f"output={tmp_path / 'out'}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as sweep:
-        deadline = time.monotonic() + 120
+    # Whoever runs the tests in the background has its children ignore Ctrl-C: this one must not.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    sweep = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed)
+    try:
+        deadline = time.monotonic() + 240
         while not list((tmp_path / "out" / "store" / "adapt").glob(".*")) and time.monotonic() < deadline:
             time.sleep(0.2)
         workers = psutil.Process(sweep.pid).children(recursive=True)
         assert len(workers) >= 2
         os.kill(sweep.pid, number)
         assert sweep.wait(timeout=60) == code
+    finally:
+        sweep.kill()
+        sweep.wait()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     assert not list((tmp_path / "out" / "store" / "adapt").glob("[!.]*/record.json"))
