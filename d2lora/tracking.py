@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
-from d2lora import data, plan, stats
+from d2lora import data, plan
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Stage
@@ -297,6 +295,10 @@ def _items(place: Path) -> list[dict]:
 
 def _results(record: dict, items: list[dict]) -> dict:
     """Metrics as flat numbers: a benchmark's with its number of items and the 95 % interval that the report has."""
+    import numpy as np  # late, as stats: planning a grid needs neither
+
+    from d2lora import stats
+
     name = record.get("benchmark", record.get("pair", record["stage"]))
     flat: dict[str, Any] = {}
     for metric, found in record["metrics"].items():
