@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab test lint clean
+.PHONY: lab test test-all lint clean
 
 lab: .venv/ready
 	$(BIN)/python run.py -cn lab
 
 # Two workers on two cores; each test's stages set their own threads.
 test: .venv/ready-dev .wandb-server/ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+# With the tests that take minutes: every launcher, and W&B's server.
+test-all: .venv/ready-dev .wandb-server/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/ready-dev

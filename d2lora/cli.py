@@ -3,8 +3,6 @@
 import errno
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
@@ -116,26 +114,8 @@ def _one_cell(this: Cell) -> int:
     return 1 if lost else 0
 
 
-def _end_with_parent() -> None:
-    """End this process soon after the sweep that started it ends, however that ended: nobody would wait for its result.
-
-    Only a direct child does: a job in a queue outlives the sweep, and its record is found when the sweep is typed again.
-    """
-    parent = os.getppid()
-    if os.environ.get("D2LORA_SWEEP") != str(parent) or any(t.name == "end-with-parent" for t in threading.enumerate()):
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
-
-
 def _share(config: DictConfig) -> int:
     """A launcher's job. Nothing but Ctrl-C may leave it as an exception: some launchers then drop the other jobs."""
-    _end_with_parent()
     try:
         this = cell(config)
         with progress.Bar(quiet=os.environ.get("D2LORA_WORKERS", "1") != "1") as bar:

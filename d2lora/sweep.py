@@ -33,7 +33,7 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
         return
     _refuse_twice(config, cells[0].config.sweep)
     workers = _workers(config)
-    os.environ |= {"D2LORA_WORKERS": str(workers), "D2LORA_SWEEP": str(os.getpid())}
+    os.environ["D2LORA_WORKERS"] = str(workers)
     print(summary.plan_text(cells, store, workers), flush=True)
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))

@@ -56,7 +56,13 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize(
-    "launcher", [*(pytest.param(x, marks=pytest.mark.ray if x == "ray" else ()) for x in LAUNCHERS)]
+    "launcher",
+    [
+        "basic",
+        pytest.param("joblib", marks=pytest.mark.slow),
+        pytest.param("submitit_local", marks=pytest.mark.slow),
+        pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
 )
 def test_what_fails_stays_local_and_the_rest_finishes(launcher: str, tiny: Path, tmp_path: Path) -> None:
     module, more, sizes = LAUNCHERS[launcher]
@@ -130,9 +136,7 @@ def test_slurm_jobs_that_are_still_queued_are_not_started_twice(tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_no_worker_outlives_its_sweep(number: int, code: int, tiny: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends with 130, a killed sweep at once; in both cases its workers are gone soon after."""
+def test_after_ctrl_c_no_worker_outlives_its_sweep(tiny: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(ROOT / "run.py"),
@@ -152,8 +156,8 @@ def test_no_worker_outlives_its_sweep(number: int, code: int, tiny: Path, tmp_pa
             time.sleep(0.2)
         workers = psutil.Process(sweep.pid).children(recursive=True)
         assert len(workers) >= 2
-        os.kill(sweep.pid, number)
-        assert sweep.wait(timeout=60) == code
+        os.kill(sweep.pid, signal.SIGINT)
+        assert sweep.wait(timeout=60) == 130
     finally:
         sweep.kill()
         sweep.wait()

@@ -459,6 +459,7 @@ def same(server: Server, output: Path) -> None:
 
 
 @pytest.mark.wandb_server
+@pytest.mark.slow
 def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
     done = typed(tmp_path, *CHAIN, environment=server.environment)
     assert warnings(done) == []
@@ -474,6 +475,7 @@ def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.wandb_server
+@pytest.mark.slow
 def test_a_server_that_dies_costs_no_record_and_the_rest_is_synced_in_any_order(server: Server, tmp_path: Path) -> None:
     """It is killed once the first run has arrived; the records are those of a sweep that W&B has nothing to do with."""
 
