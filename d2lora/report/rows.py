@@ -36,7 +36,6 @@ COLUMNS = [
     "value",
     "stderr",
     "items",
-    "prepare_seconds",
     "train_seconds",
     "eval_seconds",
     "peak_memory_mb",
@@ -121,7 +120,6 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
             "lr": rates[c["method"]["name"]] if stages["adapt"] else rates["warmup"] if stages["warmup"] else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
-            "prepare_seconds": round(sum(r["seconds"] for r in trained if r["stage"] == "prepare"), 3),
             "train_seconds": round(sum(r["seconds"] for r in trained if r["stage"] != "prepare"), 3),
         }
         for benchmark, key in stages["evaluate"].items():
