@@ -202,9 +202,8 @@ class ORPO(_WholeBatch, ORPOTrainer):
         return int(batch["chosen_attention_mask"][:, 1:].sum())
 
     def _in_nll(self, packed: packing.Packed) -> torch.Tensor:
-        return (
-            packed["answer"] < len(packed["lengths"]) // 2
-        )  # the chosen answers' tokens, and the prompts' if predicted
+        """Which predicted tokens the NLL covers: those of chosen answers, and of prompts if they are predicted."""
+        return packed["answer"] < len(packed["lengths"]) // 2
 
     def concatenated_forward(self, model, batch):
         forward = self._packed_forward if "packed" in batch else self._padded_forward
