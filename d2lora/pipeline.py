@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import platform
 import shutil
@@ -81,7 +80,7 @@ def _rows(config: Config, source: data.Data) -> list[dict]:
     """
     found, identity = data.rows(source, config.split_seed), data.identity(source, config.split_seed)
     if "content" not in identity:
-        name = hashlib.sha256(plan.canonical(identity).encode()).hexdigest()[:20]
+        name = plan.digest(identity)
         here = {"rows": len(found), "sha256": data.fingerprint(found)}
         known = cached(output(config) / "fingerprints" / f"{name}.json", lambda: identity | here)
         if known["sha256"] != here["sha256"]:
@@ -197,11 +196,9 @@ def _reference(config: Config, stage: Stage) -> Path:
         policy = stage.parent.key
     else:
         started = {"model": stage.spec["model"], "version": plan.VERSIONS["adapt"]}
-        if (
-            method.get("reference") != "base" and init["name"] == "orthogonal"
-        ):  # B A is 0 to rounding; in others it is 0
+        if method.get("reference") != "base" and init["name"] == "orthogonal":  # B A is 0 only to rounding
             started |= {k: stage.spec[k] for k in ("init", "lora", "seed")}
-        policy = hashlib.sha256(plan.canonical(started).encode()).hexdigest()[:20]
+        policy = plan.digest(started)
     return output(config) / "reference" / policy
 
 

@@ -29,6 +29,11 @@ def canonical(value: object) -> str:
     return text
 
 
+def digest(value: object, digits: int = 20) -> str:
+    """The first hex digits of a JSON value's SHA-256: the name of what is kept by its content."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:digits]
+
+
 @dataclass(frozen=True)
 class Stage:
     """A unit of work. `label` and `samples` are for people: no part of the key."""
@@ -45,8 +50,7 @@ class Stage:
     def key(self) -> str:
         """20 hex digits of SHA-256 over name, version, spec and the parent's key."""
         parent = self.parent.key if self.parent else None
-        text = canonical({"stage": self.name, "version": VERSIONS[self.name], "spec": self.spec, "parent": parent})
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return digest({"stage": self.name, "version": VERSIONS[self.name], "spec": self.spec, "parent": parent})
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -269,8 +273,8 @@ class Cell:
     def id(self) -> str:
         """A readable name with a hash of what the cell computes: equal cells have equal ids."""
         c = self.config
-        text = canonical([s.key for s in self.chain.results] + [c.method.name, c.task.name])
-        return f"{c.task.name}-{c.method.name}-m{c.m}-n{c.n}-s{c.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        computed = digest([s.key for s in self.chain.results] + [c.method.name, c.task.name], 8)
+        return f"{c.task.name}-{c.method.name}-m{c.m}-n{c.n}-s{c.seed}-{computed}"
 
 
 @dataclass(frozen=True)

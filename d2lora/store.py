@@ -10,7 +10,6 @@ Correctness rests on one rename; the lock only saves waste. A file system withou
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -20,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from d2lora import data, plan
 from d2lora.errors import UserError
-from d2lora.plan import VERSIONS, Stage, canonical
+from d2lora.plan import VERSIONS, Stage
 
 
 class Store:
@@ -117,7 +117,7 @@ def read_record(place: Path) -> dict | None:
 
 def _digest(record: dict) -> str:
     """SHA-256 of a record without its own digest."""
-    return hashlib.sha256(canonical({k: v for k, v in record.items() if k != "digest"}).encode()).hexdigest()
+    return plan.digest({k: v for k, v in record.items() if k != "digest"}, 64)
 
 
 def cached(file: Path, make: Callable[[], Any]) -> Any:
@@ -178,7 +178,7 @@ def _faults(place: Path) -> Iterator[str]:
         file = place / name
         if not file.is_file():
             yield f"{file}: missing"
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        elif data.digest(file) != digest:
             yield f"{file}: not what was published"
     parent = record["parent"]
     if parent and not any((output / parent / "record.json").is_file() for output in place.parent.parent.iterdir()):
@@ -234,8 +234,6 @@ def _remove(place: Path) -> None:
 
 
 def main() -> None:
-    from d2lora import data
-
     parser = argparse.ArgumentParser(
         prog="python -m d2lora.store", description="Verify the store, or free what nothing needs."
     )

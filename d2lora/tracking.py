@@ -8,7 +8,6 @@ runs on disk, where `wandb sync` finds them. Run ids come from keys, so a stage 
 import contextlib
 import csv
 import functools
-import hashlib
 import html
 import json
 import netrc
@@ -498,4 +497,4 @@ def _log_once(run_id: str, content: object, whose: Config, output: Path, fill: C
 
 
 def _digest(*parts: object) -> str:
-    return hashlib.sha256(plan.canonical(list(parts)).encode()).hexdigest()[:20]
+    return plan.digest(list(parts))

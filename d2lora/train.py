@@ -6,7 +6,6 @@ normalised over the effective batch: neither packing nor the micro-batch changes
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import time
@@ -30,7 +29,7 @@ from d2lora import packing, tracking
 from d2lora.config import Recipe
 from d2lora.data import REFERENCE_BLOCK, Subset, sft_examples
 from d2lora.model import Base, device, memory_mb
-from d2lora.plan import canonical
+from d2lora.plan import digest
 from d2lora.store import cached, write_json
 
 Progress = Callable[[int, int], None]
@@ -117,8 +116,7 @@ class DPO(_WholeBatch, DPOTrainer):
         everything, values = examples + ahead, []
         for start in range(0, len(everything), REFERENCE_BLOCK):
             block = everything[start : start + REFERENCE_BLOCK]
-            name = hashlib.sha256(canonical(block).encode()).hexdigest()[:20]
-            values += cached(self.cache / f"{name}.json", functools.partial(self.reference_logps, block))
+            values += cached(self.cache / f"{digest(block)}.json", functools.partial(self.reference_logps, block))
         self.check_reference(examples[:4], values[:4])
         self.model.train()
         for column, part in zip(("chosen", "rejected"), zip(*values[: len(examples)], strict=True), strict=True):

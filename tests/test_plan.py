@@ -111,10 +111,10 @@ SOURCES = {
     "inits": "3c428b6f0dc0",
     "model": "fe305ca1f406",
     "packing": "af89367a6c1c",
-    "train": "0a770d13f862",
+    "train": "d6ea1d534020",
     "evaluate": "7ab4877aea4b",
     "answers": "6e7ecc83d20a",
-    "pipeline": "25a09d3f8f68",
+    "pipeline": "41ae2457751c",
 }
 
 

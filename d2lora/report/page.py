@@ -4,7 +4,6 @@ Texts of records (prompts, answers) are not trusted: they enter as JSON that can
 ever sets them as text.
 """
 
-import hashlib
 import json
 import random
 from collections.abc import Iterable
@@ -141,7 +140,7 @@ class _Data:
 
 def fingerprint(value: object) -> str:
     """Twelve digits that tell one value from another."""
-    return hashlib.sha256(plan.canonical(value).encode()).hexdigest()[:12]
+    return plan.digest(value, 12)
 
 
 def _point(p: Point) -> dict:
