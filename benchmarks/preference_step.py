@@ -59,12 +59,12 @@ class Counter:
 
 
 def ours(base, drawn, spec, recipe, folder: Path) -> dict:
-    from d2lora import model, train
+    from d2lora import model, train, trainers
 
     with model.adapter(base, spec, None) as wrapped:
         counter = Counter(base.model.base_model)
-        inner, spent = train.DPO.with_reference, []
-        train.DPO.with_reference = lambda *a, **k: timed(inner, spent, *a, **k)
+        inner, spent = trainers.DPO.with_reference, []
+        trainers.DPO.with_reference = lambda *a, **k: timed(inner, spent, *a, **k)
         clock = time.monotonic()
         metrics = train.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
         seconds = time.monotonic() - clock
@@ -91,12 +91,12 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     from trl.experimental.utils import DPODataCollatorWithPadding
 
-    from d2lora import model, train
+    from d2lora import model, train, trainers
 
     dpo = spec["method"]["name"] == "dpo"
     plain = type("Plain", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *a, **k: dataset})
     if not dpo:
-        plain = type("Plain", (ORPOTrainer,), {"tokenize_row": train.ORPO.tokenize_row})
+        plain = type("Plain", (ORPOTrainer,), {"tokenize_row": trainers.ORPO.tokenize_row})
     lengths = [
         {**e, "length": max(len(e["chosen_ids"]), len(e["rejected_ids"])) + len(e["prompt_ids"])}
         for e in drawn.examples

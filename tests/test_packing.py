@@ -12,8 +12,10 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.utils import DPODataCollatorWithPadding
+from trl.trainer.utils import add_fused_lm_head
 
-from d2lora import data, model, packing, train
+from d2lora import data, model, packing, train, trainers
 from d2lora.data import Subset, sft_examples
 
 STEPS, BATCH = 50, 4
@@ -88,7 +90,7 @@ class PlainDPO(DPOTrainer):
 
 class PlainORPO(ORPOTrainer):
     def tokenize_row(self, feature, model=None) -> dict:
-        return train.ORPO.tokenize_row(self, feature)
+        return trainers.ORPO.tokenize_row(self, feature)
 
 
 def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], folder: Path) -> dict:
@@ -104,7 +106,7 @@ def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], fol
             wrapped.delete_adapter("ref")
     else:
         args = ORPOConfig(str(folder), max_length=512, beta=method["beta"], **ARGUMENTS)
-        collator = train.DPODataCollatorWithPadding(tokenizer.pad_token_id)
+        collator = DPODataCollatorWithPadding(tokenizer.pad_token_id)
         trainer = PlainORPO(args=args, train_dataset=Dataset.from_list(examples), data_collator=collator, **common)
     trainer.train()
     return adapter(wrapped)
@@ -150,7 +152,7 @@ def test_after_50_steps_the_adapter_is_trl_s(cell, tiny, tmp_path, pairs, method
 
 def test_a_pair_s_log_probabilities_are_those_of_separate_sequences(tiny, pairs) -> None:
     wrapped = started(tiny, warm=True)
-    train.add_fused_lm_head(wrapped.get_base_model())
+    add_fused_lm_head(wrapped.get_base_model())
     packed = packing.pack(pairs[:8], hidden=32)
     with torch.no_grad():
         found = packing.by_answer(packing.log_probs(wrapped, packed).log_probs, packed).sum(1)
@@ -185,7 +187,7 @@ def test_flex_attention_gives_the_same_log_probabilities(tiny, pairs) -> None:
         for kind, hidden in (("sdpa", 32), ("flex_attention", None)):
             wrapped, packed = started(tiny, warm=True), packing.pack(pairs[:4], hidden)
             wrapped.get_base_model().set_attn_implementation(kind)
-            train.add_fused_lm_head(wrapped.get_base_model())
+            add_fused_lm_head(wrapped.get_base_model())
             found[kind] = packing.by_answer(packing.log_probs(wrapped, packed).log_probs, packed)
     assert torch.allclose(found["sdpa"], found["flex_attention"], atol=5e-5)
 
