@@ -1,8 +1,7 @@
 """W&B mirrors the records: a run a stage, a light run a cell, one report run a sweep. It is never the source of a number.
 
-All calls of wandb are made by threads, one a run, and the stages do not wait for them: a server that is down, slow or
-refuses cannot hold up a cell. The first thing that goes wrong is told in one line; from then on the process keeps its
-runs on disk, where `wandb sync` finds them. Run ids come from keys, so a stage taken up again continues its run.
+Run ids come from keys, so a stage taken up again continues its run. How runs are sent, and that nobody waits for a server, is
+wandb_runs.py's.
 """
 
 import contextlib
@@ -10,202 +9,22 @@ import csv
 import functools
 import html
 import json
-import netrc
 import os
-import queue
 import re
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from d2lora import data, plan
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Stage
 from d2lora.store import Store, cached, write_json
+from d2lora.wandb_runs import Run, disabled, flush, hush, is_offline
 
-# --- what this process knows of W&B --------------------------------------------------------------------------------
-
-
-@dataclass
-class _State:
-    runs: "list[_Run]" = field(default_factory=list)  # begun and not ended
-    stage: "_Run | None" = None  # of the stage at work
-    offline: bool = False  # something went wrong: runs are kept on disk from there on
-    left: bool = False  # runs were left behind, as they did not come to an end
-    stuck: bool = False  # that happened again: no more runs
-    warned: bool = False
-
-
-_state = _State()
-_at_once = threading.BoundedSemaphore(4)  # runs that are begun, filled or uploaded at the same time
-
-
-def _warn(text: str) -> None:
-    """One warning a process: what follows is mostly the same again."""
-    if not _state.warned:
-        print(f"W&B: {text}", file=sys.stderr, flush=True)
-    _state.warned = True
-
-
-def _fail(error: BaseException) -> None:
-    """Keep the coming runs on disk, and say why."""
-    _state.offline = True
-    line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
-    _warn(f"{line}: runs are kept on disk from here on")
-
-
-def _disabled(config: Config) -> bool:
-    mode = os.environ.get("WANDB_MODE") if config.wandb.mode == "auto" else config.wandb.mode
-    return mode == "disabled" or _state.stuck
-
-
-def flush(config: Config) -> None:
-    """Wait for what is still to be written or uploaded, but not for ever. Every job ends with it."""
-    started, patience = time.monotonic(), config.wandb.patience
-    slow = TimeoutError(f"the server takes longer than wandb.patience={patience:g} s")
-    for limit, then in ((patience, lambda: _fail(slow)), (2 * patience + 5, _give_up)):
-        for run in _state.runs:
-            run.thread.join(max(0.0, started + limit - time.monotonic()))
-        _state.runs = [run for run in _state.runs if run.thread.is_alive()]
-        if not _state.runs:
-            return
-        then()
-
-
-def _give_up() -> None:
-    """Leave runs behind that do not come to an end. Those to come are on disk and need no server."""
-    global _at_once
-    _at_once = threading.BoundedSemaphore(4)
-    _state.stuck, _state.left, _state.runs = _state.left, True, []
-
-
-# --- a run ---------------------------------------------------------------------------------------------------------
-
-
-class _Run:
-    """One W&B run, begun, filled and ended by a thread of its own, in the order in which it was asked to."""
-
-    def __init__(self, whose: Config, output: Path, **about: Any) -> None:
-        self.whose, self.output, self.about = whose, output, about
-        self.tasks: queue.SimpleQueue[Callable[[Any], object] | int] = queue.SimpleQueue()
-        self.before = next((r for r in _state.runs if r.about["id"] == about["id"]), None)
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        _state.runs.append(self)
-        self.thread.start()
-
-    def do(self, task: Callable[[Any], object]) -> None:
-        """Have the thread call task(run), unless all of the run was logged before."""
-        self.tasks.put(task)
-
-    def end(self, code: int = 0) -> None:
-        """Have the thread end the run; with a code other than 0 it shows as failed."""
-        self.tasks.put(code)
-
-    def _work(self) -> None:
-        if self.before:  # an earlier try of the same stage is still ending
-            self.before.thread.join()
-        with _at_once:
-            try:
-                _prepare(self.output)
-                run = self._begin()
-                # Of a stage that another output folder has done already nothing is logged twice.
-                logged = run.resumed and "seconds" in run.summary.keys()  # noqa: SIM118 (not a dict)
-                while not isinstance(task := self.tasks.get(), int):
-                    self._try(task, run) if not logged else None
-                run.finish(exit_code=task)
-            except Exception as error:
-                _fail(error)
-
-    def _try(self, task: Callable[[Any], object], run: Any) -> None:
-        try:
-            task(run)
-        except Exception as error:
-            _fail(error)
-
-    def _begin(self) -> Any:
-        mode = "offline" if _state.offline else _mode(self.whose)
-        try:
-            return self._init(mode)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            _fail(error)
-            return self._init("offline")
-
-    def _init(self, mode: str) -> Any:
-        import wandb
-
-        wanted = self.whose.wandb
-        self.output.mkdir(parents=True, exist_ok=True)
-        return wandb.init(
-            mode=mode,  # type: ignore[arg-type]
-            project=wanted.project or os.environ.get("WANDB_PROJECT", "d2lora"),
-            entity=wanted.entity,
-            group=self.whose.sweep,
-            dir=self.output,
-            resume="allow",
-            reinit="create_new",
-            settings=_settings(wanted.patience),
-            **self.about,
-        )
-
-
-def _prepare(output: Path) -> None:
-    """What wandb takes from the environment only; it must be there before the import."""
-    # Its staging of artifacts and its cache belong to the runs, not to the home folder.
-    os.environ.setdefault("WANDB_DATA_DIR", str(output / "wandb" / "data"))
-    os.environ.setdefault("WANDB_CACHE_DIR", str(output / "wandb" / "cache"))
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its end waits half a minute for a server that is silent
-
-
-def _settings(patience: float) -> Any:
-    import wandb
-
-    return wandb.Settings(
-        silent=True,
-        console="off",
-        init_timeout=patience / 2,
-        finish_timeout=patience,
-        finish_timeout_raises=True,
-        x_graphql_timeout_seconds=patience / 4,
-        x_graphql_retry_max=5,
-        x_graphql_retry_wait_min_seconds=patience / 60,
-        x_graphql_retry_wait_max_seconds=patience / 10,
-        x_disable_meta=True,  # it holds paths of this machine; records say what matters of it
-        disable_git=True,
-        disable_code=True,
-        x_save_requirements=False,
-    )
-
-
-def _mode(config: Config) -> str:
-    """auto is WANDB_MODE, or online with credentials and offline without."""
-    wanted = os.environ.get("WANDB_MODE", "auto") if config.wandb.mode == "auto" else config.wandb.mode
-    if wanted in ("auto", "online") and _credentials():
-        return "online"
-    if wanted == "online":  # wandb would ask for a key here
-        _fail(UserError("wandb.mode=online, but no credentials (wandb login, or WANDB_API_KEY)"))
-    return "offline"
-
-
-def _credentials() -> bool:
-    """Whether there is a key for the server: in the environment, or in .netrc, where `wandb login` writes it."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    import wandb
-
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        host = urlsplit(wandb.setup().settings.base_url).netloc
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    return False
-
+_at_work: ContextVar[Run | None] = ContextVar("at_work", default=None)  # the run of the stage at work
 
 # --- stages --------------------------------------------------------------------------------------------------------
 
@@ -213,13 +32,13 @@ def _credentials() -> bool:
 @contextlib.contextmanager
 def stage(config: Config, chain: plan.Chain, stage: Stage, store: Store) -> Iterator[None]:
     """The run of a stage that does work. At the end it gets what the published record says, or is marked as failed."""
-    if _disabled(config):
+    if disabled(config):
         yield
         return
     about = _about(config, chain, stage)
-    run = _Run(config, store.folder.parent, id=stage.key, job_type=stage.name, **about)
+    run = Run(config, store.folder.parent, id=stage.key, job_type=stage.name, **about)
     run.do(_define_axes)
-    _state.stage = run
+    token = _at_work.set(run)
     try:
         yield
         record, place = store.record(stage), store.place(stage)
@@ -230,17 +49,18 @@ def stage(config: Config, chain: plan.Chain, stage: Stage, store: Store) -> Iter
         run.end()
     except BaseException as error:
         run.end(code=1)
-        _state.warned |= isinstance(error, KeyboardInterrupt)  # wandb ends now, whatever its threads make of it
+        if isinstance(error, KeyboardInterrupt):
+            hush()
         raise
     finally:
-        _state.stage = None
+        _at_work.reset(token)
 
 
 def log(values: dict[str, float], samples_seen: int) -> None:
     """Log a training's values of now to the run of the stage at work, if it has one."""
-    if _state.stage:
+    if run := _at_work.get():
         now = {f"train/{k}": v for k, v in values.items()} | {"samples_seen": samples_seen, "_timestamp": time.time()}
-        _state.stage.do(lambda r: r.log(now))
+        run.do(lambda r: r.log(now))
 
 
 def _about(config: Config, chain: plan.Chain, stage: Stage) -> dict:
@@ -365,7 +185,7 @@ def _note(kind: str, name: str, spec: dict) -> Any:
 
 def cell(cell: Cell, store: Store) -> None:
     """The light run of a cell whose stages are all done: its config, flat, and its results. Logged once."""
-    if _disabled(cell.config):
+    if disabled(cell.config):
         return
     records = {s: store.record(s) for s in cell.chain.results}
     if any(r is None for r in records.values()):
@@ -425,7 +245,7 @@ def report(cells: list[Cell], store: Store, tables: str) -> str:
     Returns what to tell the user: where the runs are. Empty where W&B is disabled.
     """
     config, output = cells[0].config, store.folder.parent
-    if _disabled(config):
+    if disabled(config):
         return ""
     for each in cells:
         cell(each, store)
@@ -476,7 +296,7 @@ def _number(text: str) -> Any:
 
 def _where(output: Path) -> str:
     kept = any((output / "wandb").glob("offline-run-*"))
-    if kept or _state.offline:
+    if kept or is_offline():
         shown = os.path.relpath(output)
         return f"W&B: runs in {shown}/wandb; to upload them: wandb sync --include-online {shown}/wandb/*run-*"
     return "W&B: the runs are online"
@@ -490,7 +310,7 @@ def _log_once(run_id: str, content: object, whose: Config, output: Path, fill: C
     file, now = output / "wandb" / "logged" / f"{run_id}.json", _digest(content)
     if file.exists() and cached(file, str) == now:
         return
-    run = _Run(whose, output, id=run_id, **about)
+    run = Run(whose, output, id=run_id, **about)
     run.do(fill)
     run.do(lambda _: write_json(file, now))
     run.end()
