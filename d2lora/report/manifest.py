@@ -1,4 +1,8 @@
-"""Manifests: what a sweep planned, each cell's resolved config with the keys of its stages."""
+"""Manifests: what a sweep planned, each cell's resolved config with the keys of its stages.
+
+`cells` are those of the grid as it was typed last: its tables. `earlier` are others that this sweep's name once had; their
+results stay in results.csv, and their records in the store.
+"""
 
 import json
 from pathlib import Path
@@ -12,14 +16,26 @@ from d2lora.store import write_json
 def write_manifest(output: Path, cells: list[Cell]) -> None:
     """The grid as planned: each cell's resolved config and the keys of its stages."""
     sweep = cells[0].config.sweep
-    write_json(_manifest(output, sweep), {"sweep": sweep, "cells": [_entry(c) for c in cells]})
+    before = _known(output, sweep)
+    _write(output, sweep, [_entry(c) for c in cells], [*before["earlier"], *before["cells"]])
 
 
 def add_to_manifest(output: Path, cell: Cell) -> None:
     """A cell typed by hand joins its sweep's manifest."""
-    entries = read_manifest(output, cell.config.sweep)["cells"] if _manifest(output, cell.config.sweep).exists() else []
-    kept = [e for e in entries if e["id"] != cell.id]
-    write_json(_manifest(output, cell.config.sweep), {"sweep": cell.config.sweep, "cells": [*kept, _entry(cell)]})
+    before = _known(output, cell.config.sweep)
+    kept = [e for e in before["cells"] if e["id"] != cell.id]
+    _write(output, cell.config.sweep, [*kept, _entry(cell)], before["earlier"])
+
+
+def _known(output: Path, sweep: str) -> dict:
+    """The sweep's manifest, or an empty one."""
+    return read_manifest(output, sweep) if _manifest(output, sweep).exists() else {"cells": [], "earlier": []}
+
+
+def _write(output: Path, sweep: str, cells: list[dict], earlier: list[dict]) -> None:
+    now = {entry["id"] for entry in cells}
+    others = {entry["id"]: entry for entry in earlier if entry["id"] not in now}
+    write_json(_manifest(output, sweep), {"sweep": sweep, "cells": cells, "earlier": list(others.values())})
 
 
 def _entry(cell: Cell) -> dict:
@@ -44,7 +60,7 @@ def read_manifest(output: Path, sweep: str) -> dict:
     """A sweep's manifest. UserError if there is none or it is damaged."""
     file = _manifest(output, sweep)
     try:
-        return json.loads(file.read_text())
+        return {"earlier": []} | json.loads(file.read_text())
     except FileNotFoundError:
         there = ", ".join(sorted(f.stem for f in file.parent.glob("*.json"))) or "none"
         raise UserError(f"sweep={sweep}: no such sweep was started here (there: {there})") from None

@@ -107,8 +107,14 @@ def _read_scores(file: Path, metrics: dict) -> dict[str, np.ndarray]:
 
 
 def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
-    """One row a cell, benchmark and metric; a cell without its evaluation has one row with empty values."""
-    for cell in manifest["cells"]:
+    """One row a cell, benchmark and metric; a cell without its evaluation has one row with empty values.
+
+    Earlier cells of the sweep's name have rows where they are finished.
+    """
+    finished = (
+        c for c in manifest["earlier"] if all(records.get("evaluate", k) for k in c["stages"]["evaluate"].values())
+    )
+    for cell in [*manifest["cells"], *finished]:
         c, stages = cell["config"], cell["stages"]
         trained = [r for name in ("prepare", "warmup", "adapt") if (r := records.get(name, stages.get(name)))]
         rates = c["recipe"]["lr"]

@@ -1,0 +1,46 @@
+"""What a sweep's name once had is kept, whatever is typed under it next."""
+
+import csv
+from pathlib import Path
+
+import made
+from test_report import grid
+
+from d2lora import report
+from d2lora.report import manifest
+from d2lora.store import Store, garbage
+
+
+def sizes(output: Path) -> list[str]:
+    with (output / "report" / "results.csv").open() as lines:
+        return sorted({row["n"] for row in csv.DictReader(lines)})
+
+
+def test_another_grid_of_the_same_name_loses_no_result_and_no_adapter(tmp_path: Path) -> None:
+    first, second = grid(n=[100], m=[0]), grid(n=[200], m=[0])
+    lost = grid(n=[500], m=[0])
+    made.publish(tmp_path, first)
+    made.publish(tmp_path, lost, missing=lambda stage: stage.name == "evaluate")
+    made.publish(tmp_path, second)
+    text = report.finish(tmp_path, "mine")
+    assert "n=200" in text
+    assert "n=100" not in text, "the table is that of the grid as it was typed last"
+    assert sizes(tmp_path) == ["100", "200"], "and results.csv has all that is finished"
+    assert list(garbage(tmp_path)) == []
+
+
+def test_a_cell_that_comes_back_is_in_the_table_again(tmp_path: Path) -> None:
+    first, second = grid(n=[100], m=[0]), grid(n=[200], m=[0])
+    made.publish(tmp_path, first)
+    made.publish(tmp_path, second)
+    manifest.write_manifest(tmp_path, [*first, *second])
+    found = manifest.read_manifest(tmp_path, "mine")
+    assert (len(found["cells"]), found["earlier"]) == (len(first) + len(second), [])
+
+
+def test_a_single_cell_joins_the_grid(tmp_path: Path) -> None:
+    (cell,) = grid(n=[200], m=[0])
+    manifest.write_manifest(tmp_path, grid(n=[100], m=[0]))
+    manifest.add_to_manifest(tmp_path, cell)
+    assert [e["config"]["n"] for e in manifest.read_manifest(tmp_path, "mine")["cells"]] == [100, 200]
+    assert not Store(tmp_path).folder.exists()
