@@ -80,7 +80,8 @@ class Store:
 
         folder = self.folder / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{stage.key}.lock")
+        # Without a soft lock in its place: that one outlives a killed process on another node.
+        lock = FileLock(folder / f"{stage.key}.lock", fallback_to_soft=False)
         try:
             lock.acquire()
         except (NotImplementedError, OSError):
@@ -188,7 +189,7 @@ def _faults(place: Path) -> Iterator[str]:
 def garbage(output: Path) -> Iterator[tuple[Path, str]]:
     """What can be freed, and why: records that no manifest names, what kills left, checkpoints of finished stages."""
     manifests = [json.loads(f.read_text()) for f in (output / "manifests").glob("*.json")]
-    named = {key for m in manifests for cell in m["cells"] for key in _strings(cell["stages"])}
+    named = {key for m in manifests for cell in m["cells"] + m.get("earlier", []) for key in _strings(cell["stages"])}
     for place in _entries(output):
         if place.name.startswith("."):
             if not _locked(output, place.name[1:].split("-")[0]):
@@ -216,7 +217,7 @@ def _locked(output: Path, key: str) -> bool:
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(output / "store" / ".locks" / f"{key}.lock", timeout=0):
+        with FileLock(output / "store" / ".locks" / f"{key}.lock", timeout=0, fallback_to_soft=False):
             return False
     except Timeout:
         return True

@@ -6,8 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,6 +21,8 @@ from d2lora.errors import UserError
 from d2lora.plan import Cell, Job, Stage
 from d2lora.report import manifest
 from d2lora.store import Store
+
+_SLURM_SECONDS = 20  # between two looks at Slurm's queue
 
 
 def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, arguments: Sequence[str]) -> None:
@@ -38,7 +41,7 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))
     with progress.line(functools.partial(summary.progress_text, cells, store)):
-        _launch_all(launcher, cells, store)
+        _launch_all(functools.partial(_launch_once, launcher, config), cells, store)
     lost = [s for s in plan.stages(cells) if not store.done(s)]
     print(tables := report.finish(output, cells[0].config.sweep, draw=new))
     if told := tracking.report(cells, store, tables):
@@ -48,17 +51,21 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
         raise SystemExit(1)
 
 
-def _launch_all(launcher: Any, cells: list[Cell], store: Store) -> None:
+# Hands jobs to the launcher, and says what stopped it before its end, if something did.
+Launch = Callable[[list[Job]], str | None]
+
+
+def _launch_all(launch: Launch, cells: list[Cell], store: Store) -> None:
     """The batches of plan.batches, each without what the failure of a preparation or warm-up blocks."""
     done = {s.key for s in plan.stages(cells) if store.done(s)}
     for stage in plan.stages(cells):
         pipeline.failure(cells[0].config, stage).unlink(missing_ok=True)  # of an earlier try
     for batch in plan.batches(cells, done):
-        _launch(launcher, [job for job in batch if all(map(store.done, job.waits_for))], store)
+        _launch(launch, [job for job in batch if all(map(store.done, job.waits_for))], store)
 
 
-def _launch(launcher: Any, jobs: list[Job], store: Store) -> None:
-    """Hand jobs to the launcher. Whether they worked is judged by the store alone, so a launcher may say what it likes.
+def _launch(launch: Launch, jobs: list[Job], store: Store) -> None:
+    """Have jobs done. Whether they worked is judged by the store alone, so a launcher may say what it likes.
 
     A worker that the system kills takes its siblings with it on some launchers (joblib), and some (submitit) stop waiting for
     them. So what was at work when the launcher stopped is tried again, each job alone; what had not begun, together.
@@ -66,10 +73,9 @@ def _launch(launcher: Any, jobs: list[Job], store: Store) -> None:
     waves = [jobs] if jobs else []
     while waves:
         wave = waves.pop(0)
-        stopped = _launch_once(launcher, wave)
+        stopped = launch(wave)
         if stopped is None:
             continue
-        _wait_for_children()
         left = [job for job in wave if _unsettled(job, store)]
         begun = [job for job in left if any(_begun(stage, store) for stage in job.stages)]
         if len(wave) == 1 and begun:
@@ -82,9 +88,9 @@ def _launch(launcher: Any, jobs: list[Job], store: Store) -> None:
             waves += ([rest] if rest else []) + [[job] for job in begun]
 
 
-def _launch_once(launcher: Any, jobs: list[Job]) -> str | None:
-    """What stopped the launcher; None if it came to its end."""
-    overrides = [[*job.cell.overrides, f"job=[{','.join(s.key for s in job.stages)}]"] for job in jobs]
+def _launch_once(launcher: Any, config: DictConfig, jobs: list[Job]) -> str | None:
+    """What stopped the launcher; None if it came to its end. No job of it is at work any more, either way."""
+    overrides = [[*job.cell.overrides, f"job={[s.key for s in job.stages]}"] for job in jobs]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # joblib renews workers that grew
@@ -92,15 +98,18 @@ def _launch_once(launcher: Any, jobs: list[Job]) -> str | None:
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:
+        _wait_for_siblings(config)
         return f"{type(error).__name__}: {cli.one_line(error) if isinstance(error, Exception) else error}"
     return None
 
 
-def _wait_for_children() -> None:
-    """Wait for jobs that a launcher started as processes of this one and gave up on when another failed."""
+def _wait_for_siblings(config: DictConfig) -> None:
+    """Wait for jobs that a launcher gave up on when another failed: processes of this one, or Slurm's."""
     import psutil
 
     psutil.wait_procs([p for p in psutil.Process().children(recursive=True) if "submitit" in " ".join(p.cmdline())])
+    while _slurm_jobs(config):
+        time.sleep(_SLURM_SECONDS)
 
 
 def _unsettled(job: Job, store: Store) -> bool:
@@ -114,13 +123,17 @@ def _begun(stage: Stage, store: Store) -> bool:
     return not store.done(stage) and any(store.place(stage).parent.glob(f".{stage.key}-*"))
 
 
+def _slurm_jobs(config: DictConfig) -> list[str]:
+    """This sweep's jobs that Slurm has queued or running; none with another launcher."""
+    if "Slurm" not in config.hydra.launcher.get("_target_", "") or not shutil.which("squeue"):
+        return []
+    command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={config.hydra.job.name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+
+
 def _refuse_twice(config: DictConfig, sweep: str) -> None:
     """UserError while Slurm still has jobs of this sweep: typed again, it would start them twice."""
-    if "Slurm" not in config.hydra.launcher.get("_target_", "") or not shutil.which("squeue"):
-        return
-    command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={config.hydra.job.name}"]
-    jobs = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-    if jobs:
+    if jobs := _slurm_jobs(config):
         raise UserError(
             f"sweep={sweep}: {len(jobs)} of its Slurm jobs are still queued or running ({', '.join(jobs[:5])}): wait for them, or `scancel` them"
         )

@@ -10,9 +10,14 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from d2lora import sweep
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["method.epochs=1", "task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
@@ -134,6 +139,37 @@ def test_slurm_jobs_that_are_still_queued_are_not_started_twice(tmp_path: Path, 
     assert done.returncode == 2
     assert "sweep=mine: 2 of its Slurm jobs are still queued or running (41, 42)" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_launcher_is_not_followed_while_slurm_still_has_its_jobs(tmp_path: Path, monkeypatch) -> None:
+    left = tmp_path / "left"
+    left.write_text("2")
+    squeue = tmp_path / "squeue"  # one job fewer each time it is asked
+    squeue.write_text(f'#!/bin/sh\nn=$(cat {left}); [ "$n" = 0 ] || {{ echo $n; echo $((n - 1)) > {left}; }}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sweep, "_SLURM_SECONDS", 0)
+
+    class Broken:
+        def launch(self, overrides, initial_job_idx):
+            raise RuntimeError("a job timed out")
+
+    config = OmegaConf.create({"hydra": {"launcher": {"_target_": "SlurmLauncher"}, "job": {"name": "d2lora-mine"}}})
+    assert sweep._launch_once(Broken(), config, []) == "RuntimeError: a job timed out"
+    assert left.read_text().strip() == "0"
+
+
+def test_keys_that_look_like_numbers_reach_their_job_as_text() -> None:
+    keys, given = ["12345678901234567890", "12e34567890123456789"], []
+
+    class Launcher:
+        def launch(self, overrides, initial_job_idx):
+            given.extend(overrides)
+
+    stages = [SimpleNamespace(key=key) for key in keys]
+    job = SimpleNamespace(cell=SimpleNamespace(overrides=("n=4",)), stages=stages)
+    assert sweep._launch_once(Launcher(), OmegaConf.create({}), [job]) is None
+    assert OverridesParser.create().parse_override(given[0][-1]).value() == keys
 
 
 def test_after_ctrl_c_no_worker_outlives_its_sweep(tiny: Path, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import multiprocessing
 from pathlib import Path
@@ -76,6 +78,18 @@ def test_two_processes_do_a_stage_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert len(pids) == 1
+
+
+def test_a_file_system_without_locks_waits_for_nobody(tmp_path: Path, monkeypatch) -> None:
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    stage, store = Stage("adapt", {"n": 1}), Store(tmp_path)
+    lock = tmp_path / "store" / ".locks" / f"{stage.key}.lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text("4711\nanother-node\n")  # of a job that was killed there
+    assert store.ensure(stage, lambda folder: {"key": stage.key, "metrics": {}})["key"] == stage.key
 
 
 def test_damaged_or_foreign_records_are_named_and_kept(tmp_path: Path) -> None:
