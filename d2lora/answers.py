@@ -5,6 +5,7 @@ import re
 from fractions import Fraction
 
 _NUMBER = r"[-+\u2212]?\s*(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?"
+_LARGEST_POWER = 300  # of ten; an answer with more is no number anyone means, and would take for ever to write out
 _FRACTION = re.compile(r"(?:([-+])\s*)?\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _TOKEN = re.compile(
     rf"(?P<whole>[-+\u2212]?\d+)\s+(?P<above>\d+)\s*/\s*(?P<below>\d+)"  # 1 1/2
@@ -72,7 +73,10 @@ def _number(match: re.Match) -> Fraction | None:
         top, bottom = _decimal(match["top"]), _decimal(match["bottom"])
         return top / bottom if top is not None and bottom else None
     number = _decimal(match["number"])
-    return number * Fraction(10) ** int(match["power"]) if number is not None and match["power"] else number
+    if number is None or not match["power"]:
+        return number
+    power = int(match["power"])
+    return number * Fraction(10) ** power if abs(power) <= _LARGEST_POWER else None
 
 
 def _decimal(text: str | None) -> Fraction | None:

@@ -16,6 +16,8 @@ from d2lora.config import Benchmark
 from d2lora.errors import UserError
 from d2lora.model import Base, device
 
+_FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
+
 METRICS = {
     "number": ["accuracy"],
     "rouge": ["rouge1", "rouge2", "rougeL", "rougeLsum"],
@@ -37,15 +39,17 @@ def evaluate(
     """
     name, tasks = _named(task)
     with _quiet():
-        lm = _Watched(progress, pretrained=model, tokenizer=base.tokenizer, batch_size=batch, device=device())
+        # A bfloat16 model's likelihoods in bfloat16 would tie where they should not.
+        kind = {"batch_size": batch, "device": device(), "softmax_dtype": "float32"}
+        lm = _Watched(progress, pretrained=model, tokenizer=base.tokenizer, **kind)
         result = harness(
             lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=chat, verbosity="ERROR"
         )
-    if name not in result["samples"]:
-        raise UserError(f"task.lm_eval={name}: a group of tasks: name its tasks one by one")
-    samples = sorted(result["samples"][name], key=lambda s: s["doc_id"])
-    if not samples:
+    logged = result["samples"][name]
+    if not logged:
         raise RuntimeError(f"benchmark {name}: the evaluation gave no items")
+    # A task may read each answer in several ways ("filters"): its first one counts, so that an item is one item.
+    samples = sorted((s for s in logged if s["filter"] == logged[0]["filter"]), key=lambda s: s["doc_id"])
     metrics = [m for m in samples[0].get("metrics", []) if all(isinstance(s.get(m), int | float) for s in samples)]
     if not metrics:
         raise RuntimeError(f"benchmark {name}: no metric has a number for each item")
@@ -57,7 +61,9 @@ def _named(task: "str | ConfigurableTask") -> tuple[str, dict]:
         return str(task.config.task), {str(task.config.task): task}
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    return task, get_task_dict([task], TaskManager())
+    found = get_task_dict([task], TaskManager())
+    found[task].set_fewshot_seed(_FEWSHOT_SEED)  # the harness does so only at its own front door
+    return task, found
 
 
 def _summary(values: list[float]) -> dict:
@@ -73,10 +79,10 @@ def _item(sample: dict, metrics: list[str]) -> dict:
     if len(requests) > 1:
         likelihoods = [float(r[0]) if isinstance(r, list | tuple) else float(r) for r in sample["filtered_resps"]]
         best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-        texts = [request[1].strip() for request in requests]
+        texts, target = [request[1].strip() for request in requests], sample["target"]
         given = {
             "answer": texts[best],
-            "gold": texts[int(sample["target"])],
+            "gold": texts[target] if isinstance(target, int) else target,
             "loglikelihoods": likelihoods,
             "choices": texts,
         }
@@ -85,14 +91,18 @@ def _item(sample: dict, metrics: list[str]) -> dict:
     return {"index": sample["doc_id"], "prompt": requests[0][0], **given, **scores}
 
 
-def task_of(name: str, benchmark: Benchmark, rows: list[dict]) -> ConfigurableTask:
-    """The harness's task of one of our benchmark files, over the rows that data.py read."""
+def task_of(name: str, benchmark: Benchmark, rows: list[dict], template: bool) -> ConfigurableTask:
+    """The harness's task of one of our benchmark files, over the rows that data.py read.
+
+    For a base without a chat `template` a chat's prompt ends in a newline, as data.rendered_prompt has it in training.
+    """
     rows = rows[: benchmark.limit]
+    end = "\n" if benchmark.chat and not template else ""
     config = {
         "task": name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "test_split": "test",
-        "doc_to_text": lambda row: benchmark.prompt.format(**row),
+        "doc_to_text": lambda row: benchmark.prompt.format(**row) + end,
         "metric_list": [
             {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS[benchmark.kind]
         ],

@@ -61,6 +61,11 @@ def test_the_final_answer_is_read_as_a_number(text: str, number: object) -> None
     assert final_number(text) == number
 
 
+def test_an_absurd_power_of_ten_is_no_number_and_takes_no_time() -> None:
+    assert final_number(r"\boxed{3 \times 10^{99999999999}}") is None
+    assert final_number(r"\boxed{3 \times 10^{4}}") == 30_000
+
+
 def test_nested_braces_of_the_last_box_are_balanced() -> None:
     assert last_boxed(r"\boxed{1} \boxed{\frac{a}{\text{b}}} end") == r"\frac{a}{\text{b}}"
     assert last_boxed("no box") is None

@@ -190,7 +190,7 @@ def test_gold_answers_are_read_as_their_data_sets_write_them(paper) -> None:
     docs = data.rows(benchmark["arc_easy"].data)
     from d2lora import evaluate
 
-    task = evaluate.task_of("arc_easy", benchmark["arc_easy"], docs)
+    task = evaluate.task_of("arc_easy", benchmark["arc_easy"], docs, template=True)
     assert [task.doc_to_choice(d)[task.doc_to_target(d)] for d in task.test_docs()] == ["iron", "wood"]
 
 

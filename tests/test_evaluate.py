@@ -1,0 +1,101 @@
+"""Benchmarks through the harness: each item once, likelihoods in float32, greedy where greedy is said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+
+from d2lora import data, evaluate, model
+from d2lora.config import Benchmark, Data, Model
+from d2lora.errors import UserError
+
+ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(1, 5)]
+
+
+@pytest.fixture
+def base(tiny: Path, tmp_path: Path):
+    """base(dtype="bfloat16", template=False, generation={...}) -> the tiny model as a checkpoint might have it."""
+
+    def load(dtype: str = "float32", template: bool = True, generation: dict | None = None) -> model.Base:
+        folder = tmp_path / "base"
+        shutil.copytree(tiny, folder)
+        if not template:
+            (folder / "chat_template.jinja").unlink()
+        if generation:
+            file = folder / "generation_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | generation))
+        return model.base(Model(name="tiny", path=str(folder), dtype=dtype), tmp_path)
+
+    return load
+
+
+def run(base: model.Base, task, chat: bool = False) -> tuple[dict, list[dict]]:
+    return evaluate.evaluate(base, base.model, task, chat, 2, lambda done, total: None)
+
+
+def numbers(**more) -> Benchmark:
+    return Benchmark(
+        data=Data(path="d2lora/lab/data/math"), kind="number", prompt="{question}", gold="{answer}", max_new_tokens=3, **more
+    )  # fmt: skip
+
+
+def test_a_bfloat16_model_s_likelihoods_are_not_rounded_to_bfloat16(base) -> None:
+    benchmark = Benchmark(
+        data=Data(path="d2lora/lab/data/facts"), kind="choice", prompt="{question}", gold="{answerKey}",
+        choices="choices.text", labels="choices.label", chat=False,
+    )  # fmt: skip
+    rows = data.rows(Data(path="d2lora/lab/data/facts", split="validation"))[:4]
+    _, items = run(base("bfloat16"), evaluate.task_of("facts", benchmark, rows, template=True))
+    found = torch.tensor([x for item in items for x in item["loglikelihoods"]])
+    assert (found != found.bfloat16().float()).any()
+
+
+def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(base) -> None:
+    asked = {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6}
+    found = base(generation=asked).model.generation_config
+    assert found.repetition_penalty in (None, 1.0)
+    assert not found.do_sample
+    assert found.eos_token_id is not None
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_base_is_asked_as_it_was_trained(base, template: bool) -> None:
+    loaded = base(template=template)
+    _, items = run(loaded, evaluate.task_of("sums", numbers(), ROWS, template), chat=template)
+    assert items[0]["prompt"].endswith(data.rendered_prompt(loaded.tokenizer, ROWS[0]["question"]))
+
+
+def test_a_base_without_a_template_can_not_learn_from_conversations(base) -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        data.conversation_example(base(template=False).tokenizer, [{"role": "user", "content": "Hello"}])
+
+
+def test_an_answer_read_in_two_ways_is_one_item(base) -> None:
+    both = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("strict", "flexible")]
+    task = ConfigurableTask(
+        config={
+            "task": "sums",
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(ROWS)},
+            "test_split": "test",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "{{answer}}",
+            "output_type": "generate_until",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3},
+            "filter_list": both,
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        }
+    )
+    metrics, items = run(base(), task)
+    assert metrics["exact_match"]["items"] == len(ROWS)
+    assert [item["index"] for item in items] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("name", "told"), [("mmlu", "a group of tasks"), ("no_such", "has no such task")])
+def test_a_task_of_the_harness_is_a_single_one_that_it_has(name: str, told: str) -> None:
+    data.check_lm_eval(["gsm8k"])
+    with pytest.raises(UserError, match=f"task.lm_eval={name}: .*{told}"):
+        data.check_lm_eval([name])
