@@ -106,9 +106,9 @@ def _one_cell(this: Cell) -> int:
         print(summary.plan_text([this], store))
         return 0
     check_inputs(this.config, set())
+    manifest.add_to_manifest(output, this)
     with progress.Bar() as bar:
         lost = pipeline.do(this.config, this, store, bar.stage)
-    manifest.add_to_manifest(output, this)
     print(summary.cell_text(this, store))
     print(summary.failures_text(output, lost), end="", file=sys.stderr)
     return 1 if lost else 0

@@ -218,7 +218,7 @@ class Recipe(_Strict):
     # From here on nothing changes a result beyond rounding, so nothing of it is part of a key.
     micro_batch: Positive
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
-    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
+    attention: Literal["sdpa", "flex_attention"] = "sdpa"  # eager would add a packed batch's mask, not apply it
     eval_batch: Positive = 16
     gradient_checkpointing: StrictBool = False
     threads: Positive | None = None
@@ -268,7 +268,7 @@ class Config(_Strict):
         sources = [self.task.data, self.warmup.data, *(b.data for b in self.task.benchmark.values())]
         if self.data_root is None and any(source.path.startswith("None/") for source in sources):
             raise ValueError(
-                "data_root=null: name the folder that holds your local data sets, for example data_root=~/data"
+                "data_root=null: name the folder that holds your local data sets, for example data_root=$HOME/data"
             )
         return self
 

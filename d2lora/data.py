@@ -188,8 +188,10 @@ def _hub_rows(path: str, name: str | None, file: str | None, split: str, revisio
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are many lines; the outcome is one of ours
     if sys.stderr.isatty():
         print(f"reading {path} from the Hub or its cache ...", file=sys.stderr)
-    files = {"data_files": {split: file}} if file else {}
-    return datasets.load_dataset(path, name, split=split, revision=revision, **files).to_list()
+    if file:  # not through load_dataset: offline it does not find what it cached with data_files
+        place = Path(huggingface_hub.hf_hub_download(path, file, repo_type="dataset", revision=revision))
+        return _read(place, digest(place))
+    return datasets.load_dataset(path, name, split=split, revision=revision).to_list()
 
 
 def _from_hub(data: Data) -> list[Row]:
@@ -420,6 +422,8 @@ def conversation_example(tokenizer, messages: list[dict]) -> dict:
 
 
 def _render(tokenizer, messages: list[dict], generate: bool = False) -> str:
+    if tokenizer.chat_template is None:
+        raise UserError("the model has no chat template, which conversations need: use m=0, or an instruct model")
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
 
 
@@ -440,16 +444,20 @@ def sft_examples(examples: Iterator[dict] | list[dict]) -> list[dict]:
 
 
 def check_lm_eval(names: list[str]) -> None:
-    """UserError unless each is a task that lm-evaluation-harness has."""
+    """UserError unless each is a single task that lm-evaluation-harness has; a group has no items of its own."""
     if not names:
         return
     from lm_eval.tasks import TaskManager
 
-    known = set(TaskManager().all_tasks)
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(
-            f"task.lm_eval={unknown[0]}: lm-evaluation-harness has no such task: `lm-eval ls tasks` lists them"
-        )
+    manager = TaskManager()
+    single, known = set(manager.all_subtasks), set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"task.lm_eval={name}: lm-evaluation-harness has no such task: `lm-eval ls tasks` lists them"
+            )
+        if name not in single:
+            raise UserError(f"task.lm_eval={name}: a group of tasks: name its tasks one by one")
 
 
 def check_model(model: Model) -> None:

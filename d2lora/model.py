@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import psutil
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from d2lora import data, inits
 from d2lora.config import Model
@@ -89,6 +90,10 @@ def _load(model: Model, cache: Path) -> Base:
         raise UserError(data.hub_problem("model.path", model.path, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # only ever masked: labels and attention masks say what is padding
+    # Greedy means greedy: some checkpoints ask for penalties and temperatures of their own.
+    asked = found.generation_config
+    ends = {k: getattr(asked, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    found.generation_config = GenerationConfig(**ends)
     found.to(device()).eval().requires_grad_(False)
     return Base(model.name if place else model.path, found, tokenizer, checksum(found))
 
@@ -96,14 +101,18 @@ def _load(model: Model, cache: Path) -> Base:
 def _from_gguf(file: Path, cache: Path) -> Path:
     """The folder with a GGUF model as safetensors, made once: reading GGUF takes many seconds."""
     folder = cache / data.digest(file)[:20]
-    if not (folder / "complete").exists():
-        found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        found.config.__dict__.pop("quantization_config", None)
-        found.hf_quantizer = None
-        found.is_quantized = False
-        found.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-        (folder / "complete").touch()
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            making = Path(temporary) / "model"
+            found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            found.config.__dict__.pop("quantization_config", None)
+            found.hf_quantizer = None
+            found.is_quantized = False
+            found.save_pretrained(making)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(making)
+            with contextlib.suppress(OSError):  # another worker was faster
+                making.rename(folder)
     return folder
 
 

@@ -159,7 +159,6 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
         return metrics
 
     def smaller(micro_batch: int) -> int:
-        shutil.rmtree(checkpoints, ignore_errors=True)
         return max(d for d in range(1, micro_batch // 2 + 1) if stage.spec["batch"] % d == 0)
 
     metrics = _in_memory(attempt, smaller, "recipe.micro_batch", config.recipe.micro_batch)
@@ -207,9 +206,10 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
 
     name = plan.benchmarks(config)[chain.evaluations.index(stage)]
     benchmark = config.task.benchmark.get(name)
-    task = evaluate.task_of(name, benchmark, _rows(config, benchmark.data)) if benchmark else name
+    template = base.tokenizer.chat_template is not None
+    task = evaluate.task_of(name, benchmark, _rows(config, benchmark.data), template) if benchmark else name
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
-    chat = benchmark.chat and base.tokenizer.chat_template is not None if benchmark else False
+    chat = benchmark.chat and template if benchmark else False
     init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
     with model.trained(base, parent, init) as tested:
         attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)

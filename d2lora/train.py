@@ -108,6 +108,7 @@ def train(
     steps = math.ceil(len(rows) / spec["batch"]) * spec["epochs"]
     often = max(1, steps // 200)  # for W&B; the record keeps fewer
     args = config_class(**_arguments(spec, recipe, folder, often), **_method_arguments(method, spec["max_length"]))
+    args._n_gpu = min(args.n_gpu, 1)  # over several GPUs Trainer would spread a batch, and make it larger
     place, mark = checkpoint(folder) or (None, {})
     trainer = trainer_class(
         model=wrapped,

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +154,19 @@ def test_missing_columns_and_too_few_rows_are_named(tmp_path) -> None:
     task = Task(name="mine", data=Data(path=str(tmp_path)), prompt="{prompt}", chosen="{chosen}")
     with pytest.raises(UserError, match=r"n=2: task=mine has 1 rows"):
         data.check_task(task, 2, 0)
+
+
+def test_a_file_of_a_data_set_is_found_offline_where_the_hub_s_client_keeps_it(tmp_path) -> None:
+    commit, kept = "0123456789abcdef0123456789abcdef01234567", tmp_path / "datasets--someone--titles"
+    (kept / "snapshots" / commit).mkdir(parents=True)
+    (kept / "snapshots" / commit / "train.csv").write_text("title,abstract\nA,b\n")
+    code = (
+        "from d2lora import data, config; "
+        f"print(data.rows(config.Data(path='someone/titles', file='train.csv', revision='{commit}')))"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=data.ROOT)
+    assert done.stdout == "[{'title': 'A', 'abstract': 'b'}]\n", done.stderr
 
 
 def test_the_hub_s_problems_become_advice() -> None:

@@ -132,6 +132,26 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(make
         assert torch.allclose(weight, adapter(calm)[name], atol=1e-3), name
 
 
+def test_what_a_smaller_micro_batch_had_reached_outlives_a_kill(make, monkeypatch) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    plain, cell = packing.pack, make("full")
+
+    def pack(examples, *args):
+        if len(examples) > 4:
+            raise torch.OutOfMemoryError("simulated")
+        return plain(examples, *args)
+
+    monkeypatch.setattr(packing, "pack", pack)
+    with pytest.raises(KeyboardInterrupt):
+        do(cell, interrupt)
+    metrics = do(cell).record(cell.chain.adapt)["metrics"]  # begins with 8 again
+    assert metrics["resumed"]["step"] == 6
+    assert metrics["micro_batch"] == 4
+
+
 def test_out_of_memory_at_micro_batch_1_fails_with_advice(make, monkeypatch) -> None:
     def pack(examples, *args):
         raise torch.OutOfMemoryError("simulated")

@@ -46,7 +46,7 @@ def test_what_can_change_a_result_changes_the_key(cell, other: str) -> None:
     [
         "recipe.micro_batch=4",
         "recipe.packing=padded",
-        "recipe.attention=eager",
+        "recipe.attention=flex_attention",
         "recipe.threads=2",
         "recipe.eval_batch=3",
         "sweep=x",
@@ -107,15 +107,15 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 # plan.VERSIONS of those stages, so that old records are not taken for new ones; then write the new hash here.
 SOURCES = {
     "contamination": "5124f59ed9fe",
-    "data": "320ced159c06",
+    "data": "dc2c57710c2b",
     "inits": "3c428b6f0dc0",
-    "model": "fe305ca1f406",
+    "model": "fd0b6601e05b",
     "packing": "af89367a6c1c",
     "trainers": "0527eb2eebc5",
-    "train": "db6abf85a3b7",
-    "evaluate": "7ab4877aea4b",
-    "answers": "6e7ecc83d20a",
-    "pipeline": "41ae2457751c",
+    "train": "466ca04e9bcb",
+    "evaluate": "5d4898a3991a",
+    "answers": "f11290342e73",
+    "pipeline": "c90a2827e87c",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from d2lora import data, model, pipeline, train
 from d2lora.config import Model
@@ -136,6 +136,23 @@ def test_orpo_s_nll_covers_what_the_config_says(make) -> None:
         _, records = finish(make("method=orpo", "n=16", "method.epochs=1", f"method.nll={nll}"))
         losses[nll] = records["adapt"]["metrics"]["first_loss"]
     assert losses["prompt_and_chosen"] != pytest.approx(losses["completion"], rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
+def test_a_machine_with_several_gpus_trains_on_one(make, packing: str, monkeypatch) -> None:
+    """Trainer would spread a batch over all it sees, and make it as many times larger."""
+    plain = TrainingArguments._setup_devices.func
+
+    def two(self):
+        device, self._n_gpu = plain(self), 2
+        return device
+
+    found = functools.cached_property(two)
+    found.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
+    cell = make("n=24", f"recipe.packing={packing}", "method.epochs=1")
+    _, records = finish(cell)
+    assert records["adapt"]["metrics"]["steps"] == 24 // cell.config.recipe.batch
 
 
 def test_a_loss_that_is_no_number_stops_the_stage_and_says_where(make) -> None:
