@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+FEW_ITEMS = ("task.benchmark.lab_math.limit=16", "task.benchmark.lab_facts.limit=16")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,11 +30,10 @@ def main() -> None:
 
     axes = itertools.product(range(args.cells), ("sft", "dpo", "orpo"), (0, 16))
     seen: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(ROOT / "sweeps"), version_base="1.3"):
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for seed, method, m in itertools.islice(axes, args.cells):
-            this = cli.cell(
-                compose("smoke", [f"seed={seed}", f"method={method}", f"m={m}", "n=16", f"output={folder}"])
-            )
+            overrides = [f"seed={seed}", f"method={method}", f"m={m}", "n=16", f"output={folder}", *FEW_ITEMS]
+            this = cli.cell(compose("config", overrides))
             if pipeline.do(this.config, this, Store(Path(folder)), lambda stage: lambda done, total: None):
                 raise SystemExit("a cell failed")
             seen.append(psutil.Process().memory_info().rss / 2**20)
