@@ -154,3 +154,25 @@ def test_nothing_is_wider_than_the_window(output: Path, width: int) -> None:
     )
     assert found["page"][0] <= found["page"][1]
     assert found["dialog"][0] <= found["dialog"][1]
+
+
+@pytest.mark.browser
+@needs_browser
+def test_initializations_stand_side_by_side_and_filters_narrow_them(tmp_path: Path) -> None:
+    inits = ("lora", "gaussian")
+    cells = [c for i in inits for c in grid(f"init={i}", methods=("sft", "dpo"), n=[8], m=[0, 8])]
+    made.publish(tmp_path, cells)
+    report.write(tmp_path, ["mine"])
+    found = in_page(
+        tmp_path,
+        """
+        const rows = () => [...document.querySelectorAll("table[aria-label=initializations] tbody tr")].map((r) => r.textContent);
+        result.all = rows();
+        const filter = document.querySelector("select[name=method]");
+        filter.value = "sft"; filter.dispatchEvent(new Event("change"));
+        result.sft = rows();
+        """,
+    )
+    assert len(found["all"]) == 8
+    assert len(found["sft"]) == 4
+    assert all("SFT" in row for row in found["sft"])

@@ -26,7 +26,7 @@ const name = (p) => `${p.method.toUpperCase()} ${p.arm}, n=${amount(p.n)}`;
 const interval = (p) => (p.value === null ? "" : `[${percent(p.low, 1)}, ${percent(p.high, 1)}]`);
 
 // A D2LoRA filter keeps LoRA too: it is what D2LoRA is compared with.
-const kept = (point) => ["model", "task", "method"].every((k) => !chosen[k] || point[k] === chosen[k]) && (!chosen.m || String(point.m) === chosen.m || (point.m === 0 && chosen.m !== "0"));
+const kept = (point) => ["model", "task", "method"].every((k) => !chosen[k] || point[k] === undefined || point[k] === chosen[k]) && (!chosen.m || String(point.m) === chosen.m || (point.m === 0 && chosen.m !== "0"));
 const first = (cells) => cells.map((c) => c && data.points[c.p]).find(Boolean);
 
 // --- filters
@@ -229,11 +229,16 @@ function contamination(found) {
   const rows = Object.entries(found).flatMap(([pair, measures]) => Object.entries(measures).map(([k, m]) => [pair, k, `${percent(m.value)} %`, String(m.items)]));
   return rows.length ? h("section", {}, h("h3", {}, "Test items found in a training set"), plain(["training set / benchmark", "measure", "share", "items"], rows, "contamination")) : null;
 }
+function inits(found) {
+  if (!found) return null;
+  const rows = found.rows.filter((_, i) => kept(found.of[i]));
+  return rows.length ? h("section", {}, h("h3", {}, found.caption), plain(found.head, rows, "initializations"), found.notes.map((n) => h("p", { class: "note" }, n))) : null;
+}
 function sweep(w) {
   const [own, ...papers] = w.shown.map(shown);
   return h("section", {}, h("h2", {}, `Sweep ${w.name}`), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, papers,
     papers.some(Boolean) && own ? h("details", {}, h("summary", {}, "All cells of this sweep"), own) : own,
-    contamination(w.contamination), h("details", {}, h("summary", {}, "Table 2: the settings that ran"), plain(w.settings.head, w.settings.rows, "settings")));
+    inits(w.inits), contamination(w.contamination), h("details", {}, h("summary", {}, "Table 2: the settings that ran"), plain(w.settings.head, w.settings.rows, "settings")));
 }
 function draw() {
   hide();

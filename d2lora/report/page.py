@@ -12,7 +12,7 @@ from importlib.resources import files
 import numpy as np
 
 from d2lora import plan
-from d2lora.report import evidence, paper, tables
+from d2lora.report import evidence, inits, paper, tables
 from d2lora.report.artefacts import Shown, Sweep
 from d2lora.report.compare import Comparison
 from d2lora.report.figures import Panel
@@ -66,6 +66,7 @@ class _Data:
             "settings": {"head": head, "rows": rows},
             "contamination": sweep.contamination,
             "shown": shown,
+            "inits": _inits(sweep.inits),
         }
 
     def _shown(self, shown: Shown, sweep: Sweep) -> dict:
@@ -154,6 +155,15 @@ def _point(p: Point) -> dict:
         "items": p.table.shape[1] if p.scores else 0,
         "runs": [{"seed": seed, "done": seed in p.scores, **vars(run)} for seed, run in sorted(p.runs.items())],
     }
+
+
+def _inits(rows: list[inits.Row]) -> dict | None:
+    """The table of initializations; `of` is each row's method and m, by which filters narrow it."""
+    if not rows:
+        return None
+    head, texts = inits.table(rows)
+    of = [{"method": row.method, "m": row.m} for row in rows]
+    return {"caption": inits.CAPTION, "head": head, "rows": texts, "of": of, "notes": inits.notes(rows)}
 
 
 def _comparison(c: Comparison) -> dict:
