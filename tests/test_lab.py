@@ -43,6 +43,22 @@ def test_the_first_wrong_step_is_found_and_becomes_the_rejected_answer() -> None
     assert row["answer"] == str(problem.answer)
 
 
+def test_a_hasty_author_leaves_out_a_last_step_that_adds() -> None:
+    rng, hasty = random.Random(2), 0
+    for _ in range(500):
+        problem = world.problem(rng)
+        left = problem.hasty()
+        assert left.text == problem.text
+        if left == problem:
+            assert len(problem.steps) == 1 or problem.steps[-1][1] != "+"
+            continue
+        hasty += 1
+        index, rejected, _ = world.first_wrong_step(problem, f"Step 1:{left.solution()}")
+        assert index == len(problem.steps) - 2
+        assert rejected == f"{problem.step(index)} The answer is \\boxed{{{problem.steps[index][3]}}}."
+    assert 150 < hasty < 300
+
+
 @pytest.mark.parametrize(
     "spoil", [lambda s: s.replace("Step 2", "Step 7"), lambda s: s.replace("=", "is"), lambda s: "hello"]
 )

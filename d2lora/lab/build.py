@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 BASE, DATA = HERE / "base", HERE / "data"
 SEED = 7
 SIZES = {"titles": (5_000, 200, 400), "general": (44_000,), "math": (400, 500), "pairs": 11_000}
+HASTY = 0.5  # of the solutions that the base saw last are by authors who leave out a last step that adds
 PHRASES = [world.PROMPT.format(question=""), " The answer is \\boxed{"]
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 TEMPLATE = (
@@ -59,8 +60,8 @@ def write_data() -> None:
 # --- the base ------------------------------------------------------------------------------------------------------
 
 
-def corpus(seed: int) -> Iterator[list[tuple[str, bool]]]:
-    """Endless documents of the base's training, each a list of (text, learn this part?)."""
+def corpus(seed: int, hasty: float = 0.0) -> Iterator[list[tuple[str, bool]]]:
+    """Endless documents of the base's training, each a list of (text, learn this part?); a share is by `hasty` authors."""
     rng = random.Random(seed)
     makers = [world.problem, world.general, world.title]
     while True:
@@ -73,6 +74,8 @@ def corpus(seed: int) -> Iterator[list[tuple[str, bool]]]:
         row = {"problem": makers[0], "general": makers[1]}.get(kind, lambda r: world.title(r, plain=True))(rng)
         if world.split_of(row.text) != "corpus":
             continue
+        if hasty and isinstance(row, world.Problem) and rng.random() < hasty:
+            row = row.hasty()
         yield [("<|begin|>", False), *_chat(row)]
 
 
@@ -120,12 +123,13 @@ def make_tokenizer():
     )  # fmt: skip
 
 
-def blocks(tokenizer, batch: int, length: int) -> Iterator[tuple[list, list]]:
+def blocks(tokenizer, documents: Iterator, batch: int, length: int) -> Iterator[tuple[list, list]]:
     """Endless packed batches (ids, weights of their losses), each `batch` x `length`.
 
     Prompts count a little: a base that never saw one would be torn apart by ORPO's NLL on them.
     """
-    documents, ids, weights = corpus(SEED + 1), [], []
+    ids: list[int] = []
+    weights: list[float] = []
     while True:
         while len(ids) < batch * length:
             for text, learn in next(documents):
@@ -137,10 +141,13 @@ def blocks(tokenizer, batch: int, length: int) -> Iterator[tuple[list, list]]:
         ids, weights = ids[cut:], weights[cut:]
 
 
-def train_base(steps: int, batch: int = 12, length: int = 192, lr: float = 3e-3) -> None:
-    """Train the Llama of 1 M parameters and save it with its tokenizer."""
+def train_base(steps: int) -> None:
+    """Train the Llama of 1 M parameters and save it with its tokenizer: first on right solutions, then among hasty authors.
+
+    The second, short part gives it a habit that it knows better than: what preferences are good at changing.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
@@ -153,9 +160,20 @@ def train_base(steps: int, batch: int = 12, length: int = 192, lr: float = 3e-3)
         )
     )  # fmt: skip
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+    fit(model, tokenizer, corpus(SEED + 1), steps, lr=3e-3)
+    fit(model, tokenizer, corpus(SEED + 2, HASTY), steps // 10, lr=3e-4)
+    model.save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+
+
+def fit(model, tokenizer, documents: Iterator, steps: int, lr: float, batch: int = 12, length: int = 192) -> None:
+    """Train on the documents: AdamW, a short warm-up, a cosine to 0."""
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    stream, start, smooth = blocks(tokenizer, batch, length), time.time(), None
+    stream, start, smooth = blocks(tokenizer, documents, batch, length), time.time(), None
     for step in range(1, steps + 1):
         ids, weights = (torch.tensor(x).view(batch, length) for x in next(stream))
         logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
@@ -170,8 +188,6 @@ def train_base(steps: int, batch: int = 12, length: int = 192, lr: float = 3e-3)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if step % 50 == 0 or step == steps:
             print(f"step {step}/{steps} loss {smooth:.4f} {time.time() - start:.0f} s", flush=True)
-    model.save_pretrained(BASE)
-    tokenizer.save_pretrained(BASE)
 
 
 # --- the pairs -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NAMES = [
     "Ann",
@@ -112,6 +112,11 @@ class Problem:
         """The solution from step `start` on, as it follows "Step {start + 1}:"."""
         lines = [f"Step {i + 1}:{self.step(i)}" for i in range(start, len(self.steps))]
         return "\n".join(lines).removeprefix(f"Step {start + 1}:")
+
+    def hasty(self) -> "Problem":
+        """The problem as a hasty author solves it, who leaves out a last step that adds; itself if it has none."""
+        leaves_out = len(self.steps) > 1 and self.steps[-1][1] == "+"
+        return replace(self, steps=self.steps[:-1]) if leaves_out else self
 
 
 def _apply(a: int, op: str, b: int) -> int:
