@@ -22,6 +22,7 @@ from d2lora.plan import Chain, Stage
 from d2lora.store import Store, cached, write_json
 
 Progress = Callable[[int, int], None]
+_CODE = ("run.py", "d2lora", "hydra_plugins")  # what makes records; configs are in their specs
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "lm-eval", "d2lora")
 
 
@@ -318,7 +319,7 @@ def _git() -> dict | None:
             ["git", "rev-parse", "HEAD"], cwd=data.ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         status = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=data.ROOT, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "-uno", "--", *_CODE], cwd=data.ROOT, capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
