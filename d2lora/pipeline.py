@@ -319,7 +319,11 @@ def _git() -> dict | None:
             ["git", "rev-parse", "HEAD"], cwd=data.ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         status = subprocess.run(
-            ["git", "status", "--porcelain", "-uno", "--", *_CODE], cwd=data.ROOT, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "-uno", "--", *_CODE],
+            cwd=data.ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -115,7 +115,7 @@ SOURCES = {
     "train": "466ca04e9bcb",
     "evaluate": "5d4898a3991a",
     "answers": "f11290342e73",
-    "pipeline": "85efa16647e0",
+    "pipeline": "c488feb793fe",
 }
 
 
