@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 METHODS = ("sft", "dpo", "orpo")
 CONTINUATION = "task.continuation=rest"
-PARTS = ("start-up", "warm-up", "adaptation", "evaluation")
+PARTS = ("start-up", "contamination", "warm-up", "adaptation", "evaluation")
 
 
 # --- the other side: one cell, one process -------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def our_side(n: str, m: str, workers: int, output: Path) -> tuple[float, dict, d
     if done.returncode:
         raise RuntimeError(done.stdout[-1000:] + done.stderr[-2000:])
     parts = dict.fromkeys(PARTS, 0.0)
-    names = {"warmup": "warm-up", "adapt": "adaptation", "evaluate": "evaluation"}
+    names = {"contamination": "contamination", "warmup": "warm-up", "adapt": "adaptation", "evaluate": "evaluation"}
     for file in (output / "store").glob("*/*/record.json"):
         record = json.loads(file.read_text())
         parts[names[record["stage"]]] += record["seconds"]
@@ -247,7 +247,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wall, parts, scores = our_side(args.n, args.m, args.workers, Path(folder))
     other_wall, told = other_side(cells, args.workers)
-    other_parts = {p: sum(t["seconds"][p] for t in told) for p in PARTS}
+    other_parts = {p: sum(t["seconds"].get(p, 0.0) for t in told) for p in PARTS}
 
     print(f"{len(cells)} cells, {args.workers} workers of one thread each; seconds summed over workers")
     print(f"{'':<12}{'d2lora':>10}{'a process a cell':>18}")
