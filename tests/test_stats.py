@@ -33,30 +33,78 @@ def test_holm_is_statsmodels() -> None:
     assert stats.holm([]) == []
 
 
+def normal(spread: float) -> np.ndarray:
+    """Resampled differences that are as normal as 10,000 can be."""
+    return scipy.stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000) * spread
+
+
 def test_smallest_detectable_difference_has_the_power_that_statsmodels_finds() -> None:
     power = pytest.importorskip("statsmodels.stats.power")
     spread, items = 0.4, 1000
     expected = power.TTestPower().solve_power(nobs=items, alpha=0.05, power=0.8) * spread
-    assert stats.smallest_detectable(spread / items**0.5) == pytest.approx(expected, rel=5e-3)
+    assert stats.smallest_detectable(normal(spread / items**0.5)) == pytest.approx(expected, rel=5e-3)
+
+
+def found_by_mcnemar(items: int, won: float, lost: float, tries: int = 1000) -> float:
+    """How often the exact test finds a difference where a share `won` of items is right in one arm alone, `lost` in the other."""
+    draws = RNG.multinomial(items, [won, lost, 1 - won - lost], size=tries)
+    found = 0
+    for won_items, lost_items, _ in draws:
+        first, second = np.zeros(items), np.zeros(items)
+        second[:won_items], first[won_items : won_items + lost_items] = 1, 1
+        found += stats.mcnemar(first, second) <= 0.05
+    return found / tries
 
 
 def test_a_difference_of_that_size_is_found_four_times_in_five() -> None:
     """Simulated: 500 items, 20 % of which only one arm has right."""
-    items, discordant, tries = 500, 0.2, 1000
-    size = stats.smallest_detectable((discordant / items) ** 0.5, items)
-    draws = RNG.multinomial(items, [(discordant + size) / 2, (discordant - size) / 2, 1 - discordant], size=tries)
-    found = 0
-    for won, lost, _ in draws:
-        second = np.repeat([1.0, 0.0, 0.0], [won, lost, items - won - lost])
-        first = np.repeat([0.0, 1.0, 0.0], [won, lost, items - won - lost])
-        found += stats.mcnemar(first, second) <= 0.05
-    assert 0.74 < found / tries < 0.86
+    items, discordant = 500, 0.2
+    size = stats.smallest_detectable(normal((discordant / items) ** 0.5), items)
+    assert 0.74 < found_by_mcnemar(items, (discordant + size) / 2, (discordant - size) / 2) < 0.86
 
 
-def test_the_exact_test_needs_six_items() -> None:
+def test_the_exact_test_needs_six_items_and_finds_them_four_times_in_five_where_eight_are_expected() -> None:
     nothing, some = np.zeros(100), np.repeat([1.0, 0.0], [6, 94])
     assert stats.mcnemar(nothing, some) < 0.05 < stats.mcnemar(nothing, np.roll(some, -1) * some)
-    assert stats.smallest_detectable(0.001, 100) == 0.06
+    size = stats.smallest_detectable(normal(0.001), 1000)
+    assert size == pytest.approx(7.906e-3, rel=1e-3)
+    assert 0.77 < found_by_mcnemar(1000, size, 0.0, 2000) < 0.83
+
+
+@pytest.mark.parametrize("runs", [3, 5])
+def test_with_several_runs_too_it_is_found_four_times_in_five(runs: int) -> None:
+    """Runs that spread by 2 points around a difference of the size that such a spread lets be found."""
+    spread = np.linspace(-1, 1, runs)
+    spread *= 0.02 / spread.std(ddof=1)
+    size = stats.smallest_detectable(stats.bootstrap(np.repeat(spread[:, None], 1000, axis=1)))
+    found = [
+        stats.bootstrap_p(stats.bootstrap(np.repeat(size + RNG.normal(0, 0.02, (runs, 1)), 1000, axis=1), 2000)) <= 0.05
+        for _ in range(300)
+    ]
+    assert 0.7 < np.mean(found) < 0.88
+
+
+# Both arms right, only the first, only the second, neither. Newcombe 1998 (Stat Med 17:2635), table II; Fagerland, Lydersen and
+# Laake 2014 (Stat Med 33:2850), table V.
+@pytest.mark.parametrize(
+    ("counts", "published"), [((36, 12, 2, 0), (0.0569, 0.3404)), ((1, 1, 7, 12), (-0.507, -0.026))]
+)
+def test_the_interval_of_a_difference_is_newcombe_s(counts: tuple[int, ...], published: tuple[float, float]) -> None:
+    first, second = np.repeat([1.0, 1.0, 0.0, 0.0], counts), np.repeat([1.0, 0.0, 1.0, 0.0], counts)
+    assert stats.newcombe(second, first) == pytest.approx(published, abs=5e-4)
+    assert stats.newcombe(first, second) == pytest.approx((-published[1], -published[0]), abs=5e-4)
+
+
+@pytest.mark.parametrize("items", [100, 1319])
+def test_the_interval_of_a_difference_agrees_with_the_exact_test(items: int) -> None:
+    first = np.repeat([1.0, 0.0], [items // 2, items - items // 2])
+    for discordant in (0, 4, 6, 20):
+        second = first.copy()
+        second[-discordant or items :] = 1
+        low, high = stats.newcombe(first, second)
+        assert (low > 0) == (stats.mcnemar(first, second) < 0.05)
+        assert low < discordant / items < high
+    assert stats.newcombe(np.ones(items), np.ones(items))[1] > 0
 
 
 def test_one_run_s_bootstrap_is_scipy_s() -> None:
@@ -70,24 +118,57 @@ def test_one_run_s_bootstrap_is_scipy_s() -> None:
 
 
 def test_several_runs_spread_is_that_of_runs_and_of_items() -> None:
-    """Scores = item + run: the variance of their mean is var(run) / runs + var(item) / items."""
+    """Scores = item + run: the interval is that of a t of the runs' means and a normal of the items' together."""
     items, runs = RNG.normal(size=200), np.array([-0.3, 0.05, 0.1, 0.15])
-    drawn = stats.bootstrap(items[None] + runs[:, None])
-    expected = runs.var(ddof=1) / 4 + items.var() / 200
-    assert drawn.var() == pytest.approx(expected, rel=0.05)
-    alone = stats.bootstrap((items[None] + runs[:, None]).mean(axis=0, keepdims=True))
-    assert drawn.std() > 1.2 * alone.std(), "the spread between training runs must widen the interval"
+    scores = items[None] + runs[:, None]
+    low, high = stats.percentiles(stats.bootstrap(scores))
+    error = runs.std(ddof=1) / 2, items.std() / 200**0.5
+    both = error[0] * RNG.standard_t(3, 200_000) + error[1] * RNG.normal(size=200_000)
+    assert (high - low) / 2 == pytest.approx(np.quantile(both, 0.975), rel=0.05)
+    alone = stats.percentiles(stats.bootstrap(scores.mean(axis=0, keepdims=True)))
+    assert high - low > 1.2 * (alone[1] - alone[0]), "the spread between training runs must widen the interval"
 
 
-@pytest.mark.parametrize("runs", [2, 3])
-def test_chance_alone_is_seldom_called_more(runs: int) -> None:
-    """Two arms that differ in nothing but the luck of their seeds (2 points each): at most about 5 % are called different."""
-    called, tries = 0, 150
+def test_noise_of_single_runs_counts_once() -> None:
+    """Scores that are noise alone: their spread is a t of the runs' means, and the items add nothing of their own."""
+    scores = RNG.normal(size=(5, 300))
+    scores -= scores.mean(axis=0)  # no item is better than another
+    low, high = stats.percentiles(stats.bootstrap(scores))
+    expected = scipy.stats.t.ppf(0.975, 4) * scores.mean(axis=1).std(ddof=1) / 5**0.5
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.03)
+
+
+SPREADS = {  # standard deviations, in the ability that solves an item: of runs, of items in an arm, of items in a run
+    "runs dominate": (0.2, 0.0, 0.05),
+    "runs and items": (0.05, 0.1, 0.1),
+    "items dominate": (0.0, 0.3, 0.02),
+    "noise dominates": (0.0, 0.0, 0.3),
+}
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_chance_alone_is_seldom_called_more(runs: int, spread: str) -> None:
+    """Two arms that differ in nothing but luck: about 5 % are called different; two runs may be too careful, none too bold."""
+    luck, own, noise = SPREADS[spread]
+    called, tries, items = 0, 300, 200
     for _ in range(tries):
-        items, luck, noise = RNG.random(200), RNG.normal(0, 0.02, (2, runs, 1)), RNG.normal(0, 0.2, (2, runs, 200))
-        first, second = (items + luck + noise > 0.5).astype(float)
+        ability = RNG.random(items) + RNG.normal(0, luck, (2, runs, 1)) + RNG.normal(0, own, (2, 1, items))
+        first, second = (ability + RNG.normal(0, noise, (2, runs, items)) > 0.5).astype(float)
         called += stats.bootstrap_p(stats.bootstrap(second - first, 2000)) < 0.05
-    assert called / tries < 0.09
+    assert called / tries < 0.09, "7 % and two standard errors of 300 tries"
+    if runs == 5 and spread != "runs and items":
+        assert called / tries > 0.02
+
+
+def test_two_runs_that_agree_by_chance_show_nothing() -> None:
+    """Equal counts in both runs on other items: without a correction for whole items the interval had no width."""
+    difference = np.zeros((2, 40))
+    difference[0, :2], difference[1, 2:4] = 1, 1
+    drawn = stats.bootstrap(difference)
+    low, high = stats.percentiles(drawn)
+    assert low < 0 < high
+    assert stats.bootstrap_p(drawn) > 0.05
 
 
 def test_p_of_the_bootstrap_agrees_with_its_interval_and_a_t_test() -> None:
@@ -112,3 +193,12 @@ def test_intervals_say_something_where_all_items_are_right() -> None:
     assert 0.9 < low < 0.99
     assert high == pytest.approx(1)
     assert stats.interval(ROUGE) == stats.percentiles(stats.bootstrap(ROUGE))
+
+
+def test_an_interval_of_shares_promises_nothing_impossible() -> None:
+    low, high = stats.interval(np.repeat([[0.2], [0.9]], 50, axis=1))
+    assert (low, high) == (0, 1), "two runs say little"
+    low, high = stats.interval(np.repeat([[-3.0], [4.0]], 50, axis=1))
+    assert low < -3, "not shares"
+    low, high = stats.interval(np.ones((2, 100)))
+    assert 0.9 < low < high == 1

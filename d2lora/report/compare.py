@@ -91,15 +91,16 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
     drawn = stats.bootstrap(difference)
     exact = len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
     if exact:
-        p, test = stats.mcnemar(first[0], second[0]), "exact McNemar"
+        p, test, interval = stats.mcnemar(first[0], second[0]), "exact McNemar", stats.newcombe(first[0], second[0])
     else:
         p, test = stats.bootstrap_p(drawn), "paired bootstrap" if len(seeds) == 1 else "two-level bootstrap"
+        interval = stats.clipped(stats.percentiles(drawn), -1.0, first, second)
     return Comparison(
         lora,
         d2lora,
         difference=float(difference.mean(dtype=float)),
-        interval=stats.percentiles(drawn),
-        detectable=stats.smallest_detectable(float(drawn.std()), difference.shape[1] if exact else None),
+        interval=interval,
+        detectable=stats.smallest_detectable(drawn, difference.shape[1] if exact else None),
         p=p,
         test=test,
         seeds=seeds,
@@ -119,7 +120,7 @@ def verdict(found: Iterable[Comparison]) -> str:
     detectable = [100 * c.detectable for c in unique if c.detectable]
     if detectable:
         sizes = sorted({f"{min(detectable):.1f}", f"{max(detectable):.1f}"}, key=float)
-        text += f"; a cell alone shows differences from {' to '.join(sizes)} points on, four times in five"
+        text += f"; before Holm's correction a cell shows differences from {' to '.join(sizes)} points on, four times in five"
     seeds = {s for c in unique for s in c.seeds}
     fewer = sum(len(c.seeds) < len(seeds) for c in unique)
     return f"{text}. {seeds_text(seeds)}" + (f" {_cells(fewer)} with fewer: see seeds." if fewer else "")
@@ -134,7 +135,8 @@ def _chance(found: list[Comparison]) -> int:
 
 
 def seeds_text(seeds: set[int]) -> str:
-    """How many training seeds a table rests on; that one is only one is said."""
+    """How many training seeds a table rests on; that one or two are few is said."""
     if len(seeds) == 1:
         return f"One training seed ({min(seeds)}): what another seed would change is not known."
-    return f"{len(seeds)} training seeds ({', '.join(map(str, sorted(seeds)))}), folded into each number."
+    text = f"{len(seeds)} training seeds ({', '.join(map(str, sorted(seeds)))}), folded into each number."
+    return text + " Two hardly tell what another would change: intervals are wide." * (len(seeds) == 2)

@@ -207,8 +207,9 @@ def footnotes(tables: list[Table]) -> list[str]:
     """What a reader must know of the numbers of tables that stand together."""
     points = [p for t in tables for p in t.points]
     seeds = {s for p in points for s in p.scores}
-    one = "Wilson's for one seed's right or wrong, else percentiles of a bootstrap over items (and seeds, if several)"
-    lines = [f"Intervals (95 %): {one}."]
+    lines = [
+        "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
+    ]
     if any(t.marked for t in tables):
         lines.append(f"{MARK}.")
     if seeds and not any(t.pairs for t in tables):
