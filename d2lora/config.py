@@ -137,6 +137,10 @@ _INIT_SETTINGS: dict[str, set[str]] = {
 }
 
 
+# Those whose base is a quantized one, with or without training: they have a base of their own to compare with.
+QUANTIZING = {"loftq"}
+
+
 class Init(_Strict):
     """How A and B begin (docs/inits.md). `data` is what a preparation looks at: the warm-up's rows, or the cell's own n."""
 
@@ -284,8 +288,8 @@ class Config(_Strict):
             raise ValueError(f"recipe.lora.r={lora.r}: must be a multiple of {parts} with init={name}")
         if self.init.data == "task" and self.n == 0 and self.m != 0:
             raise ValueError("init.data=task: n=0 leaves no task rows to look at: use init.data=general")
-        if name == "loftq" and self.method.reference == "base":
-            raise ValueError("method.reference=base: with init=loftq the base is a quantized one: use warm_start")
+        if name in QUANTIZING and self.method.reference == "base":
+            raise ValueError(f"method.reference=base: with init={name} the base is a quantized one: use warm_start")
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from d2lora import contamination, data
-from d2lora.config import Benchmark, Config, Task, fields
+from d2lora.config import QUANTIZING, Benchmark, Config, Task, fields
 
 # Raised by hand when a stage's code changes what it computes; a test compares them with the source.
 VERSIONS = {"contamination": 1, "prepare": 1, "warmup": 1, "adapt": 1, "evaluate": 2}
@@ -95,7 +95,7 @@ def _is_prepared(config: Config) -> bool:
 
     D2LoRA(0, 0) is the base, however it would have started; but with LoftQ it is a quantized base with its adapter.
     """
-    return config.init.prepared and (config.m != 0 or config.n != 0 or config.init.name == "loftq")
+    return config.init.prepared and (config.m != 0 or config.n != 0 or config.init.name in QUANTIZING)
 
 
 def _prepare(config: Config) -> Stage:

@@ -266,6 +266,61 @@ def test_initializations_are_rows_of_their_own(tmp_path: Path) -> None:
     assert len(set(compare.comparisons(found).values())) == 8, "each D2LoRA is compared with LoRA of its initialization"
 
 
+def test_the_quantized_base_is_compared_with_its_own_alone(tmp_path: Path) -> None:
+    """LoftQ's (0, 0) is far worse than the base here; D2LoRA(m, 0) of each initialization is as its own base is."""
+    cells = [c for i in ("lora", "loftq", "gaussian") for c in grid(f"init={i}", n=[0, 100], m=[0, 40])]
+    quantized = lambda c: c.config.init.name == "loftq" and c.config.n == 0  # noqa: E731
+    made.publish(tmp_path, list({c.id: c for c in cells}.values()), ability=lambda c: 0.2 if quantized(c) else 0.7)
+    found = [p for p in points(tmp_path) if p.benchmark == "lab_math"]
+    pairs = compare.comparisons(found)
+    bases = {p.init: "loftq" if c.lora.init == "loftq" else "base" for p, c in pairs.items() if p.n == 0}
+    assert bases == {"lora": "base", "loftq": "loftq", "gaussian": "base"}
+    shown = {line.label: line.points.get(0) for line in tables.build(found)[0].lines}
+    assert shown["SFT LoRA gaussian"] is shown["SFT LoRA lora"] is not shown["SFT LoRA loftq"]
+    report.write(tmp_path, ["mine"])
+    body = read_csv(tmp_path / "report" / "mine" / "inits.csv")
+    untrained = {r["initialization"]: r for r in body if (r["m"], r["n"]) == ("0", "0")}
+    assert untrained.keys() == {"lora", "loftq"}
+    assert float(untrained["loftq"]["- lora"].rstrip("*")) < -20
+    without = [p for p in found if (p.init, p.m, p.n) != ("loftq", 0, 0)]
+    left = {p.init for p in compare.comparisons(without) if p.n == 0}
+    assert left == {"lora", "gaussian"}, "no other model takes the place of LoftQ's base"
+    assert 0 not in next(x for x in tables.build(without)[0].lines if x.label == "SFT LoRA loftq").points
+
+
+def test_an_initialization_from_general_rows_is_compared_within_its_warm_up(tmp_path: Path) -> None:
+    data = {"one": "chosen", "two": "rejected"}
+    general = [
+        cell
+        for init in ("lora", "corda_kpm")
+        for name, messages in data.items()
+        for cell in grid(f"init={init}", f"warmup.name={name}", f"warmup.messages={messages}", n=[100], m=[0, 40])
+    ]
+    made.publish(tmp_path, list({c.id: c for c in general}.values()))
+    found = [p for p in points(tmp_path) if p.benchmark == "lab_math"]
+    pairs = {(p.init, p.warmup): c.lora.warmup for p, c in compare.comparisons(found).items()}
+    assert pairs == {("lora", n): "" for n in data} | {("corda_kpm", n): n for n in data}
+
+
+def test_sweeps_over_models_and_recipes_keep_their_rows_and_comparisons_apart(tmp_path: Path) -> None:
+    cells = [
+        c
+        for init in ("lora", "gaussian")
+        for recipe in ("lab", "laptop")
+        for model in ("model.name=one", "model.name=two,model.dtype=bfloat16")
+        for c in grid(f"init={init}", f"recipe={recipe}", *model.split(","), n=[8], m=[0, 8])
+    ]
+    made.publish(tmp_path, cells)
+    report.write(tmp_path, ["mine"])
+    body = read_csv(tmp_path / "report" / "mine" / "inits.csv")
+    rows_ = [(r["initialization"], r["model"], r["recipe"], r["m"]) for r in body]
+    assert len(rows_) == len(set(rows_)) == 16
+    table = next(t for t in tables.build(points(tmp_path)) if t.title.startswith("lab_math"))
+    labels = [row[0] for row in tables.pair_rows(table)]
+    assert len(labels) == len(set(labels)) == 8
+    assert "SFT m=8 n=8 two gaussian laptop" in labels
+
+
 def test_the_same_records_give_the_same_report(table3: Path) -> None:
     files = {f: f.read_bytes() for f in (table3 / "report").rglob("*.*")}
     report.write(table3, ["mine"])

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from d2lora import plan, stats
-from d2lora.report.rows import Point
+from d2lora.config import QUANTIZING
+from d2lora.report.rows import Point, differing
 
 ALPHA = 0.05
+_BASE = ("", "", "")
 
 
 @dataclass(eq=False)
@@ -25,6 +27,7 @@ class Comparison:
     seeds: tuple[int, ...]
     adjusted: float = 1.0
     methods: list[str] = field(default_factory=list)  # several at n = 0, where no method has done anything yet
+    where: str = ""  # the labels that tell it from others of its table
 
     @property
     def beyond_chance(self) -> bool:
@@ -33,7 +36,7 @@ class Comparison:
     @property
     def label(self) -> str:
         names = ", ".join(m.upper() for m in self.methods)
-        return f"{names} m={plan.amount(self.d2lora.m)} n={plan.amount(self.d2lora.n)}"
+        return f"{names} m={plan.amount(self.d2lora.m)} n={plan.amount(self.d2lora.n)} {self.where}".strip()
 
 
 def comparisons(points: Iterable[Point]) -> dict[Point, Comparison]:
@@ -42,16 +45,17 @@ def comparisons(points: Iterable[Point]) -> dict[Point, Comparison]:
     Points that share their evaluations (at n = 0) share one comparison, so that it counts once, in Holm's correction too.
     """
     points = list(points)
-    lora = {_place(p): p for p in points if p.m == 0}
+    placed, labels = places(points), differing(points)
     found: dict[Point, Comparison] = {}
     distinct: dict[tuple, Comparison] = {}
     for point in points:
-        other = lora.get(_place(point))
+        other = counterpart(placed, point, point.init, 0)
         if point.m == 0 or other is None or (pair := _paired(other, point)) is None:
             continue
-        keys = tuple((_key(other, s), point.runs[s].evaluate) for s in pair[0])
+        keys = tuple((_evaluation(other, s), _evaluation(point, s)) for s in pair[0])
         if keys not in distinct:
             distinct[keys] = _compare(other, point, *pair)
+            distinct[keys].where = " ".join(filter(None, (getattr(point, k) for k in labels)))
         distinct[keys].methods.append(point.method)
         found[point] = distinct[keys]
     unique = list(distinct.values())
@@ -66,21 +70,40 @@ def compared(first: Point, second: Point) -> Comparison | None:
     return _compare(first, second, *pair) if pair else None
 
 
-def _place(point: Point) -> tuple:
-    """What a pair has in common. LoRA knows no warm-up, the base no initialization or recipe either."""
-    shared = (point.model, point.task, point.method, point.n, point.benchmark, point.metric)
-    return shared if point.n == 0 else (*shared, point.init, point.recipe)
+def places(points: Iterable[Point]) -> dict[tuple, Point]:
+    """Points by what they are, for counterpart. The base has no initialization or recipe."""
+    origins = lambda p: _BASE if p.is_base else (p.init, p.recipe, p.warmup)  # noqa: E731
+    return {(*_shared(p), p.m, *origins(p)): p for p in points}
 
 
-def _key(point: Point, seed: int) -> str:
+def counterpart(placed: dict[tuple, Point], point: Point, init: str, m: int | str) -> Point | None:
+    """The point that differs from `point` in initialization or m alone; None where the sweep has none.
+
+    LoRA has no warm-up, unless its initialization looked at one's rows; at n = 0 it is the base, which may be quantized.
+    """
+    origins = [(init, point.recipe, point.warmup), (init, point.recipe, "")]
+    if point.n == 0 and m == 0 and init not in QUANTIZING:
+        origins = [_BASE]
+    return next((placed[k] for o in origins if (k := (*_shared(point), m, *o)) in placed), None)
+
+
+def _shared(point: Point) -> tuple:
+    return point.model, point.task, point.method, point.n, point.benchmark, point.metric
+
+
+def _evaluation(point: Point, seed: int) -> str:
     return (point.runs.get(seed) or next(iter(point.runs.values()))).evaluate
 
 
 def _paired(lora: Point, d2lora: Point) -> tuple[tuple[int, ...], np.ndarray, np.ndarray] | None:
-    """Seeds that both have, and the scores (seeds, items) of LoRA and D2LoRA; None without, or on unlike items."""
+    """Seeds that both have, and the scores (seeds, items) of LoRA and D2LoRA; None without, or on unlike items.
+
+    Seeds that change neither evaluation are one.
+    """
     base = next(iter(lora.scores.values()), None) if lora.is_base else None
     first = dict.fromkeys(d2lora.scores, base) if base is not None else lora.scores
-    seeds = tuple(sorted(first.keys() & d2lora.scores.keys()))
+    shared = sorted(first.keys() & d2lora.scores.keys(), reverse=True)
+    seeds = tuple(sorted({(_evaluation(lora, s), _evaluation(d2lora, s)): s for s in shared}.values()))
     if not seeds or len(lora.tested | d2lora.tested) > 1:
         return None
     return seeds, np.stack([first[s] for s in seeds]), np.stack([d2lora.scores[s] for s in seeds])

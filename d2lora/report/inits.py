@@ -1,15 +1,15 @@
 """A sweep's initializations side by side: scores, how they differ from plain LoRA's, time of preparation, memory."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
 from d2lora import plan, stats
 from d2lora.report import figures, tables
-from d2lora.report.compare import ALPHA, Comparison, compared, seeds_text
-from d2lora.report.rows import Point, Records, size
+from d2lora.report.compare import ALPHA, Comparison, compared, counterpart, places, seeds_text
+from d2lora.report.rows import Point, Records, differing, size
 
 CAPTION = "Initializations: scores in %, differences to init=lora in points on the same items"
 PLAIN = "lora"
@@ -17,9 +17,16 @@ PLAIN = "lora"
 
 @dataclass
 class Row:
-    """One initialization under one method, m and n: its point a benchmark and metric, and the comparison with init=lora."""
+    """One initialization under one method, m and n: its point a benchmark and metric, and the comparison with init=lora.
 
+    The base is plain LoRA's row at m = n = 0.
+    """
+
+    model: str
+    task: str
     init: str
+    warmup: str
+    recipe: str
     method: str
     m: int | str
     n: int | str
@@ -31,23 +38,38 @@ class Row:
 
 def compare(points: Iterable[Point], records: Records) -> list[Row]:
     """The rows of a sweep with several initializations, in the order of the sweep; none otherwise."""
+    points = list(points)
+    if len({p.init for p in points if not p.is_base}) < 2:
+        return []
+    placed = places(points)
     found: dict[tuple, Row] = {}
     for p in points:
-        if not p.is_base:
-            row = found.setdefault((p.init, p.method, p.m, p.n), Row(p.init, p.method, p.m, p.n))
-            row.points[f"{p.benchmark} {p.metric}".strip()] = p
-    if len({row.init for row in found.values()}) < 2:
-        return []
+        start = (PLAIN, "", "") if p.is_base else (p.init, p.warmup, p.recipe)
+        place = (p.model, p.task, *start, p.method, p.m, p.n)
+        row = found.setdefault(place, Row(*place))
+        benchmark = f"{p.benchmark} {p.metric}".strip()
+        row.points[benchmark] = p
+        plain = counterpart(placed, p, PLAIN, p.m)
+        if row.init != PLAIN and plain and (comparison := compared(plain, p)):
+            row.against[benchmark] = comparison
     for row in found.values():
         _add_costs(row, records)
-        plain = found.get((PLAIN, row.method, row.m, row.n))
-        if plain and plain is not row:
-            pairs = {k: compared(plain.points[k], p) for k, p in row.points.items() if k in plain.points}
-            row.against = {k: c for k, c in pairs.items() if c}
     _adjust(found.values())
-    order = {init: place for place, init in enumerate(dict.fromkeys(row.init for row in found.values()))}
-    place = lambda r: (tables.METHODS.index(r.method), size(r.n), size(r.m), order[r.init])  # noqa: E731
-    return sorted(found.values(), key=place)
+    return sorted(found.values(), key=_place(found.values()))
+
+
+def _place(rows: Iterable[Row]) -> Callable[[Row], tuple]:
+    """What to sort rows by: initializations side by side, in the order of the sweep, the base's with the plain ones."""
+    labels = _labels(rows)
+    order = {init: place for place, init in enumerate(dict.fromkeys(row.init for row in rows))}
+    return lambda r: (
+        tables.METHODS.index(r.method), size(r.n), size(r.m), *(getattr(r, k) for k in labels), order[r.init]
+    )  # fmt: skip
+
+
+def _labels(rows: Iterable[Row]) -> list[str]:
+    """What tells rows apart beside initialization, method, m and n."""
+    return [k for k in differing(rows) if k != "init"]
 
 
 def _adjust(rows: Iterable[Row]) -> None:
@@ -73,14 +95,16 @@ def _add_costs(row: Row, records: Records) -> None:
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """(head, rows of texts): for each benchmark the score, its interval, the difference to init=lora and its interval."""
     benchmarks = list(dict.fromkeys(k for row in rows for k in row.points))
-    head = ["initialization", "method", "m", "n"]
+    labels = _labels(rows)
+    head = ["initialization", *labels, "method", "m", "n"]
     for benchmark in benchmarks:
         head += [benchmark, "95 % interval", f"- {PLAIN}", "95 % interval"]
-    return [*head, "preparation (s)", "peak memory (MB)"], [_texts(row, benchmarks) for row in rows]
+    return [*head, "preparation (s)", "peak memory (MB)"], [_texts(row, labels, benchmarks) for row in rows]
 
 
-def _texts(row: Row, benchmarks: list[str]) -> list[str]:
-    texts = [row.init, row.method.upper(), plan.amount(row.m), plan.amount(row.n)]
+def _texts(row: Row, labels: list[str], benchmarks: list[str]) -> list[str]:
+    texts = [row.init, *(getattr(row, k) or "-" for k in labels)]
+    texts += [row.method.upper(), plan.amount(row.m), plan.amount(row.n)]
     for benchmark in benchmarks:
         point, against = row.points.get(benchmark), row.against.get(benchmark)
         texts.append(tables.percent(point.value) or "missing" if point else "-")
@@ -116,21 +140,28 @@ def write(folder: Path, rows: list[Row]) -> None:
 
 
 def _figure(rows: list[Row], pyplot):
-    """A panel a benchmark and n: scores with intervals by initialization; filled markers have a warm-up."""
-    places = list(dict.fromkeys((k, row.n) for row in rows for k, p in row.points.items() if p.scores))
+    """A panel a benchmark and n: scores with intervals by initialization; filled markers have a warm-up.
+
+    More models, tasks, recipes or warm-ups have panels of their own.
+    """
+    labels = _labels(rows)
+    where = lambda r: " ".join(filter(None, (getattr(r, k) for k in labels)))  # noqa: E731
+    places = list(dict.fromkeys((k, row.n, where(row)) for row in rows for k, p in row.points.items() if p.scores))
     inits = list(dict.fromkeys(row.init for row in rows))
     series = list(dict.fromkeys((row.method, row.m) for row in rows))
     figure, axes = pyplot.subplots(
         len(places), 1, figsize=(2 * figures.WIDTH, 1.6 * len(places) + 0.8), squeeze=False, sharex=True, layout="constrained"
     )  # fmt: skip
-    for axis, (benchmark, n) in zip(axes[:, 0], places, strict=True):
+    for axis, (benchmark, n, here) in zip(axes[:, 0], places, strict=True):
         for place, (method, m) in enumerate(series):
-            shown = [r for r in rows if (r.method, r.m, r.n) == (method, m, n)]
+            shown = [r for r in rows if (r.method, r.m, r.n, where(r)) == (method, m, n, here)]
             _draw(axis, shown, benchmark, inits, (place - (len(series) - 1) / 2) * 0.8 / len(series))
-        axis.set(title=f"{benchmark}, n={plan.amount(n)}", ylabel="%")
+        axis.set(title=f"{benchmark}, n={plan.amount(n)} {here}".strip(), ylabel="%")
         axis.grid(axis="y", alpha=0.3, linewidth=0.5)
     axes[-1, 0].set_xticks(range(len(inits)), inits, rotation=30, ha="right")
-    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    handles: dict = {}
+    for axis in axes[:, 0]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from d2lora import plan, stats
+from d2lora.config import QUANTIZING
 from d2lora.errors import UserError
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.store import read_record
@@ -43,6 +44,18 @@ COLUMNS = [
 ]
 # What a table shows beside method, m and n, when its cells differ in it.
 LABELS = ("model", "task", "init", "warmup", "recipe")
+# How, not what: in no stage's key, so no axis.
+MACHINE = tuple(
+    f"recipe.{k}"
+    for k in ("micro_batch", "eval_batch", "attention", "gradient_checkpointing", "threads", "checkpoint_minutes")
+)
+_FROM_RECIPE = ("method.epochs", "warmup.epochs")  # conf takes them from recipe.epochs
+
+
+def differing(points: Iterable[Any]) -> list[str]:
+    """The labels that points differ in, whatever has them; that LoRA has no warm-up is no difference."""
+    points = list(points)
+    return [k for k in LABELS if len({getattr(p, k) for p in points} - {""}) > 1]
 
 
 class Records:
@@ -194,8 +207,13 @@ class Point:
 
     @property
     def is_base(self) -> bool:
-        """The base itself: one evaluation serves all seeds, methods, initializations and recipes."""
-        return self.m == 0 and self.n == 0
+        """The base itself: one evaluation serves all seeds, methods, initializations and recipes but those of own_base."""
+        return self.m == 0 and self.n == 0 and not self.own_base
+
+    @property
+    def own_base(self) -> bool:
+        """Whether it starts from a quantized base, which is another model than the base itself."""
+        return self.init in QUANTIZING
 
     @cached_property
     def table(self) -> np.ndarray:

@@ -10,7 +10,7 @@ from functools import cached_property
 from d2lora import plan
 from d2lora.report import paper
 from d2lora.report.compare import Comparison, comparisons, seeds_text, verdict
-from d2lora.report.rows import LABELS, Point, size
+from d2lora.report.rows import LABELS, Point, differing, size
 
 METHODS = ("sft", "dpo", "orpo")
 MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
@@ -68,7 +68,7 @@ def build(points: Iterable[Point]) -> list[Table]:
 
 
 def _table(benchmark: str, metric: str, points: list[Point]) -> Table:
-    labels = [k for k in LABELS if len({getattr(p, k) for p in points} - {""}) > 1]
+    labels = differing(points)
     lines: dict[tuple, Line] = {}
     for point in points:
         shown = [getattr(point, k) for k in labels]
@@ -83,12 +83,12 @@ def _table(benchmark: str, metric: str, points: list[Point]) -> Table:
 
 
 def _fill_in_the_base(lines: list[Line]) -> None:
-    """The base is one cell for all initializations and recipes: it stands in each row of LoRA."""
+    """The base is one cell for all initializations and recipes: it stands in each row of LoRA that starts from it."""
     bases = {(p.model, p.task, p.method): p for line in lines for p in line.points.values() if p.is_base}
     for line in lines:
         first = next(iter(line.points.values()))
         base = bases.get((first.model, first.task, first.method))
-        if line.m == 0 and base:
+        if line.m == 0 and base and not first.own_base:
             line.points.setdefault(0, base)
 
 
