@@ -356,6 +356,26 @@ def test_a_sweep_of_one_initialization_has_no_table_of_them(table3: Path) -> Non
     assert not (table3 / "report" / "mine" / "inits.md").exists()
 
 
+def test_what_a_recipe_sets_is_shown_with_it_and_what_is_about_the_machine_is_no_axis(tmp_path: Path) -> None:
+    recipes = [grid(f"recipe={r}", methods=("dpo",), n=[8], m=[0, 8]) for r in ("lab", "laptop")]
+    assert len({c.config.method.epochs for cells in recipes for c in cells}) == 2
+    made.publish(tmp_path, recipes[0] + recipes[1])
+    assert {p.recipe for p in points(tmp_path)} == {"lab", "laptop"}
+    made.publish(tmp_path, recipes[0] + grid("recipe=laptop", "method.beta=0.2", methods=("dpo",), n=[8], m=[0, 8]))
+    with pytest.raises(UserError, match=r"hide that its cells differ in method\.beta"):
+        points(tmp_path)
+    how = "micro_batch=4 eval_batch=7 attention=eager gradient_checkpointing=true threads=2 checkpoint_minutes=1"
+    other = [f"recipe.{x}" for x in (*how.split(), "packing=padded")]
+    assert [x.split("=")[0] for x in other[:-1]] == list(rows.MACHINE)
+    assert [c.id for c in grid(n=[8])] == [c.id for c in grid(*other, n=[8])], "in no stage's key"
+    made.publish(tmp_path, grid(n=[8]) + grid(*other, n=[16]))
+    assert {p.n for p in points(tmp_path)} == {8, 16}
+    dropout = "recipe.lora.dropout=0.1"
+    made.publish(tmp_path, grid(dropout, n=[8]) + grid(dropout, *other, n=[16]))
+    with pytest.raises(UserError, match=r"differ in recipe\.packing"):
+        points(tmp_path)
+
+
 def test_general_rows_that_only_the_preparation_sees_are_an_axis_too(tmp_path: Path) -> None:
     def named(name: str, *overrides: str) -> list[Cell]:
         return grid("init=eva", "init.data=general", f"warmup.name={name}", *overrides, n=[8])

@@ -275,25 +275,32 @@ def main_metrics(manifest: dict, records: Records) -> dict[str, list[str]]:
 def shown_labels(cells: list[dict]) -> list[str]:
     """The axes beside method, m and n that the cells differ in and a table can show; seeds are folded.
 
-    UserError naming what they differ in otherwise. A setting may differ with what is shown: DPO's epochs with the method.
+    UserError naming what they differ in otherwise. A setting may differ with what is shown of where it is from: DPO's epochs
+    with the method and the recipe.
     """
-    names = [{k: c["config"][k]["name"] for k in LABELS} for c in cells]
+    names = [{k: c["config"][k]["name"] for k in (*LABELS, "method")} for c in cells]
     labels = [k for k in LABELS if len({n[k] for n in names}) > 1]
     groups: dict[str, dict[tuple, Any]] = defaultdict(dict)
     for cell, name in zip(cells, names, strict=True):
         for key, value in flat(cell["config"]):
-            top = key.split(".")[0]
-            shown = tuple(name[k] for k in labels if k == top) + (
-                (cell["config"]["method"]["name"],) if top == "method" else ()
-            )
-            if top in ("n", "m", "sweep", "seed") or (top == "warmup" and not _general(cell["config"])):
+            if not _is_axis(key, cell["config"]):
                 continue
+            origins = {key.split(".")[0], "recipe"} if key in _FROM_RECIPE else {key.split(".")[0]}
+            shown = tuple(name[k] for k in (*labels, "method") if k in origins)
             before = groups[key].setdefault(shown, value)
             if before != value:
                 raise UserError(
                     f"a table would hide that its cells differ in {key} ({before} and {value}): give each its own sweep=NAME"
                 )
     return labels
+
+
+def _is_axis(key: str, config: dict) -> bool:
+    """Whether a table would hide that cells differ in this setting, if it did not show it."""
+    if key in MACHINE or (key == "recipe.packing" and not config["recipe"]["lora"]["dropout"]):
+        return False
+    top = key.split(".")[0]
+    return top not in ("n", "m", "sweep", "seed") and (top != "warmup" or _general(config))
 
 
 def _general(config: dict) -> bool:

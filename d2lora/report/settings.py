@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from d2lora import plan
-from d2lora.report.rows import flat, size
+from d2lora.report.rows import MACHINE, flat, size
 
 # What a reader of the paper's Table 2 looks for, in its order: (row, key of the config).
 _ROWS = (
@@ -33,9 +33,8 @@ _ROWS = (
     ("order of samples (data_seed)", "data_seed"),
     ("hold-outs (split_seed)", "split_seed"),
 )
-# How, not what; and what the columns are made of.
+# What the columns are made of.
 _APART = ("n", "m", "seed", "sweep", "method.name", "recipe.name", "recipe.lr", "recipe.epochs", "model.path")
-_MACHINE = ("recipe.micro_batch", "recipe.eval_batch", "recipe.gradient_checkpointing", "recipe.threads")
 
 
 def settings(cells: Iterable[dict]) -> tuple[list[str], list[list[str]]]:
@@ -65,7 +64,7 @@ def _values(config: dict) -> dict[str, str]:
 
 
 def _apart(key: str) -> bool:
-    return key in _MACHINE or any(key == k or key.startswith(f"{k}.") for k in _APART)
+    return key in MACHINE or any(key == k or key.startswith(f"{k}.") for k in _APART)
 
 
 def _text(value: Any) -> str:
