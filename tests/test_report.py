@@ -256,6 +256,34 @@ def test_damaged_items_are_named(tmp_path: Path) -> None:
         assert str(file) in text
 
 
+def test_one_damaged_sweep_does_not_take_the_others_along(tmp_path: Path) -> None:
+    cells, other = grid(n=[0, 100], m=[0]), grid("sweep=other", n=[200], m=[0])
+    made.publish(tmp_path, cells)
+    made.publish(tmp_path, other)
+    record = tmp_path / "store" / "adapt" / other[0].chain.adapt.key / "record.json"
+    for file in (record, tmp_path / "manifests" / "other.json"):
+        file.write_text("{")
+        for text in (report.finish(tmp_path, "mine", draw=False), report.finish(tmp_path, "mine")):
+            assert re.search(r"SFT LoRA +\d", text)
+            (line,) = (line for line in text.splitlines() if str(file) in line)
+            assert line.startswith("sweep other is not in results.csv: ")
+        assert {r["sweep"] for r in read_csv(tmp_path / "report" / "results.csv")} == {"mine"}
+        assert str(file) in (tmp_path / "report" / "index.html").read_text()
+        assert f"no table: {file}" in report.everything(tmp_path, [])
+    with pytest.raises(UserError, match="sweep=never: no such sweep"):
+        report.everything(tmp_path, ["never"])
+
+
+def test_seeds_that_were_tested_on_different_items_are_named(tmp_path: Path) -> None:
+    file, cells = tmp_path / "facts.jsonl", []
+    for seed in (0, 1):
+        question = {"question": str(seed), "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}
+        file.write_text(json.dumps(question))
+        cells += grid(f"task.benchmark.lab_facts.data.path={file}", n=[100], m=[0], seed=[seed])
+        made.publish(tmp_path, cells, items=40 + seed)
+    assert "no table: seeds of one cell were tested on different items of lab_facts" in report.finish(tmp_path, "mine")
+
+
 def test_initializations_are_rows_of_their_own(tmp_path: Path) -> None:
     cells = grid(n=[0, 100], m=[0, 40]) + grid("init=gaussian", n=[0, 100], m=[0, 40])
     cells = list({c.id: c for c in cells}.values())

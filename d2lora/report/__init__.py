@@ -5,9 +5,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d2lora.errors import UserError
 from d2lora.report import manifest
+
+if TYPE_CHECKING:
+    from d2lora.report import artefacts, rows
 
 
 def finish(output: Path, sweep: str, draw: bool = True) -> str:
@@ -17,29 +21,42 @@ def finish(output: Path, sweep: str, draw: bool = True) -> str:
     from d2lora.report import artefacts, rows  # late: planning a grid needs none of it
 
     records = rows.Records(output)
-    file = rows.write_results(output, records)
-    return f"{artefacts.text(artefacts.load(output, sweep, records))}\n\nreport: {file}"
+    file, damaged = rows.write_results(output, records)
+    return "\n\n".join([artefacts.text(_load(output, sweep, records)), *damaged, f"report: {file}"])
 
 
 def write(output: Path, sweeps: Iterable[str]) -> str:
     """Write results.csv, the files of the named sweeps in <output>/report/<sweep>/ and the page of all sweeps.
 
-    Returns the named sweeps' tables as text. UserError for a sweep that was never started.
+    Returns the named sweeps' tables as text, and a line for each sweep that is damaged. UserError for a sweep that was never
+    started.
     """
     from d2lora.report import artefacts, page, rows
 
-    for name in sweeps:
+    there = manifest.sweeps(output)
+    for name in set(sweeps) - set(there):
         manifest.read_manifest(output, name)
     records = rows.Records(output)
-    rows.write_results(output, records)
-    loaded = {name: artefacts.load(output, name, records) for name in manifest.sweeps(output)}
+    _, damaged = rows.write_results(output, records)
+    loaded = {name: _load(output, name, records) for name in there}
     parts = []
     for name in sweeps:
-        artefacts.write(output / "report" / name, loaded[name])
+        if loaded[name].settings[1]:  # of a damaged sweep there is nothing to write
+            artefacts.write(output / "report" / name, loaded[name])
         parts.append(f"{name}\n{artefacts.text(loaded[name])}")
     file = output / "report" / "index.html"
     file.write_text(page.page(list(loaded.values()), records))
-    return "\n\n".join([*parts, f"report: {file}"])
+    return "\n\n".join([*parts, *damaged, f"report: {file}"])
+
+
+def _load(output: Path, name: str, records: "rows.Records") -> "artefacts.Sweep":
+    """A sweep's tables and panels; one that is damaged has none, and says why, so that it does not take the others along."""
+    from d2lora.report import artefacts
+
+    try:
+        return artefacts.load(output, name, records)
+    except UserError as error:
+        return artefacts.Sweep(name, str(error), ([""], []), [], {}, [])
 
 
 def everything(output: Path, sweeps: list[str]) -> str:

@@ -156,16 +156,20 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
                 yield common | measured | {"metric": metric, **summary}
 
 
-def write_results(output: Path, records: Records) -> Path:
-    """outputs/report/results.csv from all manifests."""
+def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
+    """outputs/report/results.csv from all manifests; the file, and a line for each sweep that is not in it: damaged."""
     file = output / "report" / "results.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
+    damaged = []
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
         for sweep in sweeps(output):
-            writer.writerows(result_rows(read_manifest(output, sweep), records))
-    return file
+            try:
+                writer.writerows(list(result_rows(read_manifest(output, sweep), records)))
+            except UserError as error:
+                damaged.append(f"sweep {sweep} is not in results.csv: {error}")
+    return file, damaged
 
 
 # --- points --------------------------------------------------------------------------------------------------------
@@ -256,6 +260,10 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
         spec = record["spec"]
         point.tested.add(plan.canonical(spec.get("benchmark") or spec.get("lm_eval")))
+        if len(point.tested) > 1:
+            raise UserError(
+                f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"
+            )
     if (adapt := records.get("adapt", run.adapt)) and "data" in adapt:
         point.samples = adapt["data"]["samples"]
 
