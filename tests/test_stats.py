@@ -76,9 +76,9 @@ def test_with_several_runs_too_it_is_found_four_times_in_five(runs: int) -> None
     """Runs that spread by 2 points around a difference of the size that such a spread lets be found."""
     spread = np.linspace(-1, 1, runs)
     spread *= 0.02 / spread.std(ddof=1)
-    size = stats.smallest_detectable(stats.bootstrap(np.repeat(spread[:, None], 1000, axis=1)))
+    size = stats.smallest_detectable(stats.bootstrap(np.repeat(spread[:, None], 100, axis=1)))
     found = [
-        stats.bootstrap_p(stats.bootstrap(np.repeat(size + RNG.normal(0, 0.02, (runs, 1)), 1000, axis=1), 2000)) <= 0.05
+        stats.bootstrap_p(stats.bootstrap(np.repeat(size + RNG.normal(0, 0.02, (runs, 1)), 100, axis=1), 2000)) <= 0.05
         for _ in range(300)
     ]
     assert 0.7 < np.mean(found) < 0.88
