@@ -111,6 +111,30 @@ def test_a_cell_opens_with_both_arms_on_the_same_items_and_no_text_runs(output: 
 
 @pytest.mark.browser
 @needs_browser
+def test_items_show_the_metric_of_their_cell(tmp_path: Path) -> None:
+    cells = grid("task=lab_title", n=[100], m=[0, 4000])
+    made.publish(tmp_path, cells)
+    report.write(tmp_path, ["mine"])
+    found = in_page(
+        tmp_path,
+        """
+        for (const metric of ["rouge1", "rouge2"]) {
+          [...document.querySelectorAll(`table[aria-label^="lab_title: ${metric} "] td.open button`)][0].click();
+          result[metric] = [...dialog.querySelectorAll(".item")].map((item) =>
+            [parseInt(item.querySelector(".small").textContent.slice(5)), item.querySelector(".answers .small").textContent]);
+        }
+        """,
+    )
+    folder = tmp_path / "store" / "evaluate" / cells[0].chain.evaluations[0].key
+    lines = (folder / "items.jsonl").read_text().splitlines()
+    items = {item["index"]: item for item in map(json.loads, lines)}
+    for metric, shown in found.items():
+        assert shown == [[i, f"LoRA: {metric} {100 * items[i][metric]:.1f}"] for i, _ in shown]
+        assert len(shown) > 3
+
+
+@pytest.mark.browser
+@needs_browser
 def test_tables_sort_filters_narrow_and_points_tell(output: Path) -> None:
     found = in_page(
         output,

@@ -215,7 +215,8 @@ function items(pair) {
       h("div", { class: "small" }, `item ${index}`), h("pre", {}, prompt), h("div", { class: "small" }, "gold"), h("pre", {}, gold),
       h("div", { class: "answers" }, pair.map((x, j) => shown[j] && shown[j].set === shown[0].set ? answer(x.point, shown[j].items[i]) : null))))];
 }
-function answer(p, [text, score]) {
+function answer(p, [text, scores]) {
+  const score = scores[p.metric];
   const verdict = score === 1 ? h("span", { class: "right" }, "✓ right") : score === 0 ? h("span", { class: "wrong" }, "✗ wrong") : `${p.metric} ${percent(score, 1)}`;
   return h("div", {}, h("div", { class: "small" }, `${p.arm}: `, verdict), h("pre", {}, text));
 }

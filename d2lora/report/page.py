@@ -179,18 +179,20 @@ def _samples(points: Iterable[Point], records: Records) -> dict:
 
     All evaluations of a benchmark show the same items, so that any two can be read side by side.
     """
-    groups: dict[str, dict[str, tuple[str, np.ndarray]]] = {}
+    groups: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # of what is tested: evaluation -> metric -> scores
     for point in points:
         for seed, scores in point.scores.items():
             group = groups.setdefault(fingerprint(sorted(point.tested)), {})
-            group.setdefault(point.runs[seed].evaluate, (point.metric, scores))
+            group.setdefault(point.runs[seed].evaluate, {})[point.metric] = scores
     count = _BUDGET // (_ANSWER * max(1, sum(map(len, groups.values()))))
     sets, answers = {}, {}
     for name, group in groups.items():
-        places = sample([scores for _, scores in group.values()], min(_MOST, max(_FEWEST, count)))
-        for key, (metric, _) in group.items():
+        firsts = [next(iter(metrics.values())) for metrics in group.values()]
+        places = sample(firsts, min(_MOST, max(_FEWEST, count)))
+        for key, metrics in group.items():
             items = records.texts(key, places)
-            answers[key] = {"set": name, "items": [[_cut(str(i["answer"]), _ANSWER), i[metric]] for i in items]}
+            texts = [[_cut(str(i["answer"]), _ANSWER), {metric: i[metric] for metric in metrics}] for i in items]
+            answers[key] = {"set": name, "items": texts}
             if name not in sets:
                 sets[name] = [
                     [i["index"], _cut(str(i["prompt"]), _PROMPT), _cut(str(i["gold"]), _ANSWER)] for i in items
