@@ -20,6 +20,7 @@ from d2lora.report import artefacts, compare, evidence, paper, rows, tables
 
 ROOT = Path(__file__).parent.parent
 SIZES = [0, 1000, 2000, 5000, 10000]
+METHODS = ("sft", "dpo", "orpo")
 
 
 def grid(*overrides: str, methods=("sft",), **axes) -> list[Cell]:
@@ -37,7 +38,7 @@ def grid(*overrides: str, methods=("sft",), **axes) -> list[Cell]:
 def table3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the paper's Table 3 with its report."""
     output = tmp_path_factory.mktemp("table3")
-    cells = grid("scale=paper", methods=("sft", "dpo", "orpo"), n=SIZES, m=[0, 40000])
+    cells = grid("scale=paper", methods=METHODS, n=SIZES, m=[0, 40000])
     made.publish(output, cells)
     text = report.write(output, ["mine"])
     assert "SFT D2LoRA(40k, n)" in text
@@ -95,12 +96,61 @@ def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numb
 
 
 def test_another_model_or_scale_is_not_set_beside_the_paper_s_numbers(tmp_path: Path) -> None:
-    made.publish(tmp_path, grid(methods=("sft", "dpo"), n=[0, 100, 1000], m=[0, 4000]))
+    made.publish(tmp_path, grid(methods=METHODS, n=[0, 100, 1000], m=[0, 4000]))
     found = points(tmp_path)
     assert paper.select(paper.TABLES[1], found)
     assert all(paper.value(p) is None for p in found)
     made.publish(tmp_path, grid("scale=paper", "model=lab", "sweep=other", n=SIZES, m=[0, 40000]))
     assert all(paper.value(p) is None for p in points(tmp_path, "other"))
+
+
+@pytest.mark.parametrize(
+    ("override", "beside"),
+    [
+        ("init=pissa", set()),
+        ("recipe=laptop", set()),
+        ("task.benchmark.gsm8k.limit=100", set()),
+        ("warmup=mix_math", {0}),  # LoRA is the paper's: it knows no warm-up
+        ("task.continuation=rest", {0, 40000}),  # the paper does not say which it is
+    ],
+)
+def test_a_cell_that_is_not_the_paper_s_is_not_set_beside_its_number(
+    tmp_path: Path, override: str, beside: set
+) -> None:
+    made.publish(tmp_path, grid("scale=paper", override, n=[1000, 2000], m=[0, 40000]))
+    report.write(tmp_path, ["mine"])
+    shown = [r for r in read_csv(tmp_path / "report" / "mine" / "table.csv") if r["benchmark"] == "gsm8k"]
+    assert {int(r["m"]) for r in shown if r["paper"]} == beside
+    assert ("ours - paper" in (tmp_path / "report" / "mine" / "table.md").read_text()) == bool(beside)
+
+
+def names(output: Path) -> list[str]:
+    """What the report shows of a sweep: its own table and what it has of the paper's."""
+    return [s.name for s in artefacts.load(output, "mine", rows.Records(output)).shown]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "methods", "m", "found"),
+    [
+        ([""], ("orpo",), [0, 40000], []),
+        ([""], METHODS, [0, 1000, 40000], ["figure1"]),  # it has LoRA alone
+        (["warmup=mix40k", "warmup=mix_math"], METHODS, [0, 40000], ["figure1"]),
+        (["model=llama", "model=llama-3.2-1b"], METHODS, [0, 40000], []),
+        (["init=lora", "init=pissa"], METHODS, [0, 40000], []),
+        (["recipe=paper", "recipe=laptop"], METHODS, [0, 40000], []),
+    ],
+)
+def test_a_sweep_over_something_else_is_not_called_table_3(tmp_path: Path, overrides, methods, m, found) -> None:
+    cells = [
+        c for x in overrides for c in grid("scale=paper", *filter(None, [x]), methods=methods, n=[1000, 2000], m=m)
+    ]
+    made.publish(tmp_path, list({c.id: c for c in cells}.values()), items=8)
+    assert names(tmp_path) == ["table", *found]
+
+
+def test_a_part_of_the_grid_gets_its_table_3(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid("scale=paper", "init=pissa", methods=METHODS, n=[1000, 5000], m=[0, 40000]), items=8)
+    assert names(tmp_path) == ["table", "table3", "figure1", "figure2", "figure3"]
 
 
 def test_table_1_says_the_true_size_of_all(tmp_path: Path) -> None:
@@ -118,8 +168,8 @@ def test_table_1_says_the_true_size_of_all(tmp_path: Path) -> None:
 def test_figure_4_is_orpo_with_few_samples(tmp_path: Path) -> None:
     cells = grid("scale=paper", methods=("orpo",), n=[100, 200, 500, 1000], m=[0, 40000])
     made.publish(tmp_path, cells, items=20)
+    assert names(tmp_path) == ["table", "figure4"]
     shown = artefacts.load(tmp_path, "mine", rows.Records(tmp_path)).shown
-    assert [s.name for s in shown] == ["table", "figure4"]
     assert [x for x, _ in shown[1].panels[0].curves[0].points] == [100, 200, 500, 1000]
 
 

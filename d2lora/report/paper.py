@@ -2,14 +2,16 @@
 
 import csv
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
-from d2lora.report.rows import Point
+from d2lora.report.rows import LABELS, Point
 
 _ALL_TITLES = 7000  # Table 1's last column says 7k and can only mean all pairs that are not held out
+_WARMUPS = ("", "mix40k")  # none, and the paper's mix
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,24 @@ FIGURES = (
 
 
 def select(artefact: Artefact, points: Iterable[Point]) -> list[Point]:
-    """The points that an artefact shows; none unless they have two sizes n and, where it compares, both arms."""
+    """The points that an artefact shows; none unless they have two sizes n and its methods and arms, once each.
+
+    Its rows are methods and arms and nothing else, so a sweep over models, initializations, warm-up sets, recipes or
+    several m is not the paper's artefact: the sweep's own table has it.
+    """
     points = list(points)
+    wanted = set(itertools.product(artefact.methods, {False, artefact.warmed}))
     for scale in SCALES:
         chosen = [p for p in points if _shown(artefact, scale, p)]
-        arms = {p.m == 0 for p in chosen}
-        if len({p.n for p in chosen if p.n != 0}) > 1 and arms == ({True, False} if artefact.warmed else {True}):
+        sizes, arms = {p.n for p in chosen} - {0}, {(p.method, p.m != 0) for p in chosen}
+        if len(sizes) > 1 and arms == wanted and _is_one_grid(chosen):
             return chosen
     return []
+
+
+def _is_one_grid(points: list[Point]) -> bool:
+    """Whether points differ in nothing but method, n, and whether there is a warm-up."""
+    return all(len({getattr(p, k) for p in points} - {"", 0}) <= 1 for k in (*LABELS, "m"))
 
 
 def _shown(artefact: Artefact, scale: Scale, point: Point) -> bool:
@@ -74,10 +86,13 @@ def _shown(artefact: Artefact, scale: Scale, point: Point) -> bool:
 
 
 def value(point: Point) -> float | None:
-    """The paper's number for a point, as a fraction; None where the paper has none for this model, task and size.
+    """The paper's number for a point, as a fraction; None where it has none for this model, task, size and the like.
 
-    The paper does not say which ROUGE its Table 1 has, so its number stands beside each.
+    The paper does not say which ROUGE its Table 1 has, so its number stands beside each. Nor whether a pair's chosen
+    step or all that is left of the solution is learned, so its number stands beside either `task.continuation`.
     """
+    if (point.init, point.recipe, point.limit) != ("lora", "paper", None) or point.warmup not in _WARMUPS:
+        return None
     n = _ALL_TITLES if point.task == "title" and point.n == "all" else point.n
     metric = "rouge" if point.metric.startswith("rouge") else point.metric
     return _numbers().get((point.model, point.task, point.benchmark, metric, point.method, str(point.m), str(n)))

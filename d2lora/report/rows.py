@@ -200,6 +200,7 @@ class Point:
     n: int | str
     benchmark: str
     metric: str  # empty while no cell has a result
+    limit: int | None = None  # of its benchmark's items: the first ones only
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by seed, of finished evaluations: (items,)
     samples: int | None = None  # task samples trained on, where a record says so
@@ -248,6 +249,7 @@ def points(manifest: dict, records: Records) -> list[Point]:
                 place = (*(names[k] for k in labels), c["method"]["name"], c["m"], c["n"], benchmark, metric)
                 if place not in found:
                     shape = {"method": c["method"]["name"], "m": c["m"], "n": c["n"]}
+                    shape["limit"] = c["task"]["benchmark"].get(benchmark, {}).get("limit")
                     found[place] = Point(**names, **shape, benchmark=benchmark, metric=metric)
                 _add(found[place], c["seed"], run, records)
     return list(found.values())
