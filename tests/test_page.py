@@ -200,3 +200,35 @@ def test_initializations_stand_side_by_side_and_filters_narrow_them(tmp_path: Pa
     assert len(found["all"]) == 8
     assert len(found["sft"]) == 4
     assert all("SFT" in row for row in found["sft"])
+
+
+@pytest.mark.browser
+@needs_browser
+def test_curves_can_be_told_apart_and_filters_leave_no_panel_twice(tmp_path: Path) -> None:
+    cells = [
+        c for i in ("lora", "gaussian") for c in grid(f"init={i}", methods=("sft", "dpo"), n=[8, 16], m=[0, 8, 40])
+    ]
+    made.publish(tmp_path, cells)
+    report.write(tmp_path, ["mine"])
+    found = in_page(
+        tmp_path,
+        """
+        const panels = () => Object.fromEntries([...document.querySelectorAll("figure")].filter((f) => f.textContent.startsWith("lab_math"))
+          .map((f) => [f.querySelector("figcaption").textContent, [...f.querySelectorAll(".key")].map((k) => {
+            const [line, dot] = [".curve", ".dot"].map((x) => k.querySelector(x)), style = getComputedStyle(line);
+            return [k.textContent, [style.stroke, style.strokeDasharray, dot.tagName, getComputedStyle(dot).fill].join()]; })]));
+        result.all = panels();
+        for (const m of ["40", "0"]) {
+          const filter = document.querySelector("select[name=m]");
+          filter.value = m; filter.dispatchEvent(new Event("change"));
+          result[m] = panels();
+        }
+        """,
+    )
+    for caption, keys in found["all"].items():
+        assert len({look for _, look in keys}) == len(keys) == 4, caption
+    captions = [f"lab_math, {init}, D2LoRA({m}, n): accuracy in %" for init in ("gaussian", "lora") for m in (8, 40)]
+    assert sorted(found["all"]) == sorted(captions)
+    assert sorted(found["40"]) == [c for c in captions if "40" in c]
+    assert len(found["0"]) == 2, "LoRA of each initialization"
+    assert {label for keys in found["0"].values() for label, _ in keys} == {"SFT LoRA", "DPO LoRA"}

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from d2lora import cli, report
 from d2lora.errors import UserError
 from d2lora.plan import Cell
-from d2lora.report import artefacts, compare, evidence, paper, rows, tables
+from d2lora.report import artefacts, compare, evidence, figures, paper, rows, tables
 
 ROOT = Path(__file__).parent.parent
 SIZES = [0, 1000, 2000, 5000, 10000]
@@ -93,6 +93,37 @@ def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numb
     assert [c.label for c in panels["figure1"][0].curves] == ["SFT LoRA", "DPO LoRA", "ORPO LoRA"]
     assert panels["figure2"][1].curves[1].paper[-1] == (10000, pytest.approx(0.8347))
     assert all(not c.paper for panel in panels["figure3"] for c in panel.curves), "Figure 3 has no numbers in the paper"
+
+
+def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    inits = ("lora", "gaussian", "orthogonal", "pissa", "olora", "milora")
+    cells = [c for i in inits for c in grid(f"init={i}", methods=METHODS, n=[8, 16], m=[0, 8, 40])]
+    made.publish(tmp_path, cells, items=8)
+    shown = artefacts.load(tmp_path, "mine", rows.Records(tmp_path)).shown[0]
+    figure = figures._figure(shown.panels, pyplot)
+    axes = figure.axes
+    assert len({axis.get_title() for axis in axes}) == len(axes) == 2 * len(inits) * 2, "one a benchmark, init and m"
+    assert {"lab_math, milora, D2LoRA(8, n)", "lab_math, milora, D2LoRA(40, n)"} < {a.get_title() for a in axes}
+    for axis in axes:
+        looks = {(x.get_color(), x.get_marker(), x.get_linestyle(), x.get_markerfacecolor()) for x in axis.lines}
+        assert len(looks) == len(axis.lines) == 6, "three methods, LoRA and one D2LoRA"
+    pyplot.close(figure)
+
+
+def test_lora_stands_beside_each_warmup_set_and_a_model_without_d2lora_alone(tmp_path: Path) -> None:
+    cells = [
+        c for w in ("mix40k", "mix_math") for c in grid("scale=paper", f"warmup={w}", n=[0, 1000, 2000], m=[0, 2000])
+    ]
+    cells += grid("scale=paper", "model=llama-3.2-1b", n=[0, 1000, 2000], m=[0])
+    made.publish(tmp_path, list({c.id: c for c in cells}.values()), items=8)
+    found = artefacts.load(tmp_path, "mine", rows.Records(tmp_path)).shown[0].panels
+    assert {p.title: [c.label for c in p.curves] for p in found if p.title.startswith("gsm8k")} == {
+        "gsm8k, llama-3.1-8b-instruct, mix40k": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
+        "gsm8k, llama-3.1-8b-instruct, mix-math": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
+        "gsm8k, llama-3.2-1b-instruct": ["SFT LoRA"],
+    }
 
 
 def test_another_model_or_scale_is_not_set_beside_the_paper_s_numbers(tmp_path: Path) -> None:

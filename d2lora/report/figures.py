@@ -1,8 +1,8 @@
-"""Curves over n with the 95 % interval as a band, as wide as a paper's column; the paper's own curve is dashed."""
+"""Curves over n with the 95 % interval as a band, panels as wide as a paper's column; the paper's own curve is dashed."""
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,16 @@ from typing import Any
 from d2lora import plan
 from d2lora.report import paper
 from d2lora.report.paper import Artefact
-from d2lora.report.rows import Point, size
-from d2lora.report.tables import METHODS, Table
+from d2lora.report.rows import LABELS, Point, size
+from d2lora.report.tables import METHODS, Line, Table
 
 WIDTH, HEIGHT = 3.3, 2.2  # inches: a column of a two-column paper; each panel's height
-# Okabe and Ito's, told apart by everyone; in grey by lightness, markers and line styles.
+# Okabe and Ito's, told apart by everyone; in grey by lightness and markers.
 COLOURS = {"sft": "#0072b2", "dpo": "#d55e00", "orpo": "#009e73"}
 MARKS = {"sft": "o", "dpo": "s", "orpo": "^"}
-LORA, D2LORA = "#e69f00", ("#00468b", "#56b4e9", "#cc79a7", "#009e73")
-_ARM_MARKS = ("s", "^", "D", "v")
-_LINES = (
-    "-",
-    "-.",
-    (0, (1, 1)),
-    (0, (3, 1, 1, 1, 1, 1)),
-)  # for what colour and marker don't tell apart; dashes are the paper's
+LORA, D2LORA = "#e69f00", "#00468b"
+_SHARED = ("model", "task", "init", "recipe")  # by a D2LoRA and the LoRA that it is compared with
+_TALLEST = 6  # panels in a column of a figure
 
 
 @dataclass
@@ -47,23 +42,52 @@ class Panel:
 
 
 def panels(table: Table, panel: str) -> list[Panel]:
-    """A table's lines as panels: one a method, or all in one. No panel without two sizes n in a curve."""
-    unit = table.points[0].metric + " in %"
-    groups = {"": table.lines} if panel == "all" else {m: [x for x in table.lines if x.method == m] for m in METHODS}
+    """A table's lines as panels: of one method each, or of all. No panel without two sizes n in a curve.
+
+    A panel has one D2LoRA and the LoRA that it is compared with, for more could not be told apart. What the panels differ
+    in (models, initializations, warm-up sets, m ...) is in their titles.
+    """
+    groups = _beside_each_other(table.lines)
+    heads = [_first(max(group, key=lambda line: size(line.m))) for group in groups]
+    shown = [k for k in (*LABELS, "arm") if len({getattr(p, k) for p in heads} - {"", "LoRA"}) > 1]
     found = []
-    for method, lines in groups.items():
-        curves = [_curve(line.label, line.method, line.m, line.points.values()) for line in lines]
-        if any(len(c.points) > 1 for c in curves):
-            title = f"{method.upper()} on {table.points[0].benchmark}" if method else table.points[0].benchmark
-            found.append(Panel(title, unit, curves, panel == "method"))
+    for head, group in zip(heads, groups, strict=True):
+        for methods in [METHODS] if panel == "all" else [(m,) for m in METHODS]:
+            curves = [_curve(line, short="arm" in shown) for line in group if line.method in methods]
+            if any(len(c.points) > 1 for c in curves):
+                name = f"{methods[0].upper()} on {head.benchmark}" if panel == "method" else head.benchmark
+                title = ", ".join([name, *filter(None, (getattr(head, k) for k in shown))])
+                found.append(Panel(title, f"{head.metric} in %", curves, panel == "method"))
     return found
 
 
-def _curve(label: str, method: str, m: int | str, points: Iterable[Point]) -> Curve:
-    placed = [(p.samples if p.n == "all" else p.n, p) for p in sorted(points, key=lambda p: size(p.n))]
+def _beside_each_other(lines: list[Line]) -> list[list[Line]]:
+    """Lines by what one panel shows: a D2LoRA and its LoRA, or LoRA alone where there is no D2LoRA."""
+    arms = {tuple(getattr(_first(x), k) for k in (*_SHARED, "warmup", "m")): x for x in lines}
+    groups = [[x for x in lines if _is_beside(x, head)] for head in arms.values()]
+    return [g for g in groups if not any(len(g) < len(other) and all(x in other for x in g) for other in groups)]
+
+
+def _is_beside(line: Line, head: Line) -> bool:
+    """Whether a panel of the head's shows a line. LoRA has no warm-up set, unless its initialization looks at it."""
+    own, its = _first(line), _first(head)
+    same = all(getattr(own, k) == getattr(its, k) for k in _SHARED)
+    return same and own.m in (0, its.m) and own.warmup in ("", its.warmup)
+
+
+def _first(line: Line) -> Point:
+    """The point that says what a line is of; the base, if it was filled in, comes after it."""
+    return next(iter(line.points.values()))
+
+
+def _curve(line: Line, short: bool) -> Curve:
+    """A line as a curve; with a short name where the panel's title has the m."""
+    points = sorted(line.points.values(), key=lambda p: size(p.n))
+    placed = [(p.samples if p.n == "all" else p.n, p) for p in points]
     known = [(x, p) for x, p in placed if isinstance(x, int)]
     theirs = [(x, value) for x, p in known if (value := paper.value(p)) is not None]
-    return Curve(label, method, m, [(x, p) for x, p in known if p.scores], theirs)
+    arm = "D2LoRA" if short and line.m != 0 else _first(line).arm
+    return Curve(f"{line.method.upper()} {arm}", line.method, line.m, [(x, p) for x, p in known if p.scores], theirs)
 
 
 def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
@@ -102,14 +126,18 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
 
 def _figure(found: list[Panel], pyplot):
     labels = list(dict.fromkeys(label for panel in found for c in panel.curves for label in _labels(c, panel)))
-    rows = (len(labels) + 1) // 2
-    size_ = (WIDTH, HEIGHT * len(found) + 0.15 * rows)
-    figure, axes = pyplot.subplots(len(found), 1, figsize=size_, squeeze=False, layout="constrained")
+    columns = -(-len(found) // _TALLEST)
+    rows = -(-len(found) // columns)
+    size_ = (WIDTH * columns, HEIGHT * rows + 0.15 * ((len(labels) + 1) // 2))
+    figure, axes = pyplot.subplots(rows, columns, figsize=size_, squeeze=False, layout="constrained")
     handles: dict = {}
-    for axis, panel in zip(axes[:, 0], found, strict=True):
+    for axis, panel in itertools.zip_longest(axes.flat, found):
+        if panel is None:
+            axis.remove()
+            continue
         _draw_panel(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axes[-1, 0].set_xlabel("task samples n")
+    figure.supxlabel("task samples n", fontsize=8)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -154,15 +182,13 @@ def _draw_curve(axis, curve: Curve, panel: Panel) -> None:
 
 
 def _style(curve: Curve, panel: Panel) -> dict:
-    """Colour and marker tell arms or methods apart, open markers LoRA, lines whatever else there is (m, models)."""
+    """Colour and marker tell arms or methods apart; open markers, and dots where methods do not, are LoRA's."""
     lora = curve.m == 0
-    alike = [c for c in panel.curves if (c.method, c.m == 0) == (curve.method, lora)]
-    rank = alike.index(curve) % len(_LINES)
-    style = {"markersize": 3.5, "linewidth": 1.2, "linestyle": _LINES[rank]}
+    style: dict = {"markersize": 3.5, "linewidth": 1.2}
     if panel.arms:
-        style |= {"color": LORA if lora else D2LORA[rank], "marker": "o" if lora else _ARM_MARKS[rank]}
+        style |= {"color": LORA if lora else D2LORA, "marker": "o" if lora else "s"}
     else:
         style |= {"color": COLOURS[curve.method], "marker": MARKS[curve.method]}
-        if lora and len(panel.curves) > len([c for c in panel.curves if c.m == 0]) and not rank:
+        if lora and any(c.m != 0 for c in panel.curves):
             style["linestyle"] = ":"
     return style | ({"markerfacecolor": "white"} if lora else {})

@@ -111,9 +111,15 @@ function scales(curves) {
 }
 const path = (pairs) => pairs.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 
+// What the filters leave of panels. One that another shows as well is left out: LoRA beside a D2LoRA that is hidden.
+function left(panels) {
+  const end = (c) => c.points[c.points.length - 1][1];
+  const found = panels.map((f) => ({ ...f, curves: f.curves.filter((c) => c.points.length && kept(data.points[end(c)])) })).filter((f) => f.curves.length);
+  const within = (a, b) => a.curves.every((c) => b.curves.some((o) => end(o) === end(c)));
+  return found.filter((a, i) => !found.some((b, j) => i !== j && within(a, b) && (!within(b, a) || j < i)));
+}
 function panel(found) {
-  const curves = found.curves.filter((c) => c.points.length && kept(data.points[c.points[0][1]]));
-  if (!curves.length) return null;
+  const curves = found.curves;
   const { xs, x, y, low, high } = scales(curves);
   const digits = high - low < 0.03 ? 1 : 0;
   const step = ticks(100 * low, 100 * high);
@@ -123,26 +129,22 @@ function panel(found) {
     shown.map((n) => [s("line", { class: "grid", x1: x(n), x2: x(n), y1: TOP, y2: H - BOTTOM }), s("text", { x: x(n), y: H - BOTTOM + 14, "text-anchor": "middle" }, amount(n))]),
     s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, "task samples n"),
   ];
-  const drawn = curves.map((c, i) => curve(c, found, curves, x, y));
+  const drawn = curves.map((c) => curve(c, found, x, y));
   return h("figure", {}, h("figcaption", {}, `${found.title}: ${found.unit}`),
     s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": found.title }, axes, drawn),
-    h("div", {}, curves.map((c) => legend(c, found, curves))));
+    h("div", {}, curves.map((c) => legend(c, found))));
 }
-function colour(c, found, curves) {
-  if (!found.arms) return `var(--${c.method})`;
-  if (c.lora) return "var(--lora)";
-  return ["var(--d2lora)", "var(--dpo)", "var(--orpo)", "var(--soft)"][curves.filter((o) => !o.lora).indexOf(c) % 4];
-}
+const colour = (c, found) => `var(--${found.arms ? (c.lora ? "lora" : "d2lora") : c.method})`;
 function mark(c, found, x, y) {
   const shape = found.arms ? (c.lora ? "sft" : "dpo") : c.method;
   if (shape === "sft") return s("circle", { class: "dot", cx: x, cy: y, r: 3.6 });
   if (shape === "dpo") return s("rect", { class: "dot", x: x - 3.3, y: y - 3.3, width: 6.6, height: 6.6 });
   return s("path", { class: "dot", d: `M${x} ${y - 4.4}L${x + 4.2} ${y + 3.4}L${x - 4.2} ${y + 3.4}Z` });
 }
-function curve(c, found, curves, x, y) {
+function curve(c, found, x, y) {
   const points = c.points.map(([n, i]) => [n, data.points[i]]);
   const band = [...points.map(([n, p]) => [x(n), y(p.high)]), ...[...points].reverse().map(([n, p]) => [x(n), y(p.low)])];
-  return s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found, curves)}` },
+  return s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found)}` },
     s("path", { class: "band", d: path(band) + "Z" }),
     c.paper.length ? s("path", { class: "paper", d: path(c.paper.map(([n, v]) => [x(n), y(v)])) }) : null,
     s("path", { class: "curve", d: path(points.map(([n, p]) => [x(n), y(p.value)])) }),
@@ -154,9 +156,9 @@ function dot(c, found, p, x, y) {
     onpointerenter: show, onfocus: show, onpointerleave: hide, onblur: hide, onclick: () => detail(p), onkeydown: (e) => { if (e.key === "Enter") detail(p); } });
   return s("g", {}, mark(c, found, x, y), hit);
 }
-function legend(c, found, curves) {
-  const group = s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found, curves)}` }, s("path", { class: "curve", d: "M0 6L30 6" }), mark(c, found, 15, 6));
-  const paper = c.paper.length ? h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, s("path", { class: "paper", style: `--c:${colour(c, found, curves)}`, d: "M0 6L30 6" })), `${c.label}, paper`) : null;
+function legend(c, found) {
+  const group = s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found)}` }, s("path", { class: "curve", d: "M0 6L30 6" }), mark(c, found, 15, 6));
+  const paper = c.paper.length ? h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, s("path", { class: "paper", style: `--c:${colour(c, found)}`, d: "M0 6L30 6" })), `${c.label}, paper`) : null;
   return [h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, group), c.label), paper].filter(Boolean).reduce((a, b) => (a.append(b), a), document.createDocumentFragment());
 }
 function hint(p, box) {
@@ -223,7 +225,8 @@ function answer(p, [text, scores]) {
 
 // --- the page
 function shown(x) {
-  const parts = [x.tables.map(grid), x.panels.length ? h("div", { class: "figure" }, x.panels.map(panel)) : null].flat().filter(Boolean);
+  const panels = left(x.panels);
+  const parts = [x.tables.map(grid), panels.length ? h("div", { class: "figure" }, panels.map(panel)) : null].flat().filter(Boolean);
   return parts.length ? h("section", {}, h("h3", {}, x.caption), x.verdicts.map((v) => h("p", { class: "verdict" }, v)), parts, x.notes.map((n) => h("p", { class: /^\d|^Records/.test(n) ? "warning" : "note" }, n))) : null;
 }
 function contamination(found) {
