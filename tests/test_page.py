@@ -33,10 +33,27 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over initializations, models and m."""
+    folder = tmp_path_factory.mktemp("many")
+    overrides = ("init=lora", "init=pissa", "model=llama-3.2-1b")
+    cells = [c for x in overrides for c in grid(x, methods=("sft", "dpo"), n=[8, 1000], m=[0, 8, 40])]
+    made.publish(folder, cells)
+    report.write(folder, ["mine"])
+    return folder
+
+
+CHOOSE = """
+    const choose = (name, value) => { const x = document.querySelector(`select[name=${name}]`); x.value = value; x.dispatchEvent(new Event("change")); };
+    const cell = (label, place = document) => [...place.querySelectorAll("td.open button")].find((b) => b.ariaLabel.startsWith(label));
+"""
+
+
 def in_page(output: Path, script: str, width: int = 1400) -> dict:
     """Open a copy of the page in headless Chromium, run `script` there, and return what it puts into `result`."""
     text = (output / "report" / "index.html").read_text()
-    closing = "<script>const result = {};\ntry {" + script + "} catch (e) { result.error = String(e); }\n"
+    closing = "<script>const result = {};\ntry {" + CHOOSE + script + "} catch (e) { result.error = String(e); }\n"
     closing += "const out = document.createElement('output'); out.id = 'result';"
     closing += "out.textContent = JSON.stringify(result); document.body.append(out);</script></body>"
     file = output / "report" / "probe.html"
@@ -204,31 +221,132 @@ def test_initializations_stand_side_by_side_and_filters_narrow_them(tmp_path: Pa
 
 @pytest.mark.browser
 @needs_browser
-def test_curves_can_be_told_apart_and_filters_leave_no_panel_twice(tmp_path: Path) -> None:
-    cells = [
-        c for i in ("lora", "gaussian") for c in grid(f"init={i}", methods=("sft", "dpo"), n=[8, 16], m=[0, 8, 40])
-    ]
-    made.publish(tmp_path, cells)
-    report.write(tmp_path, ["mine"])
+def test_curves_can_be_told_apart_and_filters_leave_no_panel_twice(many: Path) -> None:
     found = in_page(
-        tmp_path,
+        many,
         """
         const panels = () => Object.fromEntries([...document.querySelectorAll("figure")].filter((f) => f.textContent.startsWith("lab_math"))
           .map((f) => [f.querySelector("figcaption").textContent, [...f.querySelectorAll(".key")].map((k) => {
             const [line, dot] = [".curve", ".dot"].map((x) => k.querySelector(x)), style = getComputedStyle(line);
             return [k.textContent, [style.stroke, style.strokeDasharray, dot.tagName, getComputedStyle(dot).fill].join()]; })]));
         result.all = panels();
-        for (const m of ["40", "0"]) {
-          const filter = document.querySelector("select[name=m]");
-          filter.value = m; filter.dispatchEvent(new Event("change"));
-          result[m] = panels();
-        }
+        for (const m of ["40", "0"]) { choose("m", m); result[m] = panels(); }
         """,
     )
     for caption, keys in found["all"].items():
         assert len({look for _, look in keys}) == len(keys) == 4, caption
-    captions = [f"lab_math, {init}, D2LoRA({m}, n): accuracy in %" for init in ("gaussian", "lora") for m in (8, 40)]
-    assert sorted(found["all"]) == sorted(captions)
+    who = ("lab, lora", "lab, pissa", "llama-3.2-1b-instruct, lora")
+    captions = [f"lab_math, {x}, D2LoRA({m}, n): accuracy in %" for x in who for m in (40, 8)]
+    assert sorted(found["all"]) == captions
     assert sorted(found["40"]) == [c for c in captions if "40" in c]
-    assert len(found["0"]) == 2, "LoRA of each initialization"
+    assert len(found["0"]) == 3, "LoRA of each"
     assert {label for keys in found["0"].values() for label, _ in keys} == {"SFT LoRA", "DPO LoRA"}
+
+
+@pytest.mark.browser
+@needs_browser
+def test_filters_narrow_comparisons_and_the_verdict_says_that_it_does_not_follow(many: Path) -> None:
+    found = in_page(
+        many,
+        """
+        const now = () => [document.querySelector(".verdict").textContent.slice(0, 20),
+                           [...document.querySelector("table[aria-label=comparisons]").tBodies[0].rows].map((r) => r.cells[0].textContent)];
+        result.all = now();
+        choose("model", "llama-3.2-1b-instruct"); result.model = now();
+        choose("m", "40"); result.m = now();
+        choose("method", "dpo"); result.method = now();
+        """,
+    )
+    rows = {key: labels for key, (_, labels) in found.items()}
+    assert {key: len(labels) for key, labels in rows.items()} == {"all": 24, "model": 8, "m": 4, "method": 2}
+    assert rows["method"] == ["DPO m=40 n=8", "DPO m=40 n=1k"]
+    assert found["all"][0].startswith("D2LoRA beats LoRA")
+    assert all(found[key][0] == "Of the whole table, " for key in ("model", "m", "method"))
+
+
+@pytest.mark.browser
+@needs_browser
+def test_words_in_a_column_of_numbers_come_last_and_thousands_are_thousands(tmp_path: Path) -> None:
+    cells = [c for i in ("lora", "pissa") for c in grid(f"init={i}", n=[8, 1000], m=[0, 8], seed=[0, 1])]
+    made.publish(tmp_path, cells, ability=lambda c: 5.0 if c.config.n == 8 else made.gain(c))
+    report.write(tmp_path, ["mine"])
+    found = in_page(
+        tmp_path,
+        """
+        const sorted = (label, head) => {
+          const table = document.querySelector(`table[aria-label=${label}]`), heads = [...table.tHead.rows[0].cells];
+          const column = heads.findIndex((x) => x.textContent === head);
+          return [0, 1].map(() => { heads[column].click(); return [...table.tBodies[0].rows].map((r) => r.cells[column].textContent); });
+        };
+        result.detectable = sorted("comparisons", "detectable");
+        result.preparation = sorted("initializations", "preparation (s)");
+        result.n = sorted("initializations", "n");
+        """,
+    )
+    for head, word in (("detectable", "no item differs"), ("preparation", "-")):
+        for column, way in zip(found[head], (-1, 1), strict=True):
+            numbers = [float(x) for x in column if x != word]
+            assert column == [*map(str, sorted(numbers, key=lambda x, way=way: way * x)), *[word] * (len(column) // 2)]
+    down, up = found["n"]
+    assert (down[0], down[-1], up[0], up[-1]) == ("1k", "8", "8", "1k")
+
+
+@pytest.mark.browser
+@needs_browser
+def test_a_cell_s_preparation_is_among_where_its_number_comes_from(many: Path) -> None:
+    found = in_page(
+        many,
+        """
+        choose("model", "lab");
+        const row = [...document.querySelectorAll("tr")].find((r) => r.textContent.startsWith("SFT D2LoRA(8, n) lab pissa"));
+        cell("SFT", row).click();
+        result.stages = [...dialog.querySelectorAll("details h4")].map((x) => x.textContent.split(" ")[0]);
+        result.records = dialog.querySelectorAll("details dl").length;
+        """,
+    )
+    assert found["stages"] == ["evaluate", "adapt", "warmup", "prepare"]
+    assert found["records"] == 4
+
+
+@pytest.mark.browser
+@needs_browser
+def test_a_seed_that_one_side_lacks_is_said_and_no_other_stands_in_for_it(output: Path) -> None:
+    found = in_page(
+        output,
+        """
+        choose("sweep", "other");
+        const arms = () => [[...dialog.querySelector(".item").querySelectorAll(".answers .small")].map((x) => x.textContent.split(":")[0]),
+                            [...dialog.querySelectorAll("p.missing")].map((x) => x.textContent).filter((x) => x !== "no record")];
+        const seed = (place) => { const x = dialog.querySelector("select"); x.selectedIndex = place; x.dispatchEvent(new Event("change")); };
+        for (const label of ["SFT D2LoRA(4k, n), n=200", "SFT LoRA, n=200"]) {
+          cell(label).click(); const before = arms(); seed(1);
+          result[label] = [before, arms()];
+        }
+        dialog.close();
+        const hit = [...document.querySelectorAll(".hit")].find((x) => x.ariaLabel.startsWith("SFT LoRA, n=200"));
+        hit.dispatchEvent(new PointerEvent("pointerenter")); result.tip = tip.textContent;
+        """,
+    )
+    tip = found.pop("tip")
+    assert "seed 0; missing: seed 1\n" in tip
+    for zero, one in found.values():
+        assert zero == [["LoRA", "D2LoRA(4k, n)"], []]
+        assert one == [["D2LoRA(4k, n)"], ["LoRA: no record of seed 1."]]
+
+
+@pytest.mark.browser
+@needs_browser
+def test_the_base_stands_beside_every_seed(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid(n=[0], m=[0, 8], seed=[0, 1]))
+    report.write(tmp_path, ["mine"])
+    found = in_page(
+        tmp_path,
+        """
+        for (const label of ["SFT D2LoRA(8, n), n=0", "SFT LoRA, n=0"]) {
+          cell(label).click();
+          const seed = dialog.querySelector("select"); seed.selectedIndex = 1; seed.dispatchEvent(new Event("change"));
+          result[label] = [dialog.querySelectorAll(".item")[0].querySelectorAll(".answers > div").length, dialog.querySelectorAll(".missing").length];
+        }
+        """,
+    )
+    assert list(found.values()) == [[2, 0], [2, 0]]

@@ -53,8 +53,9 @@ function sortable(head, rows, label) {
   return h("div", { class: "scroll" }, h("table", { "aria-label": label }, h("thead", {}, h("tr", {}, heads)), body));
 }
 function compare(a, b, way) {
-  if (a === null || b === null) return (a === null) - (b === null); // missing values come last
-  return way * (typeof a === "string" ? a.localeCompare(b, undefined, { numeric: true }) : a - b);
+  const [i, j] = [a, b].map((x) => (typeof x === "number" ? 0 : x === null ? 2 : 1));
+  if (i !== j) return i - j; // after the numbers come words such as "missing", then what is not there: either way
+  return i === 2 ? 0 : way * (i === 1 ? a.localeCompare(b, undefined, { numeric: true }) : a - b);
 }
 
 function grid(table) {
@@ -64,15 +65,16 @@ function grid(table) {
     keys: [line.label, ...line.cells.map((c) => c && data.points[c.p].value)],
     row: h("tr", {}, h("th", { scope: "row" }, line.label), line.cells.map((c) => cell(c))),
   }));
-  const pairs = table.pairs.filter((row) => !chosen.method || row[0].includes(chosen.method));
+  const pairs = table.pairs.filter((pair) => pair.points.some((i) => kept(data.points[i]))).map((pair) => pair.row);
   const heads = ["D2LoRA − LoRA", "difference", "95 % interval", "p", "p (Holm)", "detectable", "test", "seeds"];
-  return h("div", {}, h("h4", {}, table.title), h("p", { class: "verdict" }, table.verdict),
+  return h("div", {}, h("h4", {}, table.title), verdict(table.verdict, lines.length < table.lines.length),
     sortable(["", ...table.columns], rows, table.title),
     pairs.length ? h("details", {}, h("summary", {}, "each comparison, in points"),
-      sortable(heads, pairs.map(([, ...row]) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
+      sortable(heads, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
 }
+const verdict = (text, hidden) => h("p", { class: "verdict" }, hidden ? "Of the whole table, with the rows that the filters hide: " : null, text);
 function key(text) {
-  const number = parseFloat(text.replace(/[*<]/g, ""));
+  const number = parseFloat(text.replace(/[*<]/g, "")) * (/^\d+k$/.test(text) ? 1000 : 1);
   return /^[+−-]?[<\d.]/.test(text) && !isNaN(number) ? number : text;
 }
 
@@ -112,8 +114,8 @@ function scales(curves) {
 const path = (pairs) => pairs.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 
 // What the filters leave of panels. One that another shows as well is left out: LoRA beside a D2LoRA that is hidden.
+const end = (c) => c.points[c.points.length - 1][1];
 function left(panels) {
-  const end = (c) => c.points[c.points.length - 1][1];
   const found = panels.map((f) => ({ ...f, curves: f.curves.filter((c) => c.points.length && kept(data.points[end(c)])) })).filter((f) => f.curves.length);
   const within = (a, b) => a.curves.every((c) => b.curves.some((o) => end(o) === end(c)));
   return found.filter((a, i) => !found.some((b, j) => i !== j && within(a, b) && (!within(b, a) || j < i)));
@@ -162,8 +164,9 @@ function legend(c, found) {
   return [h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, group), c.label), paper].filter(Boolean).reduce((a, b) => (a.append(b), a), document.createDocumentFragment());
 }
 function hint(p, box) {
+  const seeds = (done) => p.runs.filter((r) => r.done === done).map((r) => r.seed).join(", ");
   const keys = p.runs.filter((r) => r.done).map((r) => r.evaluate).filter((k, i, all) => all.indexOf(k) === i);
-  tip.textContent = `${name(p)}\n${p.metric} ${percent(p.value)} ${interval(p)}` + (p.paper === null ? "" : `\npaper ${percent(p.paper)}`) + `\n${p.items} items, seed ${p.runs.map((r) => r.seed).join(", ")}\nrecord ${keys.join(", ")}`;
+  tip.textContent = `${name(p)}\n${p.metric} ${percent(p.value)} ${interval(p)}` + (p.paper === null ? "" : `\npaper ${percent(p.paper)}`) + `\n${p.items} items, seed ${seeds(true)}` + (seeds(false) && `; missing: seed ${seeds(false)}`) + `\nrecord ${keys.join(", ")}`;
   tip.hidden = false;
   const left = Math.min(box.right + 8, innerWidth - tip.offsetWidth - 6);
   tip.style.left = `${Math.max(6, left)}px`;
@@ -176,8 +179,9 @@ const others = (p) => data.points.filter((o) => o !== p && (o.m === 0) !== (p.m 
 
 function detail(p, d) {
   hide();
-  const partners = others(p), seeds = p.runs.filter((r) => r.done);
-  const state = { seed: seeds.length ? seeds[0].seed : null, other: partners[0] };
+  const partners = others(p), done = [p, ...partners].flatMap((x) => x.runs.filter((r) => r.done));
+  const seeds = [...new Set(done.map((r) => r.seed))].sort((a, b) => a - b);
+  const state = { seed: done.length ? done[0].seed : null, other: partners[0] };
   const body = h("div", {});
   const fill = () => body.replaceChildren(...sides(p, state));
   const pick = (label, values, show, set) => (values.length > 1 ? h("label", {}, ` ${label} `, h("select", { onchange: (e) => { set(values[e.target.selectedIndex]); fill(); } }, values.map((v) => h("option", {}, show(v))))) : null);
@@ -185,18 +189,20 @@ function detail(p, d) {
     h("header", {}, h("h3", {}, `${name(p)} on ${p.benchmark}`), h("button", { type: "button", onclick: () => dialog.close() }, "close")),
     h("p", {}, p.value === null ? "No record yet: this cell is missing." : `${p.metric} ${percent(p.value)} %, 95 % interval ${interval(p)}, ${p.items} items.` + (p.paper === null ? "" : ` The paper has ${percent(p.paper)}.`)),
     d ? h("p", {}, `D2LoRA − LoRA: ${signed(d.difference)} points [${signed(d.interval[0], 1)}, ${signed(d.interval[1], 1)}], p ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}.`) : "",
-    h("p", {}, pick("seed", seeds, (r) => r.seed, (r) => { state.seed = r.seed; }), pick("beside", partners, (o) => o.arm + (o.warmup ? ` ${o.warmup}` : ""), (o) => { state.other = o; })),
+    h("p", {}, pick("seed", seeds, String, (seed) => { state.seed = seed; }), pick("beside", partners, (o) => o.arm + (o.warmup ? ` ${o.warmup}` : ""), (o) => { state.other = o; })),
     body);
   fill();
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
 }
-const run = (p, seed) => p && (p.runs.find((r) => r.done && r.seed === seed) || p.runs.find((r) => r.done));
+// The base has one run, whatever the seed.
+const run = (p, seed) => p.runs.find((r) => r.done && (r.seed === seed || (p.n === 0 && p.m === 0)));
 
 function sides(p, state) {
-  const pair = [p, state.other].filter(Boolean).sort((a, b) => size(a.m) - size(b.m)).map((x) => ({ point: x, run: run(x, state.seed) })).filter((x) => x.run);
-  const own = run(p, state.seed) || p.runs[0];
-  return [h("details", {}, h("summary", {}, "where the number comes from"), ["evaluate", "adapt", "warmup"].filter((k) => own[k]).map((k) => record(k, own[k]))), ...items(pair)];
+  const both = [p, state.other].filter(Boolean).sort((a, b) => size(a.m) - size(b.m)).map((x) => ({ point: x, run: run(x, state.seed) }));
+  const own = run(p, state.seed) || p.runs.find((r) => r.seed === state.seed) || p.runs[0];
+  const lost = state.seed === null ? [] : both.filter((x) => !x.run).map((x) => h("p", { class: "missing" }, `${x.point.arm}: no record of seed ${state.seed}.`));
+  return [h("details", {}, h("summary", {}, "where the number comes from"), ["evaluate", "adapt", "warmup", "prepare"].filter((k) => own[k]).map((k) => record(k, own[k]))), ...lost, ...items(both.filter((x) => x.run))];
 }
 function record(stage, key) {
   const r = data.records[key];
@@ -225,9 +231,9 @@ function answer(p, [text, scores]) {
 
 // --- the page
 function shown(x) {
-  const panels = left(x.panels);
+  const panels = left(x.panels), hidden = x.panels.some((f) => f.curves.some((c) => c.points.length && !kept(data.points[end(c)])));
   const parts = [x.tables.map(grid), panels.length ? h("div", { class: "figure" }, panels.map(panel)) : null].flat().filter(Boolean);
-  return parts.length ? h("section", {}, h("h3", {}, x.caption), x.verdicts.map((v) => h("p", { class: "verdict" }, v)), parts, x.notes.map((n) => h("p", { class: /^\d|^Records/.test(n) ? "warning" : "note" }, n))) : null;
+  return parts.length ? h("section", {}, h("h3", {}, x.caption), x.verdicts.map((v) => verdict(v, hidden)), parts, x.notes.map((n) => h("p", { class: /^\d|^Records/.test(n) ? "warning" : "note" }, n))) : null;
 }
 function contamination(found) {
   const rows = Object.entries(found).flatMap(([pair, measures]) => Object.entries(measures).map(([k, m]) => [pair, k, `${percent(m.value)} %`, String(m.items)]));

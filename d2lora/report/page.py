@@ -86,7 +86,10 @@ class _Data:
             "title": table.title,
             "columns": [tables.column_name(table, n) for n in table.columns],
             "verdict": table.verdict,
-            "pairs": [[c.methods, *row] for c, row in zip(table.unique_pairs, tables.pair_rows(table), strict=True)],
+            "pairs": [
+                {"points": [self._place(p) for p, own in table.pairs.items() if own is c], "row": row}
+                for c, row in zip(table.unique_pairs, tables.pair_rows(table), strict=True)
+            ],
             "lines": [
                 {"label": line.label, "cells": [self._cell(table, line.points.get(n)) for n in table.columns]}
                 for line in table.lines
