@@ -112,6 +112,18 @@ def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None
     pyplot.close(figure)
 
 
+def test_the_paper_s_curves_can_be_told_apart_too(table3: Path) -> None:
+    from matplotlib import pyplot
+
+    shown = artefacts.load(table3, "mine", rows.Records(table3)).shown
+    for panels in [s.panels for s in shown if s.panels]:
+        figure = figures._figure(panels, pyplot)
+        for axis in figure.axes:
+            looks = {(x.get_color(), x.get_marker(), x.get_linestyle(), x.get_markerfacecolor()) for x in axis.lines}
+            assert len(looks) == len(axis.lines)
+        pyplot.close(figure)
+
+
 def test_lora_stands_beside_each_warmup_set_and_a_model_without_d2lora_alone(tmp_path: Path) -> None:
     cells = [
         c for w in ("mix40k", "mix_math") for c in grid("scale=paper", f"warmup={w}", n=[0, 1000, 2000], m=[0, 2000])

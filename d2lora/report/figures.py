@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,14 +132,23 @@ def _figure(found: list[Panel], pyplot):
     size_ = (WIDTH * columns, HEIGHT * rows + 0.15 * ((len(labels) + 1) // 2))
     figure, axes = pyplot.subplots(rows, columns, figsize=size_, squeeze=False, layout="constrained")
     handles: dict = {}
-    for axis, panel in itertools.zip_longest(axes.flat, found):
-        if panel is None:
-            axis.remove()
-            continue
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
+    for place, (axis, panel) in enumerate(zip(axes.flat, found, strict=False)):
         _draw_panel(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.supxlabel("task samples n", fontsize=8)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
+        if place + columns >= len(found):  # the last of its column
+            axis.set_xlabel("task samples n")
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        columnspacing=1,
+        handlelength=1.8,
+        handletextpad=0.5,
+    )
     return figure
 
 
@@ -146,7 +156,7 @@ def _draw_panel(axis, panel: Panel) -> None:
     for curve in panel.curves:
         _draw_curve(axis, curve, panel)
     ticks = sorted({x for c in panel.curves for x, _ in c.points})
-    axis.set(title=panel.title, ylabel=panel.unit)
+    axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
     axis.set_xticks(ticks, [plan.amount(x) for x in ticks], rotation=45 if _crowded(ticks) else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
 
@@ -176,9 +186,7 @@ def _draw_curve(axis, curve: Curve, panel: Panel) -> None:
     axis.fill_between(x, low, high, color=colour, alpha=band, linewidth=0)
     if curve.paper:
         x, y = ([x for x, _ in curve.paper], [100 * v for _, v in curve.paper])
-        axis.plot(
-            x, y, color=colour, linestyle="--", linewidth=0.9, marker=style["marker"], markersize=2, label=theirs[0]
-        )
+        axis.plot(x, y, label=theirs[0], **style | {"linestyle": "--", "linewidth": 0.9, "markersize": 2.2})
 
 
 def _style(curve: Curve, panel: Panel) -> dict:

@@ -159,9 +159,9 @@ function dot(c, found, p, x, y) {
   return s("g", {}, mark(c, found, x, y), hit);
 }
 function legend(c, found) {
-  const group = s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found)}` }, s("path", { class: "curve", d: "M0 6L30 6" }), mark(c, found, 15, 6));
-  const paper = c.paper.length ? h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, s("path", { class: "paper", style: `--c:${colour(c, found)}`, d: "M0 6L30 6" })), `${c.label}, paper`) : null;
-  return [h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, group), c.label), paper].filter(Boolean).reduce((a, b) => (a.append(b), a), document.createDocumentFragment());
+  const entry = (text, ...drawn) => h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found)}` }, drawn)), text);
+  const own = entry(c.label, s("path", { class: "curve", d: "M0 6L30 6" }), mark(c, found, 15, 6));
+  return c.paper.length ? [own, entry(`${c.label}, paper`, s("path", { class: "paper", d: "M0 6L30 6" }))] : [own];
 }
 function hint(p, box) {
   const seeds = (done) => p.runs.filter((r) => r.done === done).map((r) => r.seed).join(", ");
