@@ -47,12 +47,15 @@ def _file(data: Data) -> Path | None:
     if data.name and (folder / data.name).is_dir():
         folder = folder / data.name
     wanted = data.file or data.split
-    names = [wanted] if data.file else [wanted + kind + zipped for kind in _FORMATS for zipped in ("", ".xz", ".gz")]
+    on_hub = f"{wanted}-00000-of-00001.parquet"  # in a copy of a Hub repository; in data/ if it has no configurations
+    kinds = [wanted + kind + zipped for kind in _FORMATS for zipped in ("", ".xz", ".gz")]
+    names = [wanted] if data.file else [*kinds, on_hub, f"data/{on_hub}"]
     for name in names:
         if (folder / name).is_file():
             return folder / name
+    tried = ", ".join(names[::3])  # without the compressed ones
     raise UserError(
-        f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {wanted} (looked for {', '.join(names[:3])}, ...)"
+        f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {wanted} (looked for {tried})"
     )
 
 

@@ -1,6 +1,9 @@
+import os
+import re
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf.errors import OmegaConfBaseException
 
 from d2lora.errors import UserError
@@ -73,3 +76,14 @@ def test_the_prompt_of_the_lab_s_corpus_is_that_of_its_tasks(cell) -> None:
         == task.benchmark["lab_math"].prompt.format(**question)
     )
     assert cell("task=lab_title").config.task.prompt == world.TITLE_PROMPT
+
+
+def test_what_is_said_of_data_root_can_be_typed(cell) -> None:
+    """A ~ can't: shells leave it as it is inside an argument, and Hydra's grammar refuses it."""
+    with pytest.raises(UserError) as refused:
+        cell("scale=laptop")
+    said = re.findall(r"data_root=[~$/]\S*", f"{refused.value}\n{(ROOT / 'README.md').read_text()}")
+    assert len(said) >= 2
+    for override in said:
+        value = OverridesParser.create().parse_override(os.path.expandvars(override)).value()
+        assert Path(value).is_absolute()

@@ -206,3 +206,19 @@ def test_lab_splits_share_no_problem() -> None:
         assert len(splits["test"]) >= 400
     assert len(math["train"]) >= 10_000
     assert len(data.rows(Data(path="d2lora/lab/data/general"))) >= 40_000
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("data/test-00000-of-00001.parquet", None), ("main/test-00000-of-00001.parquet", "main")]
+)
+def test_a_copy_of_a_hub_repository_is_read_as_it_is(tmp_path: Path, path: str, name: str | None) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / path
+    file.parent.mkdir()
+    found = [{"question": "1 + 1?", "choices": {"text": ["2", "3"]}, "chosen": [{"role": "user", "content": "hi"}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), file)
+    assert data.rows(Data(path=str(tmp_path), name=name, split="test")) == found
+    with pytest.raises(UserError, match=r"no split train \(looked for train.jsonl, .*, train-00000-of-00001.parquet"):
+        data.rows(Data(path=str(tmp_path), name=name))
