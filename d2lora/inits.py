@@ -89,6 +89,9 @@ def _plain(wrapped: PeftModel) -> PeftModel:
 def save(wrapped: PeftModel, record: Path) -> None:
     """The adapter as record/adapter, in PEFT's format for the original base, and where that is another one, as it is
     trained (rank r) in record/state."""
+    config = wrapped.peft_config[ADAPTER]
+    if isinstance(config.target_modules, set):  # a set's order, and with it the file, would be another in each process
+        config.target_modules = sorted(config.target_modules)
     variants = {name: layer.lora_variant.get(ADAPTER) for name, layer in layers(wrapped).items()}
     folded = any(variants.values())
     _save_peft(wrapped, record / ("state" if folded else "adapter"))

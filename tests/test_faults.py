@@ -89,6 +89,19 @@ def test_a_checkpoint_cut_short_is_not_taken_up(make) -> None:
     assert_equal(calm, broken)
 
 
+def test_another_process_publishes_the_same_files(make, tiny: Path, tmp_path: Path) -> None:
+    found = []
+    for seed in ("1", "2"):  # of Python's hashes: sets of texts have another order
+        this = make(seed, "n=8", "method.epochs=1")
+        command = [sys.executable, str(data.ROOT / "run.py"), f"model.path={tiny}", f"output={tmp_path / seed}"]
+        keys = f"job={this.config.job}"
+        subprocess.run(
+            [*command, *SMALL, "n=8", "method.epochs=1", keys], env=os.environ | {"PYTHONHASHSEED": seed}, check=True
+        )
+        found.append(Store(pipeline.output(this.config)).record(this.chain.adapt)["files"])
+    assert found[0] == found[1]
+
+
 def test_kill_9_in_the_middle_of_a_training(make, tiny: Path, tmp_path: Path) -> None:
     calm, killed = make("calm", "method=orpo"), make("killed", "method=orpo")
     do(calm)

@@ -108,7 +108,7 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 SOURCES = {
     "contamination": "5124f59ed9fe",
     "data": "89f1e26ec279",
-    "inits": "3c428b6f0dc0",
+    "inits": "e3aa032f329e",
     "model": "fd0b6601e05b",
     "packing": "af89367a6c1c",
     "trainers": "0527eb2eebc5",
