@@ -485,7 +485,9 @@ def test_what_a_recipe_sets_is_shown_with_it_and_what_is_about_the_machine_is_no
     made.publish(tmp_path, recipes[0] + grid("recipe=laptop", "method.beta=0.2", methods=("dpo",), n=[8], m=[0, 8]))
     with pytest.raises(UserError, match=r"hide that its cells differ in method\.beta"):
         points(tmp_path)
-    how = "micro_batch=4 eval_batch=7 attention=eager gradient_checkpointing=true threads=2 checkpoint_minutes=1"
+    how = (
+        "micro_batch=4 eval_batch=7 attention=flex_attention gradient_checkpointing=true threads=2 checkpoint_minutes=1"
+    )
     other = [f"recipe.{x}" for x in (*how.split(), "packing=padded")]
     assert [x.split("=")[0] for x in other[:-1]] == list(rows.MACHINE)
     assert [c.id for c in grid(n=[8])] == [c.id for c in grid(*other, n=[8])], "in no stage's key"

@@ -175,7 +175,7 @@ def test_a_record_says_where_its_numbers_came_from(make) -> None:
         assert record["peak_memory_mb"] > 0
         assert all(data.digest(store.place(stage) / name) == digest for name, digest in record["files"].items())
     assert records["adapt"]["data"]["samples"] == 16
-    assert records["adapt"]["metrics"]["samples_seen"] == 48
+    assert records["adapt"]["metrics"]["samples_seen"] == 32
     items = (store.place(cell.chain.evaluations[0]) / "items.jsonl").read_text().splitlines()
     assert len(items) == records["evaluate"]["metrics"].get("accuracy", {"items": len(items)})["items"]
 
