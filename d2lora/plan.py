@@ -315,20 +315,21 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
     """The jobs of a grid in the three batches that a launcher gets, each longest first. Nothing in a batch waits for another
     job of it, so no worker waits for a lock.
 
-    First checks of the data (before all, so that they are known when training begins) and preparations; then warm-ups,
-    evaluations of the base and the cells without warm-up; then the rest.
+    First preparations; then warm-ups, evaluations of the base, the cells without warm-up and the checks of the data; then the
+    rest. The checks are the shortest. As a worker's first job they would have joblib measure it without torch: with torch it
+    would then seem to leak, and be renewed.
     """
     taken = set(done)
     checks = [job for cell in cells if (job := _job(cell, cell.chain.contamination, taken)).stages]
     prepares = _alone(cells, "prepare", taken)
-    first = _alone(cells, "warmup", taken)
+    first = [*_alone(cells, "warmup", taken), *checks]
     second: list[Job] = []
     for cell in cells:
         job = _job(cell, cell.chain.stages, taken)
         if job.stages:
             (second if cell.chain.warmup else first).append(job)
     prepares, first, second = (sorted(jobs, key=lambda job: -job.cost) for jobs in (prepares, first, second))
-    return [checks + prepares, first, second]
+    return [prepares, first, second]
 
 
 def _alone(cells: list[Cell], name: str, taken: set[str]) -> list[Job]:

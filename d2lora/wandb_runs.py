@@ -31,14 +31,16 @@ class _State:
 
 
 _state = _State()
+_telling = threading.Lock()
 _at_once = threading.BoundedSemaphore(4)  # runs that are begun, filled or uploaded at the same time
 
 
 def _warn(text: str) -> None:
     """One warning a process: what follows is mostly the same again."""
-    if not _state.warned:
+    with _telling:  # several runs' threads meet the same dead server at once
+        first, _state.warned = not _state.warned, True
+    if first:
         print(f"W&B: {text}", file=sys.stderr, flush=True)
-    _state.warned = True
 
 
 def _fail(error: BaseException) -> None:

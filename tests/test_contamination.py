@@ -101,12 +101,13 @@ def test_another_test_or_training_set_is_another_pair(cell) -> None:
     assert keys() == keys("task.benchmark.lab_math.limit=4", "recipe.lr.sft=1e-5"), "the whole set is checked"
 
 
-def test_checks_are_the_first_jobs_of_a_grid_and_a_finished_one_is_none(cell) -> None:
+def test_checks_end_the_first_batch_of_a_grid_and_a_finished_one_is_none(cell) -> None:
     grid = [cell(f"m={m}", f"n={n}") for m in (8, 0) for n in (0, 8, 16)]
-    batches = plan.batches(grid, set())
-    kinds = [{s.name == "contamination" for s in job.stages} for jobs in batches for job in jobs]
-    assert kinds[:2] == [{True}, {True}]
-    assert all(kind == {False} for kind in kinds[2:])
+    prepares, first, second = (
+        [{s.name == "contamination" for s in job.stages} for job in jobs] for jobs in plan.batches(grid, set())
+    )
+    assert first[-2:] == [{True}, {True}]
+    assert all(kind == {False} for kind in prepares + first[:-2] + second)
     checks = {s.key for s in plan.stages(grid) if s.name == "contamination"}
     again = plan.batches(grid, checks)
     assert all(s.key not in checks for batch in again for job in batch for s in job.stages)

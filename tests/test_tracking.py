@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+
+from d2lora import wandb_runs
 
 ROOT = Path(__file__).parent.parent
 CORE = Path(importlib.util.find_spec("wandb").origin).parent / "bin/wandb-core"
@@ -326,6 +329,23 @@ def test_a_server_that_does_not_work_costs_one_warning(kind: str, tmp_path: Path
     kept = {r["run_id"] for r in runs(tmp_path / "out") if r["exit"] == [0]}
     assert set(records(tmp_path / "out")) <= kept
     assert done.seconds < 90
+
+
+def test_runs_that_fail_together_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            time.sleep(0.05)  # as a terminal may; meanwhile the other threads come by
+            return super().write(text)
+
+    err = Slow()
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(wandb_runs, "_state", wandb_runs._State())
+    threads = [threading.Thread(target=wandb_runs._fail, args=(ConnectionError("gone"),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert err.getvalue() == "W&B: gone: runs are kept on disk from here on\n"
 
 
 def test_auto_is_offline_without_credentials_and_online_with_a_netrc(tmp_path: Path, down: str) -> None:
