@@ -92,9 +92,9 @@ def _launch_once(launcher: Any, config: DictConfig, jobs: list[Job]) -> str | No
     """What stopped the launcher; None if it came to its end. No job of it is at work any more, either way."""
     overrides = [[*job.cell.overrides, f"job={[s.key for s in job.stages]}"] for job in jobs]
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # joblib renews workers that grew
-            launcher.launch(overrides, initial_job_idx=0)
+        # Not in catch_warnings: leaving it would undo the filters that libraries set as jobs in this process import them.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # joblib renews workers that grew
+        launcher.launch(overrides, initial_job_idx=0)
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:

@@ -75,7 +75,7 @@ def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> No
 
 def test_joblib_s_workers_make_the_same_adapters(run, tmp_path: Path) -> None:
     grid = ["-m", "method=sft,dpo", "n=8", "m=0,8", *SHORT]
-    run(*grid)
+    assert "Warning" not in run(*grid).stderr
     found = {
         f.parent.parent.name: load_file(f) for f in (tmp_path / "out" / "store").rglob("adapter_model.safetensors")
     }
