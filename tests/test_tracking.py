@@ -103,11 +103,15 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     grid = [*GRID, f"task.data.path={home / 'secret_place/math'}", "wandb.mode=offline"]
     grid += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = typed(home, *grid, environment={"WANDB_API_KEY": KEY})
-    left = [p for p in psutil.process_iter(["cmdline", "name"]) if str(home) in " ".join(p.info["cmdline"] or [])]
-    cores = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "wandb-core" and _of(p, home)]
     return SimpleNamespace(
-        home=home, grid=grid, done=done, out=home / "out", left=left + cores, runs=runs(home / "out")
+        home=home, grid=grid, done=done, out=home / "out", left=left_of(home), runs=runs(home / "out")
     )
+
+
+def left_of(home: Path) -> list[psutil.Process]:
+    """Processes that a sweep typed in `home` has left behind, W&B's among them."""
+    named = [p for p in psutil.process_iter(["cmdline"]) if str(home) in " ".join(p.info["cmdline"] or [])]
+    return named + [p for p in psutil.process_iter(["name"]) if p.info["name"] == "wandb-core" and _of(p, home)]
 
 
 def _of(process: psutil.Process, home: Path) -> bool:
@@ -131,6 +135,26 @@ def test_every_stage_and_cell_is_a_run_of_its_own_and_the_sweep_has_a_report(off
     assert {r["run_group"] for r in offline.runs} == {"mine"}
     assert all(r["exit"] == [0] for r in offline.runs)
     assert "wandb sync" in offline.done.out.splitlines()[-1]
+
+
+OTHERS = {
+    "submitit_local": ("submitit", ["hydra.launcher.timeout_min=5"]),
+    "ray": ("ray", ["+hydra.launcher.ray.init.num_cpus=2"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["submitit_local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_workers_of_other_launchers_keep_the_same_runs(launcher: str, offline, tmp_path: Path) -> None:
+    module, more = OTHERS[launcher]
+    pytest.importorskip(module)
+    grid = [*GRID, f"task.data.path={offline.home / 'secret_place/math'}", "wandb.mode=offline"]
+    done = typed(tmp_path, *grid, f"hydra/launcher={launcher}", *more, environment={"RAY_AUTH_MODE": "disabled"})
+    assert warnings(done) == []
+    kept = runs(tmp_path / "out")
+    assert sorted(r["run_id"] for r in kept) == sorted(by_key(offline))
+    assert all(r["exit"] == [0] for r in kept)
+    assert left_of(tmp_path) == []
 
 
 def test_names_and_tags_are_those_of_the_field(offline) -> None:
