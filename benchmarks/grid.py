@@ -4,7 +4,8 @@
 
 Both sides train on the same rows with the same settings and are scored on the same items, one thread a worker. The
 other side's process loads the base, warms up if m > 0, trains with TRL's trainers as they come, and evaluates; it shares
-nothing with the next. Whole solutions (task.continuation=rest), because TRL puts an end after every answer.
+nothing with the next. Whole solutions (task.continuation=rest), because TRL puts an end after every answer. Neither side logs
+to W&B; ours writes its report.
 Prints the time both sides spend on what, their accuracies, and last the line `speedup: N.Nx` of the wall times.
 """
 
@@ -209,6 +210,7 @@ def our_side(n: str, m: str, workers: int, output: Path) -> tuple[float, dict, d
         f"n={n}",
         f"m={m}",
         CONTINUATION,
+        "wandb.mode=disabled",
         f"output={output}",
         f"hydra.launcher.n_jobs={workers}",
     ]

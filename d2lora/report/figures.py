@@ -121,6 +121,7 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
         for file in files:
             dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix, {})
             figure.savefig(file, dpi=200, metadata=dated)  # no dates: the same records give the same files
+            figure.set_layout_engine("none")  # the first file's layout serves all: it takes as long as the drawing
         pyplot.close(figure)
     return files
 
