@@ -35,7 +35,7 @@ def start(output: Path, workers: int) -> subprocess.Popen:
         "recipe.checkpoint_minutes=0",
         f"output={output}",
     ]
-    command += ["hydra/launcher=joblib", f"+hydra.launcher.n_jobs={workers}"] if workers > 1 else []
+    command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={workers}"] if workers > 1 else []
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 

@@ -3,8 +3,10 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -38,7 +40,18 @@ def guard(main: Callable[[], object]) -> None:
             raise
         print(f"error: {error.filename or 'output'}: {error.strerror}; what is finished is kept", file=sys.stderr)
         code = 1
+    except (ValueError, TypeError, AttributeError) as error:
+        if not _is_from_hydra(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_from_hydra(error: Exception) -> bool:
+    """Whether Hydra raised it over what was typed: some of its refusals (method=0) are plain ValueErrors."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").split(".")[0] in ("hydra", "omegaconf", "antlr4", "yaml")
 
 
 def one_line(error: Exception) -> str:
@@ -123,5 +136,7 @@ def _share(config: DictConfig) -> int:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        if config.job:  # else the reason would lie in a launcher's log that nobody names
+            pipeline.write_failure(data.ROOT / Path(config.output).expanduser(), config.job[0], "a job", error)
         print(f"error: {one_line(error) if isinstance(error, Exception) else error!r}", file=sys.stderr)
         return 1

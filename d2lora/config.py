@@ -1,9 +1,11 @@
 """The typed configuration of one cell. Everything is checked here, before any data or model is loaded."""
 
+from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,7 +21,7 @@ from d2lora.errors import UserError
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 def _amount(value: Any) -> Any:
@@ -46,8 +48,30 @@ def fields(template: str) -> set[str]:
     return {name.split("[")[0].split(".")[0] for name in names}
 
 
+def _text(value: str) -> str:
+    """A text that files and keys can carry."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text in UTF-8") from None
+    if "\0" in value:
+        raise ValueError("a text without null bytes")
+    return value
+
+
+def _home(value: str) -> str:
+    """A path whose ~name is somebody's home."""
+    try:
+        Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+Text = Annotated[StrictStr, AfterValidator(_text)]
+PathText = Annotated[Text, AfterValidator(_home)]
 Amount = Annotated[StrictInt | Literal["all"], BeforeValidator(_amount)]
-Template = Annotated[StrictStr, BeforeValidator(_template)]
+Template = Annotated[Text, BeforeValidator(_template)]
 Positive = Annotated[StrictInt, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
@@ -56,21 +80,23 @@ Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
 class Data(_Strict):
     """Rows: a data set on the Hub (name and revision) or local files (a folder with <split>.jsonl and the like, or a file)."""
 
-    path: StrictStr
-    name: StrictStr | None = None  # the Hub's configuration; of a local folder, a folder in it
-    file: StrictStr | None = None  # one file of the data set, where it has no splits
-    split: StrictStr = "train"
-    revision: StrictStr | None = None
-    where: dict[StrictStr, list[StrictStr]] = {}  # column -> values to keep
+    path: PathText
+    name: Text | None = None  # the Hub's configuration; of a local folder, a folder in it
+    file: Text | None = None  # one file of the data set, where it has no splits
+    split: Text = "train"
+    revision: Text | None = None
+    where: dict[Text, list[Text]] = {}  # column -> values to keep
     hold_out: Annotated[StrictInt, Field(ge=0)] = 0  # rows set aside by split_seed before anything else
     part: Literal["rest", "held_out"] = "rest"
 
 
 class Model(_Strict):
-    name: StrictStr
-    path: StrictStr  # a Hub name or a local folder
-    revision: StrictStr | None = None
-    gguf_package: StrictStr | None = None  # an installed package that carries the weights as GGUF
+    name: Text
+    path: PathText  # a Hub name or a local folder
+    revision: Text | None = None
+    gguf_package: Annotated[Text, Field(pattern=r"^\w+$")] | None = (
+        None  # an installed package that carries the weights as GGUF
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: StrictBool = False
 
@@ -82,8 +108,8 @@ class Benchmark(_Strict):
     kind: Literal["number", "rouge", "choice"]
     prompt: Template
     gold: Template  # number, rouge: the reference answer; choice: the label of the right choice
-    choices: StrictStr | None = None  # choice: dotted path of the list of texts, and of their labels
-    labels: StrictStr | None = None
+    choices: Text | None = None  # choice: dotted path of the list of texts, and of their labels
+    labels: Text | None = None
     chat: StrictBool = True
     max_new_tokens: Positive = 512
     limit: Positive | None = None  # the first rows only
@@ -98,7 +124,7 @@ class Benchmark(_Strict):
 class Task(_Strict):
     """Phase 2: what to adapt to, and the benchmarks that judge it."""
 
-    name: StrictStr
+    name: Text
     data: Data
     prompt: Template
     prefix: Template = ""  # the start of the assistant's turn that is given, e.g. the steps before the fork of a pair
@@ -107,8 +133,8 @@ class Task(_Strict):
     full_chosen: Template | None = None  # the whole remaining answer, where chosen is only its next step
     full_rejected: Template | None = None
     continuation: Literal["step", "rest"] = "step"
-    benchmark: dict[StrictStr, Benchmark] = {}
-    lm_eval: list[StrictStr] = []  # names of lm-evaluation-harness's own tasks
+    benchmark: dict[Text, Benchmark] = {}
+    lm_eval: list[Text] = []  # names of lm-evaluation-harness's own tasks
 
 
 class Method(_Strict):
@@ -179,9 +205,9 @@ class Init(_Strict):
 class Warmup(_Strict):
     """Phase 1: general data in conversations; the loss is on every assistant turn."""
 
-    name: StrictStr
+    name: Text
     data: Data
-    messages: StrictStr = "chosen"  # the column that holds a conversation
+    messages: Text = "chosen"  # the column that holds a conversation
     epochs: Positive = 1
 
 
@@ -189,7 +215,7 @@ class Lora(_Strict):
     r: Positive
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: StrictStr | list[StrictStr] = "all-linear"
+    target_modules: Text | list[Text] = "all-linear"
 
 
 class Rates(_Strict):
@@ -209,7 +235,7 @@ class Epochs(_Strict):
 class Recipe(_Strict):
     """How both phases are trained, and on what part of the machine."""
 
-    name: StrictStr
+    name: Text
     lora: Lora
     lr: Rates
     epochs: Epochs  # what the method and warmup groups take theirs from
@@ -239,8 +265,8 @@ class Wandb(_Strict):
     """Where W&B mirrors the records. Nothing of it changes a result, so nothing of it is in a key or a manifest."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with credentials, offline without
-    project: StrictStr | None = None  # WANDB_PROJECT, or d2lora
-    entity: StrictStr | None = None  # WANDB_ENTITY, or the account's own
+    project: Text | None = None  # WANDB_PROJECT, or d2lora
+    entity: Text | None = None  # WANDB_ENTITY, or the account's own
     artifacts: StrictBool = True  # adapters, with their lineage
     patience: Annotated[float, Field(gt=0)] = 60  # seconds that a job waits for the server before it goes on without
 
@@ -259,13 +285,13 @@ class Config(_Strict):
     seed: Seed = 0  # initialization, order, dropout
     data_seed: Seed = 0  # which n and m rows
     split_seed: Seed = 0  # hold-outs
-    sweep: Annotated[StrictStr, Field(pattern=r"^[\w.-]+$")] = "adhoc"
-    output: StrictStr = "outputs"
+    sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
+    output: PathText = "outputs"
     wandb: Wandb = Field(default=Wandb(), exclude=True)
-    data_root: StrictStr | None = None
+    data_root: Text | None = None
     dry_run: StrictBool = False
     skip_invalid: StrictBool = False
-    job: list[StrictStr] | None = None  # keys of the stages that this process is to do; set by the grid sweeper
+    job: list[Text] | None = None  # keys of the stages that this process is to do; set by the grid sweeper
 
     @model_validator(mode="after")
     def _data_root_where_needed(self) -> "Config":

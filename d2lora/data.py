@@ -12,6 +12,7 @@ import math
 import random
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,12 +164,12 @@ def _where(found: list[Row], data: Data, column: str, values: list[str]) -> list
 def _read(file: Path, _content: str) -> list[Row]:
     """The rows of a local file, read once a process."""
     name = file.name.removesuffix(".xz").removesuffix(".gz")
-    if name.endswith(".parquet"):
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(file).to_pylist()
-    text = _OPEN.get(file.suffix, open)(file, "rt", encoding="utf-8", newline="").read()
     try:
+        if name.endswith(".parquet"):
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(file).to_pylist()
+        text = _OPEN.get(file.suffix, open)(file, "rt", encoding="utf-8", newline="").read()
         if name.endswith(".csv"):
             return list(csv.DictReader(io.StringIO(text)))
         found = (
@@ -176,7 +177,7 @@ def _read(file: Path, _content: str) -> list[Row]:
             if name.endswith(".json")
             else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
-    except ValueError as error:
+    except (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
         raise UserError(f"{file}: not readable as {Path(name).suffix[1:]} ({error})") from None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise UserError(f"{file}: not a list of rows")

@@ -269,13 +269,15 @@ def failure(config: Config, stage: Stage) -> Path:
 
 def report_failure(config: Config, stage: Stage, error: BaseException) -> None:
     """Leave <output>/failed/<key>.json: what failed, why, and the traceback."""
+    write_failure(output(config), stage.key, stage.label, error)
+
+
+def write_failure(folder: Path, key: str, label: str, error: BaseException) -> None:
+    """Leave <folder>/failed/<key>.json."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     text = "".join(traceback.format_exception(error))
-    write_json(
-        failure(config, stage),
-        {"key": stage.key, "label": stage.label, "error": kind + line, "traceback": text},
-    )
+    write_json(folder / "failed" / f"{key}.json", {"key": key, "label": label, "error": kind + line, "traceback": text})
 
 
 # --- provenance ----------------------------------------------------------------------------------------------------

@@ -46,7 +46,9 @@ class Store:
         """The stage's record; made by `work(folder)`, which fills the folder and returns the record, if there is none."""
         if found := self.record(stage):
             return found
-        with self._lock(stage):
+        if self.place(stage).exists() and not self.done(stage):
+            raise UserError(f"{self.place(stage)}: not a record's folder, and a record is to go there: move it away")
+        with _lock(self.folder / ".locks" / f"{stage.key}.lock"):
             return self.record(stage) or self._publish(stage, work)
 
     def _publish(self, stage: Stage, work: Callable[[Path], dict]) -> dict:
@@ -58,39 +60,40 @@ class Store:
             record |= {"digest": _digest(record)}
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _sync(file)
+                    sync(file)
             (temporary / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False))
-            _sync(temporary / "record.json")
-            _sync(temporary)
+            sync(temporary / "record.json")
+            sync(temporary)
             try:
                 temporary.rename(place)
             except OSError:
                 if not self.done(stage):
                     raise
-            _sync(place.parent)
+            sync(place.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         found = self.record(stage)
         assert found is not None, "renamed into place above"
         return found
 
-    @contextlib.contextmanager
-    def _lock(self, stage: Stage) -> Iterator[None]:
-        from filelock import FileLock
 
-        folder = self.folder / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        # Without a soft lock in its place: that one outlives a killed process on another node.
-        lock = FileLock(folder / f"{stage.key}.lock", fallback_to_soft=False)
-        try:
-            lock.acquire()
-        except (NotImplementedError, OSError):
-            yield  # a file system without locks: the rename decides
-            return
-        try:
-            yield
-        finally:
-            lock.release()
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks; without them the rename alone decides."""
+    from filelock import FileLock
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Without a soft lock in its place: that one outlives a killed process on another node.
+    lock = FileLock(file, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_record(place: Path) -> dict | None:
@@ -122,15 +125,19 @@ def _digest(record: dict) -> str:
 
 
 def cached(file: Path, make: Callable[[], Any]) -> Any:
-    """The value in a JSON file, made and written if there is none that can be read. For what is cheap to make again."""
+    """The value in a JSON file, made by one process and written if there is none that can be read. For what can be made again."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return json.loads(file.read_text())
-    value = make()
-    write_json(file, value)
+    with _lock(file.with_suffix(".lock")):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # another process was making it
+            return json.loads(file.read_text())
+        value = make()
+        write_json(file, value)
     return value
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -243,6 +250,13 @@ def main() -> None:
     parser.add_argument("--output", default="outputs", help="the folder that holds store and manifests")
     args = parser.parse_args()
     output = data.ROOT / Path(args.output).expanduser()
+    try:
+        _act(args, output)
+    except (OSError, ValueError, KeyError) as error:  # a damaged manifest, a folder that can't be read or freed
+        sys.exit(f"error: {output}: {type(error).__name__}: {error}")
+
+
+def _act(args: argparse.Namespace, output: Path) -> None:
     if args.action == "check":
         faults = list(check(output))
         print("\n".join([*faults, f"{len(_entries(output))} entries, {len(faults)} of them to look at"]))

@@ -41,51 +41,68 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))
     with progress.line(functools.partial(summary.progress_text, cells, store)):
-        _launch_all(functools.partial(_launch_once, launcher, config), cells, store)
+        apart = "submitit" in config.hydra.launcher.get("_target_", "")  # a process a job: none takes others along
+        _launch_all(functools.partial(_launch_once, launcher, config), cells, store, together=apart)
+    damaged = [fault for stage in plan.stages(cells) if (fault := _damage(store, stage))]
     lost = [s for s in plan.stages(cells) if not store.done(s)]
     print(tables := report.finish(output, cells[0].config.sweep, draw=new))
-    if told := tracking.report(cells, store, tables):
+    if damaged or lost:
+        print(summary.failures_text(output, lost), *damaged, sep="", end="", file=sys.stderr)
+    if not damaged and (told := tracking.report(cells, store, tables)):
         print(told)
-    if lost:
-        print(summary.failures_text(output, lost), end="", file=sys.stderr)
+    if damaged or lost:
         raise SystemExit(1)
+
+
+def _damage(store: Store, stage: Stage) -> str | None:
+    """What is wrong with a stage's record, if there is one and it can't be read."""
+    try:
+        store.record(stage)
+    except UserError as error:
+        return f"damaged: {error}\n"
+    return None
 
 
 # Hands jobs to the launcher, and says what stopped it before its end, if something did.
 Launch = Callable[[list[Job]], str | None]
 
 
-def _launch_all(launch: Launch, cells: list[Cell], store: Store) -> None:
+def _launch_all(launch: Launch, cells: list[Cell], store: Store, together: bool) -> None:
     """The batches of plan.batches, each without what the failure of a preparation or warm-up blocks."""
     done = {s.key for s in plan.stages(cells) if store.done(s)}
     for stage in plan.stages(cells):
         pipeline.failure(cells[0].config, stage).unlink(missing_ok=True)  # of an earlier try
     for batch in plan.batches(cells, done):
-        _launch(launch, [job for job in batch if all(map(store.done, job.waits_for))], store)
+        _launch(launch, [job for job in batch if all(map(store.done, job.waits_for))], store, together)
 
 
-def _launch(launch: Launch, jobs: list[Job], store: Store) -> None:
+def _launch(launch: Launch, jobs: list[Job], store: Store, together: bool) -> None:
     """Have jobs done. Whether they worked is judged by the store alone, so a launcher may say what it likes.
 
     A worker that the system kills takes its siblings with it on some launchers (joblib), and some (submitit) stop waiting for
-    them. So what was at work when the launcher stopped is tried again, each job alone; what had not begun, together.
+    them. So what was at work when the launcher stopped is tried once more: all of it `together` where a job has a process
+    of its own, else each alone. What had not begun goes on together.
     """
-    waves = [jobs] if jobs else []
+    waves: list[list[Job]] = [jobs] if jobs else []
+    tried: list[Job] = []
     while waves:
         wave = waves.pop(0)
+        before = {stage.key: _begun(stage, store) for job in wave for stage in job.stages}
         stopped = launch(wave)
         if stopped is None:
             continue
         left = [job for job in wave if _unsettled(job, store)]
-        begun = [job for job in left if any(_begun(stage, store) for stage in job.stages)]
-        if len(wave) == 1 and begun:
+        begun = [job for job in left if any(_begun(stage, store) - before[stage.key] for stage in job.stages)]
+        dead = [job for job in begun if job in tried or len(wave) == 1]
+        for job in dead:
             error = RuntimeError(f"its worker died without a word: killed by the system, often for memory ({stopped})")
-            pipeline.report_failure(wave[0].cell.config, next(s for s in wave[0].stages if not store.done(s)), error)
-        elif len(left) == len(wave) and not begun:
+            pipeline.report_failure(job.cell.config, next(s for s in job.stages if not store.done(s)), error)
+        if len(left) == len(wave) and not begun:
             print(f"the launcher stopped: {stopped}", file=sys.stderr)
-        else:
-            rest = [job for job in left if job not in begun]
-            waves += ([rest] if rest else []) + [[job] for job in begun]
+            continue
+        again, rest = ([j for j in jobs if j not in without] for jobs, without in ((begun, dead), (left, begun)))
+        tried += again
+        waves += [wave for wave in [rest, *([again] if together else [[job] for job in again])] if wave]
 
 
 def _launch_once(launcher: Any, config: DictConfig, jobs: list[Job]) -> str | None:
@@ -107,9 +124,27 @@ def _wait_for_siblings(config: DictConfig) -> None:
     """Wait for jobs that a launcher gave up on when another failed: processes of this one, or Slurm's."""
     import psutil
 
-    psutil.wait_procs([p for p in psutil.Process().children(recursive=True) if "submitit" in " ".join(p.cmdline())])
-    while _slurm_jobs(config):
+    psutil.wait_procs([p for p in psutil.Process().children(recursive=True) if "submitit" in " ".join(_command(p))])
+    while _slurm_busy(config):
         time.sleep(_SLURM_SECONDS)
+
+
+def _slurm_busy(config: DictConfig) -> bool:
+    """Whether Slurm has jobs of this sweep, or may have: while it does not answer, it is asked again."""
+    try:
+        return bool(_slurm_jobs(config))
+    except UserError:
+        return True
+
+
+def _command(process: Any) -> list[str]:
+    """What a process was started with; nothing of one that has ended."""
+    import psutil
+
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _unsettled(job: Job, store: Store) -> bool:
@@ -118,17 +153,20 @@ def _unsettled(job: Job, store: Store) -> bool:
     return bool(left) and not any(pipeline.failure(job.cell.config, s).exists() for s in left)
 
 
-def _begun(stage: Stage, store: Store) -> bool:
-    """Whether a worker has begun a stage that it has not finished."""
-    return not store.done(stage) and any(store.place(stage).parent.glob(f".{stage.key}-*"))
+def _begun(stage: Stage, store: Store) -> set[str]:
+    """The folders of workers that began a stage and did not finish it, also of earlier sweeps; none of a stage that is done."""
+    return set() if store.done(stage) else {f.name for f in store.place(stage).parent.glob(f".{stage.key}-*")}
 
 
 def _slurm_jobs(config: DictConfig) -> list[str]:
-    """This sweep's jobs that Slurm has queued or running; none with another launcher."""
+    """This sweep's jobs that Slurm has queued or running; none with another launcher. UserError if Slurm does not answer."""
     if "Slurm" not in config.hydra.launcher.get("_target_", "") or not shutil.which("squeue"):
         return []
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={config.hydra.job.name}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:  # taken for "no jobs" it would have them started twice
+        raise UserError(f"Slurm does not say whether jobs of this sweep are left: squeue: {answer.stderr.strip()}")
+    return answer.stdout.split()
 
 
 def _refuse_twice(config: DictConfig, sweep: str) -> None:

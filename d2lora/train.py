@@ -17,36 +17,30 @@ from d2lora import tracking
 from d2lora.config import Recipe
 from d2lora.data import Subset, sft_examples
 from d2lora.model import Base, device, memory_mb
-from d2lora.store import write_json
+from d2lora.store import sync, write_json
 from d2lora.trainers import METHODS, Packer
 
 Progress = Callable[[int, int], None]
 
 
 class Watch(TrainerCallback):
-    """Reports progress, saves a checkpoint now and then, and stops at a loss that is not a number."""
+    """Reports progress, saves a checkpoint now and then (whole on the disk before it is marked so)."""
 
     def __init__(self, progress: Progress, checkpoint_minutes: float, seconds_before: float = 0.0) -> None:
         self.progress, self.every = progress, 60 * checkpoint_minutes
         self.started = time.monotonic() - seconds_before
         self.saved = time.monotonic()
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        values = {k: v for k, v in (logs or {}).items() if k in ("loss", "grad_norm")}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {state.global_step}: lower the learning rate or check the data"
-                )
-
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.progress(state.global_step, state.max_steps)
         control.should_save = time.monotonic() - self.saved >= self.every and state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        """Marks the checkpoint as whole: a process may die while Trainer writes one."""
+        """Marks the checkpoint as whole: a process may die while Trainer writes one, or the machine before it is on the disk."""
         self.saved = time.monotonic()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in folder.iterdir():
+            sync(file)
         write_json(folder / _WHOLE, {"step": state.global_step, "seconds": round(self.saved - self.started, 3)})
 
 
@@ -123,8 +117,11 @@ def train(
         **_own_arguments(method, drawn, reference),
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.rows = drawn.rows
     with _attention(base, recipe.attention):
         trainer.train(resume_from_checkpoint=str(place) if place else None)
+    if not all(weight.isfinite().all() for weight in wrapped.parameters() if weight.requires_grad):
+        raise FloatingPointError("the last step left weights that are no number: lower the learning rate")
     log = thin([e for e in trainer.state.log_history if "loss" in e], max(1, steps // 20 // often) * often)
     metrics = {
         "first_loss": log[0]["loss"],

@@ -42,7 +42,34 @@ class Packer:
         return batch
 
 
-class SFT(SFTTrainer):
+class _Finite:
+    """Stops at the first loss that is no number. `rows` are the training set's places in the data set."""
+
+    rows: list[int]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            step, rows = self.state.global_step + 1, ", ".join(map(str, self.rows_in(inputs)))
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step}, on rows {rows} of the data set: lower the learning rate or look at them"
+            )
+        return loss
+
+    def rows_in(self, batch: dict) -> list[int]:
+        """Which rows of the data set are in a batch: those whose ids are found in it."""
+        ids = batch["packed"]["ids"] if "packed" in batch else batch.get("input_ids", batch.get("chosen_input_ids"))
+        there = [_words(line) for line in ids.tolist()]
+        wanted = (e.get("input_ids") or e["prompt_ids"] + e["chosen_ids"] for e in self.train_dataset)
+        return [self.rows[i] for i, example in enumerate(wanted) if any(_words(example) in line for line in there)]
+
+
+def _words(ids: list[int]) -> str:
+    """Ids as a text in which they can be looked for."""
+    return f" {' '.join(map(str, ids))} "
+
+
+class SFT(_Finite, SFTTrainer):
     """TRL's SFT, on packed batches too."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -81,7 +108,7 @@ class _WholeBatch:
         return 0
 
 
-class DPO(_WholeBatch, DPOTrainer):
+class DPO(_Finite, _WholeBatch, DPOTrainer):
     """TRL's DPO on ready ids. The reference's log-probabilities are computed before training, once for each pair.
 
     `cache` is the folder of the policy that is the reference; `ahead` are the pairs that fill the last block.
@@ -106,16 +133,24 @@ class DPO(_WholeBatch, DPOTrainer):
         for start in range(0, len(everything), REFERENCE_BLOCK):
             block = everything[start : start + REFERENCE_BLOCK]
             values += cached(self.cache / f"{digest(block)}.json", functools.partial(self.reference_logps, block))
-        self.check_reference(examples[:4], values[:4])
+        for example, value in zip(examples[:4], values[:4], strict=True):  # alone: whole logits take memory
+            self.check_reference([example], [value])
         self.model.train()
         for column, part in zip(("chosen", "rejected"), zip(*values[: len(examples)], strict=True), strict=True):
             dataset = dataset.add_column(f"ref_{column}_logps", part)
         return dataset
 
-    @torch.no_grad()
     def reference_logps(self, examples: list[dict]) -> list[list[float]]:
-        """[chosen, rejected] log-probabilities of pairs under the reference."""
-        self.computed += len(examples)
+        """[chosen, rejected] log-probabilities of pairs under the reference; in halves where they do not fit the memory."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._reference_logps(examples)
+        if len(examples) == 1:
+            return self._reference_logps(examples)
+        half = len(examples) // 2
+        return self.reference_logps(examples[:half]) + self.reference_logps(examples[half:])
+
+    @torch.no_grad()
+    def _reference_logps(self, examples: list[dict]) -> list[list[float]]:
         batch = self._prepare_inputs(self.data_collator(examples))
         with self.as_reference(), self.accelerator.autocast():
             if "packed" in batch:
@@ -123,6 +158,7 @@ class DPO(_WholeBatch, DPOTrainer):
             else:
                 batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
                 logps = self.model(**batch, fused_lm_head=True).log_probs
+        self.computed += len(examples)
         return torch.stack(logps.sum(1).chunk(2), 1).float().tolist()
 
     def as_reference(self):
@@ -163,7 +199,7 @@ class DPO(_WholeBatch, DPOTrainer):
         return super().compute_loss(model, inputs) * share
 
 
-class ORPO(_WholeBatch, ORPOTrainer):
+class ORPO(_Finite, _WholeBatch, ORPOTrainer):
     """TRL's ORPO on ready ids, its NLL averaged over the tokens of the effective batch."""
 
     def __init__(self, *, nll: str, **kwargs: Any) -> None:

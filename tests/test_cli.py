@@ -71,6 +71,11 @@ def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> No
     ]
     assert all({"prompt", "answer", "gold"} <= set(i) for i in items)
     assert not [f for f in tmp_path.iterdir() if f.name != "out"], "nothing is written where it was typed"
+    (tmp_path / "out" / "store" / "evaluate" / "foreign").mkdir()
+    (tmp_path / "out" / "store" / "evaluate" / "foreign" / "record.json").write_text('{"note": "not ours"}')
+    damaged = next(f for f in before if "evaluate" in f.parts)
+    damaged.write_text(damaged.read_text()[:-20])
+    assert f"damaged: {damaged}" in run(*grid, code=1).stderr
 
 
 def test_joblib_s_workers_make_the_same_adapters(run, tmp_path: Path) -> None:
@@ -86,6 +91,19 @@ def test_joblib_s_workers_make_the_same_adapters(run, tmp_path: Path) -> None:
     }
     assert found.keys() == other.keys()
     assert all((found[k][name] == other[k][name]).all() for k in found for name in found[k])
+
+
+def test_no_token_is_in_anything_that_is_written_or_said(run, tmp_path: Path, monkeypatch) -> None:
+    planted = {"HF_TOKEN": "hf_plantedtokenplanted", "WANDB_API_KEY": "local" + 40 * "7"}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    done = [run("n=4", *SHORT), run("n=4", "model.path=someone/gated", "+model.revision=main", *SHORT, code=2)]
+    done.append(run("n=4", "recipe.lr.sft=1", "recipe.lora.target_modules=[nosuch]", *SHORT, code=1))
+    files = [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
+    assert any("failed" in f.parts for f in files)
+    for value in planted.values():
+        assert not [d for d in done if value in d.stdout + d.stderr]
+        assert not [f for f in files if value.encode() in f.read_bytes()]
 
 
 def test_a_single_cell_prints_its_results(run) -> None:

@@ -125,7 +125,7 @@ def test_kill_9_in_the_middle_of_a_training(make, tiny: Path, tmp_path: Path) ->
     assert_equal(calm, killed)
 
 
-@pytest.mark.parametrize("method", ["sft", "orpo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(make, method, monkeypatch, capsys) -> None:
     calm, full = make("calm", f"method={method}"), make("full", f"method={method}")
     do(calm)

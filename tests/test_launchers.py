@@ -14,10 +14,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from d2lora import sweep
+from d2lora import cli, sweep
+from d2lora.plan import Job
+from d2lora.store import Store
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["method.epochs=1", "task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
@@ -139,6 +142,84 @@ def test_slurm_jobs_that_are_still_queued_are_not_started_twice(tmp_path: Path, 
     assert done.returncode == 2
     assert "sweep=mine: 2 of its Slurm jobs are still queued or running (41, 42)" in done.stderr
     assert not (tmp_path / "out").exists()
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: no controller' >&2; exit 1\n")
+    done = subprocess.run(
+        [*command, "hydra/launcher=submitit_slurm"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert "Slurm does not say whether jobs of this sweep are left: squeue: slurm_load_jobs error" in done.stderr
+
+
+class Launches:
+    """Plays a launcher. A job is killed as often as `deaths` says of its n, and takes along whom it works beside."""
+
+    def __init__(self, store: Store, beside: int, deaths: dict[int, int]) -> None:
+        self.store, self.beside, self.deaths, self.waves = store, beside, deaths, []
+
+    def __call__(self, jobs: list[Job]) -> str | None:
+        self.waves.append([job.cell.config.n for job in jobs])
+        stopped = None
+        for start in range(0, len(jobs), self.beside):
+            group = jobs[start : start + self.beside]
+            killers = [n for job in group if self.deaths.get(n := job.cell.config.n, 0)]
+            for job in group:
+                place = self.store.place(job.stages[0])
+                if killers:
+                    place.with_name(f".{place.name}-{len(self.waves)}").mkdir(parents=True)
+                else:
+                    place.mkdir(parents=True)
+                    (place / "record.json").write_text("{}")
+            for n in killers:
+                self.deaths[n] -= 1
+                stopped = "killed"
+            if stopped and self.beside > 1:
+                break
+        return stopped
+
+
+@pytest.mark.parametrize(
+    ("together", "beside", "waves"),
+    [(False, 2, [[4, 5, 6, 7], [6, 7], [4], [5], [6], [7]]), (True, 1, [[4, 5, 6, 7], [5, 6]])],
+)
+def test_what_died_is_tried_once_more(cell, tmp_path: Path, together: bool, beside: int, waves: list) -> None:
+    cells = [cell(f"n={n}", "m=0", f"output={tmp_path / 'out'}", "task.benchmark={}") for n in (4, 5, 6, 7)]
+    jobs, store = [Job(c, (c.chain.adapt,)) for c in cells], Store(tmp_path / "out")
+    launch = Launches(store, beside, deaths={5: 9, 6: 1})
+    for job in jobs:  # what an earlier sweep left begun is not begun by this one
+        place = store.place(job.stages[0])
+        place.with_name(f".{place.name}-old").mkdir(parents=True)
+    sweep._launch(launch, jobs, store, together)
+    assert launch.waves == waves
+    assert [store.done(job.stages[0]) for job in jobs] == [True, False, True, True]
+    assert [f.stem for f in (tmp_path / "out" / "failed").iterdir()] == [jobs[1].stages[0].key]
+
+
+def test_a_launcher_that_never_began_kills_nobody(cell, tmp_path: Path, capsys) -> None:
+    cells = [cell(f"n={n}", "m=0", f"output={tmp_path / 'out'}") for n in (4, 5)]
+    jobs, store = [Job(c, (c.chain.adapt,)) for c in cells], Store(tmp_path / "out")
+    place = store.place(jobs[0].stages[0])
+    place.with_name(f".{place.name}-old").mkdir(parents=True)
+    sweep._launch(lambda wave: "no such partition", jobs, store, together=True)
+    assert "the launcher stopped: no such partition" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "failed").exists()
+
+
+def test_a_sibling_that_ends_while_it_is_looked_at_is_no_error(monkeypatch) -> None:
+    class Zombie:
+        def cmdline(self):
+            raise psutil.ZombieProcess(1)
+
+    assert sweep._command(Zombie()) == []
+
+
+def test_a_job_that_can_t_begin_says_so_where_the_summary_looks(cell, tmp_path: Path) -> None:
+    """Its plan is not the sweep's: code or data changed while it was queued."""
+    cell()  # clears Hydra's state
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=["n=4", "job=[abc]", f"output={tmp_path / 'out'}"])
+    assert cli._share(config) == 1
+    told = json.loads((tmp_path / "out" / "failed" / "abc.json").read_text())["error"]
+    assert "job=abc: not a stage of this cell" in told
 
 
 def test_a_stopped_launcher_is_not_followed_while_slurm_still_has_its_jobs(tmp_path: Path, monkeypatch) -> None:

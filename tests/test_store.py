@@ -2,13 +2,16 @@ import errno
 import fcntl
 import json
 import multiprocessing
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from d2lora.errors import UserError
 from d2lora.plan import Stage
-from d2lora.store import Store, check, garbage, write_json
+from d2lora.store import Store, cached, check, garbage, write_json
 
 STAGE = Stage("adapt", {"n": 1})
 
@@ -78,6 +81,45 @@ def test_two_processes_do_a_stage_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert len(pids) == 1
+
+
+def _compute(file: Path, counted: Path) -> None:
+    def make() -> list[float]:
+        with counted.open("a") as lines:
+            lines.write("once\n")
+        time.sleep(0.3)
+        return [1.5]
+
+    assert cached(file, make) == [1.5]
+
+
+def test_two_processes_compute_what_is_cached_once(tmp_path: Path) -> None:
+    work = (tmp_path / "value.json", tmp_path / "counted")
+    workers = [multiprocessing.Process(target=_compute, args=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert (tmp_path / "counted").read_text() == "once\n"
+
+
+def test_a_foreign_folder_in_a_record_s_place_is_named_before_the_work(tmp_path: Path) -> None:
+    store, calls = Store(tmp_path), []
+    (store.place(STAGE) / "notes").mkdir(parents=True)
+    with pytest.raises(UserError, match="not a record's folder"):
+        store.ensure(STAGE, lambda folder: calls.append(folder) or record(folder))
+    assert calls == []
+
+
+def test_upkeep_of_a_damaged_output_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "lab.json").write_text("{")
+    command = [sys.executable, "-m", "d2lora.store", "gc", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert str(tmp_path) in done.stderr
 
 
 def test_a_file_system_without_locks_waits_for_nobody(tmp_path: Path, monkeypatch) -> None:
