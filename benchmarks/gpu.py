@@ -91,20 +91,22 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
         "lora": {"r": 16, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}, "init": {"name": "lora"},
     }  # fmt: skip
     clocks: list[float] = []
+    memory: list[float] = []
 
     def watch(done: int, total: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            memory.append(torch.cuda.max_memory_allocated() / 2**30)
+            if done == 1:  # of training alone: not of DPO's reference, nor of the checks around a stage
+                torch.cuda.reset_peak_memory_stats()
         clocks.append(time.monotonic())
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, model.adapter(base, spec, None) as wrapped:
         drawn = Subset(pairs, list(range(len(pairs))), [])
         metrics = train.train(base, wrapped, drawn, spec, recipe, Path(folder), watch, Path(folder) / "reference")
     seconds = (clocks[-1] - clocks[1]) / (len(clocks) - 2)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
-    return {"pairs": args.batch / seconds, "tokens": metrics["tokens_seen"] / len(clocks) / seconds, "memory": memory}
+    tokens = metrics["tokens_seen"] / len(clocks) / seconds
+    return {"pairs": args.batch / seconds, "tokens": tokens, "memory": memory[-1] if memory else float("nan")}
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def _training(config: Config, phase: str, epochs: int) -> dict:
         "data_seed": config.data_seed,
     }
     if config.recipe.lora.dropout:  # which units it drops depends on how the batch is laid out
-        recipe["packing"] = config.recipe.packing
+        recipe |= config.recipe.model_dump(include={"packing", "micro_batch", "attention"})
     return shared | recipe | {"lr": getattr(config.recipe.lr, phase), "epochs": epochs, "libraries": _versions("trl")}
 
 

@@ -187,13 +187,21 @@ def _settings(patience: float) -> Any:
 
 
 def _mode(config: Config) -> str:
-    """auto is WANDB_MODE, or online with credentials and offline without."""
-    wanted = os.environ.get("WANDB_MODE", "auto") if config.wandb.mode == "auto" else config.wandb.mode
+    """auto is WANDB_MODE, or what `wandb offline` left, or online with credentials and offline without."""
+    wanted = os.environ.get("WANDB_MODE", _left_mode()) if config.wandb.mode == "auto" else config.wandb.mode
     if wanted in ("auto", "online") and _credentials():
         return "online"
     if wanted == "online":  # wandb would ask for a key here
         _fail(UserError("wandb.mode=online, but no credentials (wandb login, or WANDB_API_KEY)"))
-    return "offline"
+    return "disabled" if wanted == "disabled" else "offline"
+
+
+def _left_mode() -> str:
+    """offline or disabled where `wandb offline` or `wandb disabled` was typed, else auto."""
+    import wandb
+
+    left = wandb.setup().settings.mode
+    return left if left in ("offline", "disabled") else "auto"
 
 
 def _credentials() -> bool:

@@ -245,6 +245,7 @@ def test_no_secret_and_no_path_of_the_home_is_in_what_is_uploaded(offline) -> No
     for run in offline.runs:
         assert KEY not in run["text"]
         assert str(offline.home) not in run["text"]
+        assert str(ROOT) not in run["text"]
         assert "secret_place" not in run["text"]
     cells = [r for r in offline.runs if r["job_type"] == "cell"]
     assert {r["config"]["config"]["task"]["data"]["path"] for r in cells} == {"math"}
@@ -253,6 +254,7 @@ def test_no_secret_and_no_path_of_the_home_is_in_what_is_uploaded(offline) -> No
             assert KEY.encode() not in file.read_bytes(), file
         if file.is_file() and "files" in file.parts:
             assert str(offline.home).encode() not in file.read_bytes(), file
+            assert str(ROOT).encode() not in file.read_bytes(), file
 
 
 def test_nothing_is_left_running_and_nothing_is_written_to_the_home(offline) -> None:
@@ -380,6 +382,9 @@ def test_auto_is_offline_without_credentials_and_online_with_a_netrc(tmp_path: P
     (tmp_path / ".netrc").chmod(0o600)
     done = typed(tmp_path, "n=4", "seed=1", "wandb.patience=2", environment=environment)
     assert "runs are kept on disk" in warnings(done)[0], "it tried to be online"
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")  # as `wandb offline` leaves it
+    assert warnings(typed(tmp_path, "n=4", "seed=2", "wandb.patience=2", environment=environment)) == []
 
 
 def test_online_without_credentials_never_asks(tmp_path: Path) -> None:
@@ -503,7 +508,6 @@ def same(server: Server, output: Path) -> None:
 
 
 @pytest.mark.wandb_server
-@pytest.mark.slow
 def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
     done = typed(tmp_path, *CHAIN, environment=server.environment)
     assert warnings(done) == []
@@ -519,7 +523,6 @@ def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.wandb_server
-@pytest.mark.slow
 def test_a_server_that_dies_costs_no_record_and_the_rest_is_synced_in_any_order(server: Server, tmp_path: Path) -> None:
     """It is killed once the first run has arrived; the records are those of a sweep that W&B has nothing to do with."""
 
