@@ -38,6 +38,10 @@ Progress = Callable[[int, int], None]
 ADAPTER = "default"
 _EVA_BATCH = 8
 _EVA_PASSES = 50
+_LEFT_BY_PEFT = (
+    *("eigens", "sample_count", "covariance_matrix", "corda_method", "rank"),
+    *("_peft_loraga_grad", "_peft_loraga_grad_count"),
+)
 
 
 def lora_config(spec: dict) -> LoraConfig:
@@ -317,14 +321,21 @@ def _of_base_layers(wrapped: PeftModel, spec: dict, **settings) -> LoraConfig:
 
 @contextlib.contextmanager
 def _clean(wrapped: PeftModel):
-    """Takes what PEFT's preparations leave on the base's layers away again, also when they fail."""
+    """Takes what PEFT's preparations leave on the base's layers away again, also when they fail.
+
+    The base is kept for the process's next stages, which a hook that is left would end.
+    """
+    modules = [layer.get_base_layer() for layer in layers(wrapped).values()]
+    hooks = [(kept, set(kept)) for module in modules for kept in (module._forward_hooks, module._backward_hooks)]
     try:
         yield
     finally:
-        for layer in layers(wrapped).values():
-            module = layer.get_base_layer()
+        for kept, before in hooks:
+            for left in kept.keys() - before:
+                del kept[left]
+        for module in modules:
             module.weight.grad = None
-            for left in ("eigens", "_peft_loraga_grad", "sample_count", "covariance_matrix", "corda_method", "rank"):
+            for left in _LEFT_BY_PEFT:
                 module.__dict__.pop(left, None)
 
 

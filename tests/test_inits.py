@@ -322,6 +322,26 @@ def test_an_adapter_is_the_same_bit_for_bit_whatever_was_before(make, tmp_path: 
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())
 
 
+@pytest.mark.parametrize("init", ["corda_ipm", "lora_ga"])
+def test_a_preparation_that_is_interrupted_leaves_nothing_to_those_after_it(make, tmp_path: Path, init: str) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise RuntimeError("interrupted")
+
+    def prepared(output: str) -> dict[str, torch.Tensor]:
+        other = make("init=eva", f"output={tmp_path / output}")
+        return load_file(train(other).place(other.chain.prepare) / "adapter" / "adapter_model.safetensors")
+
+    cell = make(f"init={init}", f"output={tmp_path / 'failed'}")
+    linear = [m for m in of(cell).model.modules() if isinstance(m, torch.nn.Linear)]
+    fresh, before = prepared("fresh"), [set(vars(m)) for m in linear]
+    config = cell.config.model_copy(update={"job": [cell.chain.prepare.key]})
+    assert pipeline.do(config, cell, Store(pipeline.output(config)), lambda stage: interrupt) == [cell.chain.prepare]
+    assert not any(m._forward_hooks or m._backward_hooks for m in linear)
+    assert [set(vars(m)) for m in linear] == before
+    after = prepared("after")
+    assert all(torch.equal(weight, after[name]) for name, weight in fresh.items())
+
+
 # --- silent fall-backs are errors ----------------------------------------------------------------------------------
 
 
