@@ -315,8 +315,15 @@ class Subset:
         }
 
 
-def subset(found: list[Row], make: Callable[[Row], dict], amount: int | str, max_length: int, seed: str) -> Subset:
-    """The first `amount` rows, in a seeded order, whose example fits `max_length` tokens.
+def subset(
+    found: list[Row],
+    make: Callable[[Row], dict],
+    amount: int | str,
+    max_length: int,
+    seed: str,
+    at_most: bool = False,
+) -> Subset:
+    """The first `amount` rows, in a seeded order, whose example fits `max_length` tokens; fewer will do if it is `at_most`.
 
     Subsets are nested: those of amount = 1000 are the first of amount = 2000, so a curve over n adds rows and swaps none.
     """
@@ -334,7 +341,7 @@ def subset(found: list[Row], make: Callable[[Row], dict], amount: int | str, max
             used.append(index)
         elif len(used) < wanted:
             misfits.append(index)
-    if not used or (amount != "all" and len(used) < wanted):
+    if not used or (amount != "all" and not at_most and len(used) < wanted):
         raise UserError(
             f"only {len(used):,} of {len(found):,} rows fit recipe.max_length={max_length}, and {amount} are asked for"
         )

@@ -126,7 +126,8 @@ def _general_rows(config, stage, base, amount: int | str) -> data.Subset:
 def _task_rows(config, stage, base, amount: int | str) -> data.Subset:
     make = functools.partial(data.pair_example, base.tokenizer, config.task)
     rows = _rows(config, config.task.data)
-    return data.subset(rows, make, amount, stage.spec["max_length"], f"task/{config.data_seed}")
+    at_most = stage.name == "prepare" and config.n == "all"  # which may be fewer rows than init.samples
+    return data.subset(rows, make, amount, stage.spec["max_length"], f"task/{config.data_seed}", at_most)
 
 
 def _warm_up(config, chain, stage, store, base, folder, progress) -> dict:

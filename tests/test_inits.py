@@ -430,6 +430,17 @@ def test_a_preparation_never_sees_rows_that_the_cell_does_not_have(make) -> None
     assert cell.chain.prepare.spec["samples"] == 8
 
 
+def test_a_preparation_looks_at_all_rows_where_the_task_has_fewer_than_it_takes(make, tmp_path: Path) -> None:
+    rows = data.rows(make().config.task.data)[:6]
+    rows[0] = rows[0] | {"prompt": "much too long " * 200}
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cell = make("init=eva", "n=all", f"task.data.path={tmp_path / 'few.jsonl'}", "init.samples=64")
+    store = train(cell)
+    prepared, adapted = (store.record(s)["data"] for s in (cell.chain.prepare, cell.chain.adapt))
+    assert prepared == adapted
+    assert prepared["samples"] == 5
+
+
 def test_the_base_needs_no_preparation_and_is_evaluated_once_for_all_inits(cell) -> None:
     keys = set()
     for init in ("lora", "pissa", "eva"):
