@@ -383,12 +383,13 @@ def quantized(wrapped: nn.Module):
 def _eva(wrapped: PeftModel, spec: dict, rows: list[dict], progress: Progress) -> None:
     """EVA (Paischer et al. 2024, arXiv 2410.07170): A from the inputs' principal components, ranks by explained variance."""
     rho, r = spec["init"]["rho"], spec["lora"]["r"]
-    batches = [_padded(wrapped, rows[i : i + _EVA_BATCH]) for i in range(0, len(rows), _EVA_BATCH)]
-    fewest = min(int((batch["labels"] != -100).sum()) for batch in batches)
-    if fewest < round(r * rho):  # PEFT would skip such a batch, and go round for ever if all are
+    fewest, there = round(r * rho), _answer_tokens(rows)
+    if there < fewest:  # PEFT would skip them, and go round for ever
         raise UserError(
-            f"init.samples={len(rows)}: a batch of EVA's has {fewest} answer tokens, fewer than r * rho = {round(r * rho)}: take more rows, or a smaller rank"
+            f"init=eva: {len(rows)} rows have {there} answer tokens, fewer than r * rho = {fewest}: take more of them "
+            "(n, init.samples), a smaller recipe.lora.r or a smaller init.rho"
         )
+    batches = [_padded(wrapped, batch) for batch in _eva_batches(rows, fewest)]
     config = wrapped.peft_config[ADAPTER]
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=rho)
     forward = functools.partial(_counted, itertools.count(1), _EVA_PASSES * len(batches), progress)
@@ -400,6 +401,23 @@ def _eva(wrapped: PeftModel, spec: dict, rows: list[dict], progress: Progress) -
         A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         A.data, B.data = found[name].float().contiguous(), torch.zeros_like(B.data, dtype=torch.float32)
     _plain(wrapped)
+
+
+def _answer_tokens(rows: list[dict]) -> int:
+    return sum(label != -100 for row in rows for label in row["labels"])
+
+
+def _eva_batches(rows: list[dict], fewest: int) -> list[list[dict]]:
+    """Batches of 8 rows, and more where these have too few answer tokens: PEFT would skip them."""
+    batches: list[list[dict]] = [[]]
+    for row in rows:
+        if len(batches[-1]) >= _EVA_BATCH and _answer_tokens(batches[-1]) >= fewest:
+            batches.append([])
+        batches[-1].append(row)
+    if len(batches) > 1 and _answer_tokens(batches[-1]) < fewest:
+        rest = batches.pop()
+        batches[-1] += rest
+    return batches
 
 
 def _counted(count, most: int, progress: Progress, model: nn.Module, inputs: dict) -> None:

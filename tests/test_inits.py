@@ -226,10 +226,10 @@ def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> No
     assert all(t.any() for t in scales)
 
 
-def looked_at(cell: Cell) -> list[dict]:
+def looked_at(cell: Cell, samples: int = 8) -> list[dict]:
     """The rows that a preparation saw."""
     draw = pipeline._general_rows if cell.config.init.data == "general" else pipeline._task_rows
-    return data.sft_examples(draw(cell.config, cell.chain.prepare, of(cell), 8).examples)
+    return data.sft_examples(draw(cell.config, cell.chain.prepare, of(cell), samples).examples)
 
 
 def inputs_of_layers(cell: Cell, answers_only: bool) -> list[dict[str, torch.Tensor]]:
@@ -369,7 +369,32 @@ def test_lora_ga_without_gradients_is_an_error(make, tmp_path: Path, monkeypatch
 
 def test_too_few_tokens_for_eva_are_refused_instead_of_going_round_for_ever(make, tmp_path: Path) -> None:
     said = failure(make("init=eva", f"output={tmp_path}", "recipe.lora.r=16", "init.samples=1"))
-    assert said.startswith("init.samples=1: a batch of EVA's has")
+    assert said.startswith("init=eva: 1 rows have ")
+    assert "answer tokens, fewer than r * rho = 32: take more of them (n, init.samples)" in said
+
+
+def test_a_last_row_with_few_tokens_does_not_keep_eva_from_starting(make, tmp_path: Path) -> None:
+    cell = make("init=eva", f"output={tmp_path}", "recipe.lora.r=16", "init.samples=9", "n=9")
+    assert 0 < inits._answer_tokens(looked_at(cell, 9)[8:]) < 32
+    train(cell)
+
+
+@pytest.mark.parametrize(
+    ("answers", "sizes"),
+    [
+        ([9] * 20, [8, 8, 4]),  # each has enough
+        ([9] * 19 + [0], [8, 8, 4]),
+        ([9] * 17, [8, 9]),  # the last has not
+        ([1] * 8 + [9] * 8, [10, 6]),  # the first has not
+        ([1] * 35, [35]),
+        ([32], [1]),
+    ],
+)
+def test_each_batch_of_eva_s_has_enough_tokens_and_eight_rows_where_these_have(answers: list, sizes: list) -> None:
+    rows = [{"labels": [-100, *[5] * answer]} for answer in answers]
+    batches = inits._eva_batches(rows, 18)
+    assert [len(batch) for batch in batches] == sizes
+    assert [row for batch in batches for row in batch] == rows
 
 
 @pytest.mark.parametrize(("init", "r"), [("pissa", 33), ("lora_ga", 17), ("eva", 17)])
