@@ -28,6 +28,7 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear, normalize
@@ -203,12 +204,13 @@ def milora_init(layer: LoraLayer, adapter_name: str) -> None:
     """
     weight = layer.get_base_layer().weight
     r, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
-    U, S, Vh = torch.linalg.svd(weight.data.float(), full_matrices=False)
+    W = transpose(weight.data.float(), layer.fan_in_fan_out)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = (S[-r:] / scaling).sqrt()
     layer.lora_A[adapter_name].weight.data = root[:, None] * Vh[-r:]
     layer.lora_B[adapter_name].weight.data = U[:, -r:] * root
     minor = scaling * layer.lora_B[adapter_name].weight.data @ layer.lora_A[adapter_name].weight.data
-    weight.data = (weight.data.float() - minor).to(weight.dtype)
+    weight.data = transpose((W - minor).to(weight.dtype), layer.fan_in_fan_out)
 
 
 def _lora_ga_init(layer: LoraLayer, config: LoraGAConfig) -> None:
@@ -351,8 +353,8 @@ def _loftq(wrapped: PeftModel, spec: dict, rows: list[dict], progress: Progress)
     """
     found = layers(wrapped)
     for index, layer in enumerate(found.values()):
-        weight, r = layer.get_base_layer().weight.data, layer.r[ADAPTER]
-        U, S, Vh = torch.linalg.svd(weight.float() - nf4(weight).float(), full_matrices=False)
+        W, r = transpose(layer.get_base_layer().weight.data, layer.fan_in_fan_out), layer.r[ADAPTER]
+        U, S, Vh = torch.linalg.svd(W.float() - nf4(W).float(), full_matrices=False)
         root = (S[:r] / layer.scaling[ADAPTER]).sqrt()
         layer.lora_A[ADAPTER].weight.data = root[:, None] * Vh[:r]
         layer.lora_B[ADAPTER].weight.data = U[:, :r] * root
@@ -370,14 +372,16 @@ def nf4(weight: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def quantized(wrapped: nn.Module):
     """The base's weights under the adapter in NF4 for a while; put back as they were, bit for bit."""
-    kept = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in layers(wrapped).values()]
+    found = layers(wrapped).values()
+    kept = [layer.get_base_layer().weight.data for layer in found]
     try:
-        for weight, original in kept:
-            weight.data = nf4(original)
+        for layer, original in zip(found, kept, strict=True):
+            W = transpose(original, layer.fan_in_fan_out)  # as a 4-bit load turns Conv1D's weights
+            layer.get_base_layer().weight.data = transpose(nf4(W), layer.fan_in_fan_out)
         yield
     finally:
-        for weight, original in kept:
-            weight.data = original
+        for layer, original in zip(found, kept, strict=True):
+            layer.get_base_layer().weight.data = original
 
 
 def _eva(wrapped: PeftModel, spec: dict, rows: list[dict], progress: Progress) -> None:

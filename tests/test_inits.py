@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from d2lora import cli, data, inits, model, pipeline, plan
 from d2lora.errors import UserError
@@ -201,6 +201,32 @@ def test_milora_takes_the_smallest_singular_values(make) -> None:
         minor = truncated(W, slice(-R, None))
         assert minor.norm() > 1e-4 * W.norm()
         assert (s * B @ A - minor).norm() < 1e-5 * W.norm(), name
+
+
+@pytest.mark.parametrize("init", ["milora", "loftq"])
+def test_layers_that_keep_their_weight_transposed_start_alike(init: str) -> None:
+    if init == "loftq":
+        pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+    plain = logits(base.eval())
+    lora = {"r": R, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
+    spec = {"lora": lora, "init": {"name": init}}
+    wrapped = inits.fresh(base, spec)
+    inits.prepare(wrapped, spec, [], lambda done, total: None)
+    assert len(inits.layers(wrapped)) == 4, "GPT-2's Conv1D"
+    weights = {name: layer.get_base_layer().weight.T for name, layer in inits.layers(wrapped).items()}
+    for name, layer in inits.layers(wrapped).items():
+        W, taken = weights[name], layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # fmt: skip
+        if init == "milora":
+            assert (taken - truncated(W, slice(-R, None))).norm() < 1e-5 * W.norm(), name
+        else:
+            Q = inits.nf4(W)
+            assert (taken - truncated(W - Q, slice(None, R))).norm() < 1e-5 * W.norm(), name
+            with inits.quantized(wrapped):
+                assert torch.equal(layer.get_base_layer().weight, Q.T), name
+        assert torch.equal(layer.get_base_layer().weight.T, W)
+    assert (logits(wrapped) - plain).abs().max() < 1e-4 or init == "loftq"
 
 
 def test_olora_is_orthonormal(make) -> None:
