@@ -365,8 +365,9 @@ def nf4(weight: torch.Tensor) -> torch.Tensor:
     """The weight after 4-bit quantization: NF4 in blocks of 64, as bitsandbytes loads models."""
     import bitsandbytes.functional as bnb  # late: an extra, and only LoftQ's
 
-    codes, state = bnb.quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=False, quant_type="nf4")
-    return bnb.dequantize_4bit(codes, state).to(weight.dtype)
+    row = weight.reshape(1, -1)  # bitsandbytes mixes up the blocks on a CPU where several rows share one
+    codes, state = bnb.quantize_4bit(row, blocksize=64, compress_statistics=False, quant_type="nf4")
+    return bnb.dequantize_4bit(codes, state).to(weight.dtype).view_as(weight)
 
 
 @contextlib.contextmanager

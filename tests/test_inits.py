@@ -543,6 +543,18 @@ def loftq(make) -> Callable[..., Cell]:
     return functools.partial(make, "init=loftq")
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (32, 96), (64, 128), (3, 50)])
+def test_a_quantized_weight_is_nf4_in_blocks_of_64(loftq, shape: tuple[int, int]) -> None:
+    import bitsandbytes.functional as bnb
+
+    torch.manual_seed(0)
+    W, levels = torch.randn(shape), bnb.get_4bit_type("nf4", device="cpu")
+    blocks = torch.nn.functional.pad(W.flatten(), (0, -W.numel() % 64)).view(-1, 64)
+    largest = blocks.abs().amax(1, keepdim=True)
+    nearest = levels[(blocks / largest).unsqueeze(-1).sub(levels).abs().argmin(-1)] * largest
+    assert torch.allclose(inits.nf4(W).flatten(), nearest.flatten()[: W.numel()], atol=1e-6)
+
+
 def test_loftq_is_nearer_to_the_base_than_the_quantized_base_is(loftq) -> None:
     cell = loftq()
     store, base = train(cell), of(cell)

@@ -108,7 +108,7 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 SOURCES = {
     "contamination": "5124f59ed9fe",
     "data": "9354e56c6bb9",
-    "inits": "25c3dd10c7a1",
+    "inits": "3b6d5bd2be84",
     "model": "fd0b6601e05b",
     "packing": "af89367a6c1c",
     "trainers": "72a242a05d8d",
