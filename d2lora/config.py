@@ -316,6 +316,11 @@ class Config(_Strict):
             raise ValueError("init.data=task: n=0 leaves no task rows to look at: use init.data=general")
         if name in QUANTIZING and self.method.reference == "base":
             raise ValueError(f"method.reference=base: with init={name} the base is a quantized one: use warm_start")
+        if name in QUANTIZING and lora.target_modules != "all-linear":  # other layers would stay as they are
+            raise ValueError(
+                f"recipe.lora.target_modules={lora.target_modules}: must be all-linear with init={name}: "
+                "a base loaded in 4 bits has all its linear layers quantized"
+            )
         return self
 
     @model_validator(mode="after")

@@ -440,6 +440,10 @@ def test_a_rank_that_the_layers_do_not_have_is_refused(make, tmp_path: Path, ini
         (["init=eva", "m=8", "n=0"], ["init.data=task", "n=0", "general"]),
         (["init=pissa", "recipe.lora.dropout=0.1"], ["recipe.lora.dropout=0.1", "pissa"]),
         (["init=orthogonal", "recipe.lora.r=3"], ["recipe.lora.r=3", "multiple of 2"]),
+        (
+            ["init=loftq", "recipe.lora.target_modules=[q_proj,v_proj]"],
+            ["recipe.lora.target_modules=", "q_proj", "must be all-linear", "loftq"],
+        ),
         (["init=multilora", "recipe.lora.r=6"], ["recipe.lora.r=6", "multiple of 4"]),
     ],
 )
