@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from d2lora.plan import Chain, Stage
 from d2lora.store import Store, cached, write_json
 
 Progress = Callable[[int, int], None]
+_PROC = Path("/proc/self")
 _CODE = ("run.py", "d2lora", "hydra_plugins")  # what makes records; configs are in their specs
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "lm-eval", "d2lora")
 
@@ -37,6 +39,7 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
     def work(folder: Path) -> dict:
         mirror.enter_context(tracking.stage(config, chain, stage, store))
         started, clock = datetime.now(UTC), time.monotonic()
+        _reset_peak_memory()
         base = _base(config) if stage.name != "contamination" else None
         loaded = time.monotonic()
         result = _WORK[stage.name](config, chain, stage, store, base, folder, progress)
@@ -333,10 +336,20 @@ def _git() -> dict | None:
     return {"commit": commit, "dirty": bool(status.strip())}
 
 
+def _reset_peak_memory() -> None:
+    """Let the process's peak resident memory start anew. Only Linux can; elsewhere it is that of the process so far."""
+    with contextlib.suppress(OSError):
+        (_PROC / "clear_refs").write_text("5")
+
+
 def _peak_memory_mb() -> float:
-    """Peak GPU memory of the stage; without a GPU, the peak resident memory of the process so far."""
+    """Peak GPU memory of the stage; without a GPU, its peak resident memory, what the process had before included."""
     import resource
 
     if (torch := _torch()) and torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", (_PROC / "status").read_text(), re.MULTILINE):
+            return round(int(found[1]) / 2**10, 1)
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

@@ -115,7 +115,7 @@ SOURCES = {
     "train": "93ba1643192f",
     "evaluate": "5d4898a3991a",
     "answers": "f11290342e73",
-    "pipeline": "2d2f92a44ed2",
+    "pipeline": "a23a789184a9",
 }
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -193,6 +194,28 @@ def test_weights_that_are_no_number_after_the_last_step_are_not_published(make, 
 
     monkeypatch.setattr(trainers.SFT, "train", trained)
     assert "weights that are no number" in failed(make("n=8", "method.epochs=1"))
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux can reset a process's peak")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a GPU, torch says it")
+def test_a_stage_s_peak_memory_on_a_cpu_is_its_own() -> None:
+    pipeline._reset_peak_memory()
+    before, large = pipeline._peak_memory_mb(), b"x" * 300 * 2**20
+    during = pipeline._peak_memory_mb()
+    del large
+    pipeline._reset_peak_memory()
+    assert during > before + 250
+    assert pipeline._peak_memory_mb() < during - 250
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_where_the_system_has_no_proc_the_peak_is_the_process_s(monkeypatch, tmp_path: Path, system: str, unit) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pipeline, "_PROC", tmp_path / "none")
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("resource.getrusage", lambda who: type("Usage", (), {"ru_maxrss": 3 * 2**30 // unit}))
+    pipeline._reset_peak_memory()
+    assert pipeline._peak_memory_mb() == 3 * 2**10
 
 
 def test_a_record_says_where_its_numbers_came_from(make) -> None:

@@ -33,7 +33,7 @@ class Row:
     points: dict[str, Point] = field(default_factory=dict)
     against: dict[str, Comparison] = field(default_factory=dict)
     prepare_seconds: float | None = None  # mean over seeds; None where nothing is prepared
-    peak_memory_mb: float | None = None  # largest of its trainings
+    peak_memory_mb: float | None = None  # largest of its preparation and trainings
 
 
 def compare(points: Iterable[Point], records: Records) -> list[Row]:
@@ -123,7 +123,7 @@ def notes(rows: list[Row]) -> list[str]:
     return [
         *([seeds_text(seeds)] if seeds else []),
         f"* differs from init={PLAIN} beyond chance (Holm over each benchmark's column, alpha {100 * ALPHA:.0f} %); {tests} comparisons.",
-        "Preparation: seconds of its stage, done once for all cells that share it. Memory: of the GPU; on a CPU the peak of the whole process so far, whatever it did before.",
+        "Preparation: seconds of its stage, done once for all cells that share it. Memory: the largest of its preparation and trainings; of the GPU, or on a CPU of the process, libraries and base included (of its whole life where the system is not Linux).",
     ]
 
 
