@@ -1,6 +1,8 @@
 """Every sweep, planned in this process: its cells against the paper's grids, their stages against its Table 2."""
 
 import functools
+import itertools
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from d2lora import plan
+from d2lora.config import Init
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.sweep import Composer, expand
@@ -108,6 +111,17 @@ def _judged_as_section_3_says(cell: Cell) -> None:
     else:
         appendix_a = "{question} Please reason step by step, and put your final answer within \\boxed{{}}."
         assert (names["gsm8k"]["kind"], names["gsm8k"]["prompt"]) == ("number", appendix_a)
+
+
+def test_inits_has_every_initialization_with_and_without_warm_up_and_their_bases() -> None:
+    found = [c.config for c in cells("inits")]
+    trained = {(c.init.name, c.method.name, c.m, c.n, c.seed) for c in found if c.n}
+    names = typing.get_args(Init.model_fields["name"].annotation)
+    assert trained == set(itertools.product(names, ("sft", "dpo"), (0, 2000), (100, 500), (0, 1)))
+    bases = [c for c in cells("inits") if not c.config.n]
+    assert {(c.config.init.name, c.config.m, c.config.seed) for c in bases} == {("lora", 0, 0), ("loftq", 0, 0)}
+    assert len({c.chain.evaluations[0].key for c in bases}) == 2, "LoftQ's is a quantized one"
+    assert len(found) == len(trained) + len(bases)
 
 
 def test_limitations_varies_the_model_m_and_the_warm_up_one_at_a_time() -> None:
