@@ -31,13 +31,15 @@ def final_number(text: str) -> Fraction | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete \\boxed{...}, braces inside it balanced."""
+    """The content of the last complete \\boxed{...} that is not empty, braces inside it balanced."""
     for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
         depth = 1
         for end in range(match.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
-                return text[match.end() : end]
+                if text[match.end() : end].strip():
+                    return text[match.end() : end]
+                break
     return None
 
 
@@ -71,6 +73,8 @@ def _number(match: re.Match) -> Fraction | None:
         return whole - part if match["whole"].startswith("-") else whole + part
     if match["top"] is not None:
         top, bottom = _decimal(match["top"]), _decimal(match["bottom"])
+        if bottom is None:  # a unit: "18/hour"
+            return top
         return top / bottom if top is not None and bottom else None
     number = _decimal(match["number"])
     if number is None or not match["power"]:

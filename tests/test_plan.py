@@ -114,7 +114,7 @@ SOURCES = {
     "trainers": "72a242a05d8d",
     "train": "93ba1643192f",
     "evaluate": "5d4898a3991a",
-    "answers": "f11290342e73",
+    "answers": "ebcc49f30cec",
     "pipeline": "a23a789184a9",
 }
 
