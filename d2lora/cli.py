@@ -86,15 +86,15 @@ def check_inputs(config: Config, seen: set[str]) -> None:
             seen.add(name)
 
     if config.n != 0:
-        once(f"{config.task.data} {config.n}", lambda: data.check_task(config.task, config.n, config.split_seed))
+        once(f"{config.task} {config.n}", lambda: data.check_task(config.task, config.n, config.split_seed))
     if config.m != 0:
-        once(f"{config.warmup.data} {config.m}", lambda: data.check_warmup(config.warmup, config.m, config.split_seed))
+        once(f"{config.warmup} {config.m}", lambda: data.check_warmup(config.warmup, config.m, config.split_seed))
     if config.init.name == "loftq" and find_spec("bitsandbytes") is None:
         raise UserError("init=loftq: needs bitsandbytes, which is not installed: pip install -e '.[loftq]'")
     if config.init.data == "general":
         wanted = config.init.samples or 0
         check = lambda: data.check_warmup(config.warmup, wanted, config.split_seed, "init.samples")  # noqa: E731
-        once(f"{config.warmup.data} init {wanted}", check)
+        once(f"{config.warmup} init {wanted}", check)
     for benchmark in config.task.benchmark.values():
         once(str(benchmark), lambda b=benchmark: data.check_benchmark(b, config.split_seed))  # type: ignore[misc]
     once(f"lm_eval {config.task.lm_eval}", lambda: data.check_lm_eval(config.task.lm_eval))

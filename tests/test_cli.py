@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from d2lora import cli
+from d2lora.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 SHORT = ["task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
 COLUMNS = (
@@ -159,6 +162,21 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
     assert line.startswith("error: ")
     assert all(word in line for word in words), line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (["n=8", "m=8"], ["n=8", "m=8", "warmup.messages=nope"]),
+        (["n=8"], ["n=8", "task.chosen='{nope}'"]),
+        (["n=8", "m=8", "init=eva", "init.data=general"], ["n=0", "m=9", "init=eva", "init.data=general", "warmup.messages=nope"]),
+    ],
+)  # fmt: skip
+def test_cells_of_the_same_rows_but_other_columns_are_each_checked(cell, good: list[str], bad: list[str]) -> None:
+    seen: set[str] = set()
+    cli.check_inputs(cell(*good).config, seen)
+    with pytest.raises(UserError, match="missing column nope"):
+        cli.check_inputs(cell(*bad).config, seen)
 
 
 def test_missing_columns_are_named(run, tmp_path: Path) -> None:
