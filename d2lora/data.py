@@ -16,7 +16,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from d2lora import answers
 from d2lora.config import Benchmark, Data, Model, Task, Warmup, fields
 from d2lora.errors import UserError
 
@@ -235,11 +237,14 @@ def hub_problem(key: str, name: str, error: Exception) -> str:
 
 
 def need(found: list[Row], data: Data, *columns: str) -> None:
-    """UserError naming the columns that the rows lack."""
-    missing = [c for c in columns if c not in found[0]]
-    if missing:
+    """UserError naming the columns that a row lacks."""
+    wanted = set(columns)
+    lacking = next((i for i, row in enumerate(found) if not row.keys() >= wanted), None)
+    if lacking is not None:
+        row = found[lacking]
+        missing = [c for c in columns if c not in row]
         raise UserError(
-            f"data.path={data.path}: missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(found[0])}"
+            f"data.path={data.path}: {f'row {lacking + 1}: ' if lacking else ''}missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(row)}"
         )
 
 
@@ -264,13 +269,47 @@ def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") 
 
 
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
-    """UserError unless the benchmark's rows have its columns."""
+    """UserError unless the benchmark's rows have its columns, and those that are asked can be scored."""
+    found = rows(benchmark.data, split_seed)
     paths = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
-    need(
-        rows(benchmark.data, split_seed),
-        benchmark.data,
-        *sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths),
-    )
+    need(found, benchmark.data, *sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths))
+    check_items(benchmark, found[: benchmark.limit])
+
+
+def check_items(benchmark: Benchmark, found: list[Row]) -> None:
+    """UserError naming the first row that could not be asked or scored."""
+    for index, row in enumerate(found):
+        try:
+            benchmark.prompt.format(**row)
+            problem = _unscorable(benchmark, row)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{choices[text]}"
+            problem = f"prompt or gold can't be filled in ({type(error).__name__}: {error})"
+        if problem:
+            raise UserError(f"data.path={benchmark.data.path}: row {index + 1}: {problem}")
+
+
+def _unscorable(benchmark: Benchmark, row: Row) -> str | None:
+    """What keeps a row's answer from being scored."""
+    gold = benchmark.gold.format(**row)
+    if benchmark.kind == "number" and answers.final_number(gold) is None:
+        return f"the gold answer {gold[:40]!r} is not a number"
+    if benchmark.kind != "choice":
+        return None
+    choices, labels = at(row, benchmark.choices), at(row, benchmark.labels)
+    for path, value in ((benchmark.choices, choices), (benchmark.labels, labels)):
+        if not isinstance(value, list):
+            return f"no list {path}"
+    if len(choices) != len(labels):
+        return f"{len(choices)} {benchmark.choices}, but {len(labels)} {benchmark.labels}"
+    return None if gold in labels else f"the gold label {gold!r} is none of {', '.join(map(str, labels))}"
+
+
+def at(row: Row, path: str | None) -> Any:
+    """The value of a dotted path in a row; None if there is none."""
+    value: Any = row
+    for part in (path or "").split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _enough(key: str, wanted: int | str, there: int, name: str) -> None:

@@ -11,9 +11,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as harness
 from lm_eval.models.huggingface import HFLM
 
-from d2lora import answers
+from d2lora import answers, data
 from d2lora.config import Benchmark
-from d2lora.errors import UserError
 from d2lora.model import Base, device
 
 _FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
@@ -97,6 +96,7 @@ def task_of(name: str, benchmark: Benchmark, rows: list[dict], template: bool) -
     For a base without a chat `template` a chat's prompt ends in a newline, as data.rendered_prompt has it in training.
     """
     rows = rows[: benchmark.limit]
+    data.check_items(benchmark, rows)  # an answer without a number would equal a gold answer without one
     end = "\n" if benchmark.chat and not template else ""
     config = {
         "task": name,
@@ -108,7 +108,7 @@ def task_of(name: str, benchmark: Benchmark, rows: list[dict], template: bool) -
         ],
         "num_fewshot": 0,
     }
-    config |= _choice(benchmark) if benchmark.kind == "choice" else _generation(name, benchmark, rows)
+    config |= _choice(benchmark) if benchmark.kind == "choice" else _generation(benchmark)
     with _quiet():
         return ConfigurableTask(config=config)
 
@@ -116,28 +116,18 @@ def task_of(name: str, benchmark: Benchmark, rows: list[dict], template: bool) -
 def _choice(benchmark: Benchmark) -> dict:
     return {
         "output_type": "multiple_choice",
-        "doc_to_choice": lambda row: _at(row, benchmark.choices),
-        "doc_to_target": lambda row: _at(row, benchmark.labels).index(benchmark.gold.format(**row)),
+        "doc_to_choice": lambda row: data.at(row, benchmark.choices),
+        "doc_to_target": lambda row: data.at(row, benchmark.labels).index(benchmark.gold.format(**row)),
     }
 
 
-def _generation(name: str, benchmark: Benchmark, rows: list[dict]) -> dict:
-    if benchmark.kind == "number":
-        unreadable = [i for i, row in enumerate(rows) if answers.final_number(benchmark.gold.format(**row)) is None]
-        if unreadable:
-            raise UserError(f"benchmark {name}: the gold answer of row {unreadable[0]} is not a number")
+def _generation(benchmark: Benchmark) -> dict:
     return {
         "output_type": "generate_until",
         "doc_to_target": lambda row: benchmark.gold.format(**row),
         "process_results": _scores[benchmark.kind](benchmark),
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": benchmark.max_new_tokens},
     }
-
-
-def _at(row: dict, path: str | None):
-    for part in (path or "").split("."):
-        row = row[part]
-    return row
 
 
 def _score_number(benchmark: Benchmark) -> Callable[[dict, list[str]], dict]:

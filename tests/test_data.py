@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from d2lora import data
-from d2lora.config import Data, Task
+from d2lora.config import Benchmark, Data, Task
 from d2lora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +154,46 @@ def test_missing_columns_and_too_few_rows_are_named(tmp_path) -> None:
     task = Task(name="mine", data=Data(path=str(tmp_path)), prompt="{prompt}", chosen="{chosen}")
     with pytest.raises(UserError, match=r"n=2: task=mine has 1 rows"):
         data.check_task(task, 2, 0)
+
+
+def write(file: Path, rows: list[dict]) -> Data:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Data(path=str(file))
+
+
+def test_a_column_missing_from_a_later_row_is_named(tmp_path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}, {"a": "x"}])
+    with pytest.raises(UserError, match=r"rows.jsonl: row 2: missing column b; it has a$"):
+        data.check_task(Task(name="t", data=source, prompt="{a}", chosen="{b}"), 1, 0)
+
+
+CHOICE = {"kind": "choice", "prompt": "{q}", "gold": "{key}", "choices": "choices.text", "labels": "choices.label"}
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "told"),
+    [
+        ({"q": "?", "a": "18 eggs"}, {}, None),
+        ({"q": "?", "a": "eggs"}, {}, "the gold answer 'eggs' is not a number"),
+        ({"q": "?", "a": "18"}, {"prompt": "{q[text]}"}, "prompt or gold can't be filled in"),
+        ({"q": "?", "key": "B", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}, CHOICE, None),
+        ({"q": "?", "key": "C", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}, CHOICE, "the gold label 'C' is none of A, B"),
+        ({"q": "?", "key": "A", "choices": {"label": ["A", "B"]}}, CHOICE, "no list choices.text"),
+        ({"q": "?", "key": "A", "choices": ["x", "y"]}, CHOICE, "no list choices.text"),
+        ({"q": "?", "key": "A", "choices": {"text": ["x"], "label": ["A", "B"]}}, CHOICE, "1 choices.text, but 2 choices.label"),
+    ],
+)  # fmt: skip
+def test_items_that_can_not_be_scored_are_refused_before_anything_is_trained(tmp_path, row, more, told) -> None:
+    good = row if told is None else {"q": "?", "a": "1", "key": "A", "choices": {"text": ["x"], "label": ["A"]}}
+    given = {"kind": "number", "prompt": "{q}", "gold": "{a}"} | more
+    if "[" in given["prompt"]:
+        good = {"q": {"text": "?"}, "a": "1"}
+    source = write(tmp_path / "test.jsonl", [good, row])
+    if told is None:
+        return data.check_benchmark(Benchmark(data=source, **given), 0)
+    with pytest.raises(UserError, match=rf"test.jsonl: row 2: {told}"):
+        data.check_benchmark(Benchmark(data=source, **given), 0)
+    data.check_benchmark(Benchmark(data=source, limit=1, **given), 0)  # the row is not asked
 
 
 def test_a_file_of_a_data_set_is_found_offline_where_the_hub_s_client_keeps_it(tmp_path) -> None:
