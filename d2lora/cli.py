@@ -78,7 +78,12 @@ def cell(config: DictConfig, overrides: Iterable[str] = ()) -> Cell:
 
 
 def check_inputs(config: Config, seen: set[str]) -> None:
-    """UserError unless the cell's data sets are there, have their columns and enough rows. `seen` spares repeats."""
+    """UserError unless the cell's data sets are there, have their columns and enough rows. `seen` spares repeats.
+
+    A dry run checks what lies on this machine, and asks nobody else.
+    """
+    if config.dry_run and not _all_local(config):
+        return
 
     def once(name: str, check: Callable[[], None]) -> None:
         if name not in seen:
@@ -91,7 +96,7 @@ def check_inputs(config: Config, seen: set[str]) -> None:
         once(f"{config.warmup} {config.m}", lambda: data.check_warmup(config.warmup, config.m, config.split_seed))
     if config.init.name == "loftq" and find_spec("bitsandbytes") is None:
         raise UserError("init=loftq: needs bitsandbytes, which is not installed: pip install -e '.[loftq]'")
-    if config.init.data == "general":
+    if config.init.data == "general" and "warmup.data" in plan.sources(config):
         wanted = config.init.samples or 0
         check = lambda: data.check_warmup(config.warmup, wanted, config.split_seed, "init.samples")  # noqa: E731
         once(f"{config.warmup} init {wanted}", check)
@@ -99,6 +104,12 @@ def check_inputs(config: Config, seen: set[str]) -> None:
         once(str(benchmark), lambda b=benchmark: data.check_benchmark(b, config.split_seed))  # type: ignore[misc]
     once(f"lm_eval {config.task.lm_eval}", lambda: data.check_lm_eval(config.task.lm_eval))
     once(str(config.model), lambda: data.check_model(config.model))
+
+
+def _all_local(config: Config) -> bool:
+    """Whether everything a cell reads lies on this machine."""
+    sources = plan.sources(config).values()
+    return all(data.local(s.path) for s in sources) and data.model_files(config.model) is not None
 
 
 def job(config: DictConfig) -> int:
@@ -115,10 +126,10 @@ def job(config: DictConfig) -> int:
 def _one_cell(this: Cell) -> int:
     output = pipeline.output(this.config)
     store = Store(output)
+    check_inputs(this.config, set())
     if this.config.dry_run:
         print(summary.plan_text([this], store))
         return 0
-    check_inputs(this.config, set())
     manifest.add_to_manifest(output, this)
     with progress.Bar() as bar:
         lost = pipeline.do(this.config, this, store, bar.stage)

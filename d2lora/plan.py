@@ -98,6 +98,14 @@ def _is_prepared(config: Config) -> bool:
     return config.init.prepared and (config.m != 0 or config.n != 0 or config.init.name in QUANTIZING)
 
 
+def sources(config: Config) -> dict[str, data.Data]:
+    """The data sets that a cell reads, by their keys: it needs none of a phase that it has not."""
+    read = {"task.data": config.task.data} if config.n != 0 else {}
+    if config.m != 0 or (_is_prepared(config) and config.init.data == "general"):
+        read["warmup.data"] = config.warmup.data
+    return read | {f"benchmark {name}": b.data for name, b in config.task.benchmark.items()}
+
+
 def _prepare(config: Config) -> Stage:
     """What an initialization computes: shared by all cells whose base, LoRA settings and data are these."""
     init = config.init
@@ -216,9 +224,10 @@ class Pair:
 def pairs(config: Config) -> list[Pair]:
     """What a cell trains on or is prepared with, against what judges it. lm-evaluation-harness's own tasks are not read, so not checked."""
     trained: list[tuple[str, data.Data, tuple[str, ...]]] = []
-    if config.m != 0 or (_is_prepared(config) and config.init.data == "general"):
+    read = sources(config)
+    if "warmup.data" in read:
         trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,)))
-    if config.n != 0:
+    if "task.data" in read:
         trained.append((config.task.name, config.task.data, tuple(data.columns(config.task))))
     return [
         Pair(benchmark, rows, columns, config.split_seed, f"{name} / {test}")

@@ -266,8 +266,7 @@ def valid_cells(compose: Composer, grid: Iterable[tuple[str, ...]]) -> list[Cell
     for overrides in grid:
         try:
             cell = compose(overrides)
-            if not cell.config.dry_run or _all_local(cell):
-                cli.check_inputs(cell.config, seen)
+            cli.check_inputs(cell.config, seen)
             cells.append(cell)
         except (UserError, HydraException) as error:
             problems.setdefault(str(error) if isinstance(error, UserError) else cli.one_line(error), []).append(
@@ -283,12 +282,3 @@ def valid_cells(compose: Composer, grid: Iterable[tuple[str, ...]]) -> list[Cell
     for message in problems:
         print(f"left out: {message}", file=sys.stderr)
     return plan.unique(cells)
-
-
-def _all_local(cell: Cell) -> bool:
-    """Whether everything a cell reads lies on this machine: a dry run asks nobody else."""
-    from d2lora import data
-
-    c = cell.config
-    sources = [c.task.data, c.warmup.data, *(b.data for b in c.task.benchmark.values())]
-    return all(data.local(s.path) for s in sources) and data.model_files(c.model) is not None

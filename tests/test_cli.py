@@ -179,6 +179,17 @@ def test_cells_of_the_same_rows_but_other_columns_are_each_checked(cell, good: l
         cli.check_inputs(cell(*bad).config, seen)
 
 
+@pytest.mark.parametrize("grid", [[], ["-m"]])
+def test_a_dry_run_refuses_what_the_run_would_refuse(run, grid: list[str]) -> None:
+    assert "n=20000: task=lab-math has 11,000 rows" in one_line(run(*grid, "n=20000", "dry_run=true", code=2).stderr)
+
+
+@pytest.mark.parametrize("grid", [[], ["-m"]])
+def test_data_of_a_phase_that_a_cell_has_not_may_be_missing(run, grid: list[str]) -> None:
+    run(*grid, "n=1", "m=0", "warmup.data.path=nowhere", "dry_run=true")
+    assert "nowhere" in one_line(run(*grid, "n=1", "m=1", "warmup.data.path=nowhere", "dry_run=true", code=2).stderr)
+
+
 def test_missing_columns_are_named(run, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     line = one_line(run("task.data.path=mine.jsonl", "n=1", code=2).stderr)
