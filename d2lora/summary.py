@@ -83,10 +83,11 @@ def _kind(name: str, spec: dict) -> tuple:
 def progress_text(cells: list[Cell], store: Store) -> str:
     """The sweep's line: done, running, left, failures."""
     stages = plan.stages(cells)
-    done = sum(store.done(s) for s in stages)
-    failed = sum((store.folder.parent / "failed" / f"{s.key}.json").exists() for s in stages)
-    running = sum(any(store.place(s).parent.glob(f".{s.key}-*")) for s in stages)
-    return f"{cells[0].config.sweep}: {done} of {len(stages)} stages done, {running} running, {len(stages) - done - running - failed} left, {failed} failed"
+    left = [s for s in stages if not store.done(s)]
+    failed = [s for s in left if (store.folder.parent / "failed" / f"{s.key}.json").exists()]
+    # What a killed worker left lies there for ever: a stage that is done or has failed is not at work, whatever lies beside it.
+    running = sum(any(store.place(s).parent.glob(f".{s.key}-*")) for s in left if s not in failed)
+    return f"{cells[0].config.sweep}: {len(stages) - len(left)} of {len(stages)} stages done, {running} running, {len(left) - running - len(failed)} left, {len(failed)} failed"
 
 
 def cell_text(cell: Cell, store: Store) -> str:
