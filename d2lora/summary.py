@@ -61,6 +61,8 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
         measured[kind].append(seconds / max(record.get("metrics", {}).get("samples_seen", 1), 1))
     if any(_kind(s.name, s.spec) not in measured for s in left):
         return "an unknown time: nothing like it was measured here yet"
+    if any(s.samples is None for s in left):
+        return "an unknown time: n or m is all of a data set that is not read yet"
     seconds = 0.0
     for stage in left:
         times = measured[_kind(stage.name, stage.spec)]

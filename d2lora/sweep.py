@@ -30,12 +30,11 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
     cells = valid_cells(Composer(config, loader), grid)
     output = pipeline.output(cells[0].config)
-    store = Store(output)
+    store, workers = Store(output), _workers(config)
     if cells[0].config.dry_run:
-        print(summary.plan_text(cells, store))
+        print(summary.plan_text(cells, store, workers))
         return
     _refuse_twice(config, cells[0].config.sweep)
-    workers = _workers(config)
     os.environ["D2LORA_WORKERS"] = str(workers)
     print(summary.plan_text(cells, store, workers), flush=True)
     manifest.write_manifest(output, cells)

@@ -6,6 +6,7 @@ import made
 import pytest
 
 from d2lora import pipeline, summary
+from d2lora.plan import Cell, Chain, Stage
 from d2lora.store import Store, write_json
 
 
@@ -35,3 +36,34 @@ def test_what_a_killed_worker_left_beside_a_done_stage_is_not_running(grid, tmp_
         (store.place(stage).parent / f".{stage.key}-abc").mkdir()
     count = len(base.chain.stages)
     assert summary.progress_text([base], store) == f"mine: {count} of {count} stages done, 0 running, 0 left, 0 failed"
+
+
+def told(text: str) -> str:
+    return text.splitlines()[-1].strip()
+
+
+def test_how_long_is_said_from_what_was_measured_before(grid, tmp_path: Path) -> None:
+    """Made-up records took a second each, a training for the 10 samples it saw; n=20 sees 40 in two epochs."""
+    store, (base, ten, twenty) = Store(tmp_path), grid
+    assert told(summary.plan_text(grid, store)) == "about an unknown time: nothing like it was measured here yet"
+    made.publish(tmp_path, [base, ten])
+    assert told(summary.plan_text(grid, store)) == "about 26 s"  # 4 + 1 + 1, and 20 for imports
+    assert told(summary.plan_text(grid, store, workers=2)) == "about 23 s with 2 workers"
+    hundredfold = made.cells(twenty.config, n=[2000])
+    assert told(summary.plan_text(hundredfold, store)) == "about 7 min"
+    made.publish(tmp_path, [twenty])
+    assert "about" not in told(summary.plan_text(grid, store)), "nothing is left"
+
+
+def test_all_of_a_data_set_on_the_hub_takes_an_unknown_time(grid, tmp_path: Path) -> None:
+    store, ten = Store(tmp_path), grid[1]
+    made.publish(tmp_path, [ten])
+    adapt = Stage("adapt", ten.chain.adapt.spec | {"n": "all"}, samples=None)
+    every = Cell(ten.config, Chain(None, adapt, ten.chain.evaluations))
+    assert told(summary.plan_text([every], store)).startswith("about an unknown time: n or m is all")
+
+
+def test_a_dry_run_s_duration_knows_the_workers(run, cell, tmp_path: Path) -> None:
+    made.publish(tmp_path / "out", [cell("method=sft", "n=10")])
+    text = run("-m", "method=sft", "n=20", "dry_run=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2").stdout
+    assert told(text) == "about 23 s with 2 workers"
