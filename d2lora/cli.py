@@ -61,7 +61,9 @@ def one_line(error: Exception) -> str:
     options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]
     if "primary config" in text:
         options = [*sorted(f.stem for f in (data.ROOT / "sweeps").glob("*.yaml")), "config"]
-    if options:
+    if "--multirun" in str(error):
+        text += ": several values make a grid: add -m (--multirun); for a list write key=[a,b]"
+    elif options:
         text = f"{text.split('. ')[0].rstrip('.')}. Available: {', '.join(options)}"
     elif len(lines) > 1 and not isinstance(error, UserError):
         text += " " + " ".join(line.strip() for line in lines[1:2])

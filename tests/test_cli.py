@@ -150,6 +150,7 @@ def test_a_dry_run_loads_no_torch(run, tmp_path: Path) -> None:
         (["task.data.path=nowhere"], ["nowhere"]),
         (["scale=laptop"], ["data_root"]),
         (["-cn", "nosuch"], ["nosuch", "lab", "smoke"]),
+        (["n=1,2"], ["'n=1,2'", "add -m (--multirun)"]),
         (["-m", "n=1,-2", "method=sft,dpo"], ["n=-2", "2 of the grid's cells", "skip_invalid"]),
         (["-m", "method=sft,dpo", "task=lab_title"], ["method=dpo", "lab-title"]),
         (["scale=paper"], ["xinlai/Math-Step-DPO-10K", "d2lora.fetch"]),
