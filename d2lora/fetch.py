@@ -3,31 +3,34 @@
 Afterwards run.py finds everything in the Hub's cache (HF_HOME) with HF_HUB_OFFLINE=1.
 """
 
+import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
-from d2lora import cli, data
-from d2lora.config import Config, Model, parse
+from d2lora import cli, data, plan, sweep
+from d2lora.config import Config, Model
 from d2lora.errors import UserError
 
-_HELP = """python -m d2lora.fetch [-cn SWEEP] [OVERRIDE ...]
+_HELP = """python -m d2lora.fetch [-cn SWEEP] [--config-dir FOLDER] [OVERRIDE ...]
 
 Downloads the model and data sets that `python run.py` with the same overrides needs, for example
-  python -m d2lora.fetch scale=paper
+  python -m d2lora.fetch scale=paper m=0,40000
   python -m d2lora.fetch -cn table3"""
 
 
 def fetch(config: Config) -> Iterable[str]:
     """Download each data set and the model of a config, yielding a line for each. UserError for what can't be had."""
-    sources = {
-        "task.data": config.task.data,
-        "warmup.data": config.warmup.data,
-        **{f"benchmark {k}": b.data for k, b in config.task.benchmark.items()},
-    }
-    for key, source in sources.items():
+    for key, source in plan.sources(config).items():
         rows = data.rows(source, config.split_seed)
         yield f"{key}: {source.path}, {len(rows):,} rows"
     for name in config.task.lm_eval:
@@ -52,34 +55,45 @@ def _fetch_model(model: Model) -> str:
     return f"{model.path}@{model.revision}"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows how")
+
+
 def configs(arguments: list[str]) -> list[Config]:
-    """The distinct (model, task, warmup) configs of a command line like run.py's; sweeps of n, m or seeds need no more."""
-    name, overrides, rest = "config", [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if argument in ("-cn", "--config-name") and rest:
-            name = rest.pop(0)
-        elif argument not in ("-m", "--multirun"):
-            overrides.append(argument)
-    sys.path.insert(0, str(data.ROOT))
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from d2lora.sweep import expand
-
+    """The configs of the cells that run.py makes of the same command line, one of those that read the same."""
+    parser = _Parser(prog="d2lora.fetch", add_help=False)
+    parser.add_argument("-cn", "--config-name", default="config")
+    parser.add_argument("-cd", "--config-dir", type=Path)
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args(arguments)
+    sys.path.insert(0, str(data.ROOT))  # for hydra_plugins
+    if given.config_dir:
+        _search(given.config_dir)
+    hydra = [o for o in given.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
     with initialize_config_dir(str(data.ROOT / "conf"), version_base="1.3"):
-        whole = compose(name, return_hydra_config=True)
+        whole = compose(given.config_name, hydra, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
         params = OmegaConf.to_container(whole.hydra.sweeper.get("params") or OmegaConf.create({}))
-        combinations = expand(OverridesParser.create(), params, overrides)  # type: ignore[arg-type]
-        chosen = {
-            tuple(o for o in c if o.split("=")[0] not in ("n", "m", "seed", "data_seed", "method"))
-            for c in combinations
-        }
-        return [_checked(compose(name, overrides=list(c))) for c in sorted(chosen)]
+        grid = sweep.expand(
+            OverridesParser.create(config_loader=loader), params, [o for o in given.overrides if o not in hydra]
+        )
+        cells = sweep.valid_cells(sweep.Composer(whole, loader), grid, check=lambda config, seen: None)
+    read = [(plan.sources(c.config), c.config.task.lm_eval, c.config.model) for c in cells]
+    return list({str(r): c.config for r, c in zip(read, cells, strict=True)}.values())
 
 
-def _checked(composed: DictConfig) -> Config:
-    values = OmegaConf.to_container(composed, resolve=True)
-    return parse({str(k): v for k, v in values.items()})  # type: ignore[union-attr]
+def _search(folder: Path) -> None:
+    """Have Hydra look for configs in a folder too, as run.py's --config-dir does."""
+    if not folder.is_dir():
+        raise UserError(f"--config-dir {folder}: no such folder")
+
+    class ConfigDir(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append("command-line", f"file://{folder.resolve()}")
+
+    Plugins.instance().register(ConfigDir)
 
 
 def main() -> None:

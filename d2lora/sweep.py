@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from d2lora import cli, pipeline, plan, progress, report, summary, tracking
+from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Job, Stage
 from d2lora.report import manifest
@@ -259,13 +260,15 @@ class Composer:
         return composed
 
 
-def valid_cells(compose: Composer, grid: Iterable[tuple[str, ...]]) -> list[Cell]:
+def valid_cells(
+    compose: Composer, grid: Iterable[tuple[str, ...]], check: Callable[[Config, set[str]], None] = cli.check_inputs
+) -> list[Cell]:
     """The grid's cells, each once. A grid with invalid cells is refused whole, listing them, unless skip_invalid."""
     cells, problems, seen = [], {}, set()
     for overrides in grid:
         try:
             cell = compose(overrides)
-            cli.check_inputs(cell.config, seen)
+            check(cell.config, seen)
             cells.append(cell)
         except (UserError, HydraException) as error:
             problems.setdefault(str(error) if isinstance(error, UserError) else cli.one_line(error), []).append(

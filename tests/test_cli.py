@@ -249,7 +249,23 @@ def test_fetch_takes_the_same_overrides(run, tmp_path: Path) -> None:
     text = run("-cn", "lab", "m=0", module="d2lora.fetch").stdout
     assert "task.data: d2lora/lab/data/math, 11,000 rows" in text
     assert "model: lab is on this machine" in text
+    assert "warmup.data" not in text
     assert "d2lora.fetch" in one_line(run("scale=paper", module="d2lora.fetch", code=2).stderr)
+
+
+def test_fetch_reads_what_the_cells_of_the_command_line_read(run, tmp_path: Path) -> None:
+    """Also one whose settings belong to its method, and whose configs are in a folder of the user's."""
+    (tmp_path / "conf" / "warmup").mkdir(parents=True)
+    (tmp_path / "conf" / "warmup" / "mine.yaml").write_text("name: mine\ndata: {path: mine.jsonl}\n")
+    (tmp_path / "conf" / "own.yaml").write_text("defaults: [config, {override warmup: mine}, _self_]\n")
+    (tmp_path / "mine.jsonl").write_text('{"chosen": []}\n')
+    given = ["--config-dir", "conf", "-cn", "own", "-m", "method=dpo", "method.reference=base", "n=0,8"]
+    text = run(*given, "m=0", "hydra/launcher=basic", module="d2lora.fetch").stdout
+    assert text.count("task.data: ") == text.count("model: ") == 1
+    assert "warmup.data" not in text
+    assert "warmup.data: mine.jsonl, 1 rows" in run(*given, "m=0,1", module="d2lora.fetch").stdout
+    assert "--config-dir nope: no such folder" in one_line(run("-cd", "nope", module="d2lora.fetch", code=2).stderr)
+    assert "--what" in one_line(run("--what", module="d2lora.fetch", code=2).stderr)
 
 
 def test_the_report_can_be_made_again(run, tmp_path: Path) -> None:
