@@ -186,16 +186,24 @@ def _read(file: Path, _content: str) -> list[Row]:
     return found
 
 
+def hub():
+    """huggingface_hub, without its two lines for each retry: the outcome is one line of ours."""
+    import huggingface_hub
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    return huggingface_hub
+
+
 @functools.cache
 def _hub_rows(path: str, name: str | None, file: str | None, split: str, revision: str | None) -> list[Row]:
     import datasets
-    import huggingface_hub
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are many lines; the outcome is one of ours
+    client = hub()
     if sys.stderr.isatty():
         print(f"reading {path} from the Hub or its cache ...", file=sys.stderr)
     if file:  # not through load_dataset: offline it does not find what it cached with data_files
-        place = Path(huggingface_hub.hf_hub_download(path, file, repo_type="dataset", revision=revision))
+        place = Path(client.hf_hub_download(path, file, repo_type="dataset", revision=revision))
         return _read(place, digest(place))
     return datasets.load_dataset(path, name, split=split, revision=revision).to_list()
 
@@ -209,9 +217,11 @@ def _from_hub(data: Data) -> list[Row]:
 
 def hub_problem(key: str, name: str, error: Exception) -> str:
     """One line that says why the Hub gave nothing and what to do."""
-    chain = [error, error.__cause__, error.__context__]
-    kinds = {kind.__name__ for e in chain if e is not None for kind in type(e).__mro__}
-    if "GatedRepoError" in kinds:
+    chain = _chain(error)
+    kinds = {kind.__name__ for e in chain for kind in type(e).__mro__}
+    status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), None)
+    lines = str(error).strip().splitlines() or [""]
+    if "GatedRepoError" in kinds or "is a gated dataset" in lines[0]:
         return (
             f"{key}={name}: gated: accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN"
         )
@@ -222,18 +232,26 @@ def hub_problem(key: str, name: str, error: Exception) -> str:
         return (
             f"{key}={name}: not on the Hub under this name and revision, or private (then log in with `hf auth login`)"
         )
-    if kinds & {
-        "ConnectionError",
-        "OfflineModeIsEnabled",
-        "LocalEntryNotFoundError",
-        "OSError",
-        "HTTPError",
-        "ConnectError",
-    }:
+    if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
+        return f"{key}={name}: the Hub has it, but not this file of it: {lines[-1]}"
+    if status in (401, 403):
+        return f"{key}={name}: the Hub refused the token (status {status}): log in with `hf auth login`, or correct HF_TOKEN"
+    if status:
+        return f"{key}={name}: not in the local cache, and the Hub answers with status {status}: try again later"
+    if kinds & {"ConnectionError", "LocalEntryNotFoundError", "TransportError", "TimeoutError", "Timeout"}:
         return f"{key}={name}: not in the local cache, and the Hub can't be reached: run `python -m d2lora.fetch` with the same overrides where there is a network"
-    return (
-        f"{key}={name}: the Hub's answer was {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    )
+    return f"{key}={name}: the Hub's answer was {type(error).__name__}: {lines[0]}"
+
+
+def _chain(error: BaseException) -> list[Any]:
+    """An error and all that it was raised from or while handling."""
+    found: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        if (e := todo.pop()) is not None and e not in found:
+            found.append(e)
+            todo += [e.__context__, e.__cause__]
+    return found
 
 
 def need(found: list[Row], data: Data, *columns: str) -> None:
@@ -514,9 +532,7 @@ def check_model(model: Model) -> None:
     """UserError unless a model's files are there, or the Hub would give them; loads no weights."""
     if model_files(model) is not None:
         return
-    from huggingface_hub import hf_hub_download
-
     try:
-        hf_hub_download(model.path, "config.json", revision=model.revision)
+        hub().hf_hub_download(model.path, "config.json", revision=model.revision)
     except Exception as error:
         raise UserError(hub_problem("model.path", model.path, error)) from None

@@ -45,11 +45,9 @@ def _fetch_model(model: Model) -> str:
     place = data.model_files(model)
     if place is not None:
         return f"{model.name} is on this machine"
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"] + (["*.py"] if model.trust_remote_code else [])
     try:
-        snapshot_download(model.path, revision=model.revision, allow_patterns=patterns)
+        data.hub().snapshot_download(model.path, revision=model.revision, allow_patterns=patterns)
     except Exception as error:
         raise UserError(data.hub_problem("model.path", model.path, error)) from None
     return f"{model.path}@{model.revision}"

@@ -222,6 +222,71 @@ def test_the_hub_s_problems_become_advice() -> None:
     assert "d2lora.fetch" in data.hub_problem("data.path", "a/b", of(OfflineModeIsEnabled))
 
 
+# A Hub that answers in the way a repository's name says, or none at all; nobody waits between its client's retries.
+ASK = """
+import os, sys, threading, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Hub(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        code, _, header = self.path.split("/resolve/")[0].split("/")[-1].partition("-")
+        self.send_response(int(code))
+        if header:
+            self.send_header("X-Error-Code", header)
+        self.end_headers()
+    def log_message(self, *_): pass
+
+server = HTTPServer(("127.0.0.1", 0), Hub)
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+if sys.argv[1] == "none":
+    server.server_close()
+else:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+time.sleep = lambda seconds: None
+from d2lora import data
+from d2lora.config import Data, Model
+from d2lora.errors import UserError
+for name in sys.argv[2:]:
+    for ask in (lambda: data.check_model(Model(name="x", path=name, revision="main")),
+                lambda: data.rows(Data(path=name, file="x.csv", revision="main"))):
+        try: ask()
+        except UserError as error: print(error)
+"""
+
+
+def ask(tmp_path: Path, hub: str, *names: str) -> list[str]:
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", ASK, hub, *names]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=data.ROOT, timeout=300)
+    assert not done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_no_network_is_one_line(tmp_path) -> None:
+    told = ask(tmp_path, "none", "a/b")
+    assert [line.split("=")[0] for line in told] == ["model.path", "data.path"]
+    assert all("the Hub can't be reached" in line for line in told), told
+
+
+def test_what_the_hub_answers_is_told_apart(tmp_path) -> None:
+    words = {
+        "503": "answers with status 503",
+        "401": "refused the token (status 401)",
+        "403": "refused the token (status 403)",
+        "403-GatedRepo": "gated",
+        "404-RepoNotFound": "not on the Hub",
+        "404-EntryNotFound": "not this file of it: Entry Not Found",
+    }
+    told = ask(tmp_path, "some", *(f"a/{name}" for name in words))
+    wanted = [word for word in words.values() for _ in ("model", "data")]
+    assert not [line for word, line in zip(wanted, told, strict=True) if word not in line]
+
+
+def test_a_full_disk_is_not_taken_for_no_network() -> None:
+    told = data.hub_problem("data.path", "a/b", OSError(28, "No space left on device"))
+    assert "the Hub's answer was OSError: [Errno 28]" in told
+
+
 @needs_shared
 def test_the_real_rows_have_what_the_paper_s_tasks_ask_for(cell) -> None:
     c = cell("scale=laptop", f"data_root={SHARED}", "model=lab").config
