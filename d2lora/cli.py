@@ -104,8 +104,18 @@ def check_inputs(config: Config, seen: set[str]) -> None:
         once(f"{config.warmup} init {wanted}", check)
     for benchmark in config.task.benchmark.values():
         once(str(benchmark), lambda b=benchmark: data.check_benchmark(b, config.split_seed))  # type: ignore[misc]
-    once(f"lm_eval {config.task.lm_eval}", lambda: data.check_lm_eval(config.task.lm_eval))
+    names = _harness_tasks(config)
+    once(f"lm_eval {names}", lambda: data.check_lm_eval(names))
     once(str(config.model), lambda: data.check_model(config.model))
+
+
+def _harness_tasks(config: Config) -> list[str]:
+    """The harness's tasks that are still to be done: it takes many seconds to import, so what is done or planned is not asked for."""
+    if config.dry_run or not config.task.lm_eval:
+        return []
+    store = Store(pipeline.output(config))
+    left = (s for s in plan.chain(config).evaluations if "lm_eval" in s.spec and not store.done(s))
+    return [s.spec["lm_eval"] for s in left]
 
 
 def _all_local(config: Config) -> bool:

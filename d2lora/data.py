@@ -511,14 +511,19 @@ def sft_examples(examples: Iterator[dict] | list[dict]) -> list[dict]:
     ]
 
 
+@functools.cache
+def harness() -> Any:
+    """lm-evaluation-harness's tasks: it reads thousands of files to list them, many seconds where the machine is busy."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def check_lm_eval(names: list[str]) -> None:
     """UserError unless each is a single task that lm-evaluation-harness has; a group has no items of its own."""
     if not names:
         return
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    single, known = set(manager.all_subtasks), set(manager.all_tasks)
+    single, known = set(harness().all_subtasks), set(harness().all_tasks)
     for name in names:
         if name not in known:
             raise UserError(

@@ -58,9 +58,9 @@ def evaluate(
 def _named(task: "str | ConfigurableTask") -> tuple[str, dict]:
     if not isinstance(task, str):
         return str(task.config.task), {str(task.config.task): task}
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import get_task_dict
 
-    found = get_task_dict([task], TaskManager())
+    found = get_task_dict([task], data.harness())
     found[task].set_fewshot_seed(_FEWSHOT_SEED)  # the harness does so only at its own front door
     return task, found
 

@@ -4,6 +4,7 @@ Afterwards run.py finds everything in the Hub's cache (HF_HOME) with HF_HUB_OFFL
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,13 +35,22 @@ def fetch(config: Config) -> Iterable[str]:
         rows = data.rows(source, config.split_seed)
         yield f"{key}: {source.path}, {len(rows):,} rows"
     for name in config.task.lm_eval:
-        from lm_eval.tasks import TaskManager, get_task_dict
-
-        get_task_dict([name], TaskManager())
+        _fetch_lm_eval(name)
         yield f"lm-eval task {name}"
     yield f"model: {_fetch_model(config.model)}"
 
 
+@functools.cache
+def _fetch_lm_eval(name: str) -> None:
+    data.check_lm_eval([name])
+    data.hub()
+    try:
+        data.harness().load([name])
+    except Exception as error:
+        raise UserError(data.hub_problem("task.lm_eval", name, error)) from None
+
+
+@functools.cache
 def _fetch_model(model: Model) -> str:
     place = data.model_files(model)
     if place is not None:

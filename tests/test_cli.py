@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from d2lora import cli
+from d2lora import cli, data
 from d2lora.errors import UserError
+from d2lora.store import Store
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
@@ -266,6 +267,19 @@ def test_fetch_reads_what_the_cells_of_the_command_line_read(run, tmp_path: Path
     assert "warmup.data: mine.jsonl, 1 rows" in run(*given, "m=0,1", module="d2lora.fetch").stdout
     assert "--config-dir nope: no such folder" in one_line(run("-cd", "nope", module="d2lora.fetch", code=2).stderr)
     assert "--what" in one_line(run("--what", module="d2lora.fetch", code=2).stderr)
+
+
+def test_the_harness_is_asked_for_the_names_of_what_is_still_to_do_only(cell, tmp_path: Path, monkeypatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(data, "check_lm_eval", asked.extend)
+    given = ["n=8", "+task.lm_eval=[hellaswag,piqa]", f"output={tmp_path}"]
+    cli.check_inputs(cell(*given, "dry_run=true").config, set())
+    assert asked == []
+    done = cell(*given)
+    stage = next(s for s in done.chain.evaluations if s.spec.get("lm_eval") == "hellaswag")
+    Store(tmp_path).ensure(stage, lambda folder: {"key": stage.key})
+    cli.check_inputs(done.config, set())
+    assert asked == ["piqa"]
 
 
 def test_the_report_can_be_made_again(run, tmp_path: Path) -> None:

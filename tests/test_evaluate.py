@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from d2lora import data, evaluate, model
+from d2lora import data, evaluate, fetch, model
 from d2lora.config import Benchmark, Data, Model
 from d2lora.errors import UserError
 
@@ -99,3 +99,8 @@ def test_a_task_of_the_harness_is_a_single_one_that_it_has(name: str, told: str)
     data.check_lm_eval(["gsm8k"])
     with pytest.raises(UserError, match=f"task.lm_eval={name}: .*{told}"):
         data.check_lm_eval([name])
+
+
+def test_what_a_task_of_the_harness_can_not_download_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"task.lm_eval=hellaswag: .*the Hub can't be reached"):
+        fetch._fetch_lm_eval("hellaswag")
