@@ -288,7 +288,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does in one go: an adapter with all its evaluations. `cell` composes it, `stages` are its share."""
+    """What one worker does in one go: an adaptation with its evaluations, or less. `cell` composes it, `stages` are its share."""
 
     cell: Cell
     stages: tuple[Stage, ...]
@@ -342,13 +342,12 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
 
 
 def _alone(cells: list[Cell], name: str, taken: set[str]) -> list[Job]:
-    """Jobs of the preparations or warm-ups that are left, one each; with the evaluations of those that end there."""
+    """Jobs of the preparations or warm-ups that are left, one each; without evaluations, for which others would wait."""
     jobs = []
     for cell in cells:
         stage: Stage | None = getattr(cell.chain, name)
         if stage and stage.key not in taken:
-            ends = cell.chain.evaluations if stage is cell.chain.adapter else ()  # D2LoRA(m, 0)
-            jobs.append(_job(cell, (stage, *ends), taken))
+            jobs.append(_job(cell, (stage,), taken))
     return jobs
 
 

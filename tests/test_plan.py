@@ -89,6 +89,12 @@ def test_the_batches_do_each_stage_once_and_leave_nothing_waiting(grid) -> None:
         assert costs == sorted(costs, reverse=True)
 
 
+def test_nobody_waits_for_the_evaluation_of_a_warm_up(grid) -> None:
+    jobs = [[s.name for s in job.stages] for batch in plan.batches(grid, set()) for job in batch]
+    assert ["warmup"] in jobs
+    assert not any("warmup" in names and len(names) > 1 for names in jobs)
+
+
 def test_what_is_done_is_not_planned_again(grid) -> None:
     assert not any(plan.batches(grid, {s.key for s in plan.stages(grid)}))
     some = {s.key for s in plan.stages(grid) if s.name == "warmup"}
