@@ -110,7 +110,7 @@ def check_inputs(config: Config, seen: set[str]) -> None:
 
 
 def _harness_tasks(config: Config) -> list[str]:
-    """The harness's tasks that are still to be done: it takes many seconds to import, so what is done or planned is not asked for."""
+    """The harness's tasks that are to be done now: it takes many seconds to import, so it is not asked for others."""
     if config.dry_run or not config.task.lm_eval:
         return []
     store = Store(pipeline.output(config))

@@ -73,7 +73,7 @@ def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> No
         for f in (tmp_path / "out" / "store" / "evaluate").rglob("items.jsonl")
         for line in f.read_text().splitlines()
     ]
-    assert all({"prompt", "answer", "gold"} <= set(i) for i in items)
+    assert all({"prompt", "answer", "gold"} <= set(i) and (i.get("accuracy", i.get("acc")) in (0, 1)) for i in items)
     assert not [f for f in tmp_path.iterdir() if f.name != "out"], "nothing is written where it was typed"
     (tmp_path / "out" / "store" / "evaluate" / "foreign").mkdir()
     (tmp_path / "out" / "store" / "evaluate" / "foreign" / "record.json").write_text('{"note": "not ours"}')

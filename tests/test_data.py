@@ -62,7 +62,7 @@ def test_eos_where_the_solution_ends(tokenizer) -> None:
     assert tokenizer.decode(e["chosen_ids"][:-1]).endswith("\\boxed{4}.")
 
 
-def test_the_three_methods_see_identical_ids(tokenizer) -> None:
+def test_sft_learns_the_chosen_answer(tokenizer) -> None:
     e = data.pair_example(tokenizer, step_task(), ROW)
     sft = data.sft_examples([e])[0]
     assert sft["input_ids"] == e["prompt_ids"] + e["chosen_ids"]

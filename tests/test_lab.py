@@ -1,7 +1,10 @@
+import json
 import random
 
 import pytest
 
+from d2lora import data
+from d2lora.config import Data
 from d2lora.lab import build, world
 
 
@@ -93,3 +96,17 @@ def test_the_same_seed_gives_the_same_rows() -> None:
     assert [r.text for r in world.distinct(world.title, "test", 20, 3)] == [
         r.text for r in world.distinct(world.title, "test", 20, 3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "count"), [("title/test", 400), ("title/validation", 200), ("math/test", 500), ("math/validation", 400), ("general/train", 2_000)]
+)  # fmt: skip
+def test_the_rows_that_are_shipped_are_those_of_the_generator(file: str, count: int) -> None:
+    """So a change of the world shows as one of the data: build.py makes them from its seed."""
+    name, split = file.split("/")
+    make = {"title": world.title, "math": world.problem, "general": world.general}[name]
+    made = list(world.distinct(make, split, count, build.SEED))
+    rows = [build.question(p) if name == "math" else p.fields for p in made]
+    shipped = data.rows(Data(path=f"d2lora/lab/data/{name}", split=split))
+    assert shipped[:count] == json.loads(json.dumps(rows))
+    assert name == "general" or len(shipped) == count

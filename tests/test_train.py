@@ -70,6 +70,33 @@ def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, pack
         assert apart / size < 1e-3, f"relative distance {apart / size:.1e}"
 
 
+@pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
+def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: Path) -> None:
+    """What goes through the model in a step of four pairs: not what data.py made of them, but what the trainers did with that."""
+    seen: dict[str, list[list[int]]] = {}
+    for method in ("sft", "dpo", "orpo"):
+        given = ["method.epochs=1", "recipe.batch=4", "recipe.micro_batch=1", f"recipe.packing={packing}"]
+        cell = make(f"method={method}", "n=4", *given)
+        base = model.base(cell.config.model, tmp_path)
+        pad = base.tokenizer.pad_token_id
+        rows = seen[method] = []
+
+        def note(module, arguments, rows=rows, pad=pad) -> None:
+            if module.training:
+                rows.extend([i for i in row if i != pad] for row in arguments[0].tolist())
+
+        hook = base.model.get_input_embeddings().register_forward_pre_hook(note)
+        finish(Cell(cell.config.model_copy(update={"job": [cell.chain.adapt.key]}), cell.chain))
+        hook.remove()
+    render = functools.partial(data.pair_example, base.tokenizer, cell.config.task)
+    drawn = data.subset(data.rows(cell.config.task.data), render, 4, cell.config.recipe.max_length, "task/0").examples
+    pairs = [tuple(e[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")) for e in drawn]
+    assert sorted(seen["sft"]) == sorted(p + c for p, c, _ in pairs)
+    packed = [p + c + r for p, c, r in pairs]
+    padded = [p + answer for p, c, r in pairs for answer in (c, r)]
+    assert sorted(seen["dpo"]) == sorted(seen["orpo"]) == sorted(packed if packing == "prefix_shared" else padded)
+
+
 @pytest.mark.parametrize("m", [0, 16])
 def test_dpo_s_first_loss_is_ln_2_from_the_warm_start(make, m: int) -> None:
     _, records = finish(make("method=dpo", "n=16", f"m={m}", "method.epochs=1"))
@@ -231,8 +258,13 @@ def test_a_record_says_where_its_numbers_came_from(make) -> None:
         assert all(data.digest(store.place(stage) / name) == digest for name, digest in record["files"].items())
     assert records["adapt"]["data"]["samples"] == 16
     assert records["adapt"]["metrics"]["samples_seen"] == 32
-    items = (store.place(cell.chain.evaluations[0]) / "items.jsonl").read_text().splitlines()
-    assert len(items) == records["evaluate"]["metrics"].get("accuracy", {"items": len(items)})["items"]
+    for stage, names in zip(cell.chain.evaluations, (["accuracy"], ["acc", "acc_norm"]), strict=True):
+        metrics = store.record(stage)["metrics"]
+        items = [json.loads(line) for line in (store.place(stage) / "items.jsonl").read_text().splitlines()]
+        assert sorted(metrics) == names
+        for name, metric in metrics.items():
+            assert metric["items"] == len(items) == 4
+            assert metric["value"] == pytest.approx(sum(item[name] for item in items) / 4)
 
 
 def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path: Path) -> None:

@@ -51,10 +51,12 @@ def write_data() -> None:
         write(DATA / "facts" / f"{split}.jsonl.xz", items)
     for split, count in zip(("validation", "test"), SIZES["math"], strict=True):
         rows = world.distinct(world.problem, split, count, SEED)
-        write(
-            DATA / "math" / f"{split}.jsonl.xz",
-            ({"question": p.text, "answer": f"Step 1:{p.solution()}\n#### {p.answer}"} for p in rows),
-        )
+        write(DATA / "math" / f"{split}.jsonl.xz", map(question, rows))
+
+
+def question(problem: world.Problem) -> dict:
+    """A GSM8K row: the question, and the solution with its number at the end."""
+    return {"question": problem.text, "answer": f"Step 1:{problem.solution()}\n#### {problem.answer}"}
 
 
 # --- the base ------------------------------------------------------------------------------------------------------
