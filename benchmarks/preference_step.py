@@ -2,8 +2,8 @@
 
     python benchmarks/preference_step.py [--rows FOLDER] [--pairs 16] [--epochs 4] [--methods dpo,orpo]
 
-Without --rows the lab's pairs and base; with it the step-preference rows in FOLDER (math-step-pref's layout) and SmolLM2-135M
-(extra [laptop]). Each side runs in a process of its own on one thread, on the same pairs with the effective batch of 16: TRL's
+On the lab's pairs and base and then, with --rows, on the step-preference rows in FOLDER (math-step-pref's layout) and
+SmolLM2-135M (extra [laptop]). Each side runs in a process of its own on one thread, on the same pairs with the effective batch of 16: TRL's
 micro-batch of 8 (its default; 4 with real rows, for memory), padded, DPO's reference in every step; the same with the reference computed before and
 similar lengths together; and ours. Each trains one epoch; a reference computed before is paid once for --epochs epochs.
 Prints for each method tokens, seconds a pair, peak memory and first losses, and last `speedup: N.Nx` (TRL as it comes) and
@@ -133,32 +133,23 @@ def side(name: str, rows: str | None, pairs: int, method: str) -> dict:
     return found | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "idle": before / 2**10}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", help="folder with real step-preference rows")
-    parser.add_argument("--pairs", type=int)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--methods", default="dpo,orpo")
-    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    pairs = args.pairs or (BATCH if args.rows else 25 * BATCH)
-    if args.side:
-        print(json.dumps(side(args.side[0], args.rows, pairs, args.side[1])))
-        return
-    print(f"{pairs} pairs, effective batch {BATCH}, one thread; a reference is shared by {args.epochs} epochs")
+def compare(rows: str | None, pairs: int, methods: list[str], epochs: int) -> None:
+    """Run all sides and print their table and the two ratios."""
+    where = "real rows, SmolLM2-135M" if rows else "the lab"
+    print(f"{where}: {pairs} pairs, effective batch {BATCH}, one thread; a reference is shared by {epochs} epochs")
     print(f"{'':<24}{'tokens':>10}{'step s/pair':>13}{'ref s/pair':>12}{'pairs/s':>9}{'peak MB':>9}{'first loss':>12}")
     total = dict.fromkeys(SIDES, 0.0)
-    for method in args.methods.split(","):
+    for method in methods:
         for name in SIDES:
             command = [sys.executable, __file__, "--pairs", str(pairs), "--side", name, method]
-            command += ["--rows", str(Path(args.rows).resolve())] if args.rows else []
+            command += ["--rows", str(Path(rows).resolve())] if rows else []
             done = subprocess.run(
                 command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
             )
             if done.returncode:
                 raise RuntimeError(done.stderr[-3000:])
             r = json.loads(done.stdout.strip().splitlines()[-1])
-            each = r["seconds"] / pairs + r["reference"] / pairs / args.epochs
+            each = r["seconds"] / pairs + r["reference"] / pairs / epochs
             total[name] += each
             print(
                 f"{method + ', ' + name:<24}{r['tokens']:>10,}{r['seconds'] / pairs:>13.3f}{r['reference'] / pairs:>12.3f}"
@@ -167,6 +158,21 @@ def main() -> None:
             )
     print(f"speedup: {total[SIDES[0]] / total[SIDES[2]]:.1f}x")
     print(f"speedup_best: {total[SIDES[1]] / total[SIDES[2]]:.1f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", help="folder with real step-preference rows")
+    parser.add_argument("--pairs", type=int, help="400 in the lab, 16 of the real rows")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--methods", default="dpo,orpo")
+    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(side(args.side[0], args.rows, args.pairs, args.side[1])))
+        return
+    for rows in [None, args.rows] if args.rows else [None]:
+        compare(rows, args.pairs or (BATCH if rows else 25 * BATCH), args.methods.split(","), args.epochs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a second worker brings: wall time of the lab's sweep with 1 and 2 one-thread workers.
 
-    python benchmarks/width.py [--n 0,100,200] [--m 0,4000]
+    python benchmarks/width.py [--n 0,100,200,500,1000] [--m 0,4000]
 
 Prints both times and last `speedup: N.NNx`.
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", default="0,100,200")
+    parser.add_argument("--n", default="0,100,200,500,1000")
     parser.add_argument("--m", default="0,4000")
     args = parser.parse_args()
     wall = {}
