@@ -135,17 +135,19 @@ def write(folder: Path, rows: list[Row]) -> None:
     escaped = [[tables.latex_text(t) for t in row] for row in texts]
     (folder / "inits.tex").write_text(tables.latex_rows(f"{CAPTION}. {' '.join(notes(rows))}", head, escaped) + "\n")
     (folder / "inits.csv").write_text(tables.csv_rows(head, texts))
-    if any(p.scores for row in rows for p in row.points.values()):
+    if any(p.scores for row in rows for p in row.points.values() if row.n != 0 or row.m != 0):
         figures.save(folder / "inits", functools.partial(_figure, rows))
 
 
 def _figure(rows: list[Row], pyplot):
     """A panel a benchmark and n: scores with intervals by initialization; filled markers have a warm-up.
 
-    More models, tasks, recipes or warm-ups have panels of their own.
+    More models, tasks, recipes or warm-ups have panels of their own. The base is a line in all of them.
     """
     labels = _labels(rows)
     where = lambda r: " ".join(filter(None, (getattr(r, k) for k in labels)))  # noqa: E731
+    bases = [row for row in rows if row.init == PLAIN and row.m == row.n == 0]
+    rows = [row for row in rows if row.m != 0 or row.n != 0]
     places = list(dict.fromkeys((k, row.n, where(row)) for row in rows for k, p in row.points.items() if p.scores))
     inits = list(dict.fromkeys(row.init for row in rows))
     series = list(dict.fromkeys((row.method, row.m) for row in rows))
@@ -153,9 +155,13 @@ def _figure(rows: list[Row], pyplot):
         len(places), 1, figsize=(2 * figures.WIDTH, 1.6 * len(places) + 0.8), squeeze=False, sharex=True, layout="constrained"
     )  # fmt: skip
     for axis, (benchmark, n, here) in zip(axes[:, 0], places, strict=True):
+        panel = [r for r in rows if (r.n, where(r)) == (n, here)]
         for place, (method, m) in enumerate(series):
-            shown = [r for r in rows if (r.method, r.m, r.n, where(r)) == (method, m, n, here)]
+            shown = [r for r in panel if (r.method, r.m) == (method, m)]
             _draw(axis, shown, benchmark, inits, (place - (len(series) - 1) / 2) * 0.8 / len(series))
+        for base in (b for b in bases if (b.model, b.task) in {(r.model, r.task) for r in panel}):
+            if (point := base.points.get(benchmark)) and point.value is not None:
+                axis.axhline(100 * point.value, color="grey", linestyle=":", linewidth=0.8, label="base", zorder=0)
         axis.set(title=f"{benchmark}, n={plan.amount(n)} {here}".strip(), ylabel="%")
         axis.grid(axis="y", alpha=0.3, linewidth=0.5)
     axes[-1, 0].set_xticks(range(len(inits)), inits, rotation=30, ha="right")
