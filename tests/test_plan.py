@@ -117,7 +117,7 @@ SOURCES = {
     "inits": "3b6d5bd2be84",
     "model": "fd0b6601e05b",
     "packing": "af89367a6c1c",
-    "trainers": "72a242a05d8d",
+    "trainers": "1214fc1460e5",
     "train": "93ba1643192f",
     "evaluate": "2837a6885ca4",
     "answers": "ebcc49f30cec",

@@ -103,6 +103,11 @@ def test_dpo_s_first_loss_is_ln_2_from_the_warm_start(make, m: int) -> None:
     assert records["adapt"]["metrics"]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_dpo_takes_a_single_pair(make) -> None:
+    _, records = finish(make("method=dpo", "n=1", "method.epochs=1"))
+    assert records["adapt"]["metrics"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_dpo_s_reference_can_be_the_base(make) -> None:
     """Without warm-up both are one; after a warm-up the policy has left the base and the first loss shows it."""
     _, cold = finish(make("method=dpo", "n=16", "m=0", "method.epochs=1", "method.reference=base"))
