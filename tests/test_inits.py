@@ -236,7 +236,7 @@ def test_pissa_takes_the_largest_singular_values(make, init: str) -> None:
     for W, A, B, s, name in started(make, init):
         taken, best = s * B @ A, truncated(W, slice(None, R)).float()
         if init == "pissa":
-            assert (taken - best).norm() < 1e-5 * W.norm(), name
+            assert (taken - best).norm() < 1e-4 * W.norm(), name
         else:  # randomized: W on r directions of one side, and nearly as much of it
             left, right = (torch.linalg.qr(x)[0] for x in (B, A.T))
             gap = min((taken - left @ left.T @ W).norm(), (taken - W @ right @ right.T).norm())
