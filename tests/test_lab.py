@@ -110,3 +110,15 @@ def test_the_rows_that_are_shipped_are_those_of_the_generator(file: str, count: 
     shipped = data.rows(Data(path=f"d2lora/lab/data/{name}", split=split))
     assert shipped[:count] == json.loads(json.dumps(rows))
     assert name == "general" or len(shipped) == count
+
+
+@pytest.mark.parametrize(
+    ("typed", "made"), [([], ["data", "base 1500", "pairs"]), (["base", "--steps", "3"], ["base 3"])]
+)
+def test_the_lab_is_built_whole_or_in_parts(typed: list[str], made: list[str], monkeypatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(build, "write_data", lambda: done.append("data"))
+    monkeypatch.setattr(build, "train_base", lambda steps: done.append(f"base {steps}"))
+    monkeypatch.setattr(build, "write_pairs", lambda count: done.append("pairs"))
+    build.main(typed)
+    assert done == made

@@ -251,15 +251,16 @@ def write_pairs(count: int, batch: int = 256) -> None:
     write(DATA / "math" / "train.jsonl.xz", rows[:count])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["data", "base", "pairs"], choices=["data", "base", "pairs"])
+    parser.add_argument("parts", nargs="*", metavar="data|base|pairs", help="all three without any")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of the base")
-    args = parser.parse_args()
-    for part in args.parts:
-        {"data": write_data, "base": lambda: train_base(args.steps), "pairs": lambda: write_pairs(SIZES["pairs"])}[
-            part
-        ]()
+    args = parser.parse_args(arguments)
+    work = {"data": write_data, "base": lambda: train_base(args.steps), "pairs": lambda: write_pairs(SIZES["pairs"])}
+    if unknown := sorted(set(args.parts) - set(work)):  # argparse's choices would refuse none at all
+        parser.error(f"{', '.join(unknown)}: there are {', '.join(work)}")
+    for part in args.parts or work:
+        work[part]()
 
 
 if __name__ == "__main__":
