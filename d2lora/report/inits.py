@@ -168,7 +168,7 @@ def _figure(rows: list[Row], pyplot):
     handles: dict = {}
     for axis in axes[:, 0]:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
