@@ -6,4 +6,6 @@ import os
 __version__ = "0.1.0"
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL keeps ORPO there; its notice would stand among our lines
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks each process for kernels that nothing here uses
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # on a CPU it asks each process for kernels that nothing here uses
