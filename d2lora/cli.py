@@ -1,5 +1,6 @@
 """From a composed Hydra config to done stages: single cells, and the workers of a grid."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -160,6 +161,7 @@ def _share(config: DictConfig) -> int:
         raise
     except BaseException as error:
         if config.job:  # else the reason would lie in a launcher's log that nobody names
-            pipeline.write_failure(data.ROOT / Path(config.output).expanduser(), config.job[0], "a job", error)
+            with contextlib.suppress(OSError):
+                pipeline.write_failure(data.ROOT / Path(config.output).expanduser(), config.job[0], "a job", error)
         print(f"error: {one_line(error) if isinstance(error, Exception) else error!r}", file=sys.stderr)
         return 1

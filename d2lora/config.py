@@ -94,9 +94,8 @@ class Model(_Strict):
     name: Text
     path: PathText  # a Hub name or a local folder
     revision: Text | None = None
-    gguf_package: Annotated[Text, Field(pattern=r"^\w+$")] | None = (
-        None  # an installed package that carries the weights as GGUF
-    )
+    # An installed package that carries the weights as GGUF; a name with dots would import its parent.
+    gguf_package: Annotated[Text, Field(pattern=r"^\w+$")] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: StrictBool = False
 

@@ -100,7 +100,8 @@ def _launch(launch: Launch, jobs: list[Job], store: Store, together: bool) -> No
         if len(left) == len(wave) and not begun:
             print(f"the launcher stopped: {stopped}", file=sys.stderr)
             continue
-        again, rest = ([j for j in jobs if j not in without] for jobs, without in ((begun, dead), (left, begun)))
+        again = [job for job in begun if job not in dead]
+        rest = [job for job in left if job not in begun]
         tried += again
         waves += [wave for wave in [rest, *([again] if together else [[job] for job in again])] if wave]
 
