@@ -8,6 +8,7 @@ import contextlib
 import netrc
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
@@ -131,13 +132,24 @@ class Run:
 
     def _begin(self) -> Any:
         mode = "offline" if _state.offline else _mode(self.whose)
+        earlier = self._folders()
         try:
             return self._init(mode)
         except Exception as error:
             if mode == "offline":
                 raise
             _fail(error)
-            return self._init("offline")
+        try:
+            run = self._init("offline")
+        except Exception:
+            _free(self.about["id"])
+            run = self._init("offline")
+        for begun in self._folders() - earlier - {Path(run.dir).parent}:  # synced, it would undo what the run says
+            shutil.rmtree(begun, ignore_errors=True)
+        return run
+
+    def _folders(self) -> set[Path]:
+        return set((self.output / "wandb").glob(f"*run-*-{self.about['id']}"))
 
     def _init(self, mode: str) -> Any:
         import wandb
@@ -155,6 +167,16 @@ class Run:
             settings=_settings(wanted.patience),
             **self.about,
         )
+
+
+def _free(run_id: str) -> None:
+    """Make wandb's service end a run whose init failed: it keeps the id in use, and refuses it offline (wandb#9865)."""
+    import wandb
+
+    service = wandb.setup().ensure_service()
+    _, run = service.inform_attach(run_id)
+    run.deliver_exit(1).wait_or(timeout=10)
+    service.inform_finish(run_id)
 
 
 def _prepare(output: Path) -> None:

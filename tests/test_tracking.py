@@ -352,8 +352,11 @@ def test_a_server_that_does_not_work_costs_one_warning(kind: str, tmp_path: Path
     assert "lab_math accuracy" in done.out
     (line,) = warnings(done)
     assert "runs are kept on disk" in line
-    kept = {r["run_id"] for r in runs(tmp_path / "out") if r["exit"] == [0]}
-    assert set(records(tmp_path / "out")) <= kept
+    kept = runs(tmp_path / "out")
+    seconds = {key: record["seconds"] for key, record in records(tmp_path / "out").items()}
+    assert {r["run_id"]: r["summary"]["seconds"] for r in kept if r["job_type"] != "cell"} == seconds
+    assert len(list((tmp_path / "out/wandb").glob("*run-*/"))) == len(kept) == len(seconds) + 1, "one folder a run"
+    assert all(r["exit"] == [0] for r in kept)
     assert done.seconds < 90
 
 
