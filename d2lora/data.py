@@ -414,11 +414,16 @@ def longest(example: dict) -> int:
 
 def encode(tokenizer, text: str) -> list[int]:
     """Ids of a rendered text with exactly one BOS, if the tokenizer has one that it would add."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    default = tokenizer("a")["input_ids"]
-    if tokenizer.bos_token_id is not None and default[0] == tokenizer.bos_token_id != ids[0]:
-        ids = [tokenizer.bos_token_id, *ids]
-    return ids
+    return _begun(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _begun(tokenizer, ids: list[int]) -> list[int]:
+    return [tokenizer.bos_token_id, *ids] if _adds_bos(tokenizer) and ids[0] != tokenizer.bos_token_id else ids
+
+
+@functools.lru_cache(8)
+def _adds_bos(tokenizer) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def undated(template: str | None) -> str | None:
@@ -466,26 +471,26 @@ def pair_example(tokenizer, task: Task, row: Row) -> dict:
 
 def conversation_example(tokenizer, messages: list[dict]) -> dict:
     """{input_ids, labels}: a conversation with the loss on every assistant turn, its end included."""
-    text, spans = "", []
-    for index, message in enumerate(messages):
-        upto = _render(tokenizer, messages[: index + 1])
-        if message["role"] == "assistant":
-            before = _render(tokenizer, messages[:index], generate=True)
-            if not upto.startswith(before):
-                raise UserError(
-                    "the model's chat template rewrites earlier turns: the loss can't be placed on the assistant's"
-                )
-            spans.append((len(before), _turn_end(tokenizer, upto, len(before))))
-        text = upto
-    if not spans:
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
         raise UserError("a conversation without an assistant turn")
+    text, spans = _render(tokenizer, messages), []
+    for index in turns:
+        before = _render(tokenizer, messages[:index], generate=True)
+        upto = text if index == len(messages) - 1 else _render(tokenizer, messages[: index + 1])
+        end = _turn_end(tokenizer, upto, len(before))
+        if not (upto.startswith(before) and text.startswith(upto[:end])):
+            raise UserError(
+                "the model's chat template rewrites earlier turns: the loss can't be placed on the assistant's"
+            )
+        spans.append((len(before), end))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [
         i if any(start <= begin < end for start, end in spans) else -100
         for i, (begin, _) in zip(ids, offsets, strict=True)
     ]
-    whole = encode(tokenizer, text)
+    whole = _begun(tokenizer, ids)
     return {"input_ids": whole, "labels": [-100] * (len(whole) - len(ids)) + labels}
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -81,6 +82,19 @@ def test_a_conversation_s_loss_is_on_every_assistant_turn_and_its_end(tokenizer)
     assert learned == "2 + 2 = 4.<|end|>3 + 3 = 6.<|end|>"
     assert all(label in (-100, i) for i, label in zip(e["input_ids"], e["labels"], strict=True))
     assert e["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
+    """Reasoning models' templates drop the thoughts of every turn but the last: its loss would lie elsewhere."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}"
+        "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turn = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>easy</think>4"}]
+    assert data.conversation_example(own, turn)
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        data.conversation_example(own, turn * 2)
 
 
 def test_subsets_are_nested_seeded_and_leave_out_what_does_not_fit() -> None:
