@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -155,8 +154,9 @@ def _share(config: DictConfig) -> int:
     """A launcher's job. Nothing but Ctrl-C may leave it as an exception: some launchers then drop the other jobs."""
     try:
         this = cell(config)
-        with progress.Bar(quiet=os.environ.get("D2LORA_WORKERS", "1") != "1") as bar:
-            return len(pipeline.do(this.config, this, Store(pipeline.output(this.config)), bar.stage))
+        output = pipeline.output(this.config)
+        with progress.Note(output) as note:
+            return len(pipeline.do(this.config, this, Store(output), note.stage))
     except KeyboardInterrupt:
         raise
     except BaseException as error:

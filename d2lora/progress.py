@@ -1,10 +1,12 @@
-"""What a person sees while it works: one bar for the stage, one line for the sweep; nothing where nobody looks."""
+"""What a person sees while it works: one line for the sweep, one bar a stage at work; nothing where nobody looks."""
 
 import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would hide ours, which say themselves whether they show
 
@@ -12,24 +14,24 @@ from tqdm import tqdm
 
 from d2lora.plan import Stage
 
+_BARS = 8  # shown at once, of a sweep's stages at work
+
 
 class Bar(contextlib.AbstractContextManager):
-    """One bar for the stage at work, below the sweep's line; quiet when not a terminal or asked to be."""
+    """One bar for the stage at work; quiet when not a terminal."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet or not sys.stderr.isatty()
+    def __init__(self) -> None:
         self.bar: tqdm | None = None
 
     def stage(self, stage: Stage) -> Callable[[int, int], None]:
         """A progress function (steps done, steps in all) for a stage that begins."""
         self._close()
-        self.bar = tqdm(total=None, desc=stage.label, position=1, leave=False, disable=self.quiet, unit="step")
+        self.bar = tqdm(total=None, desc=stage.label, leave=False, disable=not sys.stderr.isatty(), unit="step")
         return self._update
 
     def _update(self, done: int, total: int) -> None:
         assert self.bar is not None, "stage() was called first"
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
+        _set(self.bar, done, total)
 
     def _close(self) -> None:
         if self.bar is not None:
@@ -39,17 +41,50 @@ class Bar(contextlib.AbstractContextManager):
         self._close()
 
 
+class Note(contextlib.AbstractContextManager):
+    """How far a worker's stage is, in <output>/progress: the terminal may be another process's, on another machine."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / "progress"
+        self.file, self.written = self.folder / "none", 0.0
+
+    def stage(self, stage: Stage) -> Callable[[int, int], None]:
+        """A progress function (steps done, steps in all) for a stage that begins."""
+        self._close()
+        self.file, self.written = self.folder / stage.key, 0.0
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        if (now := time.monotonic()) - self.written < 1:
+            return
+        self.written = now
+        with contextlib.suppress(OSError):  # no stage stops over this
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(f"{done} {total}")
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.unlink(missing_ok=True)
+
+    def __exit__(self, *exc: object) -> None:
+        self._close()
+
+
 @contextlib.contextmanager
-def line(text: Callable[[], str], every: float = 1.0) -> Iterator[None]:
-    """One line on the terminal, written anew every second; nothing elsewhere."""
+def board(
+    text: Callable[[], str], at_work: Callable[[], list[Stage]], output: Path, every: float = 1.0
+) -> Iterator[None]:
+    """A line on the terminal and below it a bar for each stage at work, drawn anew every second; nothing elsewhere."""
     if not sys.stderr.isatty():
         yield
         return
-    bar, over = tqdm(total=0, bar_format="{desc}", position=0, leave=True, disable=False), threading.Event()
+    line, over = tqdm(total=0, bar_format="{desc}", leave=True, disable=False), threading.Event()
+    bars: dict[str, tqdm] = {}
 
     def watch() -> None:
         while not over.wait(every):
-            bar.set_description_str(text())
+            line.set_description_str(text())
+            _draw(bars, at_work(), output)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -58,5 +93,25 @@ def line(text: Callable[[], str], every: float = 1.0) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        bar.set_description_str(text())
-        bar.close()
+        _draw(bars, [], output)
+        line.set_description_str(text())
+        line.close()
+
+
+def _draw(bars: dict[str, tqdm], at_work: list[Stage], output: Path) -> None:
+    for key in bars.keys() - {stage.key for stage in at_work}:
+        bars.pop(key).close()
+    for stage in at_work:
+        try:
+            done, total = map(int, (output / "progress" / stage.key).read_text().split())
+        except (OSError, ValueError):  # not begun to count, or being written
+            continue
+        if stage.key not in bars and len(bars) < _BARS:
+            bars[stage.key] = tqdm(total=total, initial=done, desc=stage.label, leave=False, disable=False, unit="step")
+        if stage.key in bars:
+            _set(bars[stage.key], done, total)
+
+
+def _set(bar: tqdm, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)

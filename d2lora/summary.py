@@ -86,10 +86,19 @@ def progress_text(cells: list[Cell], store: Store) -> str:
     """The sweep's line: done, running, left, failures."""
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
-    failed = [s for s in left if (store.folder.parent / "failed" / f"{s.key}.json").exists()]
+    failed, running = sum(_failed(s, store) for s in left), len(at_work(cells, store))
+    return f"{cells[0].config.sweep}: {len(stages) - len(left)} of {len(stages)} stages done, {running} running, {len(left) - running - failed} left, {failed} failed"
+
+
+def at_work(cells: list[Cell], store: Store) -> list[Stage]:
+    """The stages that some worker has begun."""
     # What a killed worker left lies there for ever: a stage that is done or has failed is not at work, whatever lies beside it.
-    running = sum(any(store.place(s).parent.glob(f".{s.key}-*")) for s in left if s not in failed)
-    return f"{cells[0].config.sweep}: {len(stages) - len(left)} of {len(stages)} stages done, {running} running, {len(left) - running - len(failed)} left, {len(failed)} failed"
+    open_ = (s for s in plan.stages(cells) if not store.done(s) and not _failed(s, store))
+    return [s for s in open_ if any(store.place(s).parent.glob(f".{s.key}-*"))]
+
+
+def _failed(stage: Stage, store: Store) -> bool:
+    return (store.folder.parent / "failed" / f"{stage.key}.json").exists()
 
 
 def cell_text(cell: Cell, store: Store) -> str:

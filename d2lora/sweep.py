@@ -36,13 +36,14 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
         print(summary.plan_text(cells, store, workers))
         return
     _refuse_twice(config, cells[0].config.sweep)
-    os.environ["D2LORA_WORKERS"] = str(workers)
     print(summary.plan_text(cells, store, workers), flush=True)
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))
-    with progress.line(functools.partial(summary.progress_text, cells, store)):
+    told = (functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work))
+    with progress.board(*told, output):
         apart = "submitit" in config.hydra.launcher.get("_target_", "")  # a process a job: none takes others along
         _launch_all(functools.partial(_launch_once, launcher, config), cells, store, together=apart)
+    _dismiss_workers(config)
     damaged = [fault for stage in plan.stages(cells) if (fault := _damage(store, stage))]
     lost = [s for s in plan.stages(cells) if not store.done(s)]
     print(tables := report.finish(output, cells[0].config.sweep, draw=new))
@@ -52,6 +53,14 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
         print(told)
     if damaged or lost:
         raise SystemExit(1)
+
+
+def _dismiss_workers(config: DictConfig) -> None:
+    """Have joblib's workers end beside the report: they take seconds, and it would keep them for another call."""
+    if "joblib" in config.hydra.launcher.get("_target_", ""):
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor(reuse=True).shutdown(wait=False)
 
 
 def _damage(store: Store, stage: Stage) -> str | None:
