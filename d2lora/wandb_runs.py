@@ -81,9 +81,11 @@ def is_offline() -> bool:
 
 
 def _give_up() -> None:
-    """Leave runs behind that do not come to an end. Those to come are on disk and need no server."""
+    """Leave runs behind that do not come to an end. Those to come are on disk and need no server; if they stick too, it ends."""
     global _at_once
     _at_once = threading.BoundedSemaphore(4)
+    if _state.left and not _state.stuck:
+        print("W&B: also runs on disk do not come to an end: no more are logged; the records have it all", file=sys.stderr)
     _state.stuck, _state.left, _state.runs = _state.left, True, []
 
 

@@ -101,6 +101,40 @@ def test_a_task_of_the_harness_is_a_single_one_that_it_has(name: str, told: str)
         data.check_lm_eval([name])
 
 
+ARC = """---
+configs:
+- config_name: ARC-Easy
+  data_files:
+  - {split: train, path: ARC-Easy/train.jsonl}
+  - {split: validation, path: ARC-Easy/validation.jsonl}
+  - {split: test, path: ARC-Easy/test.jsonl}
+---
+"""
+
+
+def test_a_task_named_by_the_harness_gives_what_the_same_benchmark_as_a_file_does(
+    base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness's arc_easy, over the lab's facts in the place where it looks for the Hub's data set."""
+    folder = tmp_path / "allenai/ai2_arc/ARC-Easy"
+    folder.mkdir(parents=True)
+    (folder.parent / "README.md").write_text(ARC)
+    facts = Data(path="d2lora/lab/data/facts", split="test")
+    rows = data.rows(facts)[:24]
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    loaded = base()
+    benchmark = Benchmark(
+        data=facts, kind="choice", prompt="Question: {question}\nAnswer:", gold="{answerKey}",
+        choices="choices.text", labels="choices.label", chat=False,
+    )  # fmt: skip
+    named, items = run(loaded, "arc_easy")
+    assert named == run(loaded, evaluate.task_of("facts", benchmark, rows, template=True))[0]
+    assert [item["prompt"] for item in items] == [f"Question: {row['question']}\nAnswer:" for row in rows]
+
+
 def test_what_a_task_of_the_harness_can_not_download_is_one_line() -> None:
     with pytest.raises(UserError, match=r"task.lm_eval=hellaswag: .*the Hub can't be reached"):
         fetch._fetch_lm_eval("hellaswag")

@@ -230,10 +230,10 @@ function answer(p, [text, scores]) {
 }
 
 // --- the page
-function shown(x) {
+function shown(x, own) {
   const panels = left(x.panels), hidden = x.panels.some((f) => f.curves.some((c) => c.points.length && !kept(data.points[end(c)])));
   const parts = [x.tables.map(grid), panels.length ? h("div", { class: "figure" }, panels.map(panel)) : null].flat().filter(Boolean);
-  return parts.length ? h("section", {}, h("h3", {}, x.caption), x.verdicts.map((v) => verdict(v, hidden)), parts, x.notes.map((n) => h("p", { class: /^\d|^Records/.test(n) ? "warning" : "note" }, n))) : null;
+  return parts.length ? h("section", {}, own ? null : h("h3", {}, x.caption), x.verdicts.map((v) => verdict(v, hidden)), parts, x.notes.map((n) => h("p", { class: /^\d|^Records/.test(n) ? "warning" : "note" }, n))) : null;
 }
 function contamination(found) {
   const rows = Object.entries(found).flatMap(([pair, measures]) => Object.entries(measures).map(([k, m]) => [pair, k, `${percent(m.value)} %`, String(m.items)]));
@@ -245,7 +245,7 @@ function inits(found) {
   return rows.length ? h("section", {}, h("h3", {}, found.caption), plain(found.head, rows, "initializations"), found.notes.map((n) => h("p", { class: "note" }, n))) : null;
 }
 function sweep(w) {
-  const [own, ...papers] = w.shown.map(shown);
+  const [own, ...papers] = w.shown.map((x, i) => shown(x, i === 0)); // the first is the whole sweep, which the heading names
   return h("section", {}, h("h2", {}, `Sweep ${w.name}`), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, papers,
     papers.some(Boolean) && own ? h("details", {}, h("summary", {}, "All cells of this sweep"), own) : own,
     inits(w.inits), contamination(w.contamination), h("details", {}, h("summary", {}, "Table 2: the settings that ran"), plain(w.settings.head, w.settings.rows, "settings")));
