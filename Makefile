@@ -11,7 +11,7 @@ lab: .venv/ready
 test: .venv/ready-dev .wandb-server/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
-# With the tests that take minutes: every launcher, and W&B's server.
+# With the tests that take minutes: joblib, submitit and ray.
 test-all: .venv/ready-dev .wandb-server/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 

@@ -1,13 +1,16 @@
-"""What W&B offline costs: the same sweep without it and with it, one after the other, and once more in turn.
+"""What W&B offline costs: a sweep without it and one with it at the same time, a core each, and once more with the cores swapped.
 
-    python benchmarks/wandb_cost.py [-cn lab] [--rounds 1] [OVERRIDE ...]
+    python benchmarks/wandb_cost.py [-cn lab] [OVERRIDE ...]
 
-Each side starts from an empty output folder. Prints the wall seconds of each and last the line `cost: N.N %`, of the medians.
+One after the other they would not compare: a shared machine is a fifth faster or slower five minutes later. Each starts from an
+empty output folder, with the workers that the sweep's file says, all on its core. Prints the wall seconds of each and last the line `cost: N.N %`, the geometric mean of
+both rounds. Needs Linux and two cores.
 """
 
 import argparse
+import functools
+import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,41 +20,38 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def wall(sweep: str, mode: str, overrides: list[str]) -> float:
-    """Seconds of a whole sweep. RuntimeError if it fails, or if W&B has no runs where it should."""
+def together(sweep: str, overrides: list[str], cores: dict[str, int]) -> dict[str, float]:
+    """Wall seconds of the sweep by W&B mode, both at once. RuntimeError if one fails, or has runs where it should not."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            str(ROOT / "run.py"),
-            "-cn",
-            sweep,
-            f"output={folder}",
-            f"wandb.mode={mode}",
-            *overrides,
-        ]
         clock = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-        seconds = time.monotonic() - clock
-        if done.returncode:
-            raise RuntimeError(done.stdout[-1000:] + done.stderr[-2000:])
-        runs = len(list(Path(folder).glob("wandb/*run-*")))
-        if bool(runs) != (mode == "offline"):
-            raise RuntimeError(f"{runs} runs with wandb.mode={mode}")
-    print(f"{mode:<10}{seconds:>10.1f} s{runs:>8} runs", flush=True)
+        sweeps = {mode: _begin(sweep, overrides, mode, core, Path(folder, mode)) for mode, core in cores.items()}
+        seconds: dict[str, float] = {}
+        while left := sweeps.keys() - seconds:
+            seconds |= {mode: time.monotonic() - clock for mode in left if sweeps[mode].poll() is not None}
+            time.sleep(0.05)
+        for mode, process in sweeps.items():
+            runs = len(list(Path(folder, mode).glob("wandb/*run-*")))
+            if process.returncode or bool(runs) != (mode == "offline"):
+                raise RuntimeError(f"wandb.mode={mode}: exit code {process.returncode}, {runs} runs")
+            print(f"{mode:<10}{seconds[mode]:>10.1f} s{runs:>8} runs   core {cores[mode]}", flush=True)
     return seconds
+
+
+def _begin(sweep: str, overrides: list[str], mode: str, core: int, output: Path) -> subprocess.Popen:
+    given = [f"output={output}", f"wandb.mode={mode}", *overrides]
+    command = [sys.executable, str(ROOT / "run.py"), "-cn", sweep, *given]
+    pinned = functools.partial(os.sched_setaffinity, 0, {core})
+    return subprocess.Popen(command, preexec_fn=pinned, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-cn", dest="sweep", default="lab")
-    parser.add_argument("--rounds", type=int, default=1)
     args, overrides = parser.parse_known_args()
-    seconds: dict[str, list[float]] = {"disabled": [], "offline": []}
-    for number in range(args.rounds):
-        for mode in sorted(seconds, reverse=bool(number % 2)):  # in turn: a machine gets slower or faster meanwhile
-            seconds[mode].append(wall(args.sweep, mode, overrides))
-    without, with_it = (statistics.median(seconds[mode]) for mode in ("disabled", "offline"))
-    print(f"cost: {100 * (with_it / without - 1):.1f} %")
+    one, other = sorted(os.sched_getaffinity(0))[:2]
+    rounds = [together(args.sweep, overrides, {"disabled": a, "offline": b}) for a, b in ((one, other), (other, one))]
+    ratio = math.prod(r["offline"] / r["disabled"] for r in rounds) ** (1 / len(rounds))
+    print(f"cost: {100 * (ratio - 1):.1f} %")
 
 
 if __name__ == "__main__":

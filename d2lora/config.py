@@ -244,7 +244,7 @@ class Recipe(_Strict):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     batch: Positive
     max_length: Positive
-    # From here on nothing changes a result beyond rounding, so nothing of it is part of a key.
+    # From here on nothing changes a result beyond rounding, so nothing of it is part of a key (with dropout, the first three are).
     micro_batch: Positive
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
     attention: Literal["sdpa", "flex_attention"] = "sdpa"  # eager would add a packed batch's mask, not apply it

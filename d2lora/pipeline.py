@@ -298,12 +298,22 @@ def _torch():
 
 
 def _hardware() -> dict:
-    hardware: dict = {"machine": platform.machine()}
+    hardware: dict = {"machine": platform.machine(), "cpu": _cpu()}
     if torch := _torch():
-        hardware["cores"] = torch.get_num_threads()
+        hardware |= {"cores": torch.get_num_threads(), "simd": torch.backends.cpu.get_cpu_capability()}
         if torch.cuda.is_available():
             hardware["gpu"] = torch.cuda.get_device_name()
     return {"hardware": hardware, "threads": hardware.get("cores", 1)}
+
+
+@functools.cache
+def _cpu() -> str:
+    """The processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
 def _versions() -> dict:

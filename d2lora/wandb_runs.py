@@ -85,7 +85,9 @@ def _give_up() -> None:
     global _at_once
     _at_once = threading.BoundedSemaphore(4)
     if _state.left and not _state.stuck:
-        print("W&B: also runs on disk do not come to an end: no more are logged; the records have it all", file=sys.stderr)
+        print(
+            "W&B: also runs on disk do not come to an end: no more are logged; the records have it all", file=sys.stderr
+        )
     _state.stuck, _state.left, _state.runs = _state.left, True, []
 
 

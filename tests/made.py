@@ -16,7 +16,7 @@ PROVENANCE = {
     "packages": {"torch": "2.13.0", "trl": "1.16.0"},
     "python": "3.11.7",
     "git": {"commit": "0123abc", "dirty": False},
-    "hardware": {"machine": "x86_64", "cores": 1},
+    "hardware": {"machine": "x86_64", "cores": 1, "cpu": "EPYC 7551", "simd": "AVX2"},
     "started": "2026-01-01T00:00:00+00:00",
     "threads": 1,
 }

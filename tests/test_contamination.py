@@ -178,7 +178,7 @@ print("torch" in sys.modules)
     written = {f: f.stat().st_mtime_ns for f in records}
     do(planted, "contamination")
     assert {f: f.stat().st_mtime_ns for f in written} == written
-    assert json.loads(records[0].read_text())["provenance"]["hardware"].keys() == {"machine"}
+    assert json.loads(records[0].read_text())["provenance"]["hardware"].keys() == {"machine", "cpu"}
 
 
 def test_a_check_that_fails_or_finds_everything_holds_nothing_up(planted, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from d2lora import cli, report
+from d2lora import cli, report, store, summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import artefacts, compare, evidence, figures, paper, rows, tables
+from d2lora.store import Store
 
 ROOT = Path(__file__).parent.parent
 SIZES = [0, 1000, 2000, 5000, 10000]
@@ -303,13 +305,29 @@ def test_four_items_are_no_difference_and_none_is_no_certainty(tmp_path: Path) -
 def test_records_made_differently_are_pointed_out(tmp_path: Path) -> None:
     cells = grid(n=[0, 100], m=[0])
     other = made.PROVENANCE | {"packages": {"torch": "2.14.0", "trl": "1.16.0"}, "git": {"commit": "f", "dirty": True}}
+    other["hardware"] = {"machine": "x86_64", "cpu": "EPYC 9654", "gpu": "NVIDIA H100"}
     made.publish(tmp_path, cells, provenance=lambda stage: other if stage.name == "adapt" else made.PROVENANCE)
     text = report.finish(tmp_path, "mine")
     assert "different versions of torch: 2.13.0 (4 records), 2.14.0 (1 records)" in text
+    assert "on different hardware: EPYC 7551 AVX2 (4 records), NVIDIA H100 (1 records)." in text
     assert "1 of 5 records were made with uncommitted changes" in text
     assert "trl" not in text.split("note:", 1)[1]
     for file in ("index.html", "mine/table.md", "mine/table.tex"):
         assert "different versions of torch" in (tmp_path / "report" / file).read_text()
+
+
+def test_machines_whose_clocks_disagree_share_a_folder(tmp_path: Path) -> None:
+    cells = grid(n=[0, 100], m=[0])
+    made.publish(tmp_path, cells[:1])
+    late = made.PROVENANCE | {"started": "2051-01-01T00:00:00+00:00"}
+    made.publish(tmp_path, cells, provenance=lambda stage: late)
+    text = report.finish(tmp_path, "mine", draw=False)
+    assert "note:" not in text
+    for index, file in enumerate(sorted(tmp_path.rglob("*"))):
+        os.utime(file, (0, 0) if index % 2 else (2**32, 2**32))
+    assert report.finish(tmp_path, "mine", draw=False) == text
+    assert "0 to do" in summary.plan_text(cells, Store(tmp_path))
+    assert list(store.check(tmp_path)) == []
 
 
 def test_other_data_under_one_name_are_pointed_out_and_not_compared(tmp_path: Path) -> None:

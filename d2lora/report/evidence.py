@@ -20,10 +20,10 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dic
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
-    """Why records of one table may not be comparable: versions of packages, data under one name, uncommitted code."""
+    """Why records of one table may not be comparable: versions of packages, hardware, data under one name, uncommitted code."""
     found = list(records_of(points, records).values())
     made = [record.get("provenance", {}) for record, _ in found]
-    return [*_versions(made), *_fingerprints(found), *_code(made)]
+    return [*_versions(made), *_hardware(made), *_fingerprints(found), *_code(made)]
 
 
 def _versions(made: list[dict]) -> Iterator[str]:
@@ -33,8 +33,20 @@ def _versions(made: list[dict]) -> Iterator[str]:
             counts[package][version] += 1
     for package, versions in sorted(counts.items()):
         if len(versions) > 1:
-            listed = ", ".join(f"{v} ({count} records)" for v, count in sorted(versions.items(), key=str))
-            yield f"Records were made with different versions of {package}: {listed}."
+            yield f"Records were made with different versions of {package}: {_counted(versions)}."
+
+
+def _hardware(made: list[dict]) -> Iterator[str]:
+    """Another processor rounds otherwise, and training carries that on: noise of a size that nobody measured."""
+    parts = [one.get("hardware", {}) for one in made]
+    names = Counter(h.get("gpu") or " ".join(h[k] for k in ("cpu", "simd") if h.get(k)) for h in parts)
+    del names[""]  # not recorded
+    if len(names) > 1:
+        yield f"Records were made on different hardware: {_counted(names)}."
+
+
+def _counted(found: Counter) -> str:
+    return ", ".join(f"{name} ({count} records)" for name, count in sorted(found.items(), key=str))
 
 
 def _fingerprints(found: list[tuple[dict, str]]) -> Iterator[str]:
