@@ -321,11 +321,11 @@ def stages(cells: Iterable[Cell]) -> list[Stage]:
 
 
 def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
-    """The jobs of a grid in the three batches that a launcher gets, each longest first. Nothing in a batch waits for another
-    job of it, so no worker waits for a lock.
+    """The jobs of a grid in the batches that a launcher gets, each longest first. Nothing in a batch waits for another job of
+    it, so no worker waits for a lock.
 
-    First preparations; then warm-ups, evaluations of the base, the cells without warm-up and the checks of the data; then the
-    rest. The checks are the shortest. As a worker's first job they would have joblib measure it without torch: with torch it
+    First preparations; then warm-ups, evaluations of the base, the cells without warm-up and the checks of the data; then those
+    with a warm-up; last what else is to be evaluated of an adaptation that another cell's job makes. The checks are the shortest. As a worker's first job they would have joblib measure it without torch: with torch it
     would then seem to leak, and be renewed.
     """
     taken = set(done)
@@ -333,12 +333,13 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
     prepares = _alone(cells, "prepare", taken)
     first = [*_alone(cells, "warmup", taken), *checks]
     second: list[Job] = []
+    last: list[Job] = []
     for cell in cells:
         job = _job(cell, cell.chain.stages, taken)
         if job.stages:
-            (second if cell.chain.warmup else first).append(job)
-    prepares, first, second = (sorted(jobs, key=lambda job: -job.cost) for jobs in (prepares, first, second))
-    return [prepares, first, second]
+            elsewhere = any(s.name == "adapt" and s.key not in done for s in job.waits_for)
+            (last if elsewhere else second if cell.chain.warmup else first).append(job)
+    return [sorted(jobs, key=lambda job: -job.cost) for jobs in (prepares, first, second, last)]
 
 
 def _alone(cells: list[Cell], name: str, taken: set[str]) -> list[Job]:

@@ -89,6 +89,16 @@ def test_the_batches_do_each_stage_once_and_leave_nothing_waiting(grid) -> None:
         assert costs == sorted(costs, reverse=True)
 
 
+def test_another_test_of_one_adaptation_waits_for_its_training(cell) -> None:
+    """Two cells that differ in a benchmark only: the second one's evaluation is no job of the batch that trains."""
+    limits = [cell(f"m={m}", "n=8", f"task.benchmark.lab_math.limit={limit}") for m in (0, 16) for limit in (4, 8)]
+    done: set[str] = set()
+    for jobs in plan.batches(limits, set()):
+        assert all(parent.key in done for job in jobs for parent in job.waits_for)
+        done |= {s.key for job in jobs for s in job.stages}
+    assert done == {s.key for s in plan.stages(limits)}
+
+
 def test_nobody_waits_for_the_evaluation_of_a_warm_up(grid) -> None:
     jobs = [[s.name for s in job.stages] for batch in plan.batches(grid, set()) for job in batch]
     assert ["warmup"] in jobs
@@ -113,15 +123,15 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 # plan.VERSIONS of those stages, so that old records are not taken for new ones; then write the new hash here.
 SOURCES = {
     "contamination": "5124f59ed9fe",
-    "data": "2d1e3b2a48bc",
+    "data": "6644dedacb8d",
     "inits": "3b6d5bd2be84",
     "model": "fd0b6601e05b",
     "packing": "af89367a6c1c",
     "trainers": "1214fc1460e5",
     "train": "93ba1643192f",
-    "evaluate": "2837a6885ca4",
+    "evaluate": "9f079909bf3c",
     "answers": "ebcc49f30cec",
-    "pipeline": "a23a789184a9",
+    "pipeline": "7fe8f71cb865",
 }
 
 
