@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from d2lora import answers, data
 from d2lora.config import Benchmark
+from d2lora.errors import UserError
 from d2lora.model import Base, device
 
 _FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
@@ -100,53 +101,53 @@ def task_of(name: str, benchmark: Benchmark, rows: list[dict], template: bool) -
     end = "\n" if benchmark.chat and not template else ""
     config = {
         "task": name,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        # Numbers of rows only: a table would refuse columns whose values differ in type, and turn 1 into 1.0.
+        "custom_dataset": lambda **_: {"test": Dataset.from_list([{"row": i} for i in range(len(rows))])},
         "test_split": "test",
-        "doc_to_text": lambda row: benchmark.prompt.format(**row) + end,
+        "doc_to_text": lambda doc: benchmark.prompt.format(**rows[doc["row"]]) + end,
         "metric_list": [
             {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS[benchmark.kind]
         ],
         "num_fewshot": 0,
     }
-    config |= _choice(benchmark) if benchmark.kind == "choice" else _generation(benchmark)
+    config |= _choice(benchmark, rows) if benchmark.kind == "choice" else _generation(benchmark, rows)
     with _quiet():
         return ConfigurableTask(config=config)
 
 
-def _choice(benchmark: Benchmark) -> dict:
+def _choice(benchmark: Benchmark, rows: list[dict]) -> dict:
+    def right(doc: dict) -> int:
+        row = rows[doc["row"]]
+        return data.at(row, benchmark.labels).index(benchmark.gold.format(**row))
+
     return {
         "output_type": "multiple_choice",
-        "doc_to_choice": lambda row: data.at(row, benchmark.choices),
-        "doc_to_target": lambda row: data.at(row, benchmark.labels).index(benchmark.gold.format(**row)),
+        "doc_to_choice": lambda doc: data.at(rows[doc["row"]], benchmark.choices),
+        "doc_to_target": right,
     }
 
 
-def _generation(benchmark: Benchmark) -> dict:
+def _generation(benchmark: Benchmark, rows: list[dict]) -> dict:
+    def gold(doc: dict) -> str:
+        return benchmark.gold.format(**rows[doc["row"]])
+
     return {
         "output_type": "generate_until",
-        "doc_to_target": lambda row: benchmark.gold.format(**row),
-        "process_results": _scores[benchmark.kind](benchmark),
+        "doc_to_target": gold,
+        "process_results": lambda doc, results: _SCORES[benchmark.kind](results[0], gold(doc)),
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": benchmark.max_new_tokens},
     }
 
 
-def _score_number(benchmark: Benchmark) -> Callable[[dict, list[str]], dict]:
-    def score(row: dict, results: list[str]) -> dict:
-        gold = answers.final_number(benchmark.gold.format(**row))
-        return {"accuracy": float(answers.final_number(results[0]) == gold)}
-
-    return score
+def _same_number(answer: str, gold: str) -> dict:
+    return {"accuracy": float(answers.final_number(answer) == answers.final_number(gold))}
 
 
-def _score_rouge(benchmark: Benchmark) -> Callable[[dict, list[str]], dict]:
-    return lambda row, results: answers.rouge(results[0], benchmark.gold.format(**row))
-
-
-_scores = {"number": _score_number, "rouge": _score_rouge}
+_SCORES: dict[str, Callable[[str, str], dict]] = {"number": _same_number, "rouge": answers.rouge}
 
 
 class _Watched(HFLM):
-    """The harness's model, telling how many of its requests are through."""
+    """The harness's model, telling how many of its requests are through. It would cut prompts that are too long; this refuses them."""
 
     def __init__(self, progress: Callable[[int, int], None], **kwargs) -> None:
         self.progress, self.requests, self.through = progress, 0, 0
@@ -159,6 +160,23 @@ class _Watched(HFLM):
     def loglikelihood(self, requests, disable_tqdm=True):
         self.requests += len(requests)
         return super().loglikelihood(requests, disable_tqdm=True)
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len:
+            self._fits(ids.shape[1], left_truncate_len)
+        return ids, mask
+
+    def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        longest = max((len(context) + len(answer) for _, context, answer in requests), default=0)
+        self._fits(longest, self.max_length + 1)  # the last token is only predicted
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _fits(self, tokens: int, room: int) -> None:
+        if tokens > room:
+            raise UserError(
+                f"an item of {tokens} tokens, where {room} fit (the model takes {self.max_length}, max_new_tokens among them): its beginning would be cut"
+            )
 
     def _model_call(self, inps, *args, **kwargs):
         return self._count(len(inps), super()._model_call(inps, *args, **kwargs))

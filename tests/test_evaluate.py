@@ -101,6 +101,27 @@ def test_a_task_of_the_harness_is_a_single_one_that_it_has(name: str, told: str)
         data.check_lm_eval([name])
 
 
+@pytest.mark.parametrize("kind", ["rouge", "choice"])
+def test_a_prompt_that_the_harness_would_cut_is_refused(base, kind: str) -> None:
+    """The model takes 512 tokens; a prompt without its beginning would be scored as any other."""
+    row = {"question": "sum " * 511, "text": ["a", "b"], "label": ["A", "B"], "answer": "A"}
+    benchmark = Benchmark(
+        data=Data(path="x"), kind=kind, prompt="{question}", gold="{answer}", choices="text", labels="label", chat=False,
+        max_new_tokens=8,
+    )  # fmt: skip
+    short = evaluate.task_of("t", benchmark, [row | {"question": "sum"}], template=True)
+    loaded = base()
+    assert run(loaded, short)[1]
+    with pytest.raises(UserError, match=r"an item of \d+ tokens, where \d+ fit \(the model takes 512"):
+        run(loaded, evaluate.task_of("t", benchmark, [row], template=True))
+
+
+def test_rows_whose_values_differ_in_type_are_taken_as_they_are(base) -> None:
+    rows = [{"question": "1 + 1?", "answer": 2, "by": "a"}, {"question": "3 / 2?", "answer": 1.5, "by": 7}]
+    _, items = run(base(), evaluate.task_of("sums", numbers(), rows, template=True))
+    assert [item["gold"] for item in items] == ["2", "1.5"]
+
+
 ARC = """---
 configs:
 - config_name: ARC-Easy
