@@ -89,6 +89,12 @@ class Data(_Strict):
     hold_out: Annotated[StrictInt, Field(ge=0)] = 0  # rows set aside by split_seed before anything else
     part: Literal["rest", "held_out"] = "rest"
 
+    @model_validator(mode="after")
+    def _held_out_of_something(self) -> "Data":
+        if self.part == "held_out" and not self.hold_out:
+            raise ValueError("part=held_out needs hold_out, the number of rows that are set aside")
+        return self
+
 
 class Model(_Strict):
     name: Text

@@ -115,21 +115,22 @@ def model_files(model: Model) -> Path | None:
     return found[0]
 
 
+# Weights, settings, and what tokenizers and a model's own code are read from.
+_MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
+
+
 def model_identity(model: Model) -> dict:
     """What of a model can change a result: the hashes of its files, or the Hub's name and revision."""
     place = model_files(model)
+    code = {"trust_remote_code": True} if model.trust_remote_code else {}
     if place is None:
         if not model.revision:
             raise UserError(
                 f"model.path={model.path}: a model on the Hub needs a revision (model.revision=main or a commit)"
             )
-        return {"path": model.path, "revision": model.revision, "dtype": model.dtype}
-    files = (
-        [place]
-        if place.is_file()
-        else sorted(f for f in place.iterdir() if f.suffix in {".json", ".safetensors", ".jinja", ".model"})
-    )
-    return {"content": {f.name: digest(f) for f in files}, "dtype": model.dtype}
+        return {"path": model.path, "revision": model.revision, "dtype": model.dtype} | code
+    files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in _MODEL_FILES)
+    return {"content": {f.name: digest(f) for f in files}, "dtype": model.dtype} | code
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def rows(data: Data, split_seed: int = 0) -> list[Row]:
 
 def _where(found: list[Row], data: Data, column: str, values: list[str]) -> list[Row]:
     """The rows whose column has one of the values. UserError for a value that no row has: it would be missed in silence."""
-    need(found, data, column)
+    need(found, data, column, empty=True)
     there = {str(row[column]) for row in found}
     if absent := [value for value in values if value not in there]:
         raise UserError(
@@ -254,16 +255,16 @@ def _chain(error: BaseException) -> list[Any]:
     return found
 
 
-def need(found: list[Row], data: Data, *columns: str) -> None:
-    """UserError naming the columns that a row lacks."""
-    wanted = set(columns)
-    lacking = next((i for i, row in enumerate(found) if not row.keys() >= wanted), None)
-    if lacking is not None:
-        row = found[lacking]
-        missing = [c for c in columns if c not in row]
-        raise UserError(
-            f"data.path={data.path}: {f'row {lacking + 1}: ' if lacking else ''}missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(row)}"
-        )
+def need(found: list[Row], data: Data, *columns: str, empty: bool = False) -> None:
+    """UserError naming the columns that a row lacks, or has nothing in, unless it may be `empty`: a text would say "None"."""
+    for index, row in enumerate(found):
+        place = f"data.path={data.path}: {f'row {index + 1}: ' if index else ''}"
+        if missing := [c for c in columns if c not in row]:
+            raise UserError(
+                f"{place}missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(row)}"
+            )
+        if not empty and (nothing := [c for c in columns if row[c] is None]):
+            raise UserError(f"data.path={data.path}: row {index + 1}: nothing in column {', '.join(nothing)}")
 
 
 def columns(task: Task) -> list[str]:
@@ -471,10 +472,10 @@ def pair_example(tokenizer, task: Task, row: Row) -> dict:
 
 def conversation_example(tokenizer, messages: list[dict]) -> dict:
     """{input_ids, labels}: a conversation with the loss on every assistant turn, its end included."""
+    text, spans = _render(tokenizer, messages), []
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise UserError("a conversation without an assistant turn")
-    text, spans = _render(tokenizer, messages), []
     for index in turns:
         before = _render(tokenizer, messages[:index], generate=True)
         upto = text if index == len(messages) - 1 else _render(tokenizer, messages[: index + 1])

@@ -74,7 +74,22 @@ def _base(config: Config):
         torch.set_num_threads(config.recipe.threads)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return model.base(config.model, output(config) / "models")
+    found = model.base(config.model, output(config) / "models")
+    if commit := getattr(found.model.config, "_commit_hash", None):
+        _same_commit(config, commit)
+    return found
+
+
+def _same_commit(config: Config, commit: str) -> None:
+    """UserError if a model of the Hub is not the commit that records here were made with: its `main` may have moved."""
+    identity = data.model_identity(config.model)
+    file = output(config) / "fingerprints" / f"{plan.digest(identity)}.json"
+    known = cached(file, lambda: identity | {"commit": commit})
+    if known["commit"] != commit:
+        raise UserError(
+            f"model.path={config.model.path}: revision {config.model.revision} is {commit} now, and records in {output(config)} were "
+            f"made with {known['commit']}: give that as model.revision, or another output"
+        )
 
 
 def _rows(config: Config, source: data.Data) -> list[dict]:

@@ -55,6 +55,7 @@ def test_the_paper_s_scale_has_table_2_s_settings(cell) -> None:
         (["task.data.path=nowhere"], ["nowhere", "neither"]),
         (["task.data.path=owner/name"], ["owner/name", "revision"]),
         (["sweep=a/b"], ["sweep=a/b"]),
+        (["+task.benchmark.lab_math.data.part=held_out"], ["part=held_out", "hold_out"]),
     ],
 )
 def test_bad_values_are_refused_in_one_line_that_names_them(cell, overrides: list[str], words: list[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from d2lora import data
-from d2lora.config import Benchmark, Data, Task
+from d2lora.config import Benchmark, Data, Model, Task
 from d2lora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +179,24 @@ def test_a_column_missing_from_a_later_row_is_named(tmp_path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}, {"a": "x"}])
     with pytest.raises(UserError, match=r"rows.jsonl: row 2: missing column b; it has a$"):
         data.check_task(Task(name="t", data=source, prompt="{a}", chosen="{b}"), 1, 0)
+
+
+def test_nothing_where_a_text_should_be_is_refused(tmp_path: Path) -> None:
+    """It would be trained on as the word None."""
+    (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y"}\n{"a": null, "b": "y"}\n')
+    rows = Data(path=str(tmp_path / "rows.jsonl"))
+    data.need(data.rows(rows), rows, "b")
+    with pytest.raises(UserError, match=r"rows.jsonl: row 2: nothing in column a$"):
+        data.need(data.rows(rows), rows, "a", "b")
+
+
+def test_a_model_is_also_its_code_and_the_files_of_its_tokenizer(tmp_path: Path) -> None:
+    seen = set()
+    for name in ("config.json", "modeling_own.py", "merges.txt", "vocab.tiktoken"):
+        (tmp_path / name).write_text(name)
+        seen.add(str(data.model_identity(Model(name="own", path=str(tmp_path)))))
+    seen.add(str(data.model_identity(Model(name="own", path=str(tmp_path), trust_remote_code=True))))
+    assert len(seen) == 5
 
 
 CHOICE = {"kind": "choice", "prompt": "{q}", "gold": "{key}", "choices": "choices.text", "labels": "choices.label"}

@@ -194,6 +194,29 @@ def test_a_data_set_that_changed_under_its_name_stops_with_an_explanation(make, 
     assert "pin data.revision to a commit" in told
 
 
+def test_a_model_whose_revision_has_moved_is_refused(make, monkeypatch) -> None:
+    """The Hub's answer is simulated: the commit that transformers notes in the config of a model from there."""
+    from d2lora import model
+
+    load = model.base
+
+    def from_hub(*given) -> model.Base:
+        found = load(*given)
+        found.model.config._commit_hash = commit
+        return found
+
+    monkeypatch.setattr(model, "base", from_hub)
+    commit = "a" * 40
+    do(make("out"))
+    do(make("out", "seed=1"))
+    commit = "b" * 40
+    cell = make("out", "seed=2")
+    lost = pipeline.do(cell.config, cell, Store(pipeline.output(cell.config)), lambda stage: lambda done, total: None)
+    told = json.loads((pipeline.output(cell.config) / "failed" / f"{lost[0].key}.json").read_text())["error"]
+    assert f"is {'b' * 40} now, and records in" in told
+    assert f"were made with {'a' * 40}" in told
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_fails_is_one_line_and_loses_nothing(make, monkeypatch, number: int) -> None:
     cell = make("out")
