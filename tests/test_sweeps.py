@@ -171,6 +171,13 @@ def test_a_sweep_of_the_hub_s_data_sets_is_planned_offline(run) -> None:
     assert run("-cn", "figure4", "dry_run=true").stdout.startswith("sweep figure4: 8 cells, ")
 
 
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local", "submitit_slurm"])
+def test_a_sweep_that_names_its_workers_takes_any_launcher(launcher: str, run) -> None:
+    if launcher.startswith("submitit"):
+        pytest.importorskip("submitit")
+    assert run("-cn", "lab", f"hydra/launcher={launcher}", "dry_run=true").stdout.startswith("sweep lab: 30 cells, ")
+
+
 def test_every_benchmark_belongs_to_a_task(cell) -> None:
     used = set()
     for file in (ROOT / "conf" / "task").glob("*.yaml"):
