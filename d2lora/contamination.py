@@ -8,6 +8,7 @@ than 13 words can only be found as a whole (GPT-3 goes down to 8-grams), and no 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 NGRAM = 13
 _MARKS = re.compile(r"[^\w\s]+")
@@ -25,11 +26,18 @@ def ngrams(found: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def texts(row: Row, columns: list[str]) -> list[str]:
-    """The texts of a row's columns, each for itself; of a conversation, those of its turns."""
+    """The texts of a row's columns, each for itself; of a list (a conversation, a question's options), those of its elements."""
     found = []
     for value in (row[column] for column in columns):
-        found += [turn["content"] for turn in value] if isinstance(value, list) else [str(value)]
+        found += _inner(value) if isinstance(value, list) else [str(value)]
     return found
+
+
+def _inner(value: Any) -> list[str]:
+    """The texts in a list or in an element of one: of a turn its content, of other mappings all values."""
+    if isinstance(value, dict):
+        value = [value["content"]] if "content" in value else list(value.values())
+    return [text for inner in value for text in _inner(inner)] if isinstance(value, list) else [str(value)]
 
 
 def overlap(

@@ -58,6 +58,20 @@ def test_every_turn_of_a_conversation_is_read_and_none_runs_into_the_next() -> N
     assert found(halves) == []
 
 
+def test_lists_of_texts_are_read_element_by_element() -> None:
+    tests = [{"options": ["sixty", QUESTION], "question": "Which is it?", "answers": ["80", ANSWER]}]
+
+    def said(text: str) -> list[tuple]:
+        items = contamination.overlap(tests, ["options", "question"], ["answers"], [{"text": text}], ["text"])
+        return [(item["exact"], item["ngram13"]) for item in items]
+
+    assert said(f"sixty {QUESTION} Which is it?") == [(0, 0)]
+    assert said(f"Hear! {QUESTION}") == said(f"So: {ANSWER}") == [(None, 0)]
+    assert said("Which is it?") == []
+    assert [i["exact"] for i in found(["sixty", QUESTION], [{"label": "B", "text": [QUESTION]}])] == [0]
+    assert [i["exact"] for i in found("other", [{"label": "B", "text": [QUESTION]}])] == [1]
+
+
 def test_the_shares_are_of_all_items() -> None:
     assert contamination.shares(found("what is 2+2", QUESTION), len(TESTS)) == {
         "exact": {"value": pytest.approx(1 / 3), "stderr": 0.0, "items": 3},
