@@ -48,7 +48,7 @@ class Store:
             return found
         if self.place(stage).exists() and not self.done(stage):
             raise UserError(f"{self.place(stage)}: not a record's folder, and a record is to go there: move it away")
-        with _lock(self.folder / ".locks" / f"{stage.key}.lock"):
+        with lock(self.folder / ".locks" / f"{stage.key}.lock"):
             return self.record(stage) or self._publish(stage, work)
 
     def _publish(self, stage: Stage, work: Callable[[Path], dict]) -> dict:
@@ -78,22 +78,22 @@ class Store:
 
 
 @contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def lock(file: Path) -> Iterator[None]:
     """One process at a time, where the file system has locks; without them the rename alone decides."""
     from filelock import FileLock
 
     file.parent.mkdir(parents=True, exist_ok=True)
     # Without a soft lock in its place: that one outlives a killed process on another node.
-    lock = FileLock(file, fallback_to_soft=False)
+    held = FileLock(file, fallback_to_soft=False)
     try:
-        lock.acquire()
+        held.acquire()
     except (NotImplementedError, OSError):
         yield
         return
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def read_record(place: Path) -> dict | None:
@@ -128,7 +128,7 @@ def cached(file: Path, make: Callable[[], Any]) -> Any:
     """The value in a JSON file, made by one process and written if there is none that can be read. For what can be made again."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return json.loads(file.read_text())
-    with _lock(file.with_suffix(".lock")):
+    with lock(file.with_suffix(".lock")):
         with contextlib.suppress(FileNotFoundError, ValueError):  # another process was making it
             return json.loads(file.read_text())
         value = make()

@@ -1,6 +1,7 @@
 """What a sweep's name once had is kept, whatever is typed under it next."""
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import made
@@ -44,3 +45,21 @@ def test_a_single_cell_joins_the_grid(tmp_path: Path) -> None:
     manifest.add_to_manifest(tmp_path, cell)
     assert [e["config"]["n"] for e in manifest.read_manifest(tmp_path, "mine")["cells"]] == [100, 200]
     assert not Store(tmp_path).folder.exists()
+
+
+def test_cells_that_start_at_once_all_join(tmp_path: Path) -> None:
+    cells = grid(n=[100, 200, 300, 400], m=[0])
+    with ThreadPoolExecutor(len(cells)) as pool:
+        list(pool.map(lambda cell: manifest.add_to_manifest(tmp_path, cell), cells))
+    found = manifest.read_manifest(tmp_path, "mine")["cells"]
+    assert sorted(e["config"]["n"] for e in found) == [100, 200, 300, 400]
+
+
+def test_a_cell_that_starts_beside_a_sweep_joins_it(tmp_path: Path) -> None:
+    (cell,), *sweeps = grid(n=[1], m=[0]), *(grid(n=[n], m=[0]) for n in (100, 200, 300))
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(manifest.write_manifest, tmp_path, cells) for cells in sweeps]
+        done.append(pool.submit(manifest.add_to_manifest, tmp_path, cell))
+    assert [job.result() for job in done] == [None] * 4
+    found = manifest.read_manifest(tmp_path, "mine")
+    assert sorted(e["config"]["n"] for e in found["cells"] + found["earlier"]) == [1, 100, 200, 300]

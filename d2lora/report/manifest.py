@@ -4,32 +4,38 @@
 results stay in results.csv, and their records in the store.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from d2lora import plan
 from d2lora.errors import UserError
 from d2lora.plan import Cell
-from d2lora.store import write_json
+from d2lora.store import lock, write_json
 
 
 def write_manifest(output: Path, cells: list[Cell]) -> None:
     """The grid as planned: each cell's resolved config and the keys of its stages."""
-    sweep = cells[0].config.sweep
-    before = _known(output, sweep)
-    _write(output, sweep, [_entry(c) for c in cells], [*before["earlier"], *before["cells"]])
+    sweep, entries = cells[0].config.sweep, [_entry(c) for c in cells]
+    with _held(output, sweep) as before:
+        _write(output, sweep, entries, [*before["earlier"], *before["cells"]])
 
 
 def add_to_manifest(output: Path, cell: Cell) -> None:
     """A cell typed by hand joins its sweep's manifest."""
-    before = _known(output, cell.config.sweep)
-    kept = [e for e in before["cells"] if e["id"] != cell.id]
-    _write(output, cell.config.sweep, [*kept, _entry(cell)], before["earlier"])
+    sweep, entry = cell.config.sweep, _entry(cell)
+    with _held(output, sweep) as before:
+        kept = [e for e in before["cells"] if e["id"] != cell.id]
+        _write(output, sweep, [*kept, entry], before["earlier"])
 
 
-def _known(output: Path, sweep: str) -> dict:
-    """The sweep's manifest, or an empty one."""
-    return read_manifest(output, sweep) if _manifest(output, sweep).exists() else {"cells": [], "earlier": []}
+@contextlib.contextmanager
+def _held(output: Path, sweep: str) -> Iterator[dict]:
+    """The sweep's manifest, or an empty one; meanwhile no other process writes it, so that no cell is lost."""
+    file = _manifest(output, sweep)
+    with lock(file.with_suffix(".lock")):
+        yield read_manifest(output, sweep) if file.exists() else {"cells": [], "earlier": []}
 
 
 def _write(output: Path, sweep: str, cells: list[dict], earlier: list[dict]) -> None:
