@@ -194,7 +194,12 @@ def _faults(place: Path) -> Iterator[str]:
 
 
 def garbage(output: Path) -> Iterator[tuple[Path, str]]:
-    """What can be freed, and why: records that no manifest names, what kills left, checkpoints of finished stages."""
+    """What can be freed, and why: records that no manifest names, what kills left, checkpoints of finished stages.
+
+    UserError while a damaged manifest was not looked at: what it names is not known.
+    """
+    for file in (output / "manifests").glob("*.damaged"):
+        raise UserError(f"{file}: what only this manifest names would be freed too: remove it if that is right")
     manifests = [json.loads(f.read_text()) for f in (output / "manifests").glob("*.json")]
     named = {key for m in manifests for cell in m["cells"] + m.get("earlier", []) for key in _strings(cell["stages"])}
     for place in _entries(output):
@@ -252,6 +257,8 @@ def main() -> None:
     output = data.ROOT / Path(args.output).expanduser()
     try:
         _act(args, output)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except (OSError, ValueError, KeyError) as error:  # a damaged manifest, a folder that can't be read or freed
         sys.exit(f"error: {output}: {type(error).__name__}: {error}")
 

@@ -1,13 +1,17 @@
 """What a sweep's name once had is kept, whatever is typed under it next."""
 
 import csv
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import made
+import pytest
 from test_report import grid
 
 from d2lora import report
+from d2lora.errors import UserError
 from d2lora.report import manifest
 from d2lora.store import Store, garbage
 
@@ -63,3 +67,34 @@ def test_a_cell_that_starts_beside_a_sweep_joins_it(tmp_path: Path) -> None:
     assert [job.result() for job in done] == [None] * 4
     found = manifest.read_manifest(tmp_path, "mine")
     assert sorted(e["config"]["n"] for e in found["cells"] + found["earlier"]) == [1, 100, 200, 300]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_damaged_manifest_is_put_aside_and_begun_anew(tmp_path: Path, capsys, alone: bool) -> None:
+    (cell,) = cells = grid(n=[100], m=[0])
+    made.publish(tmp_path, grid(n=[200], m=[0]))
+    file = tmp_path / "manifests" / "mine.json"
+    harmed = file.read_text()[:-20]
+    file.write_text(harmed)
+    with pytest.raises(UserError, match="start the sweep again"):
+        manifest.read_manifest(tmp_path, "mine")
+    manifest.add_to_manifest(tmp_path, cell) if alone else manifest.write_manifest(tmp_path, cells)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{file}: damaged" in line
+    assert [e["config"]["n"] for e in manifest.read_manifest(tmp_path, "mine")["cells"]] == [100]
+    aside = file.with_name("mine.json.damaged")
+    assert aside.read_text() == harmed
+    with pytest.raises(UserError, match=r"mine\.json\.damaged"):  # n=200 is finished work that only it names
+        list(garbage(tmp_path))
+    aside.unlink()
+    assert list(garbage(tmp_path)) != []
+
+
+def test_gc_frees_nothing_while_a_damaged_manifest_is_there(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid(n=[200], m=[0]))
+    (tmp_path / "manifests" / "mine.json").rename(tmp_path / "manifests" / "mine.json.damaged")
+    command = [sys.executable, "-m", "d2lora.store", "gc", "--yes", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "remove it" in done.stderr
+    assert list((tmp_path / "store").glob("adapt/*/record.json"))

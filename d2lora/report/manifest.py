@@ -6,6 +6,7 @@ results stay in results.csv, and their records in the store.
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,13 @@ def _held(output: Path, sweep: str) -> Iterator[dict]:
     """The sweep's manifest, or an empty one; meanwhile no other process writes it, so that no cell is lost."""
     file = _manifest(output, sweep)
     with lock(file.with_suffix(".lock")):
-        yield read_manifest(output, sweep) if file.exists() else {"cells": [], "earlier": []}
+        try:
+            before = read_manifest(output, sweep) if file.exists() else None
+        except UserError:
+            before, aside = None, file.with_name(f"{file.name}.damaged")
+            file.replace(aside)
+            print(f"{file}: damaged, so it begins anew; the old one is now {aside.name}", file=sys.stderr)
+        yield before or {"cells": [], "earlier": []}
 
 
 def _write(output: Path, sweep: str, cells: list[dict], earlier: list[dict]) -> None:
