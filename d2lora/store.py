@@ -12,9 +12,9 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,19 @@ class Store:
     def _publish(self, stage: Stage, work: Callable[[Path], dict]) -> dict:
         place = self.place(stage)
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{stage.key}-", dir=place.parent))
+        # Not one of tempfile, which only its owner may read, whatever the umask: others share the output folder.
+        temporary = place.parent / f".{stage.key}-{secrets.token_hex(4)}"
+        temporary.mkdir()
         try:
             record = work(temporary)
             record |= {"digest": _digest(record)}
+            (temporary / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False))
+            mode = (temporary / "record.json").stat().st_mode  # as the umask has it
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    if file.stat().st_mode != mode:  # safetensors makes files that only their owner may read
+                        file.chmod(mode)
                     sync(file)
-            (temporary / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False))
-            sync(temporary / "record.json")
             sync(temporary)
             try:
                 temporary.rename(place)
@@ -148,12 +152,12 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """A JSON file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    with temporary.open("x") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(name, path)
+    temporary.replace(path)
 
 
 # --- upkeep --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -59,6 +60,30 @@ def test_who_comes_second_takes_the_published_record(tmp_path: Path) -> None:
 
     assert store._publish(STAGE, work)["metrics"] == {"by": "first"}
     assert len(list(store.place(STAGE).parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("umask", "folders", "files"), [(0o022, 0o755, 0o644), (0o007, 0o770, 0o660)])
+def test_who_may_read_an_output_folder_is_the_umask_s_to_say(
+    tmp_path: Path, umask: int, folders: int, files: int
+) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    def work(folder: Path) -> dict:
+        found = record(folder)
+        save_file({"a": np.zeros(2)}, folder / "adapter" / "adapter_model.safetensors")
+        return found
+
+    before = os.umask(umask)
+    try:
+        Store(tmp_path).ensure(STAGE, work)
+        write_json(tmp_path / "manifests" / "mine.json", {})
+    finally:
+        os.umask(before)
+    place = Store(tmp_path).place(STAGE)
+    made = [place, *place.rglob("*"), *(tmp_path / "manifests").rglob("*")]
+    assert len(made) == 6
+    assert {f.name: f.stat().st_mode & 0o777 for f in made} == {f.name: folders if f.is_dir() else files for f in made}
 
 
 def _ensure_slowly(folder: Path, results) -> None:
