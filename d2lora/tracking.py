@@ -109,7 +109,10 @@ def _mirror(run: Any, record: dict, place: Path) -> None:
 
 def _items(place: Path) -> list[dict]:
     file = place / "items.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    with file.open() as lines:  # not splitlines(), which cuts at U+2028 and the like inside a text
+        return [json.loads(line) for line in lines]
 
 
 def _results(record: dict, items: list[dict]) -> dict:

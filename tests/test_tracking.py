@@ -21,7 +21,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from d2lora import wandb_runs
+from d2lora import tracking, wandb_runs
+from d2lora.plan import Stage
+from d2lora.store import Store
 
 ROOT = Path(__file__).parent.parent
 CORE = Path(importlib.util.find_spec("wandb").origin).parent / "bin/wandb-core"
@@ -287,9 +289,6 @@ def test_a_prepared_initialization_is_a_run_and_an_input(tmp_path: Path) -> None
 
 def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: Path, cell) -> None:
     """The same id in both tries; the second is what it ends with."""
-    from d2lora import tracking
-    from d2lora.store import Store
-
     this = cell("n=4", *SMALL, "wandb.mode=offline", f"output={tmp_path}")
     store, adapt = Store(tmp_path), this.chain.adapt
 
@@ -309,6 +308,33 @@ def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: 
     assert (first["exit"], second["exit"]) == ([1], [0])
     assert first["run_id"] == second["run_id"] == adapt.key
     assert second["summary"]["last_loss"] == 1.0
+
+
+def mirror(this, stage: Stage, record: dict, items: list[dict]) -> dict:
+    """The run of a stage that publishes this record with these items."""
+    output = Path(this.config.output)
+    store = Store(output)
+
+    def work(folder: Path) -> dict:
+        (folder / "items.jsonl").write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
+        return {"key": stage.key, "stage": stage.name, "seconds": 1.0, "peak_memory_mb": 1.0} | record
+
+    with tracking.stage(this.config, this.chain, stage, store):
+        store.ensure(stage, work)
+    tracking.flush(this.config)
+    (run,) = runs(output)
+    return run
+
+
+def test_line_separators_in_a_text_do_not_cut_an_item(tmp_path: Path, cell, capsys) -> None:
+    this = cell("n=4", *SMALL, "wandb.mode=offline", f"output={tmp_path}")
+    items = [{"answer": f"one{mark}two", "accuracy": 1.0} for mark in "\u2028\u2029\x85"]
+    record = {"benchmark": "lab_math", "metrics": {"accuracy": {"value": 1.0, "stderr": 0.0, "items": 3}}}
+    run = mirror(this, this.chain.evaluations[0], record, items)
+    assert capsys.readouterr().err == ""
+    assert run["summary"]["lab_math/accuracy_low"] > 0
+    (table,) = (tmp_path / "wandb").glob("*run-*/files/media/table/*.json")
+    assert [row[0] for row in json.loads(table.read_text())["data"]] == [item["answer"] for item in items]
 
 
 # --- without a server that works -----------------------------------------------------------------------------------
