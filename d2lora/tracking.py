@@ -126,7 +126,8 @@ def _results(record: dict, items: list[dict]) -> dict:
     for metric, found in record["metrics"].items():
         if isinstance(found, dict) and "value" in found:
             flat |= {f"{name}/{metric}": found["value"], f"{name}/{metric}_items": found["items"]}
-            if len(items) == found["items"]:
+            scored = record["stage"] == "evaluate"  # a check's items are no scores, but hits
+            if scored and len(items) == found["items"]:
                 low, high = stats.interval(np.array([[float(item[metric]) for item in items]]))
                 flat |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
         elif metric != "log":

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from d2lora import tracking, wandb_runs
+from d2lora import contamination, tracking, wandb_runs
 from d2lora.plan import Stage
 from d2lora.store import Store
 
@@ -335,6 +335,17 @@ def test_line_separators_in_a_text_do_not_cut_an_item(tmp_path: Path, cell, caps
     assert run["summary"]["lab_math/accuracy_low"] > 0
     (table,) = (tmp_path / "wandb").glob("*run-*/files/media/table/*.json")
     assert [row[0] for row in json.loads(table.read_text())["data"]] == [item["answer"] for item in items]
+
+
+def test_a_contamination_check_that_finds_every_item_shows_its_share(tmp_path: Path, cell, capsys) -> None:
+    this = cell("n=4", *SMALL, "wandb.mode=offline", f"output={tmp_path}")
+    items = [{"index": i, "question": "Who?", "exact": 7, "ngram13": None, "ngram": None} for i in range(2)]
+    record = {"pair": "lab / lab_math", "metrics": contamination.shares(items, 2)}
+    run = mirror(this, this.chain.contamination[0], record, items)
+    assert capsys.readouterr().err == ""
+    found = {k: v for k, v in run["summary"].items() if k.startswith("lab / lab_math")}
+    shares = {"exact": 1.0, "exact_items": 2, "ngram13": 0.0, "ngram13_items": 2}
+    assert found == {f"lab / lab_math/{name}": value for name, value in shares.items()}
 
 
 # --- without a server that works -----------------------------------------------------------------------------------
