@@ -314,9 +314,13 @@ def _log_once(run_id: str, content: object, whose: Config, output: Path, fill: C
     file, now = output / "wandb" / "logged" / f"{run_id}.json", _digest(content)
     if file.exists() and cached(file, str) == now:
         return
+
+    def fill_and_note(run: Any) -> None:  # one task: a run that could not be filled is sent again
+        fill(run)
+        write_json(file, now)
+
     run = Run(whose, output, id=run_id, **about)
-    run.do(fill)
-    run.do(lambda _: write_json(file, now))
+    run.do(fill_and_note)
     run.end()
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import made
 import psutil
 import pytest
 
@@ -346,6 +347,26 @@ def test_a_contamination_check_that_finds_every_item_shows_its_share(tmp_path: P
     found = {k: v for k, v in run["summary"].items() if k.startswith("lab / lab_math")}
     shares = {"exact": 1.0, "exact_items": 2, "ngram13": 0.0, "ngram13_items": 2}
     assert found == {f"lab / lab_math/{name}": value for name, value in shares.items()}
+
+
+def test_a_cell_s_run_that_could_not_be_filled_is_sent_again(tmp_path: Path, cell, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(wandb_runs, "_state", wandb_runs._State())
+    this = cell("n=4", *SMALL, "wandb.mode=offline", f"output={tmp_path}")
+    made.publish(tmp_path, [this])
+
+    def sent() -> list[bool]:
+        tracking.cell(this, Store(tmp_path))
+        tracking.flush(this.config)
+        return ["lab_math/accuracy" in run["summary"] for run in runs(tmp_path)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking, "_fill_cell", lambda run, cell, results: results["nosuch"])
+        assert sent() == [False]
+    assert "nosuch" in capsys.readouterr().err
+    assert True in sent()
+    there = len(runs(tmp_path))
+    sent()
+    assert len(runs(tmp_path)) == there, "and then no more"
 
 
 # --- without a server that works -----------------------------------------------------------------------------------
