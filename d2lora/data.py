@@ -258,10 +258,9 @@ def _chain(error: BaseException) -> list[Any]:
 def need(found: list[Row], data: Data, *columns: str, empty: bool = False) -> None:
     """UserError naming the columns that a row lacks, or has nothing in, unless it may be `empty`: a text would say "None"."""
     for index, row in enumerate(found):
-        place = f"data.path={data.path}: {f'row {index + 1}: ' if index else ''}"
         if missing := [c for c in columns if c not in row]:
             raise UserError(
-                f"{place}missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(row)}"
+                f"data.path={data.path}: {f'row {index + 1}: ' if index else ''}missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(row)}"
             )
         if not empty and (nothing := [c for c in columns if row[c] is None]):
             raise UserError(f"data.path={data.path}: row {index + 1}: nothing in column {', '.join(nothing)}")

@@ -39,8 +39,8 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     print(summary.plan_text(cells, store, workers), flush=True)
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))
-    told = (functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work))
-    with progress.board(*told, output):
+    shown = [functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work)]
+    with progress.board(*shown, output):
         apart = "submitit" in config.hydra.launcher.get("_target_", "")  # a process a job: none takes others along
         _launch_all(functools.partial(_launch_once, launcher, config), cells, store, together=apart)
     _dismiss_workers(config)
