@@ -27,7 +27,7 @@ lint: .venv/ready-dev
 	touch $@
 
 .venv/ready-dev: .venv/ready tests/ray.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,slurm,loftq]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,slurm,loftq,dashboard]'
 	$(BIN)/pip install --quiet --no-deps -r tests/ray.txt || echo "no ray here: its test is skipped"
 	touch $@
 
