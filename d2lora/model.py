@@ -62,6 +62,8 @@ def base(model: Model, cache: Path) -> Base:
     """The base of a config, from memory if this process has it. `cache` is where GGUF weights are kept as safetensors."""
     name = model.model_dump_json()
     if name not in _loaded:
+        if not _loaded:
+            gc.freeze()  # half a million objects of imports are never garbage: each collection would pass over them, for 0.3 s
         _loaded.clear()  # one base at a time: two of 8 B would not fit
         gc.collect()
         _loaded[name] = _load(model, cache)

@@ -231,7 +231,7 @@ def readme_examples() -> dict[str, str]:
     return dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", text, re.S))
 
 
-def test_the_readme_s_own_task_and_benchmark_run(run, tmp_path: Path) -> None:
+def test_the_readme_s_own_task_benchmark_and_warm_up_run(run, tmp_path: Path) -> None:
     for name, content in readme_examples().items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -239,9 +239,10 @@ def test_the_readme_s_own_task_and_benchmark_run(run, tmp_path: Path) -> None:
     (tmp_path / "my_data").mkdir()
     for name, part in (("capitals", rows[:20]), ("capitals_test", rows[20:])):
         (tmp_path / "my_data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
-    text = run(
-        "--config-dir", str(tmp_path / "conf"), "-m", "task=capitals", "method=sft,dpo", "n=10,20", "m=0,8"
-    ).stdout
+    talk = {"chosen": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]}
+    (tmp_path / "my_data" / "general.jsonl").write_text(8 * (json.dumps(talk) + "\n"))
+    own = ["--config-dir", str(tmp_path / "conf"), "task=capitals", "warmup=mine"]
+    text = run("-m", *own, "method=sft,dpo", "n=10,20", "m=0,8").stdout
     assert re.search(r"DPO D2LoRA\(8, n\)\s+\d", text)
     assert "capitals: rougeLsum" in text
 

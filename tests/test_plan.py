@@ -115,7 +115,7 @@ SOURCES = {
     "contamination": "ebed46cc3113",
     "data": "43144a7bf811",
     "inits": "3b6d5bd2be84",
-    "model": "fd0b6601e05b",
+    "model": "d7df52493bf9",
     "packing": "af89367a6c1c",
     "trainers": "1214fc1460e5",
     "train": "93ba1643192f",
