@@ -36,16 +36,17 @@ def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
         filters = f"Metric('Group') = '{sweep}' and Metric('JobType') = '{kind}'"
         return wr.Runset(name=kind, filters=filters, groupby=[by] if by else [])  # of the report's own project
 
-    over_n = [wr.ScatterPlot(title=f"{m} over n", x=wr.Config("n"), y=wr.SummaryMetric(m)) for m in metrics]
-    curves = [
+    # list[Any]: the library's lists are of unions, and lists are invariant.
+    over_n: list[Any] = [wr.ScatterPlot(title=f"{m} over n", x=wr.Config("n"), y=wr.SummaryMetric(m)) for m in metrics]
+    curves: list[Any] = [
         wr.LinePlot(title=name, x="samples_seen", y=[f"train/{name}"], title_x="samples seen")
         for name in ("loss", "grad_norm", "learning_rate", "rewards/margins", "rewards/accuracies", "tokens_per_second")
     ]
-    shown = [
+    shown: list[Any] = [
         wr.WeavePanelSummaryTable(table_name="results"),
         wr.MediaBrowser(title="figures", media_keys=["curves", "tables"]),
     ]
-    blocks = [
+    blocks: list[Any] = [
         wr.H2("Accuracy over n"),
         wr.PanelGrid(runsets=[runs("cell", "config.arm")], panels=over_n),
         wr.H2("Training, over samples seen"),

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,12 +70,13 @@ def test_a_cell_that_starts_beside_a_sweep_joins_it(tmp_path: Path) -> None:
     assert sorted(e["config"]["n"] for e in found["cells"] + found["earlier"]) == [1, 100, 200, 300]
 
 
+@pytest.mark.parametrize("harm", [lambda text: text[:-20], lambda text: "[]"])
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_damaged_manifest_is_put_aside_and_begun_anew(tmp_path: Path, capsys, alone: bool) -> None:
+def test_a_damaged_manifest_is_put_aside_and_begun_anew(tmp_path: Path, capsys, alone: bool, harm: Callable) -> None:
     (cell,) = cells = grid(n=[100], m=[0])
     made.publish(tmp_path, grid(n=[200], m=[0]))
     file = tmp_path / "manifests" / "mine.json"
-    harmed = file.read_text()[:-20]
+    harmed = harm(file.read_text())
     file.write_text(harmed)
     with pytest.raises(UserError, match="start the sweep again"):
         manifest.read_manifest(tmp_path, "mine")

@@ -73,7 +73,10 @@ def read_manifest(output: Path, sweep: str) -> dict:
     """A sweep's manifest. UserError if there is none or it is damaged."""
     file = _manifest(output, sweep)
     try:
-        return {"earlier": []} | json.loads(file.read_text())
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict) or "cells" not in found:
+            raise ValueError("no manifest")
+        return {"earlier": []} | found
     except FileNotFoundError:
         there = ", ".join(sorted(f.stem for f in file.parent.glob("*.json"))) or "none"
         raise UserError(f"sweep={sweep}: no such sweep was started here (there: {there})") from None
