@@ -3,8 +3,8 @@
     python benchmarks/wandb_cost.py [-cn lab] [OVERRIDE ...]
 
 One after the other they would not compare: a shared machine is a fifth faster or slower five minutes later. Each starts from an
-empty output folder, with the workers that the sweep's file says, all on its core. Prints the wall seconds of each and last the line `cost: N.N %`, the geometric mean of
-both rounds. Needs Linux and two cores.
+empty output folder, with the workers that the sweep's file says, all on its core. Prints the wall seconds of each and last the
+line `cost: N.N %`, the geometric mean of both rounds. Needs Linux and two cores.
 """
 
 import argparse

@@ -325,8 +325,9 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
     it, so no worker waits for a lock.
 
     First preparations; then warm-ups, evaluations of the base, the cells without warm-up and the checks of the data; then those
-    with a warm-up; last what else is to be evaluated of an adaptation that another cell's job makes. The checks are the shortest. As a worker's first job they would have joblib measure it without torch: with torch it
-    would then seem to leak, and be renewed.
+    with a warm-up; last what else is to be evaluated of an adaptation that another cell's job makes. The checks are the
+    shortest. As a worker's first job they would have joblib measure it without torch: with torch it would then seem to leak, and
+    be renewed.
     """
     taken = set(done)
     checks = [job for cell in cells if (job := _job(cell, cell.chain.contamination, taken)).stages]

@@ -99,6 +99,7 @@ def board(
 
 
 def _draw(bars: dict[str, tqdm], at_work: list[Stage], output: Path) -> None:
+    """Bring `bars`, by the keys of their stages, to what the workers' notes say; those of stages that have ended go."""
     for key in bars.keys() - {stage.key for stage in at_work}:
         bars.pop(key).close()
     for stage in at_work:

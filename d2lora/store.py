@@ -91,7 +91,7 @@ def lock(file: Path) -> Iterator[None]:
     held = FileLock(file, fallback_to_soft=False)
     try:
         held.acquire()
-    except (NotImplementedError, OSError):
+    except (NotImplementedError, OSError):  # no locks here (or a disk that fails, which the writing will say)
         yield
         return
     try:
