@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab test test-all lint clean
+.PHONY: lab test test-all test-gpu lint clean
 
 lab: .venv/ready
 	$(BIN)/python run.py -cn lab
@@ -14,6 +14,10 @@ test: .venv/ready-dev .wandb-server/ready lint
 # With the tests that take minutes: joblib, submitit and ray.
 test-all: .venv/ready-dev .wandb-server/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# On a machine with a GPU, and torch for it.
+test-gpu: .venv/ready-dev
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

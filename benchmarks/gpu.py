@@ -1,6 +1,6 @@
 """Training speed on a GPU: pairs/s, tokens/s, MFU and peak memory of SFT, DPO and ORPO.
 
-    python benchmarks/gpu.py [--layers 32] [--steps 6] [--batch 16] [--micro 4]
+    python benchmarks/gpu.py [--layers 32] [--steps 6] [--batch 16] [--micro 4] [--methods ...] [--layouts ...]
 
 Llama-3.1-8B's architecture with random weights in bfloat16, LoRA r = 16 on all linear layers, and pairs with the lengths of real
 step-preference rows, through the project's own train(): padded batches (TRL's) and shared prefixes with `sdpa` and with
@@ -27,6 +27,11 @@ METHODS = {
     "sft": {"name": "sft"},
     "dpo": {"name": "dpo", "beta": 0.1, "reference": "warm_start"},
     "orpo": {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
+}
+LAYOUTS = {
+    "padded": ("padded", "sdpa"),
+    "prefix_shared": ("prefix_shared", "sdpa"),
+    "flex_attention": ("prefix_shared", "flex_attention"),
 }
 
 
@@ -117,6 +122,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro", type=int, default=4)
     parser.add_argument("--methods", default="sft,dpo,orpo")
+    parser.add_argument("--layouts", default="padded,prefix_shared,flex_attention", help="the last on a GPU only")
+    parser.add_argument("--checkpointing", default="off,on", help="of gradients")
     parser.add_argument("--liger", action="store_true", help="with Liger's layer kernels")
     args = parser.parse_args()
     import torch
@@ -130,12 +137,13 @@ def main() -> None:
         f"{place}; {size / 1e9:.2f} B parameters, {dtype()}, micro-batch {args.micro} of {args.batch}, MFU = 4 N x tokens/s / 989 TFLOP/s"
     )
     print(f"{'':<44}{'pairs/s':>9}{'tokens/s':>10}{'MFU %':>7}{'peak GiB':>10}")
-    layouts = [("padded", "sdpa"), ("prefix_shared", "sdpa")] + ([("prefix_shared", "flex_attention")] if gpu else [])
-    for method, (packing, attention), checkpointing in itertools.product(
-        args.methods.split(","), layouts, (False, True)
+    layouts = [layout for layout in args.layouts.split(",") if gpu or layout != "flex_attention"]
+    for method, layout, checkpointing in itertools.product(
+        args.methods.split(","), layouts, args.checkpointing.split(",")
     ):
-        how = {"packing": packing, "attention": attention, "gradient_checkpointing": checkpointing}
-        name = f"{method}, {packing}, {attention}" + (", checkpointing" if checkpointing else "")
+        packing, attention = LAYOUTS[layout]
+        how = {"packing": packing, "attention": attention, "gradient_checkpointing": checkpointing == "on"}
+        name = f"{method}, {packing}, {attention}" + (", checkpointing" if checkpointing == "on" else "")
         try:
             r = measure(base, method, how, pairs, args)
         except torch.OutOfMemoryError:

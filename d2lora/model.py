@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import psutil
 import torch
 import transformers
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from d2lora import data, inits
@@ -96,6 +98,8 @@ def _load(model: Model, cache: Path) -> Base:
     asked = found.generation_config
     ends = {k: getattr(asked, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     found.generation_config = GenerationConfig(**ends)
+    if device() == "cpu" and model.dtype != "float32":
+        print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)
     found.to(device()).eval().requires_grad_(False)
     return Base(model.name if place else model.path, found, tokenizer, checksum(found))
 
@@ -150,35 +154,43 @@ def adapter(base: Base, spec: dict, record: Path | None) -> Iterator[PeftModel]:
 
 
 @contextlib.contextmanager
-def trained(base: Base, folder: Path | None, init: str = "lora") -> Iterator[torch.nn.Module]:
-    """The base with the adapter in `folder` for inference; the base alone if there is none. LoftQ's is for a quantized base."""
+def trained(base: Base, folder: Path | None, init: str = "lora") -> Iterator[tuple[torch.nn.Module, bool]]:
+    """The base with the adapter in `folder` for inference, and whether it changes the logits of a probe (`check_applied`).
+
+    The base alone if there is no folder. LoftQ's adapter is for a quantized base.
+    """
     if folder is None:
-        yield base.model
+        yield base.model, False
         return
     # In float32 a merged copy is the same model to rounding, and a third faster. bfloat16 would round small updates away.
     merge = base.model.dtype == torch.float32
     wrapped = PeftModel.from_pretrained(copy.deepcopy(base.model) if merge else base.model, folder).eval()
     try:
         with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext():
-            check_applied(base, wrapped)
-            yield wrapped.merge_and_unload(safe_merge=True) if merge else wrapped
+            changes = check_applied(base, wrapped)
+            yield wrapped.merge_and_unload(safe_merge=True) if merge else wrapped, changes
     finally:
         if not merge:
             wrapped.unload()
         base.check()
 
 
-def check_applied(base: Base, wrapped: PeftModel) -> None:
-    """RuntimeError if an adapter with non-zero weights does not change the model's logits."""
-    if not any(p.abs().max() > 0 for name, p in wrapped.named_parameters() if "lora_B" in name):
-        return
+def check_applied(base: Base, wrapped: PeftModel) -> bool:
+    """Whether the adapter changes the logits of a probe. RuntimeError if one with non-zero weights doesn't even when enlarged.
+
+    After few steps of a small learning rate it may not: what it adds to a bfloat16 activation is less than half of its last bit.
+    """
+    if not any(p.any() for name, p in wrapped.named_parameters() if "lora_B" in name):
+        return False
     ids = base.tokenizer("The adapter must change these logits.", return_tensors="pt")["input_ids"].to(device())
     with torch.inference_mode():
-        with_adapter = wrapped(input_ids=ids).logits
         with wrapped.disable_adapter():
             without = wrapped(input_ids=ids).logits
-    if torch.equal(with_adapter, without):
-        raise RuntimeError("the adapter has non-zero weights and is not applied")
+        for factor in (1, 10**3, 10**6, 10**9):
+            with rescale_adapter_scale(wrapped, factor):
+                if not torch.equal(wrapped(input_ids=ids).logits, without):
+                    return factor == 1
+    raise RuntimeError("the adapter has non-zero weights and is not applied")
 
 
 def save(base: Base, wrapped: PeftModel, record: Path) -> None:

@@ -72,8 +72,6 @@ def _base(config: Config):
 
     if config.recipe.threads:
         torch.set_num_threads(config.recipe.threads)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     found = model.base(config.model, output(config) / "models")
     if commit := getattr(found.model.config, "_commit_hash", None):
         _same_commit(config, commit)
@@ -231,11 +229,11 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
     chat = benchmark.chat and template if benchmark else False
     init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
-    with model.trained(base, parent, init) as tested:
+    with model.trained(base, parent, init) as (tested, changes):
         attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)
         metrics, items = _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch)
     _write_items(folder, items)
-    return {"benchmark": name, "metrics": metrics}
+    return {"benchmark": name, "metrics": metrics} | ({"adapter_changes_logits": changes} if parent else {})
 
 
 _WORK = {
@@ -362,7 +360,9 @@ def _git() -> dict | None:
 
 
 def _reset_peak_memory() -> None:
-    """Let the process's peak resident memory start anew. Only Linux can; elsewhere it is that of the process so far."""
+    """Let the process's peak memory start anew. Of resident memory only Linux can; elsewhere it is that of the process so far."""
+    if (torch := _torch()) and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")
 

@@ -16,6 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
 os.environ["WANDB_MODE"] = "disabled"  # but where a test asks for it
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Whatever the machine has, the tests run on its CPU, but for those of `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def cell() -> Callable:
     """cell("n=10", ...) -> the checked cell that the command line would give."""

@@ -627,7 +627,7 @@ def test_loftq_continues_on_its_quantized_base(loftq, tiny: Path, method: str, m
     for stage in [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]:
         with model.adapter(base, cell.chain.adapt.spec, store.place(stage)) as wrapped:
             continued = logits(wrapped)
-        with model.trained(base, store.place(stage) / "adapter", "loftq") as tested:
+        with model.trained(base, store.place(stage) / "adapter", "loftq") as (tested, _):
             assert (logits(tested) - continued).abs().max() < 1e-4
         assert (continued - before).abs().max() > 1e-4, "not the base itself"
     assert torch.equal(logits(base.model), before), "the base is put back"

@@ -115,13 +115,13 @@ SOURCES = {
     "contamination": "ebed46cc3113",
     "data": "43144a7bf811",
     "inits": "3b6d5bd2be84",
-    "model": "d7df52493bf9",
+    "model": "699d33c0cc8a",
     "packing": "af89367a6c1c",
     "trainers": "1214fc1460e5",
     "train": "93ba1643192f",
     "evaluate": "9f079909bf3c",
     "answers": "ebcc49f30cec",
-    "pipeline": "7fe8f71cb865",
+    "pipeline": "bb4da5f94783",
 }
 
 

@@ -1,6 +1,5 @@
 """Both phases on a tiny random model, through the same path as everything else."""
 
-import contextlib
 import functools
 import json
 import math
@@ -8,15 +7,17 @@ import os
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from d2lora import data, model, pipeline, train, trainers
+from d2lora import data, model, pipeline, report, train, trainers
 from d2lora.config import Model
 from d2lora.plan import Cell
+from d2lora.report.manifest import write_manifest
 from d2lora.store import Store
 
 TINY = [
@@ -276,14 +277,27 @@ def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path:
     cell = make("n=16")
     store, _ = finish(cell)
     base = model.base(cell.config.model, tmp_path)
-    monkeypatch.setattr(
-        PeftModel, "disable_adapter", lambda self: contextlib.nullcontext()
-    )  # on or off: the same logits
+    monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda self, x: self.base_layer(x))
     with (
         pytest.raises(RuntimeError, match="not applied"),
         model.trained(base, store.place(cell.chain.adapt) / "adapter"),
     ):
         pass
+
+
+def test_an_adapter_that_bfloat16_rounds_away_is_applied_and_the_table_says_what_it_is(make, capsys) -> None:
+    """As after few steps at the paper's learning rates."""
+    cell = make("n=8", "method.epochs=1", "recipe.lr.sft=1e-8", "model.dtype=bfloat16")
+    store, records = finish(cell)
+    assert "no GPU here: lab runs in bfloat16 on the CPU, slowly" in capsys.readouterr().err
+    assert any(w.any() for name, w in weights(store, cell).items() if "lora_B" in name)
+    assert records["evaluate"]["adapter_changes_logits"] is False
+    write_manifest(pipeline.output(cell.config), [cell])
+    text = report.finish(pipeline.output(cell.config), cell.config.sweep, draw=False)
+    assert "In 2 of 2 evaluations of adapters the adapter was too small to change a logit" in text
+    larger = make("n=8", "method.epochs=1", "model.dtype=bfloat16")
+    assert finish(larger)[1]["evaluate"]["adapter_changes_logits"] is True
+    model._loaded.clear()
 
 
 def test_ids_of_the_lab_fit_the_recipe(cell) -> None:

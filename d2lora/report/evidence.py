@@ -20,10 +20,21 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dic
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
-    """Why records of one table may not be comparable: versions of packages, hardware, data under one name, uncommitted code."""
+    """What to know of a table's records: adapters too small to act, and why they may not be comparable (versions of packages,
+    hardware, data under one name, uncommitted code)."""
     found = list(records_of(points, records).values())
     made = [record.get("provenance", {}) for record, _ in found]
-    return [*_versions(made), *_hardware(made), *_fingerprints(found), *_code(made)]
+    return [*_rounded(found), *_versions(made), *_hardware(made), *_fingerprints(found), *_code(made)]
+
+
+def _rounded(found: list[tuple[dict, str]]) -> Iterator[str]:
+    """A learning rate of 1e-7 leaves an adapter that a bfloat16 base can round away: its result is the base's, not the method's."""
+    tested = [record for record, _ in found if "adapter_changes_logits" in record]
+    if away := sum(not record["adapter_changes_logits"] for record in tested):
+        yield (
+            f"In {away} of {len(tested)} evaluations of adapters the adapter was too small to change a logit of a probe: the base's "
+            "dtype rounds it away (more steps, a larger recipe.lr, or model.dtype=float32)."
+        )
 
 
 def _versions(made: list[dict]) -> Iterator[str]:

@@ -1,0 +1,186 @@
+"""On a GPU: what a CPU trains and says, and what only a GPU has (bfloat16, FlexAttention's kernels, memory that ends)."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from d2lora import data, model, pipeline
+from d2lora.plan import Cell
+from d2lora.store import Store
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu")]
+METHODS = ["sft", "dpo", "orpo"]
+INITS = sorted((data.ROOT / "conf/init").glob("*.yaml"))
+SMALL = [
+    *("n=22", "m=20", "recipe.batch=8", "recipe.micro_batch=4"),
+    *(f"recipe.lr.{phase}=1e-3" for phase in ("warmup", *METHODS)),
+    *(f"recipe.epochs.{method}=1" for method in METHODS),
+    *("task.benchmark.lab_math.limit=40", "task.benchmark.lab_facts.limit=40"),
+]
+LAYOUTS = {
+    "padded": ["recipe.packing=padded"],
+    "packed": [],
+    "flex": ["recipe.attention=flex_attention"],
+    "checkpointing": ["recipe.gradient_checkpointing=true"],
+}
+
+
+@pytest.fixture
+def make(cell, tmp_path: Path):
+    """make("out", "method=dpo", ...) -> a cell of the lab's base, its output in tmp_path/out."""
+
+    def one(output: str, *overrides: str) -> Cell:
+        return cell(f"output={tmp_path / output}", *SMALL, *overrides)
+
+    return one
+
+
+def do(cell: Cell, progress=lambda done, total: None) -> dict[str, dict]:
+    """The cell done, and its records by stage."""
+    store = Store(pipeline.output(cell.config))
+    lost = pipeline.do(cell.config, cell, store, lambda stage: progress)
+    assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
+    return {s.name: store.record(s) for s in cell.chain.stages if store.done(s)}
+
+
+def adapter(cell: Cell) -> dict[str, torch.Tensor]:
+    place = Store(pipeline.output(cell.config)).place(cell.chain.adapter)
+    return load_file(place / "adapter" / "adapter_model.safetensors")
+
+
+def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Relative distance of two adapters' B, which starts at zero: of what was learned."""
+    names = [name for name in expected if "lora_B" in name]
+    return math.sqrt(sum(float((found[n] - expected[n]).square().sum()) for n in names)) / math.sqrt(
+        sum(float(expected[n].square().sum()) for n in names)
+    )
+
+
+def items(cell: Cell, benchmark: str) -> list[dict]:
+    store = Store(pipeline.output(cell.config))
+    stage = next(s for s in cell.chain.evaluations if store.record(s)["benchmark"] == benchmark)
+    return [json.loads(line) for line in (store.place(stage) / "items.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a grid whose machine has no GPU: every method, from the same command."""
+    output = tmp_path_factory.mktemp("cpu")
+    command = [sys.executable, str(data.ROOT / "run.py"), "-m", "method=sft,dpo,orpo", f"output={output}", *SMALL]
+    subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True)
+    return output
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_in_float32_a_gpu_trains_and_answers_as_a_cpu(make, on_cpu: Path, method: str, layout: str) -> None:
+    cell = make("gpu", f"method={method}", *LAYOUTS[layout])
+    records = do(cell)
+    there = make(str(on_cpu), f"method={method}")
+    assert there.chain.adapt.key == cell.chain.adapt.key
+    assert apart(adapter(cell), adapter(there)) < 0.02
+    metrics = [Store(pipeline.output(c.config)).record(c.chain.adapt)["metrics"] for c in (cell, there)]
+    assert metrics[0]["first_loss"] == pytest.approx(metrics[1]["first_loss"], rel=1e-4)
+    assert records["adapt"]["provenance"]["hardware"]["gpu"] == torch.cuda.get_device_name()
+    assert 0 < records["adapt"]["peak_memory_mb"] < torch.cuda.get_device_properties(0).total_memory / 2**20
+    for here, expected in zip(items(cell, "lab_facts"), items(there, "lab_facts"), strict=True):
+        assert here["loglikelihoods"] == pytest.approx(expected["loglikelihoods"], abs=0.05)
+    pairs = zip(items(cell, "lab_math"), items(there, "lab_math"), strict=True)
+    assert sum(here["answer"] != expected["answer"] for here, expected in pairs) <= 2, "a tie may fall otherwise"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_in_bfloat16_it_learns_nearly_the_same(make, method: str, layout: str) -> None:
+    exact, rounded = make("float32", f"method={method}"), make(
+        "bfloat16", f"method={method}", "model.dtype=bfloat16", *LAYOUTS[layout]
+    )  # fmt: skip
+    wanted, found = do(exact)["adapt"]["metrics"], do(rounded)["adapt"]["metrics"]
+    assert found["first_loss"] == pytest.approx(wanted["first_loss"], rel=0.02)
+    assert found["last_loss"] == pytest.approx(wanted["last_loss"], rel=0.1, abs=0.02)
+    assert apart(adapter(rounded), adapter(exact)) < 0.6
+    assert all(weight.dtype == torch.float32 for weight in adapter(rounded).values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("init", INITS, ids=lambda file: file.stem)
+def test_every_initialization_runs(make, init: Path, dtype: str) -> None:
+    if init.stem == "loftq" and not find_spec("bitsandbytes"):
+        pytest.skip("needs bitsandbytes")
+    rows = ["init.data=general", "init.samples=64"] if "samples" in init.read_text() else []
+    records = do(make("out", "method=dpo", f"init={init.stem}", f"model.dtype={dtype}", *rows))
+    assert records["adapt"]["metrics"]["first_loss"] == pytest.approx(
+        math.log(2), abs=0.02 if dtype == "bfloat16" else 1e-4
+    )
+    assert all(math.isfinite(entry["loss"]) for entry in records["adapt"]["metrics"]["log"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_cell_twice_gives_the_same_adapter(make, method: str) -> None:
+    one, other = make("one", f"method={method}"), make("other", f"method={method}")
+    do(one), do(other)
+    assert apart(adapter(other), adapter(one)) == 0
+
+
+def test_an_interrupted_training_goes_on(make) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if (done, total) == (7, 12):
+            raise KeyboardInterrupt
+
+    settings = ["method=dpo", "n=48", "m=0", "method.epochs=2", "recipe.checkpoint_minutes=0"]
+    calm, broken = make("calm", *settings), make("broken", *settings)
+    do(calm)
+    with pytest.raises(KeyboardInterrupt):
+        do(broken, interrupt)
+    assert do(broken)["adapt"]["metrics"]["resumed"]["step"] == 6
+    assert apart(adapter(broken), adapter(calm)) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama wide enough that a micro-batch takes memory, with the lab's tokenizer."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = AutoTokenizer.from_pretrained(data.ROOT / "d2lora/lab/base")
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8,
+        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_that_ends_halves_the_micro_batch(make, wide: Path, method: str, capsys) -> None:
+    settings = [f"model.path={wide}", f"method={method}", "n=128", "m=0", "recipe.batch=64", "recipe.micro_batch=64"]
+    calm, tight = make("calm", *settings), make("tight", *settings)
+    wanted = do(_adaptation(calm))["adapt"]
+    base_mb = model.memory_mb()
+    torch.cuda.empty_cache()
+    room = (base_mb + 0.6 * (wanted["peak_memory_mb"] - base_mb)) * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        found = do(_adaptation(tight))["adapt"]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "again with recipe.micro_batch=32" in capsys.readouterr().err
+    assert found["metrics"]["micro_batch"] in (16, 32)
+    assert found["metrics"]["steps"] == wanted["metrics"]["steps"] == 2
+    assert apart(adapter(tight), adapter(calm)) < 0.02
+
+
+def _adaptation(cell: Cell) -> Cell:
+    """The cell's adaptation alone."""
+    chain = cell.chain
+    return Cell(cell.config.model_copy(update={"job": [chain.adapt.key]}), chain)
