@@ -25,7 +25,7 @@ from peft import (
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import transpose
@@ -88,6 +88,9 @@ def _plain(wrapped: PeftModel) -> PeftModel:
     """The adapter with a config that starts nothing: TRL adds a copy for DPO's reference, and PEFT would start that anew."""
     config = wrapped.peft_config[ADAPTER]
     config.init_lora_weights, config.eva_config = True, None
+    for layer in layers(wrapped).values():
+        if isinstance(layer, Linear):
+            layer.lora_variant.setdefault(ADAPTER, Plain())
     return wrapped
 
 
@@ -98,7 +101,7 @@ def save(wrapped: PeftModel, record: Path) -> None:
     if isinstance(config.target_modules, set):  # a set's order, and with it the file, would be another in each process
         config.target_modules = sorted(config.target_modules)
     variants = {name: layer.lora_variant.get(ADAPTER) for name, layer in layers(wrapped).items()}
-    folded = any(variants.values())
+    folded = any(isinstance(variant, Residual | MultiLora) for variant in variants.values())
     _save_peft(wrapped, record / ("state" if folded else "adapter"))
     start = {f"{n}.{part}": getattr(v, part) for n, v in variants.items() if isinstance(v, Residual) for part in "AB"}
     if start:
@@ -132,6 +135,25 @@ def _save_folded(wrapped: PeftModel, folder: Path) -> None:
 # --- layers --------------------------------------------------------------------------------------------------------
 
 
+def _scaled(added: torch.Tensor, layer: LoraLayer, adapter: str) -> torch.Tensor:
+    """s times what an adapter adds. A product with 1 (alpha = r, the default) would be two passes over as much as the output."""
+    scale = layer.scaling[adapter]
+    return added if scale == 1 else added * scale
+
+
+class Plain(LoraVariant):
+    """LoRA as PEFT has it, W x + s B A x, scaled as above."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs) -> None:
+        """Nothing beyond PEFT's own: asked for where an initialization changes the rank."""
+
+    @staticmethod
+    def forward(module, active_adapter, x, result, **kwargs):
+        A, B, dropout = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.lora_dropout))
+        return result + _scaled(B(A(dropout(x))), module, active_adapter)
+
+
 class Residual(LoraVariant):
     """LoRA on the residual weights W - s B0 A0, with W left as it is.
 
@@ -150,7 +172,7 @@ class Residual(LoraVariant):
 
     def forward(self, module, active_adapter, x, result, **kwargs):
         down, up = self.folded(module, active_adapter)
-        return result + linear(linear(x, down), up) * module.scaling[active_adapter]
+        return result + _scaled(linear(linear(x, down), up), module, active_adapter)
 
 
 class MultiLora(LoraVariant):
@@ -182,7 +204,7 @@ class MultiLora(LoraVariant):
     def forward(module, active_adapter, x, result, **kwargs):
         down, up = MultiLora.folded(module, active_adapter)
         x = module.lora_dropout[active_adapter](x)
-        return result + linear(linear(x, down), up) * module.scaling[active_adapter]
+        return result + _scaled(linear(linear(x, down), up), module, active_adapter)
 
 
 def _add_multilora(wrapped: PeftModel, spec: dict) -> bool:

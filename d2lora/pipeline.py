@@ -66,13 +66,14 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
 
 def _base(config: Config):
     """The base, loaded once a process, with the process's threads as the recipe has them."""
-    import torch  # late: torch and its friends take many seconds to import, and a check of the data needs none of them
+    with data.uncollected():
+        import torch  # late: torch and its friends take many seconds to import, and a check of the data needs none of them
 
-    from d2lora import model
+        from d2lora import model
 
-    if config.recipe.threads:
-        torch.set_num_threads(config.recipe.threads)
-    found = model.base(config.model, output(config) / "models")
+        if config.recipe.threads:
+            torch.set_num_threads(config.recipe.threads)
+        found = model.base(config.model, output(config) / "models")
     if commit := getattr(found.model.config, "_commit_hash", None):
         _same_commit(config, commit)
     return found

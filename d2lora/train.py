@@ -118,7 +118,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.rows = drawn.rows
-    with _attention(base, recipe.attention):
+    with _attention(base, recipe.attention), _walked_once(wrapped):
         trainer.train(resume_from_checkpoint=str(place) if place else None)
     if not all(weight.isfinite().all() for weight in wrapped.parameters() if weight.requires_grad):
         raise FloatingPointError("the last step left weights that are no number: lower the learning rate")
@@ -165,6 +165,22 @@ def _attention(base: Base, kind: str) -> Iterator[None]:
         yield
     finally:
         base.model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _walked_once(wrapped: PeftModel) -> Iterator[None]:
+    """The model in training mode, its parameters listed once.
+
+    Trainer walks through all modules several times a step (train, clip_grad_norm_, zero_grad): a twentieth of a small model's step.
+    """
+    wrapped.train()
+    listed, train_mode = list(wrapped.parameters()), wrapped.train
+    wrapped.train = lambda mode=True: wrapped if wrapped.training is mode else train_mode(mode)
+    wrapped.parameters = lambda recurse=True: iter(listed)
+    try:
+        yield
+    finally:
+        del wrapped.train, wrapped.parameters
 
 
 def _collator(base: Base, method: dict, recipe: Recipe):

@@ -98,6 +98,23 @@ def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: 
     assert sorted(seen["dpo"]) == sorted(seen["orpo"]) == sorted(packed if packing == "prefix_shared" else padded)
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+def test_dropout_is_at_work_in_training_and_not_in_the_reference(
+    make, method: str, tmp_path: Path, monkeypatch
+) -> None:
+    modes: list[tuple[bool, bool]] = []
+    plain = torch.nn.Dropout.forward
+
+    def note(self, x):
+        modes.append((torch.is_grad_enabled(), self.training))
+        return plain(self, x)
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", note)
+    cell = make(f"method={method}", "n=16", "method.epochs=1", "recipe.lora.dropout=0.1")
+    finish(Cell(cell.config.model_copy(update={"job": [cell.chain.adapt.key]}), cell.chain))
+    assert set(modes) == {(True, True)} | ({(False, False)} if method == "dpo" else set())
+
+
 @pytest.mark.parametrize("m", [0, 16])
 def test_dpo_s_first_loss_is_ln_2_from_the_warm_start(make, m: int) -> None:
     _, records = finish(make("method=dpo", "n=16", f"m={m}", "method.epochs=1"))
