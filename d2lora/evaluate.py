@@ -152,6 +152,9 @@ class _Watched(HFLM):
     def __init__(self, progress: Callable[[int, int], None], **kwargs) -> None:
         self.progress, self.requests, self.through = progress, 0, 0
         super().__init__(**kwargs)
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = {self.tok_decode(end, skip_special_tokens=False) for end in ends if end is not None}
 
     def generate_until(self, requests, disable_tqdm=True):
         self.requests += len(requests)
@@ -181,8 +184,10 @@ class _Watched(HFLM):
     def _model_call(self, inps, *args, **kwargs):
         return self._count(len(inps), super()._model_call(inps, *args, **kwargs))
 
-    def _model_generate(self, context, *args, **kwargs):
-        return self._count(len(context), super()._model_generate(context, *args, **kwargs))
+    def _model_generate(self, context, max_length, stop, **kwargs):
+        # The model ends at its end tokens by itself: the harness would look for their text, and decode each sequence after each token.
+        stop = [text for text in stop if text not in self.ends]
+        return self._count(len(context), super()._model_generate(context, max_length, stop, **kwargs))
 
     def _count(self, requests: int, result):
         self.through += requests

@@ -119,7 +119,7 @@ SOURCES = {
     "packing": "af89367a6c1c",
     "trainers": "1214fc1460e5",
     "train": "3ef29a77783c",
-    "evaluate": "9f079909bf3c",
+    "evaluate": "312832e93190",
     "answers": "ebcc49f30cec",
     "pipeline": "64226ff6401b",
 }
