@@ -85,7 +85,8 @@ def taken_up(model: nn.Module, spec: dict, record: Path) -> PeftModel:
 
 
 def _plain(wrapped: PeftModel) -> PeftModel:
-    """The adapter with a config that starts nothing: TRL adds a copy for DPO's reference, and PEFT would start that anew."""
+    """The adapter with layers of ours, and a config that starts nothing: TRL adds a copy for DPO's reference, and PEFT would start
+    that anew."""
     config = wrapped.peft_config[ADAPTER]
     config.init_lora_weights, config.eva_config = True, None
     for layer in layers(wrapped).values():

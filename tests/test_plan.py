@@ -114,7 +114,7 @@ def test_large_amounts_are_written_as_the_paper_does() -> None:
 SOURCES = {
     "contamination": "ebed46cc3113",
     "data": "d9fa815795e7",
-    "inits": "2c313f79f376",
+    "inits": "3026b1d3c7cc",
     "model": "699d33c0cc8a",
     "packing": "af89367a6c1c",
     "trainers": "1214fc1460e5",
