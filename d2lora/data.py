@@ -1,9 +1,7 @@
 """Data sets -> rows -> token ids. The one place that reads, renders and tokenizes; it imports neither torch nor transformers."""
 
-import contextlib
 import csv
 import functools
-import gc
 import gzip
 import hashlib
 import importlib.util
@@ -165,20 +163,7 @@ def _where(found: list[Row], data: Data, column: str, values: list[str]) -> list
     return [row for row in found if str(row[column]) in values]
 
 
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection inside: what is made there is kept, and each collection would pass over all of it, in vain."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
-
-
 @functools.cache
-@uncollected()
 def _read(file: Path, _content: str) -> list[Row]:
     """The rows of a local file, read once a process."""
     name = file.name.removesuffix(".xz").removesuffix(".gz")

@@ -185,7 +185,7 @@ class _Watched(HFLM):
         return self._count(len(inps), super()._model_call(inps, *args, **kwargs))
 
     def _model_generate(self, context, max_length, stop, **kwargs):
-        # The model ends at its end tokens by itself: the harness would look for their text, and decode each sequence after each token.
+        # The model ends at these by itself. The harness would look for their text, and decode each sequence after each token for it.
         stop = [text for text in stop if text not in self.ends]
         return self._count(len(context), super()._model_generate(context, max_length, stop, **kwargs))
 

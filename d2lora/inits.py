@@ -67,7 +67,7 @@ def fresh(model: nn.Module, spec: dict) -> PeftModel:
     """A new adapter on the model, as PEFT starts it; A and B of prepared initializations come with `prepare`."""
     wrapped = get_peft_model(model, lora_config(spec))
     _add_multilora(wrapped, spec)
-    return _plain(wrapped)
+    return _for_training(wrapped)
 
 
 def taken_up(model: nn.Module, spec: dict, record: Path) -> PeftModel:
@@ -81,10 +81,10 @@ def taken_up(model: nn.Module, spec: dict, record: Path) -> PeftModel:
         for name, layer in layers(wrapped).items():
             device = layer.lora_A[ADAPTER].weight.device
             layer.lora_variant[ADAPTER] = Residual(*(start[f"{name}.{part}"].to(device) for part in "AB"))
-    return _plain(wrapped)
+    return _for_training(wrapped)
 
 
-def _plain(wrapped: PeftModel) -> PeftModel:
+def _for_training(wrapped: PeftModel) -> PeftModel:
     """The adapter with layers of ours, and a config that starts nothing: TRL adds a copy for DPO's reference, and PEFT would start
     that anew."""
     config = wrapped.peft_config[ADAPTER]
@@ -428,7 +428,7 @@ def _eva(wrapped: PeftModel, spec: dict, rows: list[dict], progress: Progress) -
     for name, layer in layers(wrapped).items():  # float32 also where PEFT has changed the rank on a bfloat16 base
         A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         A.data, B.data = found[name].float().contiguous(), torch.zeros_like(B.data, dtype=torch.float32)
-    _plain(wrapped)
+    _for_training(wrapped)
 
 
 def _answer_tokens(rows: list[dict]) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import platform
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -66,7 +67,7 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
 
 def _base(config: Config):
     """The base, loaded once a process, with the process's threads as the recipe has them."""
-    with data.uncollected():
+    with _uncollected():
         import torch  # late: torch and its friends take many seconds to import, and a check of the data needs none of them
 
         from d2lora import model
@@ -77,6 +78,18 @@ def _base(config: Config):
     if commit := getattr(found.model.config, "_commit_hash", None):
         _same_commit(config, commit)
     return found
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: what imports make is kept, and each collection would pass over all of it, in vain."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _same_commit(config: Config, commit: str) -> None:

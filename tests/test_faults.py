@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from doing import adapter, do
 
 from d2lora import data, packing, pipeline
 from d2lora.plan import Cell
@@ -30,18 +30,6 @@ def make(cell, tiny: Path, tmp_path: Path):
         return Cell(whole.config.model_copy(update={"job": keys}), whole.chain)
 
     return adaptation
-
-
-def do(cell: Cell, progress=lambda done, total: None) -> Store:
-    store = Store(pipeline.output(cell.config))
-    lost = pipeline.do(cell.config, cell, store, lambda stage: progress)
-    assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
-    return store
-
-
-def adapter(cell: Cell) -> dict[str, torch.Tensor]:
-    place = Store(pipeline.output(cell.config)).place(cell.chain.adapt)
-    return load_file(place / "adapter" / "adapter_model.safetensors")
 
 
 def assert_equal(one: Cell, other: Cell) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from doing import adapter, alone, do
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from d2lora import data, model, pipeline
@@ -44,19 +44,6 @@ def make(cell, tmp_path: Path):
     return one
 
 
-def do(cell: Cell, progress=lambda done, total: None) -> dict[str, dict]:
-    """The cell done, and its records by stage."""
-    store = Store(pipeline.output(cell.config))
-    lost = pipeline.do(cell.config, cell, store, lambda stage: progress)
-    assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
-    return {s.name: store.record(s) for s in cell.chain.stages if store.done(s)}
-
-
-def adapter(cell: Cell) -> dict[str, torch.Tensor]:
-    place = Store(pipeline.output(cell.config)).place(cell.chain.adapter)
-    return load_file(place / "adapter" / "adapter_model.safetensors")
-
-
 def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Relative distance of two adapters' B, which starts at zero: of what was learned."""
     names = [name for name in expected if "lora_B" in name]
@@ -84,14 +71,14 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", METHODS)
 def test_in_float32_a_gpu_trains_and_answers_as_a_cpu(make, on_cpu: Path, method: str, layout: str) -> None:
     cell = make("gpu", f"method={method}", *LAYOUTS[layout])
-    records = do(cell)
+    record = do(cell).record(cell.chain.adapt)
     there = make(str(on_cpu), f"method={method}")
     assert there.chain.adapt.key == cell.chain.adapt.key
     assert apart(adapter(cell), adapter(there)) < 0.02
-    metrics = [Store(pipeline.output(c.config)).record(c.chain.adapt)["metrics"] for c in (cell, there)]
-    assert metrics[0]["first_loss"] == pytest.approx(metrics[1]["first_loss"], rel=1e-4)
-    assert records["adapt"]["provenance"]["hardware"]["gpu"] == torch.cuda.get_device_name()
-    assert 0 < records["adapt"]["peak_memory_mb"] < torch.cuda.get_device_properties(0).total_memory / 2**20
+    expected = Store(pipeline.output(there.config)).record(there.chain.adapt)["metrics"]["first_loss"]
+    assert record["metrics"]["first_loss"] == pytest.approx(expected, rel=1e-4)
+    assert record["provenance"]["hardware"]["gpu"] == torch.cuda.get_device_name()
+    assert 0 < record["peak_memory_mb"] < torch.cuda.get_device_properties(0).total_memory / 2**20
     for here, expected in zip(items(cell, "lab_facts"), items(there, "lab_facts"), strict=True):
         assert here["loglikelihoods"] == pytest.approx(expected["loglikelihoods"], abs=0.05)
     pairs = zip(items(cell, "lab_math"), items(there, "lab_math"), strict=True)
@@ -104,7 +91,7 @@ def test_in_bfloat16_it_learns_nearly_the_same(make, method: str, layout: str) -
     exact, rounded = make("float32", f"method={method}"), make(
         "bfloat16", f"method={method}", "model.dtype=bfloat16", *LAYOUTS[layout]
     )  # fmt: skip
-    wanted, found = do(exact)["adapt"]["metrics"], do(rounded)["adapt"]["metrics"]
+    wanted, found = (do(c).record(c.chain.adapt)["metrics"] for c in (exact, rounded))
     assert found["first_loss"] == pytest.approx(wanted["first_loss"], rel=0.02)
     assert found["last_loss"] == pytest.approx(wanted["last_loss"], rel=0.1, abs=0.02)
     assert apart(adapter(rounded), adapter(exact)) < 0.6
@@ -117,18 +104,17 @@ def test_every_initialization_runs(make, init: Path, dtype: str) -> None:
     if init.stem == "loftq" and not find_spec("bitsandbytes"):
         pytest.skip("needs bitsandbytes")
     rows = ["init.data=general", "init.samples=64"] if "samples" in init.read_text() else []
-    records = do(make("out", "method=dpo", f"init={init.stem}", f"model.dtype={dtype}", *rows))
-    assert records["adapt"]["metrics"]["first_loss"] == pytest.approx(
-        math.log(2), abs=0.02 if dtype == "bfloat16" else 1e-4
-    )
-    assert all(math.isfinite(entry["loss"]) for entry in records["adapt"]["metrics"]["log"])
+    cell = make("out", "method=dpo", f"init={init.stem}", f"model.dtype={dtype}", *rows)
+    metrics = do(cell).record(cell.chain.adapt)["metrics"]
+    assert metrics["first_loss"] == pytest.approx(math.log(2), abs=0.02 if dtype == "bfloat16" else 1e-4)
+    assert all(math.isfinite(entry["loss"]) for entry in metrics["log"])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_cell_twice_gives_the_same_adapter(make, method: str) -> None:
     one, other = make("one", f"method={method}"), make("other", f"method={method}")
     do(one), do(other)
-    assert apart(adapter(other), adapter(one)) == 0
+    assert all(torch.equal(weight, adapter(other)[name]) for name, weight in adapter(one).items())
 
 
 def test_an_interrupted_training_goes_on(make) -> None:
@@ -141,7 +127,7 @@ def test_an_interrupted_training_goes_on(make) -> None:
     do(calm)
     with pytest.raises(KeyboardInterrupt):
         do(broken, interrupt)
-    assert do(broken)["adapt"]["metrics"]["resumed"]["step"] == 6
+    assert do(broken).record(broken.chain.adapt)["metrics"]["resumed"]["step"] == 6
     assert apart(adapter(broken), adapter(calm)) < 1e-5
 
 
@@ -165,22 +151,16 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_that_ends_halves_the_micro_batch(make, wide: Path, method: str, capsys) -> None:
     settings = [f"model.path={wide}", f"method={method}", "n=128", "m=0", "recipe.batch=64", "recipe.micro_batch=64"]
     calm, tight = make("calm", *settings), make("tight", *settings)
-    wanted = do(_adaptation(calm))["adapt"]
+    wanted = do(alone(calm)).record(calm.chain.adapt)
     base_mb = model.memory_mb()
     torch.cuda.empty_cache()
     room = (base_mb + 0.6 * (wanted["peak_memory_mb"] - base_mb)) * 2**20
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
     try:
-        found = do(_adaptation(tight))["adapt"]
+        found = do(alone(tight)).record(tight.chain.adapt)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "again with recipe.micro_batch=32" in capsys.readouterr().err
     assert found["metrics"]["micro_batch"] in (16, 32)
     assert found["metrics"]["steps"] == wanted["metrics"]["steps"] == 2
     assert apart(adapter(tight), adapter(calm)) < 0.02
-
-
-def _adaptation(cell: Cell) -> Cell:
-    """The cell's adaptation alone."""
-    chain = cell.chain
-    return Cell(cell.config.model_copy(update={"job": [chain.adapt.key]}), chain)

@@ -10,8 +10,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from doing import adapter, alone, do
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from d2lora import data, model, pipeline, report, train, trainers
@@ -37,15 +37,8 @@ def make(cell, tiny: Path, tmp_path: Path):
 
 
 def finish(cell: Cell) -> tuple[Store, dict[str, dict]]:
-    store = Store(pipeline.output(cell.config))
-    lost = pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
-    failed = [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
-    assert not lost, failed
+    store = do(cell)
     return store, {s.name: store.record(s) for s in cell.chain.stages}
-
-
-def weights(store: Store, cell: Cell) -> dict[str, torch.Tensor]:
-    return load_file(store.place(cell.chain.adapter) / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
@@ -63,8 +56,8 @@ def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, pack
             f"recipe.micro_batch={micro}",
             f"output={tmp_path / str(micro)}",
         )
-        store, _ = finish(Cell(cell.config.model_copy(update={"job": [cell.chain.adapt.key]}), cell.chain))
-        found.append(weights(store, cell))
+        do(alone(cell))
+        found.append(adapter(cell))
     for other in found[1:]:
         apart = sum(float((other[k] - w).square().sum()) for k, w in found[0].items()) ** 0.5
         size = sum(float(w.square().sum()) for w in found[0].values()) ** 0.5
@@ -87,7 +80,7 @@ def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: 
                 rows.extend([i for i in row if i != pad] for row in arguments[0].tolist())
 
         hook = base.model.get_input_embeddings().register_forward_pre_hook(note)
-        finish(Cell(cell.config.model_copy(update={"job": [cell.chain.adapt.key]}), cell.chain))
+        do(alone(cell))
         hook.remove()
     render = functools.partial(data.pair_example, base.tokenizer, cell.config.task)
     drawn = data.subset(data.rows(cell.config.task.data), render, 4, cell.config.recipe.max_length, "task/0").examples
@@ -111,7 +104,7 @@ def test_dropout_is_at_work_in_training_and_not_in_the_reference(
 
     monkeypatch.setattr(torch.nn.Dropout, "forward", note)
     cell = make(f"method={method}", "n=16", "method.epochs=1", "recipe.lora.dropout=0.1")
-    finish(Cell(cell.config.model_copy(update={"job": [cell.chain.adapt.key]}), cell.chain))
+    do(alone(cell))
     assert set(modes) == {(True, True)} | ({(False, False)} if method == "dpo" else set())
 
 
@@ -136,13 +129,13 @@ def test_dpo_s_reference_can_be_the_base(make) -> None:
 
 def test_an_adapter_is_the_same_as_the_first_or_the_last_of_a_process(make, tmp_path: Path) -> None:
     first = make("method=dpo", "n=16", "m=16", "method.epochs=1")
-    store, _ = finish(first)
+    do(first)
     for method in ("sft", "orpo"):
         finish(make(f"method={method}", "n=16", "init=gaussian"))
     again = make("method=dpo", "n=16", "m=16", "method.epochs=1", f"output={tmp_path / 'again'}")
-    other, _ = finish(again)
-    for name, weight in weights(store, first).items():
-        assert torch.equal(weight, weights(other, again)[name]), name
+    do(again)
+    for name, weight in adapter(first).items():
+        assert torch.equal(weight, adapter(again)[name]), name
 
 
 def test_anyone_can_load_the_adapter(make, tiny: Path) -> None:
@@ -178,8 +171,8 @@ def test_a_base_that_was_changed_is_noticed(tiny: Path, tmp_path: Path) -> None:
 
 def test_adapters_are_float32_on_a_bfloat16_base(make) -> None:
     cell = make("n=16", "model.dtype=bfloat16", "method.epochs=1")
-    store, _ = finish(cell)
-    assert {w.dtype for w in weights(store, cell).values()} == {torch.float32}
+    do(cell)
+    assert {w.dtype for w in adapter(cell).values()} == {torch.float32}
     model._loaded.clear()
 
 
@@ -305,9 +298,9 @@ def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path:
 def test_an_adapter_that_bfloat16_rounds_away_is_applied_and_the_table_says_what_it_is(make, capsys) -> None:
     """As after few steps at the paper's learning rates."""
     cell = make("n=8", "method.epochs=1", "recipe.lr.sft=1e-8", "model.dtype=bfloat16")
-    store, records = finish(cell)
+    _, records = finish(cell)
     assert "no GPU here: lab runs in bfloat16 on the CPU, slowly" in capsys.readouterr().err
-    assert any(w.any() for name, w in weights(store, cell).items() if "lora_B" in name)
+    assert any(w.any() for name, w in adapter(cell).items() if "lora_B" in name)
     assert records["evaluate"]["adapter_changes_logits"] is False
     write_manifest(pipeline.output(cell.config), [cell])
     text = report.finish(pipeline.output(cell.config), cell.config.sweep, draw=False)
