@@ -170,7 +170,7 @@ def test_a_data_set_that_changed_under_its_name_stops_with_an_explanation(make, 
     """The Hub's part is played by a function: everything behind it is real."""
     rows = [{"prompt": f"{i} + 1?", "initial_reason_steps": "", "chosen": f"{i + 1}", "rejected": "0", "full_chosen": f"{i + 1}",
              "full_rejected": "0"} for i in range(60)]  # fmt: skip
-    monkeypatch.setattr(data, "_hub_rows", lambda *_: rows)
+    monkeypatch.setattr(data.sources, "_hub_rows", lambda *_: rows)
     hub = ["task.data.path=someone/pairs", "+task.data.revision=main"]
     do(make("out", *hub))
     do(make("out", *hub, "seed=1"))
