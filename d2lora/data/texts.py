@@ -1,0 +1,55 @@
+"""Values of rows -> texts. A value that is no text is never formatted into one."""
+
+import math
+from string import Formatter
+from typing import Any
+
+from d2lora.data.sources import Row
+
+
+class LeftOut(Exception):
+    """A row that can be read and must not be trained on or asked, by the `reason` under which it is counted."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class NotText(ValueError):
+    """A value that is no text, where a text is wanted."""
+
+
+def text_of(value: Any) -> str:
+    """The text of a row's value: a string, a number as JSON writes it, or the joined text parts of a typed content.
+
+    NotText for what has no one spelling as a text: nulls, truth values, NaN, lists and mappings.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
+        return "".join(part["text"] for part in value)
+    raise NotText(f"{_shown(value)} is no text")
+
+
+def _is_text_part(part: Any) -> bool:
+    """Whether it is {"type": "text", "text": ...}, as chat APIs write a content's parts."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Texts(Formatter):
+    """str.format whose fields are texts (`text_of`)."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return format(text_of(value), format_spec)
+
+
+def fill(template: str, row: Row) -> str:
+    """The template with the row's columns in it. NotText where a value is no text."""
+    return _Texts().vformat(template, (), row)
