@@ -115,10 +115,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": LATENT | {"n_group": None, "topk_group": None},
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
-    "deepseek_v4": {
-        "sliding_window": 8,
-        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
-    },
+    "deepseek_v4": {"index_topk": 4, "num_nextn_predict_layers": 0},
     "dots3_note_text": LATENT
     | {"sliding_window": 8, "layer_types": ["indexed_attention", SLIDING] * 2, "head_dim": 16, **SWA},
     "dots1": {"max_window_layers": 2},
@@ -163,6 +160,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "megatron-bert": DECODER,
     "mellum": {"layer_types": MIXED},
     "minicpm3": LATENT,
+    "minimax": {"layer_types": STATES},
     "ministral": {"layer_types": MIXED},
     "qwen4_exp_text": INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
@@ -383,6 +381,13 @@ TEXT_MODELS += ("dots3_note_text", "cohere_compass_text", "qwen3_5_text", "qwen3
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5 default": ("qwen2", {}),
     "qwen2 sw8": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
+    "deepseek_v4 sw8": (
+        "deepseek_v4",
+        {
+            "sliding_window": WINDOW,
+            "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        },
+    ),
     "qwen2_moe sw8": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
     "gemma2 sw4096": ("gemma2", {"sliding_window": FAR}),
     "olmo3 sw4096": ("olmo3", {"sliding_window": FAR}),

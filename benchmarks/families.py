@@ -1,6 +1,6 @@
 """Which layout is exact for which of transformers' text families: each in a tiny random configuration.
 
-    python benchmarks/families.py [--only NAME...] [--csv FILE]
+    python benchmarks/families.py [--only NAME...] [--csv FILE] [--markdown docs/models.md]
 
 For each configuration, against plain passes of single unpadded texts: the largest difference of the log-probabilities of answers'
 tokens in three pairs packed with one boolean mask, and in the same texts padded, both through TRL's fused head as in training;
@@ -9,10 +9,11 @@ and how many of four greedy answers in a left-padded batch are those of each alo
 
 import argparse
 import csv
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,17 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 SCALE = 4  # a model without opinions hides what it is given: fresh weights are that much larger
 NEW_TOKENS = 8
 Pair = dict[str, list[int]]
-
-
-@dataclass
-class Row:
-    """What is measured of one configuration: a line of the table."""
-
-    family: str
-    attention: str = ""
-    packed_max_difference: str = ""
-    padded_max_difference: str = ""
-    greedy_in_a_batch_of_4_same_as_alone: str = ""
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
@@ -119,48 +109,76 @@ def greedy_same(model: PreTrainedModel, examples: list[Pair]) -> str:
     return f"{sum(greedy(model, [p])[0] == a for p, a in zip(prompts, together, strict=True))}/{len(prompts)}"
 
 
-def said(work: Callable[[], str]) -> str:
-    """What `work` gives, or the error it ends with, in few words: a family that fails is a line of the table too."""
-    try:
-        return work()
-    except Exception as error:
-        return f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+def apart(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """The largest difference, or which of the two holds something that is no number."""
+    return f"{(found - expected).abs().max():.1e}" if found.isfinite().all() else "not finite"
 
 
-def measure(family: str, make: Callable[[], PretrainedConfig]) -> Row:
-    """A configuration's line of the table."""
-    examples, row = pairs(), Row(family)
-    try:
-        model = build(make())
-        row.attention = model.config._attn_implementation
-        with torch.no_grad():
-            right = plain(model, examples)
-            add_fused_lm_head(model)
-            assert right.isfinite().all(), "the model's own log-probabilities are not finite"
-            row.packed_max_difference = said(lambda: f"{(packed(model, examples) - right).abs().max():.1e}")
-            row.padded_max_difference = said(lambda: f"{(padded(model, examples) - right).abs().max():.1e}")
-            row.greedy_in_a_batch_of_4_same_as_alone = said(lambda: greedy_same(model, examples))
-    except Exception as error:
-        row.packed_max_difference = f"cannot be built: {type(error).__name__}: {error}"
+# Column -> what it holds of a model with TRL's fused head, given the pairs and the right log-probabilities of their answers.
+MEASURES: dict[str, Callable[[PreTrainedModel, list[Pair], torch.Tensor], str]] = {
+    "attention": lambda model, examples, right: model.config._attn_implementation,
+    "packed_max_difference": lambda model, examples, right: apart(packed(model, examples), right),
+    "padded_max_difference": lambda model, examples, right: apart(padded(model, examples), right),
+    "greedy_in_a_batch_of_4_same_as_alone": lambda model, examples, right: greedy_same(model, examples),
+}
+
+
+@torch.no_grad()
+def measure(family: str, make: Callable[[], PretrainedConfig]) -> dict[str, str]:
+    """A configuration's line of the table. A measure that fails is its error: that is what a user would meet."""
+    examples, row = pairs(), {"family": family}
+    model = build(make())
+    right = plain(model, examples)
+    if not right.isfinite().all():
+        raise ValueError(f"{family}: the log-probabilities of its own plain passes are not finite")
+    add_fused_lm_head(model)
+    for column, of in MEASURES.items():
+        try:
+            row[column] = of(model, examples, right)
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            row[column] = f"raises {type(error).__name__}: {reason}"[:120]
     return row
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table as a page."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "trl"))
+    lines = [f"{len(rows)} tiny random models of transformers' text families, called directly ({versions})."]
+    lines += ["Made by `python benchmarks/families.py --markdown docs/models.md`, not by hand.", ""]
+    lines += [_line(name.replace("_", " ") for name in rows[0]), _line("---" for _ in rows[0])]
+    lines += [_line(row.values()) for row in rows]
+    return "\n".join(["# Models", "", *lines, ""])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
     parser.add_argument("--csv", type=Path, help="write the table here, too")
+    parser.add_argument("--markdown", type=Path, help="write it as a page here, too")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     everything = configurations()
+    if unknown := [name for name in args.only or () if name not in everything]:
+        parser.error(f"no configuration is named {', '.join(unknown)}; there are: {', '.join(everything)}")
     rows = []
     for name in args.only or everything:
         clock = time.monotonic()
         rows.append(measure(name, everything[name]))
         print(f"{len(rows):>3} {time.monotonic() - clock:4.1f} s  {name}", file=sys.stderr, flush=True)
-    for file in (sys.stdout, *([args.csv.open("w", newline="")] if args.csv else [])):
-        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    print(table.getvalue(), end="")
+    if args.csv:
+        args.csv.write_text(table.getvalue())
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
 
 
 if __name__ == "__main__":
