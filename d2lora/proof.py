@@ -27,6 +27,7 @@ from d2lora.store import write_json
 EXACT = 1e-3  # nats a token, in float32
 _NOISE = 3.0  # times the noise that was measured, in bfloat16 ...
 _LEAST = 0.02  # ... and at least so much: a batch may happen to show none
+_FUTURE = 0.5  # in bfloat16, where passes of two lengths differ by rounding
 _SHOWN = 5  # examples at most: the longest, and the shortest beside them
 _PACKAGES = ("torch", "transformers", "peft", "trl")
 Tokens = dict[tuple[int, int, int], float]  # (example, answer, column) -> log-probability
@@ -128,6 +129,12 @@ def choose(
     count = min(_SHOWN, at_once, len(some))
     some = some[: max(1, count - 1)] + (some[-1:] if count > 1 else [])
     check = _Check(model, base, some, prompt_loss, autocast)
+    causal = remembered.get("causal", 1, check.length) or check.causal()
+    remembered.put("causal", 1, causal)
+    if not causal.exact:
+        raise UserError(
+            f"model={name}: no causal language model: a token's log-probability is off by {causal.difference:.2g} when more text follows"
+        )
     missed: list[Proof] = []
     for layout in layouts:
         named = f"{layout.name}, {layout.attention}" + (", prompts too" if prompt_loss else "")
@@ -194,6 +201,20 @@ class _Check:
             line = next(iter(str(error).strip().splitlines()), "")
             return Proof(layout.name, self.length, None, tolerance, False, f"{type(error).__name__}: {line[:120]}")
         return Proof(layout.name, self.length, off, tolerance, off <= tolerance, why)
+
+    @torch.no_grad()
+    def causal(self) -> Proof:
+        """Whether what follows a text leaves its tokens' logits as they are, in a plain pass."""
+        example = max(self.examples, key=longest)
+        ids = example["input_ids"] if "input_ids" in example else example["prompt_ids"] + example["chosen_ids"]
+        device, half = next(self.model.parameters()).device, -(-len(ids) // 2)
+        with self.autocast():
+            whole, part = (
+                self.model(input_ids=torch.tensor([text], device=device)).logits[0] for text in (ids, ids[:half])
+            )
+        tolerance = EXACT if self.base.dtype == torch.float32 else _FUTURE
+        seen = off(part, whole[:half])
+        return Proof("causal", self.length, seen, tolerance, seen <= tolerance)
 
     @property
     def expected(self) -> Tokens:
