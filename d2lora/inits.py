@@ -77,7 +77,8 @@ def fresh(model: PreTrainedModel, spec: dict) -> PeftModel:
         _tell(model, left_out)
     try:
         wrapped = get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        _check_layers(model, spec)
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"recipe.lora.target_modules={spec['lora']['target_modules']}: {line}") from error
     _check_layers(wrapped, spec)
@@ -200,15 +201,15 @@ def _parameters_of(layer: nn.Module) -> set[str]:
 _ANY_LAYER = ("lora", "gaussian")  # these start what PEFT adapts as parameters (experts) as they start a linear layer
 
 
-def _check_layers(wrapped: PeftModel, spec: dict) -> None:
+def _check_layers(wrapped: nn.Module, spec: dict) -> None:
     """UserError for an initialization that cannot start some layer: experts that are one parameter have no weight of their own."""
     name = spec["init"]["name"]
     others = [place for place, layer in layers(wrapped).items() if not isinstance(layer, Linear)]
     if name not in _ANY_LAYER and others:
-        place = others[0].removeprefix("base_model.model.")
+        kinds = sorted({_NUMBER.sub(".*", place.removeprefix("base_model.model.")) for place in others})
         raise UserError(
-            f"init={name}: it starts linear layers, and all-linear takes {len(others)} others here ({place}: {type(layers(wrapped)[others[0]]).__name__}): "
-            f"name linear layers in recipe.lora.target_modules, for example [q_proj,v_proj], or use init=lora"
+            f"init={name}: starts linear layers only, and all-linear takes parameters of {', '.join(kinds)} too: name linear layers in "
+            "recipe.lora.target_modules, for example [q_proj,v_proj], or use init=lora"
         )
 
 
