@@ -262,10 +262,14 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
     chat = benchmark.chat and template if benchmark else False
     init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
     with model.trained(base, parent, init) as (tested, changes):
-        attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)
-        metrics, items = _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch)
+        attempt = lambda size: (*evaluate.evaluate(base, tested, task, chat, size, progress), size)  # noqa: E731
+        metrics, items, batch = _in_memory(
+            attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch
+        )
     _write_items(folder, items)
-    return {"benchmark": name, "metrics": metrics} | ({"adapter_changes_logits": changes} if parent else {})
+    counted = evaluate.counts(items)
+    result = {"benchmark": name, "metrics": metrics, "eval_batch": batch} | ({"counts": counted} if counted else {})
+    return result | ({"adapter_changes_logits": changes} if parent else {})
 
 
 _WORK = {
