@@ -252,7 +252,7 @@ def _reference(config: Config, stage: Stage) -> Path:
 
 
 def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
-    from d2lora import evaluate, model
+    from d2lora import evaluate, model, proof
 
     name = plan.benchmarks(config)[chain.evaluations.index(stage)]
     benchmark = config.task.benchmark.get(name)
@@ -262,7 +262,8 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
     chat = benchmark.chat and template if benchmark else False
     init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
     with model.trained(base, parent, init) as (tested, changes):
-        attempt = lambda size: (*evaluate.evaluate(base, tested, task, chat, size, progress), size)  # noqa: E731
+        proofs = proof.Memory(output(config) / "proofs", data.model_identity(config.model))
+        attempt = lambda size: evaluate.evaluate(base, tested, task, chat, size, progress, proofs)  # noqa: E731
         metrics, items, batch = _in_memory(
             attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch
         )
