@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from d2lora.config import Task
-from d2lora.data.sources import Row, shuffled
+from d2lora.config import Task, Warmup
+from d2lora.data.files import Row
+from d2lora.data.pairs import EMPTY, EQUAL, pair_texts
+from d2lora.data.sources import number_of, shuffled
+from d2lora.data.texts import LeftOut, NotText
 from d2lora.errors import UserError
 
 # DPO's reference is computed in blocks of so many pairs of the seeded order, the same for every n: a pair's value doesn't
@@ -19,22 +22,26 @@ REFERENCE_BLOCK = 10
 class Subset:
     """Tokenized examples and what became of the rows: `rows` are the indices used, `misfits` those too long.
 
-    `ahead` are the next examples of the order, up to a full reference block.
+    `ahead` are the next examples of the order, up to a full reference block; `left_out` are the rows by why they must not
+    be used.
     """
 
     examples: list[dict]
     rows: list[int]
     misfits: list[int]
     ahead: list[dict] = field(default_factory=list)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
 
     def counts(self) -> dict:
         """What the record says of the subset."""
         joined = ",".join(map(str, self.rows))
-        return {
+        counted = {
             "samples": len(self.rows),
             "misfits": len(self.misfits),
             "rows_sha256": hashlib.sha256(joined.encode()).hexdigest(),
         }
+        left_out = {reason: len(rows) for reason, rows in sorted(self.left_out.items())}
+        return counted | ({"left_out": left_out} if left_out else {})
 
 
 def subset(
@@ -45,7 +52,8 @@ def subset(
     seed: str,
     at_most: bool = False,
 ) -> Subset:
-    """The first `amount` rows, in a seeded order, whose example fits `max_length` tokens; fewer will do if it is `at_most`.
+    """The first `amount` rows, in a seeded order, that are not left out and whose example fits `max_length` tokens; fewer will
+    do if it is `at_most`. UserError naming a row that can't be read.
 
     Subsets are nested: those of amount = 1000 are the first of amount = 2000, so a curve over n adds rows and swaps none.
     """
@@ -54,20 +62,48 @@ def subset(
     examples: list[dict] = []
     used: list[int] = []
     misfits: list[int] = []
+    left_out: dict[str, list[int]] = {}
     for index in shuffled(len(found), seed):
         if len(examples) == block_end:
             break
-        example = make(found[index])
-        if longest(example) <= max_length:
+        example, fate = made(make, found[index], max_length)
+        if fate.startswith(BAD):
+            if len(used) >= wanted:
+                break  # only looked at to fill a block
+            raise UserError(f"row {number_of(found[index], index)}: {fate.removeprefix(BAD)}")
+        if fate == FITS and example:
             examples.append(example)
             used.append(index)
         elif len(used) < wanted:
-            misfits.append(index)
+            (misfits if fate == LONG else left_out.setdefault(fate, [])).append(index)
     if not used or (amount != "all" and not at_most and len(used) < wanted):
-        raise UserError(
-            f"only {len(used):,} of {len(found):,} rows fit recipe.max_length={max_length}, and {amount} are asked for"
-        )
-    return Subset(examples[:wanted], used[:wanted], misfits, examples[wanted:])
+        raise UserError(too_few(len(used), len(found), max_length, {r: len(x) for r, x in left_out.items()}, amount))
+    return Subset(examples[:wanted], used[:wanted], misfits, examples[wanted:], left_out)
+
+
+# What becomes of a row: its example fits, is too long, or there is none, for a reason of its own or behind BAD.
+FITS, LONG, BAD = "fits", "too long", "error: "
+
+
+def made(make: Callable[[Row], dict], row: Row, max_length: int) -> tuple[dict | None, str]:
+    """A row's example, if it can be used, and its fate: FITS, LONG, BAD and what is wrong, or why it is left out."""
+    try:
+        example = make(row)
+    except LeftOut as reason:
+        return None, reason.reason
+    except (UserError, NotText) as error:
+        return None, f"{BAD}{error}"
+    except Exception as error:  # a chat template's own refusals (jinja2.TemplateError), and what it stumbles over
+        line = (str(error).strip().splitlines() or [""])[0]
+        return None, f"{BAD}the row can't be rendered ({type(error).__name__}: {line})"
+    return (example, FITS) if longest(example) <= max_length else (None, LONG)
+
+
+def too_few(usable: int, rows: int, max_length: int, left_out: dict[str, int], wanted: int | str) -> str:
+    """What is said where fewer rows can be used than are wanted."""
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(left_out.items()))
+    others = f" (left out: {reasons})" if reasons else ""
+    return f"only {usable:,} of {rows:,} rows fit recipe.max_length={max_length}{others}, and {wanted} are asked for"
 
 
 def longest(example: dict) -> int:
@@ -101,30 +137,36 @@ def undated(template: str | None) -> str | None:
     return template
 
 
-def rendered_prompt(tokenizer, prompt: str, prefix: str = "") -> str:
-    """The prompt as the chat template has it, up to where the answer starts."""
+def rendered_prompt(tokenizer, prompt: str | list[dict], prefix: str = "") -> str:
+    """The prompt, a text or the turns before the answer, as the chat template has it, up to where the answer starts."""
     if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise UserError("the model has no chat template, which a prompt of several turns needs")
         return f"{prompt}\n{prefix}"
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + prefix
 
 
-def pair_example(tokenizer, task: Task, row: Row) -> dict:
+def pair_example(tokenizer, task: Task, row: Row, preference: bool = False) -> dict:
     """{prompt_ids, chosen_ids[, rejected_ids]}: the same ids for SFT, DPO and ORPO.
 
-    The answers end with EOS only where the solution does: a step in its middle is followed by another step.
+    The answers end with EOS only where the solution does: a step in its middle is followed by another step. LeftOut for a pair
+    of equal answers where a `preference` is to be learned.
     """
-    prompt = rendered_prompt(tokenizer, task.prompt.format(**row), task.prefix.format(**row))
-    texts = [("chosen", task.chosen, task.full_chosen), ("rejected", task.rejected, task.full_rejected)]
+    texts = pair_texts(task, row)
+    prompt = rendered_prompt(tokenizer, texts.prompt, texts.prefix)
+    answers = [("chosen", texts.chosen, texts.full_chosen), ("rejected", texts.rejected, texts.full_rejected)]
     whole = {"prompt": encode(tokenizer, prompt)}
-    for name, step, rest in texts:
-        if step is None:
+    for name, step, full in answers:
+        if step is None or full is None:
             continue
-        answer, full = step.format(**row), (rest or step).format(**row)
+        answer = step
         if task.continuation == "rest":
             answer = full
         ends = [tokenizer.eos_token_id] if answer.strip() == full.strip() else []
         whole[name] = encode(tokenizer, prompt + answer) + ends
+    if preference and whole["chosen"] == whole["rejected"]:
+        raise LeftOut(EQUAL)
     # A tokenizer may merge across the border: the prompt is what all sequences share of it.
     border = next(
         (i for i, ids in enumerate(zip(*whole.values(), strict=False)) if len(set(ids)) > 1), len(whole["prompt"])
@@ -132,6 +174,20 @@ def pair_example(tokenizer, task: Task, row: Row) -> dict:
     border = min(border, len(whole["prompt"]))
     example = {f"{name}_ids": ids[border:] for name, ids in whole.items()}
     return example | {"prompt_ids": whole["prompt"][:border]}
+
+
+def general_example(tokenizer, warmup: Warmup, row: Row) -> dict:
+    """{input_ids, labels} of a row's conversation. LeftOut or UserError where it has none, as its data set says."""
+    value = row.get(warmup.messages)
+    if value is None or value == []:
+        if warmup.data.empty == "leave_out":
+            raise LeftOut(EMPTY)
+        raise UserError(f"nothing in column {warmup.messages}")
+    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        raise UserError(
+            f"warmup.messages={warmup.messages}: the column must hold conversations: lists of {{role, content}}"
+        )
+    return conversation_example(tokenizer, [{"role": m["role"], "content": m["content"]} for m in value])
 
 
 def conversation_example(tokenizer, messages: list[dict]) -> dict:

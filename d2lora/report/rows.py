@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +37,8 @@ COLUMNS = [
     "value",
     "stderr",
     "items",
+    "misfits",
+    "left_out",
     "train_seconds",
     "eval_seconds",
     "peak_memory_mb",
@@ -139,6 +141,7 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
             "lr": rates[c["method"]["name"]] if stages["adapt"] else rates["warmup"] if stages["warmup"] else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
+            **unused(trained),
             "train_seconds": round(sum(r["seconds"] for r in trained if r["stage"] != "prepare"), 3),
         }
         for benchmark, key in stages["evaluate"].items():
@@ -154,6 +157,16 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
                 record["metrics"] if record else {"": {"value": "", "stderr": "", "items": ""}}
             ).items():
                 yield common | measured | {"metric": metric, **summary}
+
+
+def unused(trained: list[dict]) -> dict[str, int | str]:
+    """How many rows of a cell's trainings did not fit, and how many were left out, by reason; empty where none was."""
+    counts = [r["data"] for r in trained if r["stage"] != "prepare" and r.get("data")]
+    reasons: Counter[str] = Counter()
+    for count in counts:
+        reasons.update(count.get("left_out", {}))
+    left_out = "; ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
+    return {"misfits": sum(count.get("misfits", 0) for count in counts) or "", "left_out": left_out}
 
 
 def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
