@@ -68,7 +68,7 @@ def _usual(task: Task) -> Callable[[Row], bool] | None:
 
     A data set has tens of thousands of rows, and nearly all are so.
     """
-    if any(set(paths(t)) != fields(t) for t in task.templates):
+    if task.prompt is None or any(set(paths(t)) != fields(t) for t in task.templates):
         return None
     names = [*{name for t in task.templates for name in fields(t)}]
     if any("{" + name + "}" not in t for t in task.templates for name in fields(t)):  # "{price:d}"

@@ -37,12 +37,12 @@ COLUMNS = [
     "value",
     "stderr",
     "items",
-    "misfits",
-    "left_out",
     "train_seconds",
     "eval_seconds",
     "peak_memory_mb",
     "stage_key",
+    "misfits",
+    "left_out",
 ]
 # What a table shows beside method, m and n, when its cells differ in it.
 LABELS = ("model", "task", "init", "warmup", "recipe")
@@ -160,13 +160,13 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
 
 
 def unused(trained: list[dict]) -> dict[str, int | str]:
-    """How many rows of a cell's trainings did not fit, and how many were left out, by reason; empty where none was."""
+    """How many rows a cell's trainings passed over: too long ones, and those left out by reason; empty without a training."""
     counts = [r["data"] for r in trained if r["stage"] != "prepare" and r.get("data")]
     reasons: Counter[str] = Counter()
     for count in counts:
         reasons.update(count.get("left_out", {}))
     left_out = "; ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
-    return {"misfits": sum(count.get("misfits", 0) for count in counts) or "", "left_out": left_out}
+    return {"misfits": sum(count.get("misfits", 0) for count in counts) if counts else "", "left_out": left_out}
 
 
 def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
