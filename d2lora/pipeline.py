@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from d2lora import contamination, data, plan, tracking
-from d2lora.config import Config
+from d2lora.config import Config, Warmup
 from d2lora.errors import UserError
 from d2lora.plan import Chain, Stage
 from d2lora.store import Store, cached, write_json
@@ -141,14 +141,14 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
     draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
     with model.adapter(base, stage.spec, None) as wrapped:
-        inits.prepare(wrapped, stage.spec, data.sft_examples(drawn.examples), progress)
+        sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
+        inits.prepare(wrapped, stage.spec, sequences, progress)
         model.save(base, wrapped, folder)
     return {"metrics": {"samples_seen": len(drawn.rows)}, "data": drawn.counts()}
 
 
 def _general_rows(config, stage, base, amount: int | str) -> data.Subset:
-    column = config.warmup.messages
-    make = lambda row: data.conversation_example(base.tokenizer, _conversation(row[column], config))  # noqa: E731
+    make = functools.partial(_conversation, base.tokenizer, config.warmup)
     rows = _rows(config, config.warmup.data)
     return data.subset(rows, make, amount, stage.spec["max_length"], f"warmup/{config.data_seed}")
 
@@ -164,13 +164,10 @@ def _warm_up(config, chain, stage, store, base, folder, progress) -> dict:
     return _train(config, stage, store, base, folder, progress, _general_rows(config, stage, base, config.m))
 
 
-def _conversation(value: object, config: Config) -> list[dict]:
-    messages = [{"role": m["role"], "content": m["content"]} for m in value] if isinstance(value, list) else None  # type: ignore[index]
-    if not messages:
-        raise UserError(
-            f"warmup.messages={config.warmup.messages}: the column must hold conversations: lists of {{role, content}}"
-        )
-    return messages
+def _conversation(tokenizer, warmup: Warmup, row: dict) -> dict:
+    if warmup.rendered:
+        return data.rendered_conversation(tokenizer, row[warmup.messages])
+    return data.conversation_example(tokenizer, row[warmup.messages], row.get(warmup.tools))
 
 
 def _adapt(config, chain, stage, store, base, folder, progress) -> dict:

@@ -12,10 +12,11 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 from trl.experimental.utils import DPODataCollatorWithPadding
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from d2lora import tracking
 from d2lora.config import Recipe
-from d2lora.data import Subset, sft_examples
+from d2lora.data import Subset, sequences, sft_examples
 from d2lora.model import Base, device, memory_mb
 from d2lora.store import sync, write_json
 from d2lora.trainers import METHODS, Packer
@@ -184,10 +185,13 @@ def _walked_once(wrapped: PeftModel) -> Iterator[None]:
 
 
 def _collator(base: Base, method: dict, recipe: Recipe):
-    """The packer, or for padded batches TRL's own collator (None: the trainer has its own)."""
+    """The packer, or for padded batches TRL's own collator."""
     if recipe.packing == "prefix_shared":
         hidden = None if recipe.attention == "flex_attention" else base.model.config.get_text_config().hidden_size
         return Packer(hidden, method.get("nll") == "prompt_and_chosen")
+    if method["name"] == "sft":
+        padded = DataCollatorForLanguageModeling(base.tokenizer.pad_token_id)
+        return lambda examples: padded([s for e in examples for s in sequences(e)])
     return DPODataCollatorWithPadding(base.tokenizer.pad_token_id) if method["name"] == "orpo" else None
 
 
@@ -200,6 +204,8 @@ def _own_arguments(method: dict, drawn: Subset, reference: Path | None) -> dict:
 
 def _tokens(row: dict, packing: str) -> int:
     """Tokens that one row puts through the model, padding apart."""
+    if "turns" in row:
+        return sum(_tokens(sequence, packing) for sequence in row["turns"])
     prompt = len(row.get("prompt_ids", ())) * (1 if packing == "prefix_shared" else 2)
     return prompt + sum(len(row[k]) for k in ("input_ids", "chosen_ids", "rejected_ids") if k in row)
 

@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from d2lora import packing
-from d2lora.data import REFERENCE_BLOCK
+from d2lora.data import REFERENCE_BLOCK, sequences
 from d2lora.plan import digest
 from d2lora.store import cached
 
@@ -32,6 +32,7 @@ class Packer:
     prompt_loss: bool = False
 
     def __call__(self, examples: list[dict]) -> dict:
+        examples = [s for e in examples for s in sequences(e)]
         packed = packing.pack(examples, self.hidden, self.prompt_loss)
         batch: dict[str, Any] = {"packed": packed, "attention_mask": packed["sequence"] >= 0}
         if "labels" in examples[0]:
@@ -60,8 +61,9 @@ class _Finite:
         """Which rows of the data set are in a batch: those whose ids are found in it."""
         ids = batch["packed"]["ids"] if "packed" in batch else batch.get("input_ids", batch.get("chosen_input_ids"))
         there = [_words(line) for line in ids.tolist()]
-        wanted = (e.get("input_ids") or e["prompt_ids"] + e["chosen_ids"] for e in self.train_dataset)
-        return [self.rows[i] for i, example in enumerate(wanted) if any(_words(example) in line for line in there)]
+        wanted = (sequences(e)[0] for e in self.train_dataset)  # a row's sequences go together
+        ids = (e.get("input_ids") or e["prompt_ids"] + e["chosen_ids"] for e in wanted)
+        return [self.rows[i] for i, example in enumerate(ids) if any(_words(example) in line for line in there)]
 
 
 def _words(ids: list[int]) -> str:

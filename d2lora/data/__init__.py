@@ -26,6 +26,7 @@ from d2lora.data.sources import (
     rows,
     shuffled,
 )
+from d2lora.data.templates import Shape, ends, opens, refuse_tokens, render, say_end, set_up, shape, undated
 from d2lora.data.tokens import (
     REFERENCE_BLOCK,
     Subset,
@@ -33,10 +34,11 @@ from d2lora.data.tokens import (
     encode,
     longest,
     pair_example,
+    rendered_conversation,
     rendered_prompt,
+    sequences,
     sft_examples,
     subset,
-    undated,
 )
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "ROOT",
     "Data",
     "Row",
+    "Shape",
     "Subset",
     "at",
     "check_benchmark",
@@ -56,6 +59,7 @@ __all__ = [
     "conversation_example",
     "digest",
     "encode",
+    "ends",
     "fingerprint",
     "harness",
     "hub",
@@ -66,10 +70,18 @@ __all__ = [
     "model_files",
     "model_identity",
     "need",
+    "opens",
     "pair_example",
+    "refuse_tokens",
+    "render",
+    "rendered_conversation",
     "rendered_prompt",
     "rows",
+    "say_end",
+    "sequences",
+    "set_up",
     "sft_examples",
+    "shape",
     "shuffled",
     "subset",
     "undated",
