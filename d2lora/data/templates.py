@@ -296,14 +296,14 @@ def lost(text: str, messages: list[Message], tools: list | None = None) -> str |
     place = 0
     for number, message in enumerate(messages, 1):
         moved = message["role"] in ("system", "developer")  # templates put it where they like
+        for wanted in _said_in_calls(message):
+            if not any(form in text[place:] for form in _forms(wanted)):
+                return f"the model's chat template leaves out the tool call of turn {number}: {wanted[:40]!r}"
         for piece in _pieces(message, last=number == len(messages)):
             found = [at for form in _forms(piece) if (at := text.find(form, 0 if moved else place)) >= 0]
             if not found:
                 return f"the model's chat template leaves out what turn {number} ({message['role']}) says: {piece[:40]}"
             place = place if moved else min(found) + len(piece)
-        for wanted in _said_in_calls(message):
-            if not any(form in text for form in _forms(wanted)):
-                return f"the model's chat template leaves out the tool call of turn {number}: {wanted[:40]!r}"
         if any(repr(call["function"]["arguments"]) in text for call in _mappings(message)):
             return f"the model's chat template writes the tool call of turn {number} as Python's text"
     for tool in tools or []:
