@@ -219,7 +219,7 @@ def base(family: str, tokenizer) -> model.Base:
     )  # fmt: skip
     found = LlamaForCausalLM(config).eval()
     found.generation_config.eos_token_id = data.ends(tokenizer, found.generation_config.eos_token_id)
-    return model.Base(family, found, tokenizer, 0)
+    return model.Base(family, found, tokenizer, 0, model.Snapshot.of(found))
 
 
 def test_an_evaluation_asks_with_the_ids_of_training(family: str, tokenizer, base, monkeypatch) -> None:
