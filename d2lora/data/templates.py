@@ -104,6 +104,12 @@ def _trl_templates() -> dict[str, str]:
     return pairs
 
 
+def need(tokenizer) -> None:
+    """UserError for a model without a chat template."""
+    if tokenizer.chat_template is None:
+        raise UserError("the model has no chat template, which conversations need: use m=0, or an instruct model")
+
+
 def render(
     tokenizer,
     messages: list[Message],
@@ -112,8 +118,7 @@ def render(
     tools: list | None = None,
 ) -> str:
     """A conversation as the chat template has it; with `generate` up to where the next answer starts. UserError if it refuses."""
-    if tokenizer.chat_template is None:
-        raise UserError("the model has no chat template, which conversations need: use m=0, or an instruct model")
+    need(tokenizer)
     template = template or _own(tokenizer, tools)
     if _wants_parts(tokenizer, template):
         messages = [

@@ -164,6 +164,7 @@ def conversation_example(tokenizer, messages: Any, tools: Any = None) -> dict:
     hold them all. Then TRL's training template is taken, where it has one; else each turn is a sequence in its own rendering, and
     the example is {turns: [{input_ids, labels}, ...]}, still one sample.
     """
+    templates.need(tokenizer)
     read, offered = conversation(messages), tools_of(tools)
     for message in read.messages:
         for said in _said(message):
