@@ -118,6 +118,7 @@ class Model(_Strict):
     gguf_package: Annotated[Text, Field(pattern=r"^\w+$")] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: StrictBool = False
+    thinking: StrictBool = False  # whether it thinks before it answers, where its chat template leaves that open
 
 
 class Benchmark(_Strict):
@@ -167,6 +168,7 @@ class Task(_Strict):
     full_chosen: Template | None = None  # the whole remaining answer, where chosen is only its next step
     full_rejected: Template | None = None
     continuation: Literal["step", "rest"] = "step"
+    rendered: StrictBool = False  # rows carry the model's own tokens already: no template is applied
     benchmark: dict[Text, Benchmark] = {}
     lm_eval: list[Text] = []  # names of lm-evaluation-harness's own tasks
 
@@ -249,6 +251,8 @@ class Warmup(_Strict):
     name: Text
     data: Data
     messages: Text = "chosen"  # the column that holds a conversation
+    tools: Text = "tools"  # the column that holds the tools it may use, where rows have one
+    rendered: StrictBool = False  # the column holds texts that a chat template has made already
     epochs: Positive = 1
 
 

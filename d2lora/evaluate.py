@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from datasets import Dataset
@@ -41,7 +42,7 @@ def evaluate(
     with _quiet():
         # A bfloat16 model's likelihoods in bfloat16 would tie where they should not.
         kind = {"batch_size": batch, "device": device(), "softmax_dtype": "float32"}
-        lm = _Watched(progress, pretrained=model, tokenizer=base.tokenizer, **kind)
+        lm = _Watched(progress, chat, pretrained=model, tokenizer=base.tokenizer, **kind)
         result = harness(
             lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=chat, verbosity="ERROR"
         )
@@ -149,12 +150,35 @@ _SCORES: dict[str, Callable[[str, str], dict]] = {"number": _same_number, "rouge
 class _Watched(HFLM):
     """The harness's model, telling how many of its requests are through. It would cut prompts that are too long; this refuses them."""
 
-    def __init__(self, progress: Callable[[int, int], None], **kwargs) -> None:
+    def __init__(self, progress: Callable[[int, int], None], chat: bool, **kwargs) -> None:
         self.progress, self.requests, self.through = progress, 0, 0
         super().__init__(**kwargs)
         ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = {self.tok_decode(end, skip_special_tokens=False) for end in ends if end is not None}
+        self.end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+        self.ends = {self.tok_decode(end, skip_special_tokens=False) for end in self.end_ids}
+        self.opening = data.shape(self.tokenizer).opening if chat else ""
+        self.before = data.opens(self.tokenizer) if chat else []
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """The prompt as training has it. The harness would leave out a system turn that a template refuses."""
+        if not add_generation_prompt:
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        return data.rendered_prompt(self.tokenizer, chat_history)
+
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
+        """Ids with one BOS, as in training; the harness leaves it to the tokenizer, and to a batch's first prompt."""
+        if add_special_tokens is None and not left_truncate_len and not kwargs:
+            return data.encode(self.tokenizer, string)
+        return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+
+    def tok_decode(self, tokens, skip_special_tokens=True):
+        """The answer in generated ids: behind thoughts and what opens it, up to its end, whether or not that is a special token."""
+        if skip_special_tokens and isinstance(tokens, list):
+            tokens = tokens[: next((i for i, token in enumerate(tokens) if token in self.end_ids), None)]
+            start = max((i + 1 for i, token in enumerate(tokens) if token in self.before), default=0)
+            text = super().tok_decode(tokens[start:])
+            return text.lstrip() if start else text
+        return super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def generate_until(self, requests, disable_tqdm=True):
         self.requests += len(requests)
@@ -162,10 +186,15 @@ class _Watched(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm=True):
         self.requests += len(requests)
+        if self.opening:
+            given = ((r, *r.arguments) for r in requests)
+            requests = [replace(r, arguments=(prompt, self.opening + answer)) for r, prompt, answer in given]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
-        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        encoded = [data.encode(self.tokenizer, string) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": encoded}, padding_side=padding_side, return_tensors="pt")
+        ids, mask = padded["input_ids"], padded["attention_mask"]
         if left_truncate_len:
             self._fits(ids.shape[1], left_truncate_len)
         return ids, mask

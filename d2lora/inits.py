@@ -27,11 +27,14 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from peft.tuners.lora.loraga import preprocess_loraga
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear, normalize
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from d2lora.errors import UserError
 
@@ -63,11 +66,63 @@ def layers(wrapped: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
 
 
-def fresh(model: nn.Module, spec: dict) -> PeftModel:
+def fresh(model: PreTrainedModel, spec: dict) -> PeftModel:
     """A new adapter on the model, as PEFT starts it; A and B of prepared initializations come with `prepare`."""
-    wrapped = get_peft_model(model, lora_config(spec))
+    config = lora_config(spec)
+    if config.target_modules == "all-linear":
+        config.exclude_modules = not_adapted(model)
+    try:
+        wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"recipe.lora.target_modules={spec['lora']['target_modules']}: {line}") from error
+    _check_layers(wrapped, spec)
     _add_multilora(wrapped, spec)
     return _for_training(wrapped)
+
+
+# PEFT refuses these layers of these families: their forward reads the weights, and would pass an adapter by.
+_BYPASSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+def not_adapted(model: PreTrainedModel) -> list[str] | None:
+    """The linear layers that "all-linear" leaves out, by their whole names: what PEFT refuses, and what no text goes through."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv1d | Conv1D)]
+    out = []
+    if model.config.get_text_config().model_type in _BYPASSED:
+        out += [name for name in linear if name.rsplit(".", 1)[-1] in ("out_proj", "conv1d")]
+    if model.config.get_text_config() is not model.config:  # beside a vision tower, say
+        inside = {name for name, module in model.named_modules() if module is model.get_decoder()}
+        head = model.get_output_embeddings()
+        others = [name for name in linear if model.get_submodule(name) is not head]
+        out += [name for name in others if not any(name.startswith(f"{prefix}.") for prefix in inside if prefix)]
+    return sorted(set(out)) or None
+
+
+def take_off(model: nn.Module) -> None:
+    """Take every adapter layer off a model, also those of a start that failed half-way."""
+    for name, module in reversed(list(model.named_modules())):  # inner ones first
+        if isinstance(module, BaseTunerLayer) and not name.endswith(".base_layer"):
+            module = module.get_base_layer()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+    for left in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(left, None)
+
+
+_ANY_LAYER = ("lora", "gaussian")  # these start what PEFT adapts as parameters (experts) as they start a linear layer
+
+
+def _check_layers(wrapped: PeftModel, spec: dict) -> None:
+    """UserError for an initialization that cannot start some layer: experts that are one parameter have no weight of their own."""
+    name = spec["init"]["name"]
+    others = [place for place, layer in layers(wrapped).items() if not isinstance(layer, Linear)]
+    if name not in _ANY_LAYER and others:
+        place = others[0].removeprefix("base_model.model.")
+        raise UserError(
+            f"init={name}: it starts linear layers, and all-linear takes {len(others)} others here ({place}: {type(layers(wrapped)[others[0]]).__name__}): "
+            f"name linear layers in recipe.lora.target_modules, for example [q_proj,v_proj], or use init=lora"
+        )
 
 
 def taken_up(model: nn.Module, spec: dict, record: Path) -> PeftModel:
@@ -109,6 +164,18 @@ def save(wrapped: PeftModel, record: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in start.items()}, record / "state" / "start.safetensors")
     if folded:
         _save_folded(wrapped, record / "adapter")
+
+
+def plain_weights(wrapped: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A (r, in) and B (out, r) of each layer's plain adapter, copied, by the layer's name."""
+    found = {}
+    for name, layer in layers(wrapped).items():
+        variant = layer.lora_variant.get(ADAPTER)
+        A, B = (part[ADAPTER].weight for part in (layer.lora_A, layer.lora_B))
+        if isinstance(variant, Residual | MultiLora):
+            A, B = variant.folded(layer, ADAPTER)
+        found[name] = (A.detach().float().cpu().clone(), B.detach().float().cpu().clone())
+    return found
 
 
 def _save_peft(wrapped: PeftModel, folder: Path) -> None:
@@ -248,11 +315,18 @@ def _lora_ga_init(layer: LoraLayer, config: LoraGAConfig) -> None:
     A.data, B.data = normalize(A.data.float(), dim=1) * factor, normalize(B.data.float(), dim=0) * factor
 
 
+def _olora_init(layer: LoraLayer) -> None:
+    """OLoRA (Büyükakyüz 2024, arXiv 2406.01775) as PEFT has it; its own takes Conv1D's weight (in, out) for one of (out, in)."""
+    weight = layer.get_base_layer().weight
+    weight.data = transpose(weight.data, layer.fan_in_fan_out)
+    layer.olora_init(ADAPTER)
+
+
 # What each initialization from the base's weights does to one layer; those of PEFT take s B A out of the base's weight.
 _FROM_WEIGHTS: dict[str, Callable[[LoraLayer], None]] = {
     "pissa": lambda layer: layer.pissa_init(ADAPTER, "pissa"),
     "pissa_niter_16": lambda layer: layer.pissa_init(ADAPTER, "pissa_niter_16"),
-    "olora": lambda layer: layer.olora_init(ADAPTER),
+    "olora": lambda layer: _olora_init(layer),
     "milora": lambda layer: milora_init(layer, ADAPTER),
 }
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,21 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from d2lora import data, inits
+from d2lora import data, families, inits, proof
 from d2lora.config import Model
 from d2lora.errors import UserError
+from d2lora.families import Snapshot
 
 # The libraries' own bars and notices would hide ours.
 datasets.disable_progress_bars()
@@ -33,17 +44,32 @@ logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 @dataclass
 class Base:
-    """A frozen pre-trained model with its tokenizer. `checksum` is that of its weights when they were loaded."""
+    """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` are of its weights and settings as loaded."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     checksum: int
+    snapshot: Snapshot
 
     def check(self) -> None:
         """RuntimeError if anything has changed the base's weights since they were loaded."""
         if checksum(self.model) != self.checksum:
             raise RuntimeError(f"the weights of the base {self.name} were changed by an earlier stage in this process")
+
+    def restore(self) -> None:
+        """Put back what a stage may have left on the base: layers, patches, modes, settings. RuntimeError if weights changed."""
+        inits.take_off(self.model)
+        self.model.__dict__.pop("forward", None)  # TRL's trainers patch it and do not put it back
+        self.model.gradient_checkpointing_disable()
+        self.model.eval().requires_grad_(False)
+        self.snapshot.restore(self.model)
+        self.check()
+
+    def attention(self, asked: str) -> str:
+        """The implementation of attention to train with: what was asked for, but eager where a family has no other."""
+        loaded = self.model.config._attn_implementation
+        return loaded if asked == "sdpa" else asked
 
 
 _loaded: dict[str, Base] = {}
@@ -84,10 +110,17 @@ def _load(model: Model, cache: Path) -> Base:
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **remote)
-        tokenizer.chat_template = data.undated(tokenizer.chat_template)
-        found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, model.dtype), use_safetensors=True, attn_implementation="sdpa", **remote
+        data.set_up(tokenizer, model.thinking)
+        config = families.settled(AutoConfig.from_pretrained(source, **remote))
+        load = functools.partial(
+            AutoModelForCausalLM.from_pretrained,
+            source,
+            config=config,
+            dtype=getattr(torch, model.dtype),
+            use_safetensors=True,
+            **remote,
         )
+        found = _with_attention(load)
     except OSError as error:
         if place:
             raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
@@ -97,11 +130,23 @@ def _load(model: Model, cache: Path) -> Base:
     # Greedy means greedy: some checkpoints ask for penalties and temperatures of their own.
     asked = found.generation_config
     ends = {k: getattr(asked, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends["eos_token_id"] = data.ends(tokenizer, ends["eos_token_id"])
+    data.say_end(tokenizer, model.name)
     found.generation_config = GenerationConfig(**ends)
     if device() == "cpu" and model.dtype != "float32":
         print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)
     found.to(device()).eval().requires_grad_(False)
-    return Base(model.name if place else model.path, found, tokenizer, checksum(found))
+    return Base(model.name if place else model.path, found, tokenizer, checksum(found), Snapshot.of(found))
+
+
+def _with_attention(load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A model with PyTorch's attention, or with its own ("eager") where its family has no other."""
+    try:
+        return load(attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    return load(attn_implementation="eager")
 
 
 def _from_gguf(file: Path, cache: Path) -> Path:
@@ -137,20 +182,46 @@ def checksum(model: torch.nn.Module) -> int:
 def adapter(base: Base, spec: dict, record: Path | None) -> Iterator[PeftModel]:
     """A trainable adapter on the base: the one in the folder of a record, or a fresh one of `spec` (lora, init, seed).
 
-    On leaving, the base is as it was, and checked to be.
+    On leaving, the base is as it was, and checked to be, also where the start fails.
     """
     torch.manual_seed(spec.get("seed", 0))
-    wrapped = inits.taken_up(base.model, spec, record) if record else inits.fresh(base.model, spec)
-    wrapped.peft_config["default"].base_model_name_or_path = ""  # with a name, PEFT asks the Hub at every checkpoint
     try:
+        wrapped = inits.taken_up(base.model, spec, record) if record else inits.fresh(base.model, spec)
+        wrapped.peft_config[
+            "default"
+        ].base_model_name_or_path = ""  # with a name, PEFT asks the Hub at every checkpoint
         with inits.quantized(wrapped) if record and spec["init"]["name"] == "loftq" else contextlib.nullcontext():
             yield wrapped
     finally:
-        wrapped.unload()
-        base.model.__dict__.pop("forward", None)  # TRL's trainers patch it and do not put it back
-        base.model.gradient_checkpointing_disable()
-        base.model.eval().requires_grad_(False)
-        base.check()
+        base.restore()
+
+
+@contextlib.contextmanager
+def in_training(wrapped: PeftModel) -> Iterator[None]:
+    """Have `wrapped.train()` reach the adapter alone: the base stays as in evaluation, so it draws no random numbers.
+
+    Routers sample and states are kept otherwise in some families' training. With gradient checkpointing the layers that do it
+    must believe that they train.
+    """
+    parts = [m for name, m in wrapped.named_modules() if "lora_" in name or isinstance(m, BaseTunerLayer)]
+    own = {id(m) for m in parts} | {id(wrapped)}
+    recomputing = [m for m in wrapped.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    def train(mode: bool = True) -> PeftModel:
+        if wrapped.training is not mode:
+            for module in [wrapped, *parts]:
+                module.training = mode
+            for module in recomputing:
+                module.training = mode and module.gradient_checkpointing
+        return wrapped
+
+    wrapped.eval()
+    assert all(not m.training for m in wrapped.modules() if id(m) not in own), "the base is in evaluation"
+    wrapped.train = train
+    try:
+        yield
+    finally:
+        del wrapped.train
 
 
 @contextlib.contextmanager
@@ -162,17 +233,41 @@ def trained(base: Base, folder: Path | None, init: str = "lora") -> Iterator[tup
     if folder is None:
         yield base.model, False
         return
-    # In float32 a merged copy is the same model to rounding, and a third faster. bfloat16 would round small updates away.
-    merge = base.model.dtype == torch.float32
-    wrapped = PeftModel.from_pretrained(copy.deepcopy(base.model) if merge else base.model, folder).eval()
     try:
+        wrapped = PeftModel.from_pretrained(base.model, folder).eval()
         with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext():
             changes = check_applied(base, wrapped)
-            yield wrapped.merge_and_unload(safe_merge=True) if merge else wrapped, changes
+            yield _merged(base, wrapped) or wrapped, changes
     finally:
-        if not merge:
-            wrapped.unload()
-        base.check()
+        base.restore()
+
+
+def _merged(base: Base, wrapped: PeftModel) -> torch.nn.Module | None:
+    """A merged copy, a third faster; None where it is not the same model to rounding.
+
+    bfloat16 would round small updates away, and layers that share one weight would get all their adapters.
+    """
+    if base.model.dtype != torch.float32:
+        return None
+    ids = _probe(base)
+    with torch.inference_mode():
+        expected = wrapped(input_ids=ids).logits
+    merged = copy.deepcopy(wrapped).merge_and_unload(safe_merge=True)
+    with torch.inference_mode():
+        off = _off(merged(input_ids=ids).logits, expected)
+    return merged if off <= proof.EXACT else None
+
+
+def _probe(base: Base) -> torch.Tensor:
+    """Ids of a text, at least some dozens of tokens whatever the tokenizer makes of it."""
+    ids = base.tokenizer("The adapter must change these logits, and merged or read again it must not.")["input_ids"]
+    return torch.tensor([(ids * 40)[:40]], device=base.model.device)
+
+
+def _off(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of a log-probability above a billionth."""
+    found, wanted = (x.float().log_softmax(-1) for x in (logits, expected))
+    return float((found - wanted).abs().masked_fill(wanted < -20, 0).max())
 
 
 def check_applied(base: Base, wrapped: PeftModel) -> bool:
@@ -182,7 +277,7 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
     """
     if not any(p.any() for name, p in wrapped.named_parameters() if "lora_B" in name):
         return False
-    ids = base.tokenizer("The adapter must change these logits.", return_tensors="pt")["input_ids"].to(device())
+    ids = _probe(base)
     with torch.inference_mode():
         with wrapped.disable_adapter():
             without = wrapped(input_ids=ids).logits
@@ -193,7 +288,45 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
     raise RuntimeError("the adapter has non-zero weights and is not applied")
 
 
-def save(base: Base, wrapped: PeftModel, record: Path) -> None:
-    """The adapter in PEFT's format: `PeftModel.from_pretrained(base, record / "adapter")` loads it."""
+@dataclass(frozen=True)
+class Saved:
+    """What an adapter was when it was saved: the weights of each layer (A, B of a plain adapter) and the logits of a probe."""
+
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    logits: torch.Tensor
+    noise: float  # of the logits, with the probe in a padded batch
+
+
+def save(base: Base, wrapped: PeftModel, record: Path) -> Saved:
+    """The adapter in PEFT's format: `PeftModel.from_pretrained(base, record / "adapter")` loads it, as `check_saved` tries."""
     wrapped.peft_config["default"].base_model_name_or_path = base.name
     inits.save(wrapped, record)
+    ids = _probe(base)
+    padded = torch.cat([ids, ids[:, :8]], 1)
+    with torch.inference_mode():
+        wrapped.eval()
+        logits = wrapped(input_ids=ids).logits
+        again = wrapped(input_ids=padded).logits[:, : ids.shape[1]]
+    return Saved(
+        inits.plain_weights(wrapped), logits, _off(again, logits) if base.model.dtype != torch.float32 else 0.0
+    )
+
+
+def check_saved(base: Base, saved: Saved, record: Path, init: str) -> None:
+    """RuntimeError unless the adapter read from the record is the one that was trained: its weights and the probe's logits."""
+    try:
+        wrapped = PeftModel.from_pretrained(base.model, record / "adapter").eval()
+        found = inits.plain_weights(wrapped)
+        lost = [k for k, pair in saved.weights.items() if k not in found or not all(map(torch.equal, found[k], pair))]
+        if lost or found.keys() != saved.weights.keys():
+            raise RuntimeError(
+                f"the saved adapter is not the trained one: {len(lost)} of {len(saved.weights)} layers differ, for example {lost[0] if lost else '?'}"
+            )
+        with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext(), torch.inference_mode():
+            off = _off(wrapped(input_ids=_probe(base)).logits, saved.logits)
+        if not off <= max(proof.EXACT, 4 * saved.noise, 0.05 if base.model.dtype != torch.float32 else 0):
+            raise RuntimeError(
+                f"the saved adapter is not the trained one: a log-probability of a probe is off by {off:.2g}"
+            )
+    finally:
+        base.restore()

@@ -1,64 +1,143 @@
-"""Examples packed into rows that hold a shared prompt once, and what a model makes of them.
+"""Examples laid into rows, and what a model makes of them.
 
-A pair lies in its row as [prompt | chosen | rejected]. Positions restart after the prompt for each answer, and an answer sees
-its prompt and itself, so every token gets what it would get in a sequence of its own (the idea of arXiv 2410.20305). The
-language-model head runs only where a predicted token counts.
+Packed, a pair lies in its row as [prompt | chosen | rejected]. Positions restart after the prompt for each answer, and an answer
+sees its prompt and itself, so every token gets what it would get in a sequence of its own (the idea of arXiv 2410.20305). That
+holds where masks by position describe a model's layers whole. A layer that carries a state needs its texts apart: padded, or one
+by one. Which layout a model can do is proven (proof.py), not believed.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import softmax
 from trl.trainer.utils import FusedCausalLMOutput
 
-Packed = dict[str, torch.Tensor]
+from d2lora.families import Reach
+
+Packed = dict[str, Any]
 _PROMPT, _IGNORED = -1, -100
+_FILLED = 0.8  # of a padded pass: texts of other lengths get a pass of their own
 
 
-def pack(examples: Sequence[dict], hidden: int | None, prompt_loss: bool = False) -> Packed:
-    """One micro-batch, packed into rows.
+@dataclass(frozen=True)
+class Layout:
+    """How examples go through a model.
+
+    rows: "packed" shares prompts and rows; "padded" gives each text a row; "single" each text a forward pass of its own.
+    head: "fused" is TRL's, which makes no whole logits; "whole" is the model's own.
+    reaches: of a model's types of layers, for packed rows (families.reaches).
+    attention: the implementation that the model runs with.
+    """
+
+    rows: Literal["packed", "padded", "single"] = "packed"
+    head: Literal["fused", "whole"] = "fused"
+    reaches: dict[str, Reach] = field(default_factory=lambda: {"": Reach()})
+    attention: str = "sdpa"
+
+    @property
+    def name(self) -> str:
+        """For records: "packed", "padded, whole logits" ..."""
+        return self.rows + ("" if self.head == "fused" else ", whole logits")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a text: its ids and labels, its example, the answer its predictions count for, and its part (0: a prompt)."""
+
+    ids: list[int]
+    labels: list[int]
+    example: int
+    answer: int = _PROMPT
+    part: int = 0
+
+
+_Text = list[_Piece]
+
+
+def pack(examples: Sequence[dict], layout: Layout, hidden: int, prompt_loss: bool = False) -> Packed:
+    """One micro-batch, laid into rows.
 
     `examples` are P pairs {prompt_ids, chosen_ids, rejected_ids}, or sequences {input_ids, labels}; `hidden` is the width of
-    the model, None puts all into one row (for FlexAttention, to which length costs nothing); with `prompt_loss` the prompts
-    of pairs are predicted too.
+    the model; with `prompt_loss` the prompts of pairs are predicted too.
 
-    Returns, each (rows, length): `ids`, `positions`, `sequence` (number of the example, -1 in padding) and `part` (0 in a
-    prompt, 1 and 2 in its answers). And for each of the T predicted tokens: its `target`, the `source` of its prediction (a
-    place in the flattened rows), its `answer` (chosen ones from 0, rejected ones from P, -1 in a prompt) and `column` in it.
-    `lengths` (2P) are the answers'.
+    Returns `passes`, the forward passes (one, if packed), each with (rows, length): `ids`, `positions`, `sequence` (number of the
+    text in its pass, -1 in padding), `part` (0 in a prompt, 1 and 2 in its answers), and the `source` of each of its predicted
+    tokens (a place in the flattened rows). And for each of all T predicted tokens: its `target`, its `example`, its `answer` (chosen
+    ones from 0, rejected ones from P, -1 in a prompt or sequence) and `column` in it. `lengths` (2P) are the answers'.
     """
-    parts = [_parts(e, prompt_loss) for e in examples]
-    places, length = _places([sum(len(ids) for ids, _ in p) for p in parts], hidden)
-    shape = (1 + max(row for row, _ in places), length)
-    packed = {"ids": torch.zeros(shape, dtype=torch.long), "positions": torch.zeros(shape, dtype=torch.long)}
-    packed |= {"sequence": torch.full(shape, -1), "part": torch.zeros(shape, dtype=torch.long)}
-    predicted = []
-    for index, (row, start) in enumerate(places):
-        prompt = len(parts[index][0][0])
-        for part, (ids, labels) in enumerate(parts[index]):
-            here, first = (row, slice(start, start + len(ids))), prompt if part else 0
-            packed["ids"][here] = torch.tensor(ids)
-            packed["positions"][here] = torch.arange(first, first + len(ids))
-            packed["sequence"][here], packed["part"][here] = index, part
-            column = torch.tensor(labels).ne(_IGNORED).nonzero()[:, 0]
-            source = row * length + start + column - 1
-            source[column == 0] = row * length + places[index][1] + prompt - 1  # an answer follows its prompt
-            answer = torch.full_like(column, index + (part - 1) * len(parts) if part else _PROMPT)
-            predicted.append((torch.tensor(labels)[column], source, answer, column))
-            start += len(ids)
-    packed |= dict(
-        zip(("target", "source", "answer", "column"), map(torch.cat, zip(*predicted, strict=True)), strict=True)
-    )
-    return packed | {"lengths": torch.tensor([len(p[k][0]) for k in (1, 2) for p in parts if len(p) > 1])}
+    texts = [text for i, e in enumerate(examples) for text in _texts(e, i, len(examples), layout.rows, prompt_loss)]
+    sizes = [sum(len(piece.ids) for piece in text) for text in texts]
+    laid = [_lay([texts[i] for i in group], places, length) for group, places, length in _passes(sizes, layout, hidden)]
+    predicted = [torch.cat(parts) for parts in zip(*(p for _, p in laid), strict=True)]
+    lengths = [len(e[k]) for k in ("chosen_ids", "rejected_ids") for e in examples if k in e and "input_ids" not in e]
+    return {
+        "passes": [rows for rows, _ in laid],
+        **dict(zip(("target", "example", "answer", "column"), predicted, strict=True)),
+        "lengths": torch.tensor(lengths),
+    }
 
 
-def _parts(example: dict, prompt_loss: bool) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of an example's prompt and answers. Nothing predicts a sequence's first token."""
+def _texts(example: dict, index: int, count: int, rows: str, prompt_loss: bool) -> list[_Text]:
+    """An example's texts: a pair is one if packed, else two. Nothing predicts a sequence's first token."""
     if "input_ids" in example:
-        return [(example["input_ids"], [_IGNORED, *example["labels"][1:]])]
-    prompt = example["prompt_ids"]
-    labels = [_IGNORED, *prompt[1:]] if prompt_loss else [_IGNORED] * len(prompt)
-    return [(prompt, labels), *((example[k], example[k]) for k in ("chosen_ids", "rejected_ids"))]
+        return [[_Piece(example["input_ids"], [_IGNORED, *example["labels"][1:]], index)]]
+    ids = example["prompt_ids"]
+    unseen = _Piece(ids, [_IGNORED] * len(ids), index)
+    prompt = _Piece(ids, [_IGNORED, *ids[1:]], index) if prompt_loss else unseen
+    answers = [
+        _Piece(example[k], example[k], index, index + part * count, part + 1)
+        for part, k in enumerate(("chosen_ids", "rejected_ids"))
+    ]
+    return [[prompt, *answers]] if rows == "packed" else [[prompt, answers[0]], [unseen, answers[1]]]
+
+
+def _lay(texts: list[_Text], places: list[tuple[int, int]], length: int) -> tuple[Packed, tuple[torch.Tensor, ...]]:
+    """One forward pass, and (target, example, answer, column) of its predicted tokens."""
+    shape = (1 + max(row for row, _ in places), length)
+    rows: Packed = {key: torch.zeros(shape, dtype=torch.long) for key in ("ids", "positions", "part")}
+    rows["sequence"] = torch.full(shape, -1)
+    sources, predicted = [], []
+    for index, (text, (row, start)) in enumerate(zip(texts, places, strict=True)):
+        begin, prompt = row * length + start, len(text[0].ids)
+        for piece in text:
+            here, first = (row, slice(start, start + len(piece.ids))), prompt if piece.part else 0
+            rows["ids"][here] = torch.tensor(piece.ids, dtype=torch.long)
+            rows["positions"][here] = torch.arange(first, first + len(piece.ids))
+            rows["sequence"][here], rows["part"][here] = index, piece.part
+            labels = torch.tensor(piece.labels, dtype=torch.long)
+            column = labels.ne(_IGNORED).nonzero()[:, 0]
+            source = row * length + start + column - 1
+            source[column == 0] = begin + prompt - 1  # an answer follows its prompt
+            whose = (torch.full_like(column, number) for number in (piece.example, piece.answer))
+            sources.append(source)
+            predicted.append((labels[column], *whose, column))
+            start += len(piece.ids)
+    of_tokens = tuple(torch.cat(parts) for parts in zip(*predicted, strict=True))
+    return rows | {"source": torch.cat(sources), "target": of_tokens[0]}, of_tokens
+
+
+def _passes(sizes: list[int], layout: Layout, hidden: int) -> list[tuple[list[int], list[tuple[int, int]], int]]:
+    """(texts, (row, start) of each, the rows' length) of each forward pass."""
+    if layout.rows == "packed":
+        places, length = _places(sizes, None if layout.attention == "flex_attention" else hidden)
+        return [(list(range(len(sizes))), places, length)]
+    groups = _of_one_length(sizes) if layout.rows == "padded" else [[i] for i in range(len(sizes))]
+    return [(group, [(row, 0) for row in range(len(group))], max(sizes[i] for i in group)) for group in groups]
+
+
+def _of_one_length(sizes: list[int]) -> list[list[int]]:
+    """The texts in groups whose lengths differ so little that padding wastes at most a fifth, longest first."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        group = [*groups[-1], index] if groups else []
+        if group and sum(sizes[i] for i in group) >= _FILLED * len(group) * sizes[group[0]]:
+            groups[-1] = group
+        else:
+            groups.append([index])
+    return groups
 
 
 def _places(sizes: list[int], hidden: int | None) -> tuple[list[tuple[int, int]], int]:
@@ -87,40 +166,81 @@ def _first_fit(sizes: list[int], capacity: int) -> tuple[list[tuple[int, int]], 
     return places, max(used)
 
 
-def log_probs(model: torch.nn.Module, packed: Packed) -> FusedCausalLMOutput:
+def log_probs(model: torch.nn.Module, packed: Packed, layout: Layout) -> FusedCausalLMOutput:
     """What TRL's fused head (`add_fused_lm_head`) says of the T predicted tokens, each (1, T): log_probs, entropy, ..."""
+    forward = _fused if layout.head == "fused" else _whole
+    said = [forward(model, rows, layout) for rows in packed["passes"]]
+    if len(said) == 1:
+        return said[0]
+    fields = ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask")
+    given = {k: [getattr(one, k) for one in said] for k in fields}
+    return FusedCausalLMOutput(**{k: torch.cat(v, 1) for k, v in given.items() if v[0] is not None})
+
+
+def _fused(model: torch.nn.Module, rows: Packed, layout: Layout) -> FusedCausalLMOutput:
+    """One pass through TRL's fused head, which runs only where a predicted token counts."""
     backbone = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
 
     def wanted(_module, _inputs, output):
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[packed["source"]][None]
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[rows["source"]][None]
         return output
 
     hook = backbone.register_forward_hook(wanted)
     try:
-        return model(
-            input_ids=packed["ids"],
-            position_ids=packed["positions"],
-            attention_mask=attention(packed, flex=backbone.config._attn_implementation == "flex_attention"),
-            shift_labels=packed["target"][None],
-            fused_lm_head=True,
-        )
+        return model(**inputs(rows, layout, model.dtype), shift_labels=rows["target"][None], fused_lm_head=True)
     finally:
         hook.remove()
 
 
-def attention(packed: Packed, flex: bool = False):
-    """Who sees whom: booleans (rows, 1, length, length), or a block mask that lets FlexAttention skip what nobody sees."""
-    sequence, part = packed["sequence"], packed["part"]
+def _whole(model: torch.nn.Module, rows: Packed, layout: Layout) -> FusedCausalLMOutput:
+    """One pass with the model's own head, for families that do more there than a product with its matrix."""
+    logits = model(**inputs(rows, layout, model.dtype), use_cache=False).logits.flatten(0, 1)[rows["source"]].float()
+    target, logps = rows["target"], logits.log_softmax(-1)
+    return FusedCausalLMOutput(
+        log_probs=logps.gather(1, target[:, None])[None, :, 0],
+        entropy=-(softmax(logits, -1) * logps).sum(-1)[None],
+        mean_logits=logits.mean(-1)[None],
+        is_top1=(logits.argmax(-1) == target)[None],
+        label_mask=torch.ones_like(target, dtype=torch.bool)[None],
+    )
+
+
+def inputs(rows: Packed, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+    """What a model's forward takes for one pass of a layout."""
+    if layout.rows == "single":
+        return {"input_ids": rows["ids"]}
+    if layout.rows == "padded":
+        return {"input_ids": rows["ids"], "attention_mask": (rows["sequence"] >= 0).long()}
+    masks = {name: attention(rows, reach, layout.attention, dtype) for name, reach in layout.reaches.items()}
+    mask = masks.get("", masks)
+    return {"input_ids": rows["ids"], "position_ids": rows["positions"], "attention_mask": mask}
+
+
+def attention(rows: Packed, reach: Reach, kind: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """Who sees whom in packed rows, as an implementation of attention takes it.
+
+    Booleans (rows, 1, length, length) for sdpa; numbers to be added for eager; a block mask that lets FlexAttention skip what
+    nobody sees. Windows and chunks are of positions: places in a text, not in the row.
+    """
+    sequence, part, positions = rows["sequence"], rows["part"], rows["positions"]
 
     def sees(row, head, query, key):
         same = sequence[row, query] == sequence[row, key]
-        return (query >= key) & same & ((part[row, key] == 0) | (part[row, query] == part[row, key]))
+        seen = (query >= key) & same & ((part[row, key] == 0) | (part[row, query] == part[row, key]))
+        if reach.kind == "sliding":
+            seen = seen & (positions[row, query] - positions[row, key] < reach.size)
+        elif reach.kind == "chunked":
+            seen = seen & (positions[row, query] // reach.size == positions[row, key] // reach.size)
+        return seen
 
-    rows, length = sequence.shape
-    if flex:
-        return create_block_mask(sees, rows, None, length, length, device=sequence.device)
+    count, length = sequence.shape
+    if kind == "flex_attention":
+        return create_block_mask(sees, count, None, length, length, device=sequence.device)
     place = torch.arange(length, device=sequence.device)
-    return sees(torch.arange(rows, device=sequence.device)[:, None, None, None], None, place[:, None], place)
+    seen = sees(torch.arange(count, device=sequence.device)[:, None, None, None], None, place[:, None], place)
+    if kind == "sdpa":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def by_answer(values: torch.Tensor, packed: Packed) -> torch.Tensor:

@@ -141,8 +141,12 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
     draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
     with model.adapter(base, stage.spec, None) as wrapped:
-        inits.prepare(wrapped, stage.spec, data.sft_examples(drawn.examples), progress)
-        model.save(base, wrapped, folder)
+        sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
+        inits.prepare(wrapped, stage.spec, sequences, progress)
+        saved = model.save(base, wrapped, folder)
+    model.check_saved(
+        base, saved, folder, "lora"
+    )  # it was prepared on the base itself, also where that is quantized then
     return {"metrics": {"samples_seen": len(drawn.rows)}, "data": drawn.counts()}
 
 
@@ -172,13 +176,14 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
     from d2lora import model, train
 
     parent = store.place(stage.parent) if stage.parent else None
-    checkpoints, reference = _checkpoints(config, stage), _reference(config, stage)
+    checkpoints, reference, proofs = _checkpoints(config, stage), _reference(config, stage), output(config) / "proofs"
 
     def attempt(micro_batch: int) -> dict:
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
         with model.adapter(base, stage.spec, parent) as wrapped:
-            metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference)
-            model.save(base, wrapped, folder)
+            metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference, proofs)
+            saved = model.save(base, wrapped, folder)
+        model.check_saved(base, saved, folder, stage.spec["init"]["name"])
         return metrics
 
     def smaller(micro_batch: int) -> int:

@@ -36,6 +36,7 @@ class Source:
     place: str
     revision: str | None
     trust_remote_code: bool
+    thinking: bool
     identity: dict
 
 
@@ -101,17 +102,14 @@ def remember() -> None:
 
 def _task_draw(config: Config, source: Source) -> Draw:
     task, preference = config.task, config.method.name != "sft"
-    what = {"task": task.model_dump(include=_RENDERING)}
+    what = {"task": task.model_dump(exclude={"name", "data", "benchmark", "lm_eval"})}
     make = functools.partial(_pair, task=task)
     draw = _draw(config, source, task.data, f"task/{config.data_seed}", what, make)
     return dataclasses.replace(draw, preference=preference)
 
 
-_RENDERING = {"prompt", "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "continuation"}
-
-
 def _general_draw(config: Config, source: Source) -> Draw:
-    what = {"messages": config.warmup.messages}
+    what = {"warmup": config.warmup.model_dump(exclude={"name", "data", "epochs"})}
     make = functools.partial(_conversation, warmup=config.warmup)
     return _draw(config, source, config.warmup.data, f"warmup/{config.data_seed}", what, make)
 
@@ -129,7 +127,12 @@ def _draw(config: Config, source: Source, rows: Data, seed: str, what: dict, mak
 
 def _key(source: Source, rows: Data, split_seed: int, what: dict) -> str:
     """A digest of everything that can change the fates of rows, the code included."""
-    spec = {"rows": data.identity(rows, split_seed), "tokenizer": source.identity, "code": _code()}
+    spec = {
+        "rows": data.identity(rows, split_seed),
+        "tokenizer": source.identity,
+        "thinking": source.thinking,
+        "code": _code(),
+    }
     return plan.digest(spec | what | {"transformers": version("transformers")})
 
 
@@ -260,7 +263,7 @@ def _source(model: Model, output: Path) -> Source | None:
         identity = {f.name: data.digest(f) for f in files}
     else:
         return None
-    return Source(str(place or model.path), model.revision, model.trust_remote_code, identity)
+    return Source(str(place or model.path), model.revision, model.trust_remote_code, model.thinking, identity)
 
 
 def _context(source: Source) -> int | None:
@@ -325,7 +328,7 @@ def serve() -> None:
 
 
 def _answer(source: Source, make: Make, rows: list[Row], max_length: int) -> list[str] | None:
-    tokenizer = _tokenizer(source.place, source.revision, source.trust_remote_code)
+    tokenizer = _tokenizer(source.place, source.revision, source.trust_remote_code, source.thinking)
     if tokenizer is None:
         return None
     return [_fate(functools.partial(make, tokenizer), row, max_length) for row in rows]
@@ -339,7 +342,7 @@ def _fate(make: Callable[[Row], dict], row: Row, max_length: int) -> str:
 
 
 @functools.lru_cache(4)
-def _tokenizer(place: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _tokenizer(place: str, revision: str | None, trust_remote_code: bool, thinking: bool) -> Any:
     from transformers import AutoTokenizer
 
     given = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": True}
@@ -347,5 +350,5 @@ def _tokenizer(place: str, revision: str | None, trust_remote_code: bool) -> Any
         tokenizer = AutoTokenizer.from_pretrained(place, **given)
     except Exception:  # not at hand, or one that needs torch: loading the model says what is wrong with it
         return None
-    tokenizer.chat_template = data.undated(tokenizer.chat_template)
+    data.set_up(tokenizer, thinking)
     return tokenizer

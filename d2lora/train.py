@@ -6,16 +6,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
-from trl.experimental.utils import DPODataCollatorWithPadding
 
-from d2lora import tracking
+from d2lora import families, model, proof, tracking
 from d2lora.config import Recipe
-from d2lora.data import Subset, sft_examples
+from d2lora.data import Subset, sequences, sft_examples
 from d2lora.model import Base, device, memory_mb
 from d2lora.store import sync, write_json
 from d2lora.trainers import METHODS, Packer
@@ -89,37 +89,59 @@ def train(
     folder: Path,
     progress: Progress,
     reference: Path | None = None,
+    proofs: Path | None = None,
 ) -> dict:
     """Train the adapter on the drawn examples as `spec` says.
 
     `folder` is for checkpoints, from the last of which it goes on; `reference` remembers what DPO's reference says (one folder a
-    policy). Returns metrics: first and last loss, steps, samples and tokens seen, and the log (an entry every 5 % of the steps).
+    policy), `proofs` which layouts were shown to be exact (next to `folder`, if not said). Returns metrics: first and last loss,
+    steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the steps).
     """
     method = spec.get("method", {"name": "sft"})
     trainer_class, config_class = METHODS[method["name"]]
     rows = sft_examples(drawn.examples) if method["name"] == "sft" else drawn.examples
-    tokens = sum(_tokens(row, recipe.packing) for row in rows)
     steps = math.ceil(len(rows) / spec["batch"]) * spec["epochs"]
     often = max(1, steps // 200)  # for W&B; the record keeps fewer
     args = config_class(**_arguments(spec, recipe, folder, often), **_method_arguments(method, spec["max_length"]))
     args._n_gpu = min(args.n_gpu, 1)  # over several GPUs Trainer would spread a batch, and make it larger
     place, mark = checkpoint(folder) or (None, {})
-    trainer = trainer_class(
-        model=wrapped,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=base.tokenizer,
-        callbacks=[
-            Watch(progress, recipe.checkpoint_minutes, mark.get("seconds", 0.0)),
-            Mirror(len(rows), spec["batch"], tokens / len(rows)),
-        ],
-        data_collator=_collator(base, method, recipe),
-        **_own_arguments(method, drawn, reference),
+    layouts = proof.candidates(base.model, recipe.packing == "prefix_shared", base.attention(recipe.attention))
+    collator = Packer(
+        base.model.config.get_text_config().hidden_size, layouts[0], method.get("nll") == "prompt_and_chosen"
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.rows = drawn.rows
-    with _attention(base, recipe.attention), _walked_once(wrapped):
-        trainer.train(resume_from_checkpoint=str(place) if place else None)
+    with model.in_training(wrapped):
+        trainer = trainer_class(
+            model=wrapped,
+            args=args,
+            train_dataset=Dataset.from_list([e | {"row": i} for e, i in zip(rows, drawn.rows, strict=True)]),
+            processing_class=base.tokenizer,
+            callbacks=[Watch(progress, recipe.checkpoint_minutes, mark.get("seconds", 0.0))],
+            data_collator=collator,
+            **_own_arguments(method, drawn, reference),
+        )
+        trainer.remove_callback(PrinterCallback)
+        wrapped.eval().to(trainer.accelerator.device)
+        memory = proof.Memory(proofs or folder.parent / "proofs", spec["model"])
+        collator.layout, shown = proof.choose(
+            base.name,
+            wrapped,
+            base.model,
+            layouts,
+            [text for row in rows for text in sequences(row)],
+            collator.prompt_loss,
+            recipe.micro_batch,
+            memory,
+            trainer.accelerator.autocast,
+        )
+        with families.attention(base.model, collator.layout.attention):
+            if method["name"] == "dpo":
+                trainer.tolerance = shown.tolerance
+                trainer.add_reference()
+            tokens = sum(_tokens(row, collator.layout.rows) for row in rows)
+            trainer.add_callback(Mirror(len(rows), spec["batch"], tokens / len(rows)))
+            wrapped.train()
+            with _listed_once(wrapped):
+                trainer.train(resume_from_checkpoint=str(place) if place else None)
     if not all(weight.isfinite().all() for weight in wrapped.parameters() if weight.requires_grad):
         raise FloatingPointError("the last step left weights that are no number: lower the learning rate")
     log = thin([e for e in trainer.state.log_history if "loss" in e], max(1, steps // 20 // often) * often)
@@ -134,7 +156,7 @@ def train(
         metrics["reference_pairs_computed"] = trainer.computed
     if place:
         metrics["resumed"] = mark
-    return metrics | {"micro_batch": recipe.micro_batch, "log": log}
+    return metrics | {"micro_batch": recipe.micro_batch, "layout": asdict(shown), "log": log}
 
 
 def thin(log: list[dict], every: int) -> list[dict]:
@@ -157,38 +179,14 @@ def thin(log: list[dict], every: int) -> list[dict]:
 
 
 @contextlib.contextmanager
-def _attention(base: Base, kind: str) -> Iterator[None]:
-    """The base with another implementation of attention, while it trains."""
-    before = base.model.config._attn_implementation
-    base.model.set_attn_implementation(kind)
-    try:
-        yield
-    finally:
-        base.model.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def _walked_once(wrapped: PeftModel) -> Iterator[None]:
-    """The model in training mode, its parameters listed once.
-
-    Trainer walks through all modules several times a step (train, clip_grad_norm_, zero_grad): a twentieth of a small model's step.
-    """
-    wrapped.train()
-    listed, train_mode = list(wrapped.parameters()), wrapped.train
-    wrapped.train = lambda mode=True: wrapped if wrapped.training is mode else train_mode(mode)
+def _listed_once(wrapped: PeftModel) -> Iterator[None]:
+    """The model's parameters listed once: Trainer walks through all modules for them several times a step."""
+    listed = list(wrapped.parameters())
     wrapped.parameters = lambda recurse=True: iter(listed)
     try:
         yield
     finally:
-        del wrapped.train, wrapped.parameters
-
-
-def _collator(base: Base, method: dict, recipe: Recipe):
-    """The packer, or for padded batches TRL's own collator (None: the trainer has its own)."""
-    if recipe.packing == "prefix_shared":
-        hidden = None if recipe.attention == "flex_attention" else base.model.config.get_text_config().hidden_size
-        return Packer(hidden, method.get("nll") == "prompt_and_chosen")
-    return DPODataCollatorWithPadding(base.tokenizer.pad_token_id) if method["name"] == "orpo" else None
+        del wrapped.parameters
 
 
 def _own_arguments(method: dict, drawn: Subset, reference: Path | None) -> dict:
@@ -198,9 +196,11 @@ def _own_arguments(method: dict, drawn: Subset, reference: Path | None) -> dict:
     return {"nll": method["nll"]} if method["name"] == "orpo" else {}
 
 
-def _tokens(row: dict, packing: str) -> int:
+def _tokens(row: dict, layout: str) -> int:
     """Tokens that one row puts through the model, padding apart."""
-    prompt = len(row.get("prompt_ids", ())) * (1 if packing == "prefix_shared" else 2)
+    if "turns" in row:
+        return sum(_tokens(sequence, layout) for sequence in row["turns"])
+    prompt = len(row.get("prompt_ids", ())) * (1 if layout == "packed" else 2)
     return prompt + sum(len(row[k]) for k in ("input_ids", "chosen_ids", "rejected_ids") if k in row)
 
 
@@ -236,7 +236,9 @@ def _arguments(spec: dict, recipe: Recipe, folder: Path, logging_steps: int) -> 
 def _method_arguments(method: dict, max_length: int) -> dict:
     """Arguments of one trainer. None of them cuts a sequence: data.subset has left out what does not fit."""
     if method["name"] == "sft":
-        return {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        return {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "router_aux_loss_coef": 0.0}
+    # disable_dropout would set LoRA's own to 0, and leave the base's so; the base's is off already (families.py).
+    kept = {"beta": method["beta"], "disable_dropout": False}
     if method["name"] == "dpo":
-        return {"max_length": None, "beta": method["beta"]}
-    return {"max_length": max_length, "beta": method["beta"]}
+        return {"max_length": None, "router_aux_loss_coef": 0.0, **kept}
+    return {"max_length": max_length, **kept}

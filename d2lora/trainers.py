@@ -1,4 +1,4 @@
-"""TRL's trainers on ready token ids: on packed batches too, and with losses normalised over the effective batch.
+"""TRL's trainers on ready token ids, in layouts of ours, and with losses normalised over the effective batch.
 
 Their losses and optimizers are TRL's. What is ours is which tokens go through the model (packing.py), that neither packing nor the
 micro-batch changes a result by more than rounding, and that DPO's reference is computed once and proven.
@@ -6,35 +6,41 @@ micro-batch changes a result by more than rounding, and that DPO's reference is 
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from d2lora import packing
-from d2lora.data import REFERENCE_BLOCK
+from d2lora import packing, proof
+from d2lora.data import REFERENCE_BLOCK, longest, sequences
 from d2lora.plan import digest
 from d2lora.store import cached
 
 
-@dataclass(frozen=True)
+@dataclass
 class Packer:
-    """The collator of packed training: token ids of a micro-batch -> packing.pack, and what TRL's trainers count by."""
+    """The collator: token ids of a micro-batch -> packing.pack, and what TRL's trainers count by.
 
-    hidden: int | None
+    `hidden` is the width of the model. The layout is chosen once a trainer is there to prove it with.
+    """
+
+    hidden: int
+    layout: packing.Layout
     prompt_loss: bool = False
 
     def __call__(self, examples: list[dict]) -> dict:
-        packed = packing.pack(examples, self.hidden, self.prompt_loss)
-        batch: dict[str, Any] = {"packed": packed, "attention_mask": packed["sequence"] >= 0}
-        if "labels" in examples[0]:
+        texts = [text for e in examples for text in sequences(e)]
+        packed = packing.pack(texts, self.layout, self.hidden, self.prompt_loss)
+        used = torch.cat([rows["sequence"].flatten() >= 0 for rows in packed["passes"]])
+        batch: dict[str, Any] = {"packed": packed, "attention_mask": used[None]}
+        batch["rows"] = [e["row"] for e in examples if "row" in e]
+        if "labels" in texts[0]:
             batch["labels"] = pad(packed["target"][None], (1, 0), value=-100)
         for key in ("ref_chosen_logps", "ref_rejected_logps"):
             if key in examples[0]:
@@ -43,39 +49,27 @@ class Packer:
 
 
 class _Finite:
-    """Stops at the first loss that is no number. `rows` are the training set's places in the data set."""
-
-    rows: list[int]
+    """Stops at the first loss that is no number, and names its rows of the data set."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        step, rows = self.state.global_step + 1, ", ".join(map(str, inputs["rows"]))  # type: ignore[attr-defined]
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if not torch.isfinite(loss):
-            step, rows = self.state.global_step + 1, ", ".join(map(str, self.rows_in(inputs)))
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {step}, on rows {rows} of the data set: lower the learning rate or look at them"
             )
         return loss
 
-    def rows_in(self, batch: dict) -> list[int]:
-        """Which rows of the data set are in a batch: those whose ids are found in it."""
-        ids = batch["packed"]["ids"] if "packed" in batch else batch.get("input_ids", batch.get("chosen_input_ids"))
-        there = [_words(line) for line in ids.tolist()]
-        wanted = (e.get("input_ids") or e["prompt_ids"] + e["chosen_ids"] for e in self.train_dataset)
-        return [self.rows[i] for i, example in enumerate(wanted) if any(_words(example) in line for line in there)]
-
-
-def _words(ids: list[int]) -> str:
-    """Ids as a text in which they can be looked for."""
-    return f" {' '.join(map(str, ids))} "
+    def log_probs(self, model, packed: packing.Packed) -> FusedCausalLMOutput:
+        """What the model says of a batch's predicted tokens, in the layout of its collator."""
+        return packing.log_probs(model, packed, self.data_collator.layout)  # type: ignore[attr-defined]
 
 
 class SFT(_Finite, SFTTrainer):
-    """TRL's SFT, on packed batches too."""
+    """TRL's SFT on batches of ours."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        forward = model
-        if "packed" in inputs:
-            forward = lambda packed, **_: packing.log_probs(model, packed)  # noqa: E731
+        forward = lambda packed, **_: self.log_probs(model, packed)  # noqa: E731
         return super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
 
 
@@ -99,9 +93,7 @@ class _WholeBatch:
 
     @staticmethod
     def pairs(batch) -> int:
-        if "packed" in batch:
-            return len(batch["packed"]["lengths"]) // 2
-        return len(batch["chosen_input_ids"]) if "chosen_input_ids" in batch else len(batch["input_ids"]) // 2
+        return len(batch["packed"]["lengths"]) // 2
 
     @staticmethod
     def nll_tokens(batch) -> int:
@@ -111,34 +103,33 @@ class _WholeBatch:
 class DPO(_Finite, _WholeBatch, DPOTrainer):
     """TRL's DPO on ready ids. The reference's log-probabilities are computed before training, once for each pair.
 
-    `cache` is the folder of the policy that is the reference; `ahead` are the pairs that fill the last block.
+    `cache` is the folder of the policy that is the reference; `ahead` are the pairs that fill the last block. `tolerance` is how far
+    a token's log-probability may be from that of a plain pass (proof.Proof).
     """
 
+    tolerance = proof.EXACT
+
     def __init__(self, *, reference: str, cache: Path, ahead: list[dict], **kwargs: Any) -> None:
-        self.reference, self.cache, self.computed = reference, cache, 0
+        self.reference, self.cache, self.ahead, self.computed = reference, cache, ahead, 0
         super().__init__(**kwargs)
         # TRL froze a copy of the adapter as the reference. Nothing is trained yet: the policy itself is what it would be.
         self.model.delete_adapter("ref")
-        self.train_dataset = self.with_reference(self.train_dataset, ahead)
         self.precompute_ref_logps = True  # not as an argument: TRL would hash the whole model for a cache of its own
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
-    def with_reference(self, dataset: Dataset, ahead: list[dict]) -> Dataset:
-        """The pairs with ref_chosen_logps and ref_rejected_logps, from the cache where it has them."""
-        examples = dataset.to_list()
-        self.model.eval().to(self.accelerator.device)
-        everything, values = examples + ahead, []
+    def add_reference(self) -> None:
+        """Add ref_chosen_logps and ref_rejected_logps to the pairs, from the cache where it has them."""
+        pairs = [{k: v for k, v in pair.items() if k != "row"} for pair in self.train_dataset.to_list()]
+        self.model.to(self.accelerator.device)
+        everything, values = pairs + self.ahead, []
         for start in range(0, len(everything), REFERENCE_BLOCK):
             block = everything[start : start + REFERENCE_BLOCK]
             values += cached(self.cache / f"{digest(block)}.json", functools.partial(self.reference_logps, block))
-        for example, value in zip(examples[:4], values, strict=False):  # one by one: whole logits take memory
-            self.check_reference([example], [value])
-        self.model.train()
-        for column, part in zip(("chosen", "rejected"), zip(*values[: len(examples)], strict=True), strict=True):
-            dataset = dataset.add_column(f"ref_{column}_logps", part)
-        return dataset
+        self.check_reference(pairs, values)
+        for column, part in zip(("chosen", "rejected"), zip(*values[: len(pairs)], strict=True), strict=True):
+            self.train_dataset = self.train_dataset.add_column(f"ref_{column}_logps", part)
 
     def reference_logps(self, examples: list[dict]) -> list[list[float]]:
         """[chosen, rejected] log-probabilities of pairs under the reference; in halves where they do not fit the memory."""
@@ -149,54 +140,51 @@ class DPO(_Finite, _WholeBatch, DPOTrainer):
         half = len(examples) // 2
         return self.reference_logps(examples[:half]) + self.reference_logps(examples[half:])
 
-    @torch.no_grad()
     def _reference_logps(self, examples: list[dict]) -> list[list[float]]:
-        batch = self._prepare_inputs(self.data_collator(examples))
-        with self.as_reference(), self.accelerator.autocast():
-            if "packed" in batch:
-                logps = self.answers(self.model, batch["packed"]).log_probs
-            else:
-                batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
-                logps = self.model(**batch, fused_lm_head=True).log_probs
         self.computed += len(examples)
-        return torch.stack(logps.sum(1).chunk(2), 1).float().tolist()
+        return self._logps(examples)
+
+    @torch.no_grad()
+    def _logps(self, examples: list[dict]) -> list[list[float]]:
+        packed = self._prepare_inputs(self.data_collator(examples))["packed"]
+        with self.as_reference(), self.accelerator.autocast():
+            found = self.log_probs(self.model, packed).log_probs
+        return torch.stack(packing.by_answer(found, packed).sum(1).chunk(2), 1).float().tolist()
 
     def as_reference(self):
         """The model as the reference, before the first step: with its adapter, or the base alone."""
         return self.model.disable_adapter() if self.reference == "base" else contextlib.nullcontext()
 
-    @torch.no_grad()
-    def check_reference(self, examples: list[dict], found: list[list[float]]) -> None:
-        """RuntimeError unless reference log-probabilities are those of the model it is said to be.
+    def check_reference(self, pairs: list[dict], values: list[list[float]]) -> None:
+        """RuntimeError unless the log-probabilities of the first pair and the longest are those of the reference.
 
-        It is asked in the plain way: padded sequences, whole logits, nothing packed and nothing remembered.
+        It is asked in the plain way: each answer in a forward pass of its own, whole logits, nothing remembered.
         """
-        batch = self._prepare_inputs(DataCollatorForPreference(self._tokenizer.pad_token_id)(examples))
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        with self.as_reference(), self.accelerator.autocast():
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        expected = torch.stack(ORPOTrainer.get_batch_logps(logits, labels).chunk(2), 1)
-        got = torch.tensor(found, device=expected.device)
-        if not torch.allclose(got, expected, rtol=1e-3, atol=2e-3 if self.model.dtype == torch.float32 else 0.5):
-            raise RuntimeError(
-                f"DPO's reference is not the {self.reference} model: {got[0].tolist()} against {expected[0].tolist()}"
-            )
+        some = sorted({0, *sorted(range(len(pairs)), key=lambda i: -longest(pairs[i]))[:3]})
+        for index in some:
+            with self.as_reference(), self.accelerator.autocast():
+                plain = proof.plain(self.model, [pairs[index]])
+            for answer, kind in enumerate(("chosen", "rejected")):
+                now = sum(value for (_, which, _), value in plain.items() if which == answer)
+                was, tokens = values[index][answer], len(pairs[index][f"{kind}_ids"])
+                if not abs(was - now) <= 2 * self.tolerance * math.sqrt(tokens):
+                    raise RuntimeError(
+                        f"DPO's reference is not the {self.reference} model: the {kind} answer of pair {index + 1} has a log-probability "
+                        f"of {was:.4f} in {self.cache}, and the model gives {now:.4f}: remove that folder to have it computed again"
+                    )
 
-    @staticmethod
-    def answers(model, packed: packing.Packed, **_: Any) -> FusedCausalLMOutput:
-        """The packed forward with its results as TRL's loss expects them: a row an answer."""
-        found = packing.log_probs(model, packed)
+    def answers(self, model, packed: packing.Packed, **_: Any) -> FusedCausalLMOutput:
+        """A batch's forward with its results as TRL's loss expects them: a row an answer."""
+        found = self.log_probs(model, packed)
         wanted = ("log_probs", "entropy", "mean_logits", "is_top1")
         return FusedCausalLMOutput(**{k: packing.by_answer(found[k], packed) for k in wanted})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        share = self.share(self.pairs(inputs), self.batch_pairs)
-        if packed := inputs.pop("packed", None):
-            mask = pad(packing.mask_of(packed), (1, 0))
-            # TRL reads its labels' ids from input_ids; the packed forward has its own.
-            inputs |= {"input_ids": mask, "completion_mask": mask}
-            model = functools.partial(self.answers, model, packed)
-        return super().compute_loss(model, inputs) * share
+        share, packed = self.share(self.pairs(inputs), self.batch_pairs), inputs.pop("packed")
+        mask = pad(packing.mask_of(packed), (1, 0))
+        # TRL reads its labels' ids from input_ids; our forward has its own.
+        inputs = {k: v for k, v in inputs.items() if k != "rows"} | {"input_ids": mask, "completion_mask": mask}
+        return super().compute_loss(functools.partial(self.answers, model, packed), inputs) * share
 
 
 class ORPO(_Finite, _WholeBatch, ORPOTrainer):
@@ -208,45 +196,24 @@ class ORPO(_Finite, _WholeBatch, ORPOTrainer):
         add_fused_lm_head(self.model.get_base_model(), outputs=("log_probs", "mean_logits"))
 
     def tokenize_row(self, feature, model=None) -> dict:
-        row, prompt = {}, feature["prompt_ids"]
-        for kind in ("chosen", "rejected"):
-            answer = feature[f"{kind}_ids"]
-            row[f"{kind}_input_ids"] = prompt + answer
-            row[f"{kind}_attention_mask"] = [1] * len(row[f"{kind}_input_ids"])
-            row[f"{kind}_labels"] = [-100] * len(prompt) + answer
-        return row
+        return feature
 
     def nll_tokens(self, batch) -> int:
         """Predicted tokens that the NLL averages over: the first token of a sequence is predicted by nothing."""
-        if "packed" in batch:
-            return int(self._in_nll(batch["packed"]).sum())
-        if self.nll == "completion":
-            return int((batch["chosen_labels"][:, 1:] != -100).sum())
-        return int(batch["chosen_attention_mask"][:, 1:].sum())
+        return int(self._in_nll(batch["packed"]).sum())
 
     def _in_nll(self, packed: packing.Packed) -> torch.Tensor:
         """Which predicted tokens the NLL covers: those of chosen answers, and of prompts if they are predicted."""
         return packed["answer"] < len(packed["lengths"]) // 2
 
     def concatenated_forward(self, model, batch):
-        forward = self._packed_forward if "packed" in batch else self._padded_forward
-        *results, nll = forward(model, batch)
-        return *results, nll * self.share(self.nll_tokens(batch), self.batch_tokens)
-
-    def _packed_forward(self, model, batch):
         packed = batch["packed"]
-        found = packing.log_probs(model, packed)
+        found = self.log_probs(model, packed)
         logps = packing.by_answer(found.log_probs, packed).sum(1) / packed["lengths"]
         logits = packing.by_answer(found.mean_logits, packed)  # for TRL's log only
         nll = -found.log_probs[0, self._in_nll(packed)].mean()
-        return *logps.chunk(2), *logits.chunk(2), nll
-
-    def _padded_forward(self, model, batch):
-        *results, logits, rejected_logits, nll = super().concatenated_forward(model, batch)[:5]
-        if self.nll == "completion":
-            labels = pad(batch["chosen_labels"], (0, logits.shape[1] + 1 - batch["chosen_labels"].shape[1]), value=-100)
-            nll = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
-        return *results, logits, rejected_logits, nll
+        weighed = nll * self.share(self.nll_tokens(batch), self.batch_tokens)
+        return *logps.chunk(2), *logits.chunk(2), weighed
 
     def odds_ratio_loss(self, chosen_logps, rejected_logps):
         losses, *rest = super().odds_ratio_loss(chosen_logps, rejected_logps)

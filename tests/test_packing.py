@@ -15,8 +15,9 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.utils import add_fused_lm_head
 
-from d2lora import data, model, packing, train, trainers
+from d2lora import data, model, packing, train
 from d2lora.data import Subset, sft_examples
+from d2lora.families import Reach, Snapshot
 
 STEPS, BATCH = 50, 4
 RATE = 2e-4  # Adam makes steps of this size even of gradients that are rounding: it bounds how far those can lead
@@ -90,7 +91,13 @@ class PlainDPO(DPOTrainer):
 
 class PlainORPO(ORPOTrainer):
     def tokenize_row(self, feature, model=None) -> dict:
-        return trainers.ORPO.tokenize_row(self, feature)
+        row, prompt = {}, feature["prompt_ids"]
+        for kind in ("chosen", "rejected"):
+            answer = feature[f"{kind}_ids"]
+            row[f"{kind}_input_ids"] = prompt + answer
+            row[f"{kind}_attention_mask"] = [1] * len(row[f"{kind}_input_ids"])
+            row[f"{kind}_labels"] = [-100] * len(prompt) + answer
+        return row
 
 
 def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], folder: Path) -> dict:
@@ -144,7 +151,7 @@ def test_after_50_steps_the_adapter_is_trl_s(cell, tiny, tmp_path, pairs, method
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     expected = plain(started(tiny, warm), tokenizer, method, pairs, tmp_path / "trl")
     wrapped = started(tiny, warm)
-    base = model.Base("tiny", wrapped.get_base_model(), tokenizer, 0)
+    base = model.Base("tiny", wrapped.get_base_model(), tokenizer, 0, Snapshot.of(wrapped.get_base_model()))
     start = adapter(wrapped)
     found = ours(cell, base, wrapped, method, pairs, tmp_path / "ours", f"recipe.packing={packed}")
     assert_same(found, expected, start)
@@ -153,9 +160,9 @@ def test_after_50_steps_the_adapter_is_trl_s(cell, tiny, tmp_path, pairs, method
 def test_a_pair_s_log_probabilities_are_those_of_separate_sequences(tiny, pairs) -> None:
     wrapped = started(tiny, warm=True)
     add_fused_lm_head(wrapped.get_base_model())
-    packed = packing.pack(pairs[:8], hidden=32)
+    packed = packing.pack(pairs[:8], packing.Layout(), 32)
     with torch.no_grad():
-        found = packing.by_answer(packing.log_probs(wrapped, packed).log_probs, packed).sum(1)
+        found = packing.by_answer(packing.log_probs(wrapped, packed, packing.Layout()).log_probs, packed).sum(1)
         for index, pair in enumerate(pairs[:8]):
             for answer, got in ((pair["chosen_ids"], found[index]), (pair["rejected_ids"], found[index + 8])):
                 ids = torch.tensor([pair["prompt_ids"] + answer])
@@ -164,31 +171,43 @@ def test_a_pair_s_log_probabilities_are_those_of_separate_sequences(tiny, pairs)
 
 
 def test_no_token_lies_in_a_batch_twice(pairs) -> None:
-    packed = packing.pack(pairs[:16], hidden=32)
+    packed = packing.pack(pairs[:16], packing.Layout(), 32)
+    (rows,) = packed["passes"]
     needed = sum(len(ids) for pair in pairs[:16] for ids in pair.values())
-    assert int((packed["sequence"] >= 0).sum()) == needed
-    assert packed["ids"].numel() < 1.3 * needed
+    assert int((rows["sequence"] >= 0).sum()) == needed
+    assert rows["ids"].numel() < 1.3 * needed
     assert len(packed["target"]) == sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs[:16])
 
 
-def test_the_block_mask_of_flex_attention_is_the_boolean_mask(pairs) -> None:
-    packed = packing.pack(pairs[:4], hidden=32)
-    block = packing.attention(packed, flex=True)
-    rows, length = packed["ids"].shape
-    dense = create_mask(block.mask_mod, rows, 1, length, length, device="cpu")
-    assert torch.equal(dense, packing.attention(packed))
-    assert packing.attention(packed).any(-1).all(), "a row of the mask without a True is NaN in softmax"
+def test_padded_texts_of_one_length_share_a_pass_and_little_is_padding(pairs) -> None:
+    packed = packing.pack(pairs[:16], packing.Layout("padded"), 32)
+    used = sum(int((rows["sequence"] >= 0).sum()) for rows in packed["passes"])
+    laid = sum(rows["ids"].numel() for rows in packed["passes"])
+    assert used == sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs[:16])
+    assert laid < 1.25 * used
+    assert 1 < len(packed["passes"]) < 16
+
+
+@pytest.mark.parametrize("reach", [Reach(), Reach("sliding", 6), Reach("chunked", 6)], ids=lambda r: r.kind)
+def test_the_block_mask_of_flex_attention_is_the_boolean_mask(pairs, reach) -> None:
+    (rows,) = packing.pack(pairs[:4], packing.Layout(), 32)["passes"]
+    block = packing.attention(rows, reach, "flex_attention")
+    count, length = rows["ids"].shape
+    dense = create_mask(block.mask_mod, count, 1, length, length, device="cpu")
+    assert torch.equal(dense, packing.attention(rows, reach))
+    assert packing.attention(rows, reach).any(-1).all(), "a row of the mask without a True is NaN in softmax"
 
 
 def test_flex_attention_gives_the_same_log_probabilities(tiny, pairs) -> None:
     """In one long row. Its kernels, and its backward pass, are for GPUs: here its plain form runs."""
     found = {}
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        for kind, hidden in (("sdpa", 32), ("flex_attention", None)):
-            wrapped, packed = started(tiny, warm=True), packing.pack(pairs[:4], hidden)
+        for kind in ("sdpa", "flex_attention"):
+            layout = packing.Layout(attention=kind)
+            wrapped, packed = started(tiny, warm=True), packing.pack(pairs[:4], layout, 32)
             wrapped.get_base_model().set_attn_implementation(kind)
             add_fused_lm_head(wrapped.get_base_model())
-            found[kind] = packing.by_answer(packing.log_probs(wrapped, packed).log_probs, packed)
+            found[kind] = packing.by_answer(packing.log_probs(wrapped, packed, layout).log_probs, packed)
     assert torch.allclose(found["sdpa"], found["flex_attention"], atol=5e-5)
 
 

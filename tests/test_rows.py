@@ -113,6 +113,9 @@ def said(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
+CALL = {"tool_calls": [{"function": {"name": "pick", "arguments": {"what": "apple"}}}]}
+
+
 def sharegpt(turns: list[dict]) -> list[dict]:
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     return [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
@@ -148,10 +151,10 @@ def test_known_layouts_are_read_as_what_they_are(tmp_path: Path, tokenizer, layo
         ({"good": HISTORY, "bad": HISTORY}, None, "does not end with an assistant turn"),
         ({"good": [*HISTORY, said("a")], "bad": [*HISTORY, said("b")]}, "{good} ", "holds no text"),
         ({"q": "Other?", "good": [*HISTORY, said("a")], "bad": [*HISTORY, said("b")]}, "{q}", "is not task.prompt"),
-        ({"good": [*HISTORY, said("a") | {"tool_calls": [{"x": 1}]}], "bad": "b"}, None, "tool_calls"),
+        ({"good": [*HISTORY, said("a") | CALL], "bad": "b"}, None, "tool_calls"),
         ({"good": [*HISTORY, said("a") | {"weight": 0}], "bad": "b"}, None, "weight"),
         ({"good": [*HISTORY, said(None)], "bad": "b"}, None, "nothing in the last turn"),
-        ({"good": [*HISTORY[:3], {"role": "user", "content": None}, said("a")], "bad": "b"}, None, "a turn in {good}"),
+        ({"good": [*HISTORY[:3], {"role": "user", "content": None}, said("a")], "bad": "b"}, None, "turn 4 in {good} (user): nothing in content"),
         ({"q": [*HISTORY, said("a")], "good": "b", "bad": "c"}, "{q}", "ends with an assistant turn"),
         ({"good": "a", "bad": "b"}, None, "no prompt"),
     ],
@@ -245,8 +248,9 @@ def test_equal_answers_are_counted_with_them(check) -> None:
     [
         ([{"role": "user", "content": "Hello."}], "a conversation without an assistant turn"),
         ([], "nothing in column chosen"),
-        ("hello", "must hold conversations"),
-        ([{"role": "user"}], "conversations"),
+        ("hello", "no conversation: a list of"),
+        (3, "must hold conversations"),
+        ([{"role": "user"}], "turn 1 .user.: nothing in content"),
     ],
 )
 def test_conversations_that_can_t_be_learned_are_named_together(check, turns, words: str) -> None:

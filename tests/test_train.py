@@ -76,7 +76,7 @@ def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: 
         rows = seen[method] = []
 
         def note(module, arguments, rows=rows, pad=pad) -> None:
-            if module.training:
+            if torch.is_grad_enabled():  # neither the reference nor the proof of the layout
                 rows.extend([i for i in row if i != pad] for row in arguments[0].tolist())
 
         hook = base.model.get_input_embeddings().register_forward_pre_hook(note)
@@ -95,17 +95,19 @@ def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: 
 def test_dropout_is_at_work_in_training_and_not_in_the_reference(
     make, method: str, tmp_path: Path, monkeypatch
 ) -> None:
-    modes: list[tuple[bool, bool]] = []
+    modes: list[tuple[bool, bool, float]] = []
     plain = torch.nn.Dropout.forward
 
     def note(self, x):
-        modes.append((torch.is_grad_enabled(), self.training))
+        modes.append((torch.is_grad_enabled(), self.training, self.p))
         return plain(self, x)
 
     monkeypatch.setattr(torch.nn.Dropout, "forward", note)
     cell = make(f"method={method}", "n=16", "method.epochs=1", "recipe.lora.dropout=0.1")
     do(alone(cell))
-    assert set(modes) == {(True, True)} | ({(False, False)} if method == "dpo" else set())
+    assert set(modes) == {(True, True, 0.1), (False, False, 0.1)}, (
+        "and neither where a layout is proven; TRL would set p to 0"
+    )
 
 
 @pytest.mark.parametrize("m", [0, 16])

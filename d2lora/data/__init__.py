@@ -28,6 +28,7 @@ from d2lora.data.sources import (
     rows,
     shuffled,
 )
+from d2lora.data.templates import Shape, ends, opens, refuse_tokens, render, say_end, set_up, shape, undated
 from d2lora.data.texts import LeftOut, NotText, fill, text_of
 from d2lora.data.tokens import (
     REFERENCE_BLOCK,
@@ -38,11 +39,12 @@ from d2lora.data.tokens import (
     longest,
     made,
     pair_example,
+    rendered_conversation,
     rendered_prompt,
+    sequences,
     sft_examples,
     subset,
     too_few,
-    undated,
 )
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "LeftOut",
     "NotText",
     "Row",
+    "Shape",
     "Subset",
     "at",
     "check_benchmark",
@@ -64,6 +67,7 @@ __all__ = [
     "conversation_example",
     "digest",
     "encode",
+    "ends",
     "fill",
     "fingerprint",
     "general_example",
@@ -79,10 +83,18 @@ __all__ = [
     "model_identity",
     "need",
     "number_of",
+    "opens",
     "pair_example",
+    "refuse_tokens",
+    "render",
+    "rendered_conversation",
     "rendered_prompt",
     "rows",
+    "say_end",
+    "sequences",
+    "set_up",
     "sft_examples",
+    "shape",
     "shuffled",
     "subset",
     "text_of",

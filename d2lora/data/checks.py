@@ -92,19 +92,23 @@ def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") 
     """UserError unless the warm-up's rows have conversations in its column and are at least m (the value of `key`)."""
     found = rows(warmup.data, split_seed)
     need(found, warmup.data, warmup.messages, empty=True)
-    nothing = [number_of(row, i) for i, row in enumerate(found) if row[warmup.messages] in (None, [])]
+    nothing = [number_of(row, i) for i, row in enumerate(found) if row[warmup.messages] in (None, [], "")]
     if nothing and warmup.data.empty == "refuse":
         raise UserError(
             f"data.path={warmup.data.path}: {listed(nothing)} ({len(nothing):,} of {len(found):,}): nothing in column "
             f"{warmup.messages}; warmup.data.empty=leave_out leaves such rows out"
         )
+    wanted = (str,) if warmup.rendered else (list, str)  # a conversation may be written as JSON
     others = [
-        (number_of(r, i), shown(v)) for i, r in enumerate(found) if not isinstance(v := r[warmup.messages] or [], list)
+        (number_of(row, i), shown(value))
+        for i, row in enumerate(found)
+        if (value := row[warmup.messages]) not in (None, []) and not isinstance(value, wanted)
     ]
     if others:
+        held = "rendered texts" if warmup.rendered else "conversations: lists of {role, content} or {from, value}"
         raise UserError(
             f"data.path={warmup.data.path}: {kind_line(others, len(found))}: warmup.messages={warmup.messages}: the column must "
-            "hold conversations: lists of {role, content}"
+            f"hold {held}"
         )
     _enough(key, m, len(found), f"warmup={warmup.name}", Counter({EMPTY: len(nothing)} if nothing else {}))
 

@@ -10,8 +10,10 @@ from string import Formatter
 from typing import Any
 
 from d2lora.config import Task
+from d2lora.data.conversations import message
 from d2lora.data.files import Row
 from d2lora.data.texts import LeftOut, NotText, fill, shown, text_of
+from d2lora.errors import UserError
 
 Messages = list[dict]
 
@@ -59,18 +61,24 @@ def pair_texts(task: Task, row: Row) -> PairTexts:
 
 def _answer(task: Task, row: Row, template: str) -> tuple[Messages, str]:
     """The turns before an answer, none where the column holds a text, and the answer."""
-    turns = _conversation(row, template)
-    if turns is None:
+    given = _given_turns(row, template)
+    if given is None:
         return [], _text(task, row, template)
+    said = given[-1].get("content", given[-1].get("value"))
+    if said is None and not given[-1].get("tool_calls"):
+        raise _nothing(task, f"the last turn in {template}")
+    turns = _messages(given, template)
     last = turns[-1]
     if last["role"] != "assistant":
         raise BadRow(f"{template} does not end with an assistant turn")
-    if carried := [k for k in _CARRIED if last.get(k) not in (None, "", [], {}, 1)]:
-        raise BadRow(f"{template}'s last turn has {', '.join(carried)}, which the answer of a pair can't carry")
+    if carried := [k for k in _CARRIED if last.get(k)]:
+        raise BadRow(f"the last turn in {template} has {', '.join(carried)}, which the answer of a pair can't carry")
+    if given[-1].get("weight") == 0:
+        raise BadRow(f"the last turn in {template} has weight 0: it is the answer")
     return turns[:-1], _checked(task, f"the last turn in {template}", last["content"])
 
 
-_CARRIED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight")
+_CARRIED = ("tool_calls", "reasoning_content")  # what else a turn can say
 
 
 def _prompt(task: Task, row: Row, history: Messages) -> str | Messages:
@@ -103,39 +111,26 @@ def _is_in(asked: str | Messages, history: Messages) -> bool:
     return any(turn["role"] == "user" and turn["content"].strip() == asked.strip() for turn in history)
 
 
-# ShareGPT's names of a turn's parts, and of its roles.
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-
-
 def _conversation(row: Row, template: str) -> Messages | None:
-    """The turns that a column holds, each {role, content, ...} with a text as content; None where it holds something else."""
+    """The turns that a column holds, as chat templates take them; None where it holds something else."""
+    given = _given_turns(row, template)
+    return None if given is None else _messages(given, template)
+
+
+def _given_turns(row: Row, template: str) -> list[dict] | None:
+    """The turns that a column holds, as they stand there."""
     name = _only_field(template)
     value = _value(row, name) if name else None
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return None
-    if all("from" in turn and "value" in turn for turn in value):
-        value = [{"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in value]
-    if not all("role" in turn for turn in value):
-        return None
-    return [*({**turn, "content": _content(template, turn)} for turn in value[:-1]), {"content": None, **value[-1]}]
+    return value if all("role" in turn or "from" in turn for turn in value) else None
 
 
-def _content(template: str, turn: dict) -> str | None:
-    """The text of a turn before the answer."""
-    content = turn.get("content")
-    if content is None and turn.get("tool_calls"):
-        return None  # for a chat template that knows calls
+def _messages(given: list[dict], template: str) -> Messages:
     try:
-        return text_of(content)
-    except NotText:
-        raise BadRow(f"a turn in {template} holds no text", shown(content)) from None
+        return [message(turn, f"turn {number} in {template}")[0] for number, turn in enumerate(given, 1)]
+    except UserError as error:
+        raise BadRow(str(error)) from None
 
 
 def _text(task: Task, row: Row, template: str, blank: bool = False) -> str:

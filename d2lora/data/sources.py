@@ -162,7 +162,7 @@ _MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken"
 def model_identity(model: Model) -> dict:
     """What of a model can change a result: the hashes of its files, or the Hub's name and revision."""
     place = model_files(model)
-    code = {"trust_remote_code": True} if model.trust_remote_code else {}
+    code = model.model_dump(include={"trust_remote_code", "thinking"}, exclude_defaults=True)
     if place is None:
         if not model.revision:
             raise UserError(f"model.path={model.path}: {_no_revision('model', model.path)}")

@@ -1,0 +1,301 @@
+"""Layouts are proven on the model before they are used: what a layout says of each token is what a plain pass says, or it is not used.
+
+A plain pass is one text in one forward pass: no padding, no mask, no packing, whole logits.
+"""
+
+import contextlib
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from d2lora import families, packing
+from d2lora.data import longest
+from d2lora.errors import UserError
+from d2lora.packing import Layout
+from d2lora.plan import digest
+from d2lora.store import write_json
+
+EXACT = 1e-3  # nats a token, in float32
+_NOISE = 3.0  # times the noise that was measured, in bfloat16 ...
+_LEAST = 0.02  # ... and at least so much: a batch may happen to show none
+_SHOWN = 5  # examples at most: the longest, and the shortest beside them
+_PACKAGES = ("torch", "transformers", "peft", "trl")
+Tokens = dict[tuple[int, int, int], float]  # (example, answer, column) -> log-probability
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was shown of a layout: `length` is the longest text's, `difference` the largest of a token's log-probability."""
+
+    layout: str
+    length: int
+    difference: float | None  # None: the model raises an error in this layout
+    tolerance: float
+    exact: bool
+    why: str = ""
+
+
+@torch.no_grad()
+def plain(model: torch.nn.Module, examples: Sequence[dict], prompt_loss: bool = False) -> Tokens:
+    """The log-probability of each predicted token of the examples (as packing.pack counts them), in plain passes."""
+    found: Tokens = {}
+    for index, example in enumerate(examples):
+        for answer, start, ids, labels in _texts(example, index, len(examples), prompt_loss):
+            logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0].float()
+            logps = logits.log_softmax(-1)
+            for place in range(1, len(ids)):
+                if labels[place] != -100:
+                    key = (index, answer if place >= start else -1, place - start if place >= start else place)
+                    found[key] = float(logps[place - 1, labels[place]])
+    return found
+
+
+def _texts(example: dict, index: int, count: int, prompt_loss: bool) -> Iterable[tuple[int, int, list[int], list[int]]]:
+    """(answer, where it starts, ids, labels) of an example's texts."""
+    if "input_ids" in example:
+        yield -1, 0, example["input_ids"], example["labels"]
+        return
+    prompt = example["prompt_ids"]
+    for part, kind in enumerate(("chosen_ids", "rejected_ids")):
+        seen = prompt if prompt_loss and part == 0 else [-100] * len(prompt)
+        yield index + part * count, len(prompt), prompt + example[kind], seen + example[kind]
+
+
+@torch.no_grad()
+def laid(
+    model: torch.nn.Module, examples: Sequence[dict], layout: Layout, hidden: int, prompt_loss: bool = False
+) -> Tokens:
+    """The same in a layout, as training lays it."""
+    packed = _to(packing.pack(examples, layout, hidden, prompt_loss), next(model.parameters()).device)
+    values = packing.log_probs(model, packed, layout).log_probs[0].float().tolist()
+    keys = zip(*(packed[k].tolist() for k in ("example", "answer", "column")), strict=True)
+    return dict(zip(keys, values, strict=True))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_to(v, device) for v in value]
+    return value.to(device)
+
+
+def difference(found: Tokens, expected: Tokens) -> float:
+    """The largest of a token's log-probability; infinite if one is missing or no number."""
+    if found.keys() != expected.keys():
+        return float("inf")
+    worst = max((abs(found[k] - expected[k]) for k in expected), default=0.0)
+    return worst if worst == worst else float("inf")
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------
+
+
+def candidates(model: PreTrainedModel, packed: bool, attention: str) -> list[Layout]:
+    """The layouts to be tried on a base, cheapest first. Packed rows need layers that masks describe."""
+    reaches = families.reaches(model.config)
+    kinds = [*(["packed"] if packed and reaches is not None else []), "padded", "single"]
+    seen = reaches or {"": families.Reach()}
+    return [Layout(rows, head, seen, attention) for rows in kinds for head in ("fused", "whole")]  # type: ignore[arg-type]
+
+
+def choose(
+    name: str,
+    model: torch.nn.Module,
+    base: PreTrainedModel,
+    layouts: list[Layout],
+    examples: Sequence[dict],
+    prompt_loss: bool,
+    at_once: int,
+    remembered: "Memory",
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> tuple[Layout, Proof]:
+    """The first of the layouts that is exact for the model on the longest examples. UserError if none is.
+
+    `model` is the base with its adapter, `name` what the user calls it; `at_once` examples are a micro-batch.
+    """
+    some = sorted(examples, key=lambda e: -longest(e))
+    count = min(_SHOWN, at_once, len(some))
+    some = some[: max(1, count - 1)] + (some[-1:] if count > 1 else [])
+    check = _Check(model, base, some, prompt_loss, autocast)
+    missed: list[Proof] = []
+    for layout in layouts:
+        proof = remembered.get(layout, count, check.length)
+        if proof is None:
+            proof = check(layout)
+            remembered.put(layout, count, proof)
+        if proof.exact:
+            _say(name, layout, missed)
+            return layout, proof
+        missed.append(proof)
+    tried = "; ".join(f"{p.layout}: {_miss(p)}" for p in missed)
+    raise UserError(f"model={name}: no way of laying its rows gives what plain passes of single texts give ({tried})")
+
+
+def _miss(proof: Proof) -> str:
+    if proof.difference is None:
+        return proof.why
+    return f"a token's log-probability is off by {proof.difference:.2g}" + (f" ({proof.why})" if proof.why else "")
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say(name: str, layout: Layout, missed: list[Proof]) -> None:
+    """One line, once a process, for a layout that is not the cheapest."""
+    if layout.name == "packed" or (name, layout.name) in _said:
+        return
+    _said.add((name, layout.name))
+    why = f" ({missed[0].layout}: {_miss(missed[0])})" if missed else ""
+    print(f"{name}: texts are laid {layout.name}{why}", file=sys.stderr)
+
+
+class _Check:
+    """Layouts of a model on some examples. What does not depend on the layout is computed once, when it is asked for."""
+
+    def __init__(self, model, base: PreTrainedModel, examples: Sequence[dict], prompt_loss: bool, autocast) -> None:
+        self.model, self.base, self.examples, self.prompt_loss, self.autocast = (
+            model,
+            base,
+            examples,
+            prompt_loss,
+            autocast,
+        )
+        self.hidden = base.config.get_text_config().hidden_size
+        self.length = max(longest(e) for e in examples)
+        self._expected: Tokens | None = None
+        self._noise: float | None = None
+
+    def __call__(self, layout: Layout) -> Proof:
+        tolerance = EXACT if self.base.dtype == torch.float32 else max(_LEAST, _NOISE * self.noise)
+        try:
+            with families.attention(self.base, layout.attention), self.autocast():
+                found = laid(self.model, self.examples, layout, self.hidden, self.prompt_loss)
+            off = difference(found, self.expected)
+            why = ""
+            if off <= tolerance and self.base.dtype != torch.float32:
+                off_structure, why = structure(self.base.config, layout, self.length, self.prompt_loss)
+                if off_structure > EXACT:
+                    return Proof(layout.name, self.length, off_structure, EXACT, False, why)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a family's code raises over a mask or positions that it does not know
+            line = next(iter(str(error).strip().splitlines()), "")
+            return Proof(layout.name, self.length, None, tolerance, False, f"{type(error).__name__}: {line[:120]}")
+        return Proof(layout.name, self.length, off, tolerance, off <= tolerance, why)
+
+    @property
+    def expected(self) -> Tokens:
+        if self._expected is None:
+            with self.autocast():
+                self._expected = plain(self.model, self.examples, self.prompt_loss)
+        return self._expected
+
+    @property
+    def noise(self) -> float:
+        """What plain padding alone changes in bfloat16: its rounding, where it changes nothing else."""
+        if self._noise is None:
+            padded = Layout("padded", "whole", attention=self.base.config._attn_implementation)
+            with self.autocast():
+                found = laid(self.model, self.examples, padded, self.hidden, self.prompt_loss)
+            self._noise = difference(found, self.expected)
+        return self._noise
+
+
+# --- bfloat16: the structure, in float32 ---------------------------------------------------------------------------
+
+
+def structure(config: PretrainedConfig, layout: Layout, length: int, prompt_loss: bool) -> tuple[float, str]:
+    """(largest difference, what was done) of a layout on a small random model of the same config in float32.
+
+    What bfloat16's rounding hides, a small model in float32 shows: its layers are of the same kinds, windows and positions.
+    """
+    if layout.rows == "single" and layout.head == "whole":
+        return 0.0, ""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(small(config), attn_implementation=_plain(layout.attention)).eval()
+        for weight in model.parameters():
+            if weight.dim() > 1:  # a model without opinions would hide differences
+                torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        examples = [
+            {"prompt_ids": _ids(p), "chosen_ids": _ids(c), "rejected_ids": _ids(r)}
+            for p, c, r in ((length // 2, length - length // 2, 9), (7, 12, 5), (3, 2, 4))
+        ]
+    add_fused_lm_head(model)
+    layout = Layout(layout.rows, layout.head, layout.reaches, _plain(layout.attention))
+    found = laid(model, examples, layout, config.get_text_config().hidden_size, prompt_loss)
+    return difference(found, plain(model, examples, prompt_loss)), "shown on a small copy in float32"
+
+
+def _plain(attention: str) -> str:
+    return "sdpa" if attention == "flex_attention" else attention
+
+
+def _ids(count: int) -> list[int]:
+    return torch.randint(3, _SMALL_VOCABULARY, (max(count, 1),)).tolist()
+
+
+_SMALL_VOCABULARY, _SMALL_LAYERS, _SMALL_WIDTH = 512, 4, 128
+
+
+def small(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a config's text part with few layers (all kinds among them), few tokens and narrow feed-forward parts."""
+    text = copy.deepcopy(config.get_text_config())
+    layers = text.num_hidden_layers
+    types = getattr(text, "layer_types", None) or [""]
+    covering = next(i for i in range(1, len(types) + 1) if set(types[:i]) == set(types))
+    kept = min(layers, max(2, covering if len(types) > 1 else _SMALL_LAYERS))
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, key, value[:kept])
+        elif "intermediate_size" in key and isinstance(value, int):
+            setattr(text, key, min(value, _SMALL_WIDTH))
+        elif key.endswith("_token_id"):
+            setattr(text, key, None)
+    text.num_hidden_layers, text.vocab_size = kept, min(text.vocab_size, _SMALL_VOCABULARY)
+    text.dtype = torch.float32
+    return text
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Proofs on disk, a file each: of a model (its identity), its device and the packages' versions."""
+
+    folder: Path
+    model: dict
+
+    def get(self, layout: Layout, count: int, length: int) -> Proof | None:
+        """What is known of a layout of so many texts of that length: exact as far as it was shown, not exact from there on."""
+        try:
+            proof = Proof(**json.loads(self._file(layout, count).read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        known = length <= proof.length if proof.exact else length >= proof.length
+        return proof if known else None
+
+    def put(self, layout: Layout, count: int, proof: Proof) -> None:
+        write_json(self._file(layout, count), asdict(proof))
+
+    def _file(self, layout: Layout, count: int) -> Path:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        shown = {
+            "layout": layout.name,
+            "attention": layout.attention,
+            "count": count,
+            "model": self.model,
+            "device": device,
+        }
+        return self.folder / f"{digest(shown | {p: version(p) for p in _PACKAGES})}.json"
