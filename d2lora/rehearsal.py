@@ -4,6 +4,7 @@ The tokenizer works in a process of its own, which has no torch: a plan needs no
 work. What was found is remembered in <output>/fingerprints.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -90,9 +91,10 @@ def check_items(config: Config, output: Path) -> None:
 
 
 def remember() -> None:
-    """Keep on disk what was found; for when nothing was refused."""
-    for file, value in _found.items():
-        cached(file, lambda value=value: value)  # type: ignore[misc]
+    """Keep on disk what was found; for when nothing was refused. A disk that fails is for what must be written to say."""
+    with contextlib.suppress(OSError):
+        for file, value in _found.items():
+            cached(file, lambda value=value: value)  # type: ignore[misc]
     _found.clear()
     _end()
 
@@ -283,6 +285,8 @@ def _ask(source: Source, make: Make, rows: list[Row], max_length: int) -> list[s
     """The fates of rows; None where the tokenizer can't be loaded."""
     if "transformers" in sys.modules:
         return _answer(source, make, rows, max_length)
+    if len(rows) >= _MANY and sys.stderr.isatty():
+        print(f"tokenizing {len(rows):,} rows, once ...", file=sys.stderr)
     worker = _worker()
     assert worker.stdin is not None
     assert worker.stdout is not None
@@ -294,6 +298,7 @@ def _ask(source: Source, make: Make, rows: list[Row], max_length: int) -> list[s
         return None
 
 
+_MANY = 10_000  # rows that take long enough to be told of
 _at_work: list[subprocess.Popen] = []
 
 

@@ -54,7 +54,7 @@ def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Count
             bad[error.kind].append((number_of(row, index), str(error)))
     if bad:
         lines = "; ".join(kind_line(of_a_kind, len(found)) for of_a_kind in bad.values())
-        advice = "; task.data.empty=leave_out leaves rows with nothing out" if any(map(_is_empty, bad)) else ""
+        advice = "; +task.data.empty=leave_out leaves such rows out" if any(map(_is_empty, bad)) else ""
         raise UserError(f"data.path={task.data.path}: {lines}{advice}")
     return len(found), left_out, equal
 
@@ -96,7 +96,7 @@ def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") 
     if nothing and warmup.data.empty == "refuse":
         raise UserError(
             f"data.path={warmup.data.path}: {listed(nothing)} ({len(nothing):,} of {len(found):,}): nothing in column "
-            f"{warmup.messages}; warmup.data.empty=leave_out leaves such rows out"
+            f"{warmup.messages}; +warmup.data.empty=leave_out leaves such rows out"
         )
     wanted = (str,) if warmup.rendered else (list, str)  # a conversation may be written as JSON
     others = [
