@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from datasets import Dataset
@@ -45,7 +46,7 @@ def evaluate(
     with _quiet():
         # A bfloat16 model's likelihoods in bfloat16 would tie where they should not.
         kind = {"batch_size": batch, "device": device(), "softmax_dtype": "float32"}
-        lm = _Watched(progress, base, proofs, pretrained=model, tokenizer=base.tokenizer, **kind)
+        lm = _Watched(progress, chat, base, proofs, pretrained=model, tokenizer=base.tokenizer, **kind)
         result = harness(
             lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=chat, verbosity="ERROR"
         )
@@ -183,7 +184,9 @@ class _Watched(HFLM):
     is not exact.
     """
 
-    def __init__(self, progress: Callable[[int, int], None], base: Base, proofs: proof.Memory, **kwargs) -> None:
+    def __init__(
+        self, progress: Callable[[int, int], None], chat: bool, base: Base, proofs: proof.Memory, **kwargs
+    ) -> None:
         self.progress, self.requests, self.through = progress, 0, 0
         self.base, self.proofs = base, proofs
         super().__init__(**kwargs)
@@ -192,6 +195,29 @@ class _Watched(HFLM):
         self.ends = {self.tok_decode(end, skip_special_tokens=False) for end in self.end_ids}
         self.cut: set[str] = set()  # prompts whose answer ended at max_new_tokens only
         self.cache_hook = _Cuts(self.cut)
+        self.opening = data.shape(self.tokenizer).opening if chat else ""
+        self.before = data.opens(self.tokenizer) if chat else []
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """The prompt as training has it. The harness would leave out a system turn that a template refuses."""
+        if not add_generation_prompt:
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        return data.rendered_prompt(self.tokenizer, chat_history)
+
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
+        """Ids with one BOS, as in training; the harness leaves it to the tokenizer, and to a batch's first prompt."""
+        if add_special_tokens is None and not left_truncate_len and not kwargs:
+            return data.encode(self.tokenizer, string)
+        return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+
+    def tok_decode(self, tokens, skip_special_tokens=True):
+        """The answer in generated ids: behind thoughts and what opens it, up to its end, whether or not that is a special token."""
+        if skip_special_tokens and isinstance(tokens, list):
+            tokens = tokens[: next((i for i, token in enumerate(tokens) if token in self.end_ids), None)]
+            start = max((i + 1 for i, token in enumerate(tokens) if token in self.before), default=0)
+            text = super().tok_decode(tokens[start:])
+            return text.lstrip() if start else text
+        return super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def generate_until(self, requests, disable_tqdm=True):
         self.requests += len(requests)
@@ -201,10 +227,15 @@ class _Watched(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm=True):
         self.requests += len(requests)
+        if self.opening:
+            given = ((r, *r.arguments) for r in requests)
+            requests = [replace(r, arguments=(prompt, self.opening + answer)) for r, prompt, answer in given]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
-        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        encoded = [data.encode(self.tokenizer, string) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": encoded}, padding_side=padding_side, return_tensors="pt")
+        ids, mask = padded["input_ids"], padded["attention_mask"]
         if left_truncate_len:
             self._fits(ids.shape[1], left_truncate_len)
         return ids, mask

@@ -110,7 +110,7 @@ def _load(model: Model, cache: Path) -> Base:
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **remote)
-        tokenizer.chat_template = data.undated(tokenizer.chat_template)
+        data.set_up(tokenizer, model.thinking)
         config = families.settled(AutoConfig.from_pretrained(source, **remote))
         load = functools.partial(
             AutoModelForCausalLM.from_pretrained,
@@ -130,6 +130,8 @@ def _load(model: Model, cache: Path) -> Base:
     # Greedy means greedy: some checkpoints ask for penalties and temperatures of their own.
     asked = found.generation_config
     ends = {k: getattr(asked, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends["eos_token_id"] = data.ends(tokenizer, ends["eos_token_id"])
+    data.say_end(tokenizer, model.name)
     found.generation_config = GenerationConfig(**ends)
     if device() == "cpu" and model.dtype != "float32":
         print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)

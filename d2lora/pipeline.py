@@ -154,7 +154,8 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
     with model.adapter(base, stage.spec, None) as wrapped:
         reached = inits.coverage(wrapped)
-        inits.prepare(wrapped, stage.spec, data.sft_examples(drawn.examples), progress)
+        sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
+        inits.prepare(wrapped, stage.spec, sequences, progress)
         saved = model.save(base, wrapped, folder)
     model.check_saved(
         base, saved, folder, "lora"
@@ -163,14 +164,14 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
 
 
 def _general_rows(config, stage, base, amount: int | str) -> data.Subset:
-    column = config.warmup.messages
-    make = lambda row: data.conversation_example(base.tokenizer, _conversation(row[column], config))  # noqa: E731
+    make = functools.partial(data.general_example, base.tokenizer, config.warmup)
     rows = _rows(config, config.warmup.data)
     return data.subset(rows, make, amount, stage.spec["max_length"], f"warmup/{config.data_seed}")
 
 
 def _task_rows(config, stage, base, amount: int | str) -> data.Subset:
-    make = functools.partial(data.pair_example, base.tokenizer, config.task)
+    preference = stage.name == "adapt" and config.method.name != "sft"  # a preparation is the same for all methods
+    make = functools.partial(data.pair_example, base.tokenizer, config.task, preference=preference)
     rows = _rows(config, config.task.data)
     at_most = stage.name == "prepare" and config.n == "all"  # which may be fewer rows than init.samples
     return data.subset(rows, make, amount, stage.spec["max_length"], f"task/{config.data_seed}", at_most)
@@ -178,15 +179,6 @@ def _task_rows(config, stage, base, amount: int | str) -> data.Subset:
 
 def _warm_up(config, chain, stage, store, base, folder, progress) -> dict:
     return _train(config, stage, store, base, folder, progress, _general_rows(config, stage, base, config.m))
-
-
-def _conversation(value: object, config: Config) -> list[dict]:
-    messages = [{"role": m["role"], "content": m["content"]} for m in value] if isinstance(value, list) else None  # type: ignore[index]
-    if not messages:
-        raise UserError(
-            f"warmup.messages={config.warmup.messages}: the column must hold conversations: lists of {{role, content}}"
-        )
-    return messages
 
 
 def _adapt(config, chain, stage, store, base, folder, progress) -> dict:

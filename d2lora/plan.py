@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from d2lora import contamination, data
-from d2lora.config import QUANTIZING, Benchmark, Config, Task, fields
+from d2lora.config import QUANTIZING, Benchmark, Config, Task, Warmup, fields
 
 # Raised by hand when a stage's code changes what it computes; a test compares them with the source.
 VERSIONS = {"contamination": 1, "prepare": 1, "warmup": 1, "adapt": 1, "evaluate": 3}
@@ -130,7 +130,7 @@ def _prepare_data(config: Config) -> dict:
     if init.data == "general":
         return limits | {
             "data": data.identity(w.data, config.split_seed),
-            "messages": w.messages,
+            **_reading(w),
             "samples": init.samples,
         }
     samples = init.samples if config.n == "all" else min(init.samples or 0, int(config.n))
@@ -162,7 +162,7 @@ def _warmup(config: Config, parent: Stage | None) -> Stage:
     w = config.warmup
     spec = _training(config, "warmup", w.epochs) | {
         "data": data.identity(w.data, config.split_seed),
-        "messages": w.messages,
+        **_reading(w),
         "m": config.m,
     }
     return Stage(
@@ -187,7 +187,12 @@ def _rendering(task: Task) -> dict:
     """What of a task turns its rows into texts."""
     return task.model_dump(
         include={"prompt", "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "continuation"}
-    )
+    ) | task.model_dump(include={"rendered"}, exclude_defaults=True)
+
+
+def _reading(warmup: Warmup) -> dict:
+    """What of a warm-up turns its rows into conversations."""
+    return {"messages": warmup.messages} | warmup.model_dump(include={"tools", "rendered"}, exclude_defaults=True)
 
 
 def _evaluations(config: Config, parent: Stage | None) -> Iterable[Stage]:

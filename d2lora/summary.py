@@ -110,7 +110,16 @@ def cell_text(cell: Cell, store: Store) -> str:
             lines.append(f"  {name} {metric}: {100 * r['value']:.2f} % ± {196 * r['stderr']:.2f} ({r['items']} items)")
         if record is None:
             lines.append(f"  {name}: missing")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_passed_over(cell, store)])
+
+
+def _passed_over(cell: Cell, store: Store) -> Iterable[str]:
+    """What became of rows that a cell's trainings did not take."""
+    for stage in filter(None, (cell.chain.warmup, cell.chain.adapt)):
+        counts = (store.record(stage) or {}).get("data", {})
+        reasons = {"too long": counts.get("misfits", 0)} | counts.get("left_out", {})
+        if told := ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items() if count):
+            yield f"  {stage.name}: rows passed over ({told}), others taken"
 
 
 def failures_text(output: Path, lost: Iterable[Stage]) -> str:

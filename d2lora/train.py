@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from d2lora import families, model, proof, tracking
 from d2lora.config import Recipe
-from d2lora.data import Subset, sft_examples
+from d2lora.data import Subset, sequences, sft_examples
 from d2lora.model import Base, device, memory_mb
 from d2lora.store import sync, write_json
 from d2lora.trainers import METHODS, Packer
@@ -127,7 +127,7 @@ def train(
             wrapped,
             base.model,
             layouts,
-            rows,
+            [text for row in rows for text in sequences(row)],
             collator.prompt_loss,
             recipe.micro_batch,
             memory,
@@ -198,6 +198,8 @@ def _own_arguments(method: dict, drawn: Subset, reference: Path | None) -> dict:
 
 def _tokens(row: dict, layout: str) -> int:
     """Tokens that one row puts through the model, padding apart."""
+    if "turns" in row:
+        return sum(_tokens(sequence, layout) for sequence in row["turns"])
     prompt = len(row.get("prompt_ids", ())) * (1 if layout == "packed" else 2)
     return prompt + sum(len(row[k]) for k in ("input_ids", "chosen_ids", "rejected_ids") if k in row)
 

@@ -18,7 +18,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from d2lora import packing, proof
-from d2lora.data import REFERENCE_BLOCK, longest
+from d2lora.data import REFERENCE_BLOCK, longest, sequences
 from d2lora.plan import digest
 from d2lora.store import cached
 
@@ -35,11 +35,12 @@ class Packer:
     prompt_loss: bool = False
 
     def __call__(self, examples: list[dict]) -> dict:
-        packed = packing.pack(examples, self.layout, self.hidden, self.prompt_loss)
+        texts = [text for e in examples for text in sequences(e)]
+        packed = packing.pack(texts, self.layout, self.hidden, self.prompt_loss)
         used = torch.cat([rows["sequence"].flatten() >= 0 for rows in packed["passes"]])
         batch: dict[str, Any] = {"packed": packed, "attention_mask": used[None]}
         batch["rows"] = [e["row"] for e in examples if "row" in e]
-        if "labels" in examples[0]:
+        if "labels" in texts[0]:
             batch["labels"] = pad(packed["target"][None], (1, 0), value=-100)
         for key in ("ref_chosen_logps", "ref_rejected_logps"):
             if key in examples[0]:

@@ -84,17 +84,21 @@ def test_a_conversation_s_loss_is_on_every_assistant_turn_and_its_end(tokenizer)
     assert e["input_ids"].count(tokenizer.bos_token_id) == 1
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
-    """Reasoning models' templates drop the thoughts of every turn but the last: its loss would lie elsewhere."""
+def test_turns_that_a_template_rewrites_are_learned_each_in_its_own_rendering(tokenizer) -> None:
+    """Reasoning models' templates drop the thoughts of every turn but the last."""
     own = copy.deepcopy(tokenizer)
     own.chat_template = (
         "{% for m in messages %}{{ m.role }}: {% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}"
         "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     turn = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>easy</think>4"}]
-    assert data.conversation_example(own, turn)
-    with pytest.raises(UserError, match="rewrites earlier turns"):
-        data.conversation_example(own, turn * 2)
+    assert set(data.conversation_example(own, turn)) == {"input_ids", "labels"}
+    example = data.conversation_example(own, turn * 2)
+    assert data.longest(example) == len(example["turns"][1]["input_ids"])
+    for e, before in zip(example["turns"], ("", "4<|end|>user: 2 + 2?<|end|>assistant: "), strict=True):
+        learned = [i for i in e["labels"] if i != -100]
+        assert own.decode(learned) == "<think>easy</think>4<|end|>"
+        assert own.decode(e["input_ids"]).endswith(f"{before}<think>easy</think>4<|end|>")
 
 
 def test_subsets_are_nested_seeded_and_leave_out_what_does_not_fit() -> None:

@@ -57,6 +57,20 @@ def test_what_cannot_change_a_result_keeps_the_key(cell, other: str) -> None:
     assert cell("method=dpo", "n=100").chain.adapt.key == cell("method=dpo", "n=100", other).chain.adapt.key
 
 
+@pytest.mark.parametrize(
+    ("setting", "default", "other"),
+    [("model.thinking", "false", "true"), ("task.rendered", "false", "true"), ("warmup.rendered", "false", "true"), ("warmup.tools", "tools", "offered")],
+)  # fmt: skip
+def test_how_rows_are_rendered_is_in_a_key_where_it_is_not_the_default(
+    cell, setting: str, default: str, other: str
+) -> None:
+    def keys(*overrides: str) -> list[str]:
+        chain = cell("n=100", "m=100", *overrides).chain
+        return [chain.warmup.key, chain.adapt.key]
+
+    assert keys() == keys(f"+{setting}={default}") != keys(f"+{setting}={other}")
+
+
 def test_keys_carry_no_path(cell, tmp_path) -> None:
     import shutil
 

@@ -20,11 +20,27 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dic
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
-    """What to know of a table's records: adapters too small to act, answers without an end, and why they may not be comparable (versions of packages,
-    hardware, data under one name, uncommitted code)."""
+    """What to know of a table's records: rows left out, adapters too small to act, answers without an end, and why they may not be
+    comparable (versions of packages, hardware, data under one name, uncommitted code)."""
     found = list(records_of(points, records).values())
     made = [record.get("provenance", {}) for record, _ in found]
-    return [*_rounded(found), *_counts(found), *_versions(made), *_hardware(made), *_fingerprints(found), *_code(made)]
+    checks = (_unused, _rounded, _counts, _fingerprints)
+    of_machines = (_versions, _hardware, _code)
+    return [*(n for check in checks for n in check(found)), *(n for check in of_machines for n in check(made))]
+
+
+def _unused(found: list[tuple[dict, str]]) -> Iterator[str]:
+    """Rows that trainings passed over: those that do not fit, and those left out, by reason; of each data set the most."""
+    most: dict[tuple[str, str], int] = {}
+    for record, name in found:
+        if record["stage"] in ("warmup", "adapt"):
+            counts = record.get("data", {})
+            reasons = {"too long (recipe.max_length)": counts.get("misfits", 0)} | counts.get("left_out", {})
+            for reason, count in reasons.items():
+                if count:
+                    most[name, reason] = max(count, most.get((name, reason), 0))
+    for (name, reason), count in sorted(most.items()):
+        yield f"Rows of {name} were passed over and others taken: {count:,} at most in a training: {reason}."
 
 
 def _rounded(found: list[tuple[dict, str]]) -> Iterator[str]:

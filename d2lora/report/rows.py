@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +44,8 @@ COLUMNS = [
     "eval_seconds",
     "peak_memory_mb",
     "stage_key",
+    "misfits",
+    "left_out",
 ]
 # What a table shows beside method, m and n, when its cells differ in it.
 LABELS = ("model", "task", "init", "warmup", "recipe")
@@ -142,6 +144,7 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
             "lr": rates[c["method"]["name"]] if stages["adapt"] else rates["warmup"] if stages["warmup"] else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
+            **unused(trained),
             "train_seconds": round(sum(r["seconds"] for r in trained if r["stage"] != "prepare"), 3),
         }
         for benchmark, key in stages["evaluate"].items():
@@ -159,6 +162,16 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
                 record["metrics"] if record else {"": {"value": "", "stderr": "", "items": ""}}
             ).items():
                 yield common | measured | {"metric": metric, **summary}
+
+
+def unused(trained: list[dict]) -> dict[str, int | str]:
+    """How many rows a cell's trainings passed over: too long ones, and those left out by reason; empty without a training."""
+    counts = [r["data"] for r in trained if r["stage"] != "prepare" and r.get("data")]
+    reasons: Counter[str] = Counter()
+    for count in counts:
+        reasons.update(count.get("left_out", {}))
+    left_out = "; ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
+    return {"misfits": sum(count.get("misfits", 0) for count in counts) if counts else "", "left_out": left_out}
 
 
 def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
