@@ -92,16 +92,10 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def coverage(config: Config) -> dict:
-    """What the cell's adapter reaches of its base (inits.coverage); found out once and remembered."""
-
-    def find() -> dict:
-        from d2lora import model
-
-        return model.coverage(config.model, config.recipe.lora.target_modules)
-
+def coverage_file(config: Config) -> Path:
+    """Where it is remembered what an adapter reaches of the cell's base (inits.coverage)."""
     asked = {"model": data.model_identity(config.model), "target_modules": config.recipe.lora.target_modules}
-    return cached(output(config) / "fingerprints" / f"coverage-{plan.digest(asked)}.json", find)
+    return output(config) / "fingerprints" / f"coverage-{plan.digest(asked)}.json"
 
 
 def _same_commit(config: Config, commit: str) -> None:
@@ -153,7 +147,7 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
     draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
     with model.adapter(base, stage.spec, None) as wrapped:
-        reached = inits.coverage(wrapped)
+        reached = cached(coverage_file(config), functools.partial(inits.coverage, wrapped))
         sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
         inits.prepare(wrapped, stage.spec, sequences, progress)
         saved = model.save(base, wrapped, folder)
@@ -194,7 +188,7 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
     def attempt(micro_batch: int) -> tuple[dict, dict]:
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
         with model.adapter(base, stage.spec, parent) as wrapped:
-            reached = inits.coverage(wrapped)
+            reached = cached(coverage_file(config), functools.partial(inits.coverage, wrapped))
             metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference, proofs)
             saved = model.save(base, wrapped, folder)
         model.check_saved(base, saved, folder, stage.spec["init"]["name"])

@@ -33,6 +33,14 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
     return "\n".join(lines)
 
 
+def coverage_text(model: str, targets: str | list[str], found: dict) -> str:
+    """What an adapter reaches of a model and what it leaves out, from a hundredth of the weights on (inits.coverage)."""
+    named = targets if isinstance(targets, str) else ",".join(targets)
+    left = [f"{kind} {100 * share:.0f} %" for kind, share in found["left_out"].items() if share >= 0.01]
+    out = f"; left out: {', '.join(left[:6])}{' ...' if len(left) > 6 else ''}" if left else ""
+    return f"  {named} adapts {100 * found['share']:.0f} % of {model}'s weights{out}"
+
+
 def _samples(name: str, these: list[Stage], cells: list[Cell]) -> str:
     if name in ("contamination", "prepare", "evaluate"):
         return ""
