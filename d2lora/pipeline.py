@@ -125,7 +125,8 @@ def _rows(config: Config, source: data.Data) -> list[dict]:
 def _contamination(config, chain, stage, store, base, folder, progress) -> dict:
     pair = plan.pairs(config)[chain.contamination.index(stage)]
     tests, rows = (_rows(config, source) for source in (pair.benchmark.data, pair.rows))
-    items = contamination.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress)
+    templates = {"prompt": pair.benchmark.prompt, "gold": pair.benchmark.gold, "trained": pair.templates}
+    items = contamination.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress, **templates)
     _write_items(folder, items)
     return {"pair": pair.name, "metrics": contamination.shares(items, len(tests)), "data": {"rows": len(rows)}}
 

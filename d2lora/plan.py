@@ -209,6 +209,7 @@ class Pair:
     benchmark: Benchmark
     rows: data.Data
     columns: tuple[str, ...]  # of the training set
+    templates: tuple[str, ...]  # what makes its texts of them
     split_seed: int
     name: str  # for people: "training set / benchmark"
 
@@ -223,17 +224,23 @@ class Pair:
 
 def pairs(config: Config) -> list[Pair]:
     """What a cell trains on or is prepared with, against what judges it. lm-evaluation-harness's own tasks are not read, so not checked."""
-    trained: list[tuple[str, data.Data, tuple[str, ...]]] = []
+    trained: list[tuple[str, data.Data, tuple[str, ...], tuple[str, ...]]] = []
     read = sources(config)
     if "warmup.data" in read:
-        trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,)))
+        trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,), ()))
     if "task.data" in read:
-        trained.append((config.task.name, config.task.data, tuple(data.columns(config.task))))
+        trained.append((config.task.name, config.task.data, tuple(data.columns(config.task)), _trained(config.task)))
     return [
-        Pair(benchmark, rows, columns, config.split_seed, f"{name} / {test}")
-        for name, rows, columns in trained
+        Pair(benchmark, rows, columns, templates, config.split_seed, f"{name} / {test}")
+        for name, rows, columns, templates in trained
         for test, benchmark in config.task.benchmark.items()
     ]
+
+
+def _trained(task: Task) -> tuple[str, ...]:
+    """The templates of the texts that a task teaches: its prompt, and whole answers as they follow the prefix."""
+    answers = (task.full_chosen or task.chosen, task.full_rejected or task.rejected)
+    return (task.prompt, *(f"{task.prefix} {answer}".strip() for answer in answers if answer))
 
 
 def _contamination(pair: Pair) -> Stage:
@@ -241,8 +248,14 @@ def _contamination(pair: Pair) -> Stage:
         "data": data.identity(pair.benchmark.data, pair.split_seed),
         "question": pair.question,
         "answer": pair.answer,
+        "prompt": pair.benchmark.prompt,
+        "gold": pair.benchmark.gold,
     }
-    train = {"data": data.identity(pair.rows, pair.split_seed), "columns": list(pair.columns)}
+    train = {
+        "data": data.identity(pair.rows, pair.split_seed),
+        "columns": list(pair.columns),
+        "templates": list(pair.templates),
+    }
     spec = {"test": test, "train": train, "ngram": contamination.NGRAM}
     return Stage("contamination", spec, label=f"contamination of {pair.name}")
 

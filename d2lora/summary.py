@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from d2lora import plan
+from d2lora import contamination, plan
 from d2lora.plan import Cell, Stage
 from d2lora.store import Store
 
@@ -110,6 +110,10 @@ def cell_text(cell: Cell, store: Store) -> str:
             lines.append(f"  {name} {metric}: {100 * r['value']:.2f} % ± {196 * r['stderr']:.2f} ({r['items']} items)")
         if record is None:
             lines.append(f"  {name}: missing")
+    for pair, stage in zip(plan.pairs(cell.config), cell.chain.contamination, strict=True):
+        record = store.record(stage)
+        found = contamination.shares_text(pair.name, record["metrics"]) if record else f"{pair.name}: missing"
+        lines.append(f"  test items in the training set, {found}")
     return "\n".join(lines)
 
 
