@@ -32,8 +32,9 @@ def evaluate(
     chat: bool,
     batch: int,
     progress: Callable[[int, int], None],
+    limit: int | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Metrics {name: {value, stderr, items}} and the items of one benchmark. RuntimeError if it gives no items.
+    """Metrics {name: {value, stderr, items}} and the items, or the first `limit`, of one benchmark. RuntimeError if it gives no items.
 
     `stderr` is the standard error of the mean over items (sample standard deviation over the root of their number).
     """
@@ -42,9 +43,8 @@ def evaluate(
         # A bfloat16 model's likelihoods in bfloat16 would tie where they should not.
         kind = {"batch_size": batch, "device": device(), "softmax_dtype": "float32"}
         lm = _Watched(progress, pretrained=model, tokenizer=base.tokenizer, **kind)
-        result = harness(
-            lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=chat, verbosity="ERROR"
-        )
+        how = {"bootstrap_iters": 0, "log_samples": True, "apply_chat_template": chat, "verbosity": "ERROR"}
+        result = harness(lm=lm, task_dict=tasks, limit=limit, **how)
     logged = result["samples"][name]
     if not logged:
         raise RuntimeError(f"benchmark {name}: the evaluation gave no items")

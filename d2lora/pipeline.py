@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d2lora import contamination, data, plan, tracking
+from d2lora import contamination, data, flips, plan, tracking
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Chain, Stage
@@ -235,24 +235,47 @@ def _reference(config: Config, stage: Stage) -> Path:
 
 
 def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
-    from d2lora import evaluate, model
+    from d2lora import model
 
     name = plan.benchmarks(config)[chain.evaluations.index(stage)]
+    parent = store.place(stage.parent) / "adapter" if stage.parent else None
+    init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
+    with model.trained(base, parent, init) as (tested, changes):
+        batch, metrics, items = _scored(config, name, base, tested, config.recipe.eval_batch, progress)
+    _write_items(folder, items)
+    found = {"benchmark": name, "batch": batch, "metrics": metrics}
+    return found | ({"adapter_changes_logits": changes} if parent else {})
+
+
+def _scored(config, name: str, base, tested, batch: int, progress: Progress, limit: int | None = None) -> tuple:
+    """A benchmark's batch size as memory had it, its metrics and its items; of these the first `limit`."""
+    from d2lora import evaluate
+
     benchmark = config.task.benchmark.get(name)
     template = base.tokenizer.chat_template is not None
     task = evaluate.task_of(name, benchmark, _rows(config, benchmark.data), template) if benchmark else name
-    parent = store.place(stage.parent) / "adapter" if stage.parent else None
     chat = benchmark.chat and template if benchmark else False
-    init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
-    with model.trained(base, parent, init) as (tested, changes):
-        attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)
-        metrics, items = _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch)
-    _write_items(folder, items)
-    return {"benchmark": name, "metrics": metrics} | ({"adapter_changes_logits": changes} if parent else {})
+
+    def attempt(size: int) -> tuple:
+        return size, *evaluate.evaluate(base, tested, task, chat, size, progress, limit)
+
+    return _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
+
+
+def _flips(config, chain, stage, store, base, folder, progress) -> dict:
+    name, runs = plan.benchmarks(config)[chain.flips.index(stage)], []
+    for number, batch in enumerate(stage.spec["batches"]):
+        half = lambda done, total, before=number: progress(before * total + done, 2 * total)  # noqa: E731
+        runs.append(_scored(config, name, base, base.model, batch, half, stage.spec["items"]))
+    (alone, metrics, some), (together, _, others) = runs
+    found, differing = flips.compare(some, others, list(metrics))
+    _write_items(folder, differing)
+    return {"benchmark": name, "base": config.model.name, "batches": [alone, together], "metrics": found}
 
 
 _WORK = {
     "contamination": _contamination,
+    "flips": _flips,
     "prepare": _prepare,
     "warmup": _warm_up,
     "adapt": _adapt,
