@@ -10,7 +10,7 @@ import pytest
 from doing import do
 
 from d2lora import flips, pipeline, plan, report, summary
-from d2lora.store import Store
+from d2lora.store import Store, garbage
 
 BF16 = ["model.dtype=bfloat16", "recipe.eval_batch=8"]
 
@@ -112,12 +112,12 @@ def test_a_grid_does_it_once_and_says_it_under_its_table(run, tiny: Path, tmp_pa
     assert [float(r["batch_flips"]) for r in rows] == [share, share]
 
 
-def test_the_shares_are_those_of_two_evaluations(cell, tiny: Path, tmp_path: Path) -> None:
-    """Two whole evaluations of the base, in batches of 1 and of 8, differ in what the stage says."""
+def test_the_shares_are_those_of_two_evaluations(cell, tmp_path: Path) -> None:
+    """Two whole evaluations of the lab's base, in batches of 1 and of 8, differ in what the stage says."""
 
     def base(batch: int):
         short = ["task.benchmark.lab_math.limit=24", "task.benchmark.lab_math.max_new_tokens=24"]
-        facts = ["model.dtype=bfloat16", f"model.path={tiny}", "n=0", "m=0", f"output={tmp_path / str(batch)}"]
+        facts = ["model.dtype=bfloat16", "n=0", "m=0", f"output={tmp_path / str(batch)}"]
         return cell(f"recipe.eval_batch={batch}", "task.benchmark.lab_facts.limit=4", *short, *facts)
 
     def items(this, stage) -> list[dict]:
@@ -135,6 +135,18 @@ def test_the_shares_are_those_of_two_evaluations(cell, tiny: Path, tmp_path: Pat
     assert f"  {flips.text(store.record(stage))}" in summary.cell_text(eight, store).splitlines()
 
 
+def test_only_the_first_items_are_asked(cell, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "FLIP_ITEMS", 5)
+    short = ["task.benchmark.lab_math.max_new_tokens=2", "task.benchmark.lab_math.limit=3", f"model.path={tiny}"]
+    this = cell("n=0", "m=0", *BF16, *short, f"output={tmp_path}")
+    job = this.config.model_copy(update={"job": [s.key for s in this.chain.flips]})
+    store = do(plan.Cell(job, this.chain))
+    math, facts = (store.record(s)["metrics"] for s in this.chain.flips)
+    assert {m["items"] for m in math.values()} == {3}, "its own limit is less"
+    assert {m["items"] for m in facts.values()} == {5}
+    assert not any(store.done(s) for s in this.chain.results)
+
+
 def test_a_table_names_what_its_metrics_move_by(cell, tmp_path: Path) -> None:
     config = cell("method=sft", "task=lab_title", "sweep=mine", f"output={tmp_path}", *BF16).config
     grid = made.cells(config, n=[0, 100], m=[0, 40])
@@ -146,6 +158,7 @@ def test_a_table_names_what_its_metrics_move_by(cell, tmp_path: Path) -> None:
     (facts,) = [line for line in text.splitlines() if "lab_facts of the base lab in bfloat16" in line]
     assert "acc by" in facts
     assert "acc_norm" not in facts, "the table does not show it"
+    assert list(garbage(tmp_path)) == [], "a manifest names it"
 
 
 def test_a_float32_table_says_nothing_of_it(cell, tmp_path: Path) -> None:
