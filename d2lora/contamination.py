@@ -210,14 +210,23 @@ def overlap(
     question or answer, and `ngram` those words; None where there is no such row. `question`, `answer` and `columns` name
     the columns that are read; `prompt`, `gold` and `trained` are the templates that make texts of them.
     """
-    whole, runs, some = _index(tests, question, answer, prompt, gold)
-    templates = tuple(trained)
+    index = _index(tests, question, answer, prompt, gold)
+    hits = _search(index, rows, columns, tuple(trained), progress)
+    empty = {"exact": None, "ngram13": None, "ngram": None}
+    return [{"index": i, "question": _shown(tests[i], question, prompt), **empty, **hits[i]} for i in sorted(hits)]
+
+
+def _search(
+    index: tuple[dict, dict, set], rows: list[Row], columns: list[str], trained: tuple[str, ...], progress: Callable
+) -> dict[int, dict]:
+    """For each item that is found where it is first."""
+    whole, runs, some = index
     hits: dict[int, dict] = defaultdict(dict)
     asked, said = set[Group](), set[Group]()  # those before: the columns of a data set repeat each other much
     filled = set[tuple[str, Group]]()
     for number, row in enumerate(rows):
         raw = [(text,) for text in texts(row, columns)]
-        questions, groups = _new_texts(row, templates, filled)
+        questions, groups = _new_texts(row, trained, filled)
         for group in _new([*raw, *questions], asked):
             for item in whole.get(_as_one(group), ()):
                 hits[item].setdefault("exact", number)
@@ -227,8 +236,7 @@ def overlap(
                 _note(hits, runs, number, found)
         if number % 1000 == 0 or number == len(rows) - 1:
             progress(number + 1, len(rows))
-    empty = {"exact": None, "ngram13": None, "ngram": None}
-    return [{"index": i, "question": _shown(tests[i], question, prompt), **empty, **hits[i]} for i in sorted(hits)]
+    return hits
 
 
 def _new_texts(row: Row, trained: Iterable[str], before: set[tuple[str, Group]]) -> tuple[list[Group], list[Group]]:

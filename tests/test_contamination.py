@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from d2lora import contamination, pipeline, plan, summary
 from d2lora.config import fields
+from d2lora.data import texts
 from d2lora.report import manifest
 from d2lora.store import Store
 
@@ -227,6 +230,30 @@ def test_korean_has_spaces_and_is_compared_by_words() -> None:
     assert contamination.words(text) == tuple(words)
     assert between(("{q}", {"q": text}), ("", {"t": " ".join(words[:13])})) == (False, True)
     assert between(("{q}", {"q": text}), ("", {"t": " ".join(words[:12])})) == (False, False)
+
+
+_WORDS = st.lists(st.sampled_from(["one", "two", "three", "four.", "5,", "Six", "七八", "é"]), max_size=20).map(
+    " ".join
+)
+_ROW = st.fixed_dictionaries({"a": _WORDS, "b": _WORDS})
+_TEMPLATE = st.sampled_from(
+    ["{a}", "{b} {a}", "Q: {a}\nA: {b}", "one {a} two {b}", "{a}{b}", "{a} Say it. {b}", "{a[0]}"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_ROW, min_size=1, max_size=4), st.lists(_ROW, max_size=4), _TEMPLATE, _TEMPLATE, _TEMPLATE)
+def test_templates_add_to_what_columns_find_and_equal_renderings_are_found(tests, rows, prompt, gold, trained) -> None:
+    given_ = (tests, ["a", "b"], ["b"], rows, ["a", "b"])
+    plain = {i["index"]: i for i in contamination.overlap(*given_)}
+    found = {i["index"]: i for i in contamination.overlap(*given_, prompt=prompt, gold=gold, trained=[trained])}
+    for index, item in plain.items():
+        assert all(item[name] is None or found[index][name] <= item[name] for name in ("exact", "ngram13"))
+    for index, item in enumerate(tests):
+        rendered = [texts.fill(trained, row) for row in rows if row["a"] or "[0]" not in trained]
+        asked = contamination.words(texts.fill(prompt, item)) if item["a"] or "[0]" not in prompt else ()
+        if asked and asked in map(contamination.words, rendered):
+            assert found[index]["exact"] is not None
 
 
 # --- the stage -----------------------------------------------------------------------------------------------------
