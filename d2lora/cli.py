@@ -177,7 +177,7 @@ def _one_cell(this: Cell) -> int:
     check(this.config, set())
     rehearsal.remember()
     if this.config.dry_run:
-        print("\n".join([summary.plan_text([this], store), *coverage([this])]))
+        print(summary.plan_text([this], store, notes=coverage([this])))
         return 0
     manifest.add_to_manifest(output, this)
     with progress.Bar() as bar:

@@ -10,8 +10,8 @@ from d2lora.plan import Cell, Stage
 from d2lora.store import Store
 
 
-def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
-    """What a sweep will do: cells, stages, what is shared and done, samples to be seen, and about how long."""
+def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = ()) -> str:
+    """What a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, and about how long."""
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
     used = Counter(s.key for c in cells for s in c.chain.stages)
@@ -28,6 +28,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
             )
     if len(cells) <= 12 or cells[0].config.dry_run:
         lines += [f"  {_cell_line(c, store)}" for c in cells]
+    lines += notes
     if left:
         lines.append(f"  about {_duration(left, store, workers)}")
     return "\n".join(lines)

@@ -33,7 +33,7 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     rehearsal.remember()
     output = pipeline.output(cells[0].config)
     store, workers = Store(output), _workers(config)
-    planned = "\n".join([summary.plan_text(cells, store, workers), *cli.coverage(cells)])
+    planned = summary.plan_text(cells, store, workers, cli.coverage(cells))
     if cells[0].config.dry_run:
         print(planned)
         return
