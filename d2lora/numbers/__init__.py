@@ -42,9 +42,7 @@ def _runs(tokens: list[Token], where: Where) -> list[_Run]:
         kept = token.kind in ("number", "unclear", "letter", "command", "unit") or (
             token.kind == "op" and _belongs(tokens, place, depth, bool(current), where)
         )
-        opens_aside = (
-            token.text == "(" and token.space and where != "box" and current and current[-1].kind in ("number", "unit")
-        )
+        opens_aside = token.text == "(" and token.space and current and current[-1].kind in ("number", "unit")
         if current and (not kept or opens_aside):
             found.append(_Run(current, start, place, sentence))
             current, depth = [], 0
@@ -77,7 +75,7 @@ def _belongs(tokens: list[Token], place: int, depth: int, within: bool, where: W
             and token.space == after.space
         )
     if token.text == "|":
-        return where == "box"
+        return where == "box" or not token.space or (after is not None and not after.space)
     if token.text == "_":
         return value
     if token.text == "!":
@@ -238,7 +236,7 @@ def _joined(tokens: list[Token], first: _Run, second: _Run, where: Where) -> boo
     between = tokens[first.end : second.start]
     words = [t.text.lower() for t in between]
     if not between:  # "18 (20 - 2)"
-        return second.tokens[0].text != "(" or where == "text"
+        return second.tokens[0].text != "(" or where in ("box", "text")
     if ALTERNATIVES & set(words) and len(words) < 6:
         return True
     if _computed(second):  # "because 20 times .25 = 5"
