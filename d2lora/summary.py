@@ -110,6 +110,9 @@ def cell_text(cell: Cell, store: Store) -> str:
             lines.append(f"  {name} {metric}: {100 * r['value']:.2f} % ± {196 * r['stderr']:.2f} ({r['items']} items)")
         if record is None:
             lines.append(f"  {name}: missing")
+        elif cut := record.get("counts", {}).get("cut"):
+            items = max(r["items"] for r in record["metrics"].values())
+            lines.append(f"  {name}: {cut} of {items} answers stopped at max_new_tokens, before an end of their own")
     return "\n".join(lines)
 
 

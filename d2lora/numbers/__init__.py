@@ -125,12 +125,11 @@ def _value(run: _Run, tokens: list[Token], where: Where) -> Number | None:
     inner = _trimmed(run.tokens, after)
     if len(inner) > _LONGEST:
         return None
-    if inner and inner[-1].text == "!" and inner[-1].kind == "op" and where != "box":
+    if where != "box" and _exclaimed(inner, after):
         if not any(t.kind == "word" for t in tokens) and where != "sentence":
             return None  # "5!": a factorial, or joy?
         if after is not None and after.kind == "word" and after.text[0].islower():
             return None  # "5! ways"
-        inner = inner[:-1]
         while inner and inner[-1].text == "!":
             inner = inner[:-1]
     if before is not None and (before.text == "not" or _goes_on(inner, before)):
@@ -154,6 +153,14 @@ def _value(run: _Run, tokens: list[Token], where: Where) -> Number | None:
         return Parser(side).value()
     except NoNumber:
         return None
+
+
+def _exclaimed(tokens: list[Token], after: Token | None) -> bool:
+    """Whether the mark at the end of a run may be the sentence's: "18!", but not "5! * 3!" or "5!."."""
+    marks = [place for place, t in enumerate(tokens) if t.kind == "op" and t.text == "!"]
+    if not marks or marks[-1] != len(tokens) - 1 or (after is not None and after.text in (".", ",", ")")):
+        return False
+    return marks == list(range(marks[0], len(tokens)))
 
 
 def _goes_on(tokens: list[Token], before: Token) -> bool:

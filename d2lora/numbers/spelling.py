@@ -21,6 +21,7 @@ _REWRITES: list[tuple[re.Pattern, str]] = [
         (r"<<[^<>]*>>", ""),  # GSM8K's calculator annotations
         (r"</?[a-zA-Z][^<>]{0,80}>", " "),
         (r"\\\\(?=[a-zA-Z])", r"\\"),
+        (r"\\n(?![a-zA-Z])", "\n"),  # a line end that was escaped
         (r"(?<=[\d)])\*\*(?=\d|\(\d|-\d)", "^"),
         (r"\*\*+|__+|`", ""),  # Markdown
         (r",\\!\s*", ","),
