@@ -121,6 +121,9 @@ def cell_text(cell: Cell, store: Store) -> str:
             lines.append(f"  {name} {metric}: {100 * r['value']:.2f} % ± {196 * r['stderr']:.2f} ({r['items']} items)")
         if record is None:
             lines.append(f"  {name}: missing")
+        elif cut := record.get("counts", {}).get("cut"):
+            items = max(r["items"] for r in record["metrics"].values())
+            lines.append(f"  {name}: {cut} of {items} answers stopped at max_new_tokens, before an end of their own")
     for name, stage in zip(plan.benchmarks(cell.config), cell.chain.flips, strict=False):
         record = store.record(stage)
         lines.append(f"  {flips.text(record) if record else f'{name} of the base at two batch sizes: missing'}")
