@@ -133,14 +133,14 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System rol
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        (f"{NO_SYSTEM}{{% for m in messages %}}{TURN}{{% endfor %}}{ASKED}", "refuses the conversation: System role not supported"),
-        (f"{{% for m in messages %}}{{% if m.role != 'system' %}}{TURN}{{% endif %}}{{% endfor %}}{ASKED}", r"leaves out what turn 1 \(system\) says: Be brief"),
-        (f"{{% for m in messages if m.role != 'assistant' %}}{TURN}{{% endfor %}}{ASKED}", "leaves out the assistant's turns"),
-        (f"{{% for m in messages %}}{TURN}{{{{ m.content.nothing.there }}}}{{% endfor %}}{ASKED}", "refuses the conversation: "),
+        (f"{NO_SYSTEM}{{% for m in messages %}}{TURN}{{% endfor %}}{ASKED}", "template refuses the conversation: System role not supported"),
+        (f"{{% for m in messages %}}{{% if m.role != 'system' %}}{TURN}{{% endif %}}{{% endfor %}}{ASKED}", r"template leaves out what turn 1 \(system\) says: Be brief"),
+        (f"{{% for m in messages if m.role != 'assistant' %}}{TURN}{{% endfor %}}{ASKED}", "turn 3 does not follow the prompt that the model's chat template gives for it"),
+        (f"{{% for m in messages %}}{TURN}{{{{ m.content.nothing.there }}}}{{% endfor %}}{ASKED}", "template refuses the conversation: "),
     ],
 )  # fmt: skip
 def test_a_template_that_refuses_or_drops_a_turn_is_one_line(tokenizer, template: str, told: str) -> None:
-    with pytest.raises(UserError, match=f"the model's chat template {told}"):
+    with pytest.raises(UserError, match=told):
         data.conversation_example(of(tokenizer, template), PLAIN)
 
 
@@ -170,6 +170,18 @@ def test_a_template_without_ends_is_ended_as_the_tokenizer_names_it(tokenizer) -
         texts[1] == "<|begin|><|user|>Name a fruit.\n<|assistant|>An apple.\n<|user|>And?\n<|assistant|>A pear.<|end|>"
     )
     assert [tokenizer.decode([i for i in e["labels"] if i != -100]) for e in example["turns"]] == ["An apple.<|end|>", "A pear.<|end|>"]  # fmt: skip
+
+
+def test_a_template_of_prompts_only_still_serves_the_second_phase(tokenizer) -> None:
+    prompts = of(tokenizer, "{{ bos_token }}<|user|>{{ messages[-1].content }}<|end|><|assistant|>")
+    task = Task.model_validate({"name": "t", "data": {"path": "x"}, "prompt": "{q}", "chosen": "{a}"})
+    example = data.pair_example(prompts, task, {"q": "Hi", "a": "Ho"})
+    assert (
+        tokenizer.decode(example["prompt_ids"] + example["chosen_ids"])
+        == "<|begin|><|user|>Hi<|end|><|assistant|>Ho<|end|>"
+    )
+    with pytest.raises(UserError, match="leaves out what turn"):
+        data.conversation_example(prompts, PLAIN)
 
 
 def test_a_history_may_be_a_task_s_prompt(tokenizer) -> None:
