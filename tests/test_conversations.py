@@ -2,10 +2,12 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import trl
 from doing import adapter, do
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -188,6 +190,47 @@ def test_a_history_may_be_a_task_s_prompt(tokenizer) -> None:
     history = [*PLAIN, user("And a colour?")]
     text = data.rendered_prompt(tokenizer, history, "It is")
     assert text == "<|begin|><|system|>Be brief.<|end|><|user|>Name a fruit.<|end|><|assistant|>An apple.<|end|><|user|>And a colour?<|end|><|assistant|>It is"  # fmt: skip
+
+
+# --- the templates of many families ----------------------------------------------------------------------------------
+
+FAMILIES = sorted(
+    f.stem for f in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja") if not f.stem.endswith("_training")
+)
+MARKS = r"<[|｜]?[A-Za-z_][\w▁|｜/]*[|｜]?>|</?(?:s|think|end_of_turn|start_of_turn)>|\[/?INST\]"
+LONG = [user(), assistant(), user("And a colour?"), assistant("Blue.\n\nOr green.")]
+
+
+def family(tokenizer, name: str):
+    """The lab's tokenizer with the template of a family, as TRL has it, and its tokens."""
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    own = of(tokenizer, template)
+    own.add_special_tokens(
+        {"additional_special_tokens": sorted(set(re.findall(MARKS, template)) - {"<think>", "</think>"})}
+    )
+    own.add_tokens(["<think>", "</think>"])
+    data.set_up(own)
+    return own
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_s_turns_are_learned_where_they_are_asked_for(tokenizer, name: str) -> None:
+    own = family(tokenizer, name)
+    shape = data.shape(own)
+    example = data.conversation_example(own, LONG)
+    learned = [i for e in data.sequences(example) for i in e["labels"] if i != -100]
+    answers = [f"{shape.opening}{turn['content']}{shape.end}" for turn in LONG[1::2]]
+    assert own.decode(learned) == own.decode(
+        [i for a in answers for i in own(a, add_special_tokens=False)["input_ids"]]
+    )
+    first = own.decode(data.sequences(example)[0]["input_ids"])
+    prompt = own.decode(own(data.rendered_prompt(own, LONG[0]["content"]), add_special_tokens=False)["input_ids"])
+    assert first.removeprefix("<|begin|>").startswith(prompt.removeprefix("<|begin|>") + own.decode(own(shape.opening, add_special_tokens=False)["input_ids"]) + "An apple.")  # fmt: skip
+    assert shape.end == "<|end|>" or shape.ended
+    task = Task.model_validate({"name": "t", "data": {"path": "x"}, "prompt": "{q}", "chosen": "{a}"})
+    pair = data.pair_example(own, task, {"q": LONG[0]["content"], "a": "An apple."})
+    assert data.sequences(example)[0]["input_ids"][: len(pair["prompt_ids"])] == pair["prompt_ids"]
+    assert learned[: len(pair["chosen_ids"])] == pair["chosen_ids"]
 
 
 # --- whatever rows hold ----------------------------------------------------------------------------------------------
