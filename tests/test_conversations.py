@@ -426,3 +426,22 @@ def test_a_conversation_in_several_sequences_is_one_sample(cell, rewriting: Path
     for other in ("padded", "small"):
         for key, value in weights["packed"].items():
             assert torch.allclose(value, weights[other][key], atol=1e-5), (other, key)
+
+
+def test_rendered_rows_train_what_plain_ones_do(cell, tiny: Path, tokenizer, tmp_path: Path) -> None:
+    talks = [
+        [user(f"Name fruit {i}."), assistant("An apple."), user("Another?"), assistant(f"A pear, {i}.")]
+        for i in range(8)
+    ]
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+    weights = []
+    for name, rows, more in (("plain", talks, []), ("rendered", texts, ["+warmup.rendered=true"])):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"chosen": row}) + "\n" for row in rows))
+        c = cell(
+            "n=0", "m=8", f"model.path={tiny}", "model.name=tiny", f"warmup.data.path={file}", "task.benchmark={}",
+            f"output={tmp_path / 'out'}", *more,
+        )  # fmt: skip
+        do(c)
+        weights.append(adapter(c))
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())

@@ -245,6 +245,9 @@ def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(family
     lm = evaluate._Watched(lambda done, total: None, True, pretrained=base.model, tokenizer=tokenizer)
     ids = tokenizer(f"{opening}Blue.{end}Red.{end}", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "Blue."
+    if family == "qwen3":
+        thought = tokenizer(f"<think>\nRed? No.\n</think>\n\nBlue.{end}", add_special_tokens=False)["input_ids"]
+        assert lm.tok_decode(thought) == "Blue."
 
 
 def test_choices_are_asked_for_where_answers_are_learned(family: str, tokenizer, base, monkeypatch) -> None:

@@ -65,7 +65,7 @@ _HEAD = re.compile(rf"(\{{%- set ({'|'.join(_SWITCHES)}) = (true|false) %\}})*({
 
 def _without_head(template: str) -> str:
     """A template as the model has it."""
-    return _HEAD.sub("", template, count=1) if _HEAD.match(template) else template
+    return _HEAD.sub("", template, count=1)
 
 
 def _switches(tokenizer, name: str) -> bool:
