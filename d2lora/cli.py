@@ -14,12 +14,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import data, pipeline, plan, progress, summary
+from d2lora import data, pipeline, plan, progress, rehearsal, summary
 from d2lora.config import Config, parse
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import manifest
-from d2lora.store import Store
+from d2lora.store import Store, cached
 
 # Paths such as outputs/ belong to the project's folder, not to where the command is typed.
 OmegaConf.register_new_resolver("project", lambda path: str(data.ROOT / path), replace=True)
@@ -93,7 +93,9 @@ def check_inputs(config: Config, seen: set[str]) -> None:
             seen.add(name)
 
     if config.n != 0:
-        once(f"{config.task} {config.n}", lambda: data.check_task(config.task, config.n, config.split_seed))
+        preference = config.method.name != "sft"
+        check = lambda: data.check_task(config.task, config.n, config.split_seed, preference)  # noqa: E731
+        once(f"{config.task} {config.n} {preference}", check)
     if config.m != 0:
         once(f"{config.warmup} {config.m}", lambda: data.check_warmup(config.warmup, config.m, config.split_seed))
     if config.init.name == "loftq" and find_spec("bitsandbytes") is None:
@@ -107,6 +109,20 @@ def check_inputs(config: Config, seen: set[str]) -> None:
     names = _harness_tasks(config)
     once(f"lm_eval {names}", lambda: data.check_lm_eval(names))
     once(str(config.model), lambda: data.check_model(config.model))
+    drawn = config.model_dump(include={"model", "task", "warmup", "n", "m", "init", "data_seed", "split_seed"})
+    drawn |= {"max_length": config.recipe.max_length, "preference": config.method.name != "sft"}
+    once(str(drawn), lambda: rehearsal.check(config, pipeline.output(config)))
+
+
+def check(config: Config, seen: set[str]) -> None:
+    """UserError unless the cell's rows can be trained on and its test items asked, as far as this machine can tell."""
+    check_inputs(config, seen)
+    if config.dry_run and not _all_local(config):
+        return
+    asked = f"{config.model} {config.task.benchmark} {config.split_seed}"
+    if asked not in seen:
+        rehearsal.check_items(config, pipeline.output(config))
+        seen.add(asked)
 
 
 def _harness_tasks(config: Config) -> list[str]:
@@ -116,6 +132,26 @@ def _harness_tasks(config: Config) -> list[str]:
     store = Store(pipeline.output(config))
     left = (s for s in plan.chain(config).evaluations if "lm_eval" in s.spec and not store.done(s))
     return [s.spec["lm_eval"] for s in left]
+
+
+def coverage(cells: Iterable[Cell]) -> list[str]:
+    """A line for each model that is adapted: what of it. A dry run finds it out; a run says what is known, and its records the rest."""
+    lines = {}
+    for config in (cell.config for cell in cells if cell.chain.adapter):
+        file = pipeline.coverage_file(config)
+        if file in lines or not (config.dry_run or file.exists()):
+            continue
+        with contextlib.suppress(OSError):  # a model whose config is not on this machine
+            targets = config.recipe.lora.target_modules
+            found = cached(file, lambda c=config: _coverage(c))
+            lines[file] = summary.coverage_text(config.model.name, targets, found)
+    return list(lines.values())
+
+
+def _coverage(config: Config) -> dict:
+    from d2lora import model  # late: torch and PEFT take seconds
+
+    return model.coverage(config.model, config.recipe.lora.target_modules)
 
 
 def _all_local(config: Config) -> bool:
@@ -138,9 +174,10 @@ def job(config: DictConfig) -> int:
 def _one_cell(this: Cell) -> int:
     output = pipeline.output(this.config)
     store = Store(output)
-    check_inputs(this.config, set())
+    check(this.config, set())
+    rehearsal.remember()
     if this.config.dry_run:
-        print(summary.plan_text([this], store))
+        print("\n".join([summary.plan_text([this], store), *coverage([this])]))
         return 0
     manifest.add_to_manifest(output, this)
     with progress.Bar() as bar:

@@ -1,5 +1,6 @@
 """The typed configuration of one cell. Everything is checked here, before any data or model is loaded."""
 
+import math
 import re
 from pathlib import Path
 from string import Formatter
@@ -10,10 +11,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StrictBool,
     StrictInt,
     StrictStr,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -73,10 +76,20 @@ def _home(value: str) -> str:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """A value that a column of rows may have."""
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError("a text, a number, true or false")
+
+
 Text = Annotated[StrictStr, AfterValidator(_text)]
 PathText = Annotated[Text, AfterValidator(_home)]
 Amount = Annotated[StrictInt | Literal["all"], BeforeValidator(_amount)]
 Template = Annotated[Text, BeforeValidator(_template)]
+Value = Annotated[Any, BeforeValidator(_plain)]
 Positive = Annotated[StrictInt, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
@@ -90,9 +103,10 @@ class Data(_Strict):
     file: Text | None = None  # one file of the data set, where it has no splits
     split: Text = "train"
     revision: Text | None = None
-    where: dict[Text, list[Text]] = {}  # column -> values to keep
+    where: dict[Text, list[Value]] = {}  # column -> values to keep
     hold_out: Annotated[StrictInt, Field(ge=0)] = 0  # rows set aside by split_seed before anything else
     part: Literal["rest", "held_out"] = "rest"
+    empty: Literal["refuse", "leave_out"] = "refuse"  # rows with nothing where a text should be
 
     @model_validator(mode="after")
     def _held_out_of_something(self) -> "Data":
@@ -132,12 +146,27 @@ class Benchmark(_Strict):
         return self
 
 
+class Turn(_Strict):
+    """A turn of a prompt."""
+
+    role: Text
+    content: Template
+
+
+# Tagged, so that an error is about the form that was meant.
+Prompt = Annotated[
+    Annotated[Template, Tag("prompt-text")] | Annotated[list[Turn], Field(min_length=1), Tag("prompt-turns")],
+    Discriminator(lambda value: "prompt-turns" if isinstance(value, list) else "prompt-text"),
+]
+
+
 class Task(_Strict):
     """Phase 2: what to adapt to, and the benchmarks that judge it."""
 
     name: Text
     data: Data
-    prompt: Template
+    # A text, or turns (a system turn, history); null where the answers' columns hold conversations with the prompt in them.
+    prompt: Prompt | None
     prefix: Template = ""  # the start of the assistant's turn that is given, e.g. the steps before the fork of a pair
     chosen: Template
     rejected: Template | None = None
@@ -147,6 +176,13 @@ class Task(_Strict):
     rendered: StrictBool = False  # rows carry the model's own tokens already: no template is applied
     benchmark: dict[Text, Benchmark] = {}
     lm_eval: list[Text] = []  # names of lm-evaluation-harness's own tasks
+
+    @property
+    def templates(self) -> list[str]:
+        """All templates of columns."""
+        prompt = [self.prompt] if isinstance(self.prompt, str) else [turn.content for turn in self.prompt or []]
+        answers = (self.prefix, self.chosen, self.rejected, self.full_chosen, self.full_rejected)
+        return [*prompt, *filter(None, answers)]
 
 
 class Method(_Strict):
@@ -309,8 +345,10 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _data_root_where_needed(self) -> "Config":
-        sources = [self.task.data, self.warmup.data, *(b.data for b in self.task.benchmark.values())]
-        if self.data_root is None and any(source.path.startswith("None/") for source in sources):
+        read = [b.data for b in self.task.benchmark.values()]
+        read += [self.task.data] * (self.n != 0)
+        read += [self.warmup.data] * (self.m != 0 or self.init.data == "general")
+        if self.data_root is None and any(source.path.startswith("None/") for source in read):
             raise ValueError(
                 "data_root=null: name the folder that holds your local data sets, for example data_root=$HOME/data"
             )
@@ -355,7 +393,9 @@ def parse(values: dict) -> Config:
 
 
 def _line(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal", "constrained-")))
+    key = ".".join(
+        str(part) for part in problem["loc"] if not str(part).startswith(("literal", "constrained-", "prompt-"))
+    )
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"{key}: there is no such key"

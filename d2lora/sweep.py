@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import cli, pipeline, plan, progress, report, summary, tracking
+from d2lora import cli, pipeline, plan, progress, rehearsal, report, summary, tracking
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Job, Stage
@@ -30,13 +30,15 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     """Do a whole grid. Exits with 1 if a stage is missing at the end; UserError (nothing written) for invalid cells."""
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
     cells = valid_cells(Composer(config, loader), grid)
+    rehearsal.remember()
     output = pipeline.output(cells[0].config)
     store, workers = Store(output), _workers(config)
+    planned = "\n".join([summary.plan_text(cells, store, workers), *cli.coverage(cells)])
     if cells[0].config.dry_run:
-        print(summary.plan_text(cells, store, workers))
+        print(planned)
         return
     _refuse_twice(config, cells[0].config.sweep)
-    print(summary.plan_text(cells, store, workers), flush=True)
+    print(planned, flush=True)
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))
     shown = [functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work)]
@@ -271,7 +273,7 @@ class Composer:
 
 
 def valid_cells(
-    compose: Composer, grid: Iterable[tuple[str, ...]], check: Callable[[Config, set[str]], None] = cli.check_inputs
+    compose: Composer, grid: Iterable[tuple[str, ...]], check: Callable[[Config, set[str]], None] = cli.check
 ) -> list[Cell]:
     """The grid's cells, each once. A grid with invalid cells is refused whole, listing them, unless skip_invalid."""
     cells, problems, seen = [], {}, set()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = ["task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
 COLUMNS = (
     "cell_id sweep model task method init warmup recipe lr reference m n seed benchmark metric value stderr items "
-    "train_seconds eval_seconds peak_memory_mb stage_key"
+    "train_seconds eval_seconds peak_memory_mb stage_key misfits left_out batch_flips batch_difference"
 )
 
 
@@ -204,12 +204,13 @@ def test_invalid_cells_can_be_dropped(run) -> None:
     assert "left out: method=dpo" in done.stderr
 
 
-def test_a_failure_stays_local_and_is_named(run, tmp_path: Path) -> None:
-    """The warm-up fails (its conversations have no assistant): LoRA cells finish, what depends on it is blocked."""
-    bad = [{"chosen": [{"role": "user", "content": "hello"}]}] * 8
-    (tmp_path / "mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
-    done = run("-m", "method=sft,orpo", "n=4", "m=0,8", "warmup.data.path=mix.jsonl", *SHORT, code=1)
-    assert "failed: warm-up m=8 of lab: a conversation without an assistant turn" in done.stderr
+def test_a_failure_stays_local_and_is_named(run, cell, tmp_path: Path) -> None:
+    """The warm-up fails (its record's place is taken): LoRA cells finish, what depends on it is blocked."""
+    warmup = cell("n=4", "m=8", *SHORT).chain.warmup
+    (tmp_path / "out" / "store" / "warmup" / warmup.key).mkdir(parents=True)
+    done = run("-m", "method=sft,orpo", "n=4", "m=0,8", *SHORT, code=1)
+    assert "failed: warm-up m=8 of lab: " in done.stderr
+    assert "not a record's folder" in done.stderr
     assert "blocked: sft D2LoRA(8, 4) on lab-math, by warm-up m=8 of lab" in done.stderr
     assert re.search(r"SFT LoRA\s+\d", done.stdout)
     assert re.search(r"SFT D2LoRA\(8, n\)\s+missing", done.stdout)

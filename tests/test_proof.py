@@ -168,7 +168,7 @@ def test_an_adapter_that_was_not_saved_whole_is_an_error(load, settings, tmp_pat
         save_file({k: t for k, t in tensors.items() if "layers.1.mlp.up_proj" not in k}, file, {"format": "pt"})
 
     monkeypatch.setattr(inits, "save", without_a_layer)
-    with pytest.raises(RuntimeError, match="the saved adapter is not the trained one: 1 of 28 layers differ.*up_proj"):
+    with pytest.raises(RuntimeError, match=r"the saved adapter is not the trained one: 1 of 28 layers differ.*up_proj"):
         families.trained(load("llama"), "sft", tmp_path, settings)
 
 

@@ -8,6 +8,7 @@ from d2lora.data.checks import (
     check_warmup,
     columns,
     harness,
+    kind_line,
 )
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.items import check_benchmark, check_items, choices, golds, right
@@ -21,28 +22,35 @@ from d2lora.data.sources import (
     model_files,
     model_identity,
     need,
+    number_of,
     rows,
     shuffled,
 )
 from d2lora.data.templates import Shape, ends, opens, refuse_tokens, render, say_end, set_up, shape, undated
+from d2lora.data.texts import LeftOut, NotText, fill, text_of
 from d2lora.data.tokens import (
     REFERENCE_BLOCK,
     Subset,
     conversation_example,
     encode,
+    general_example,
     longest,
+    made,
     pair_example,
     rendered_conversation,
     rendered_prompt,
     sequences,
     sft_examples,
     subset,
+    too_few,
 )
 
 __all__ = [
     "REFERENCE_BLOCK",
     "ROOT",
     "Data",
+    "LeftOut",
+    "NotText",
     "Row",
     "Shape",
     "Subset",
@@ -58,17 +66,22 @@ __all__ = [
     "digest",
     "encode",
     "ends",
+    "fill",
     "fingerprint",
+    "general_example",
     "golds",
     "harness",
     "hub",
     "hub_problem",
     "identity",
+    "kind_line",
     "local",
     "longest",
+    "made",
     "model_files",
     "model_identity",
     "need",
+    "number_of",
     "opens",
     "pair_example",
     "refuse_tokens",
@@ -84,5 +97,7 @@ __all__ = [
     "shape",
     "shuffled",
     "subset",
+    "text_of",
+    "too_few",
     "undated",
 ]

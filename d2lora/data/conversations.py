@@ -33,8 +33,8 @@ def conversation(value: Any) -> Conversation:
         value = _json(value)
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise UserError("no conversation: a list of {role, content} or of {from, value} is wanted")
-    read = [_message(m, f"turn {number}") for number, m in enumerate(value, 1)]
-    messages = [message for message, _ in read]
+    read = [message(m, f"turn {number}") for number, m in enumerate(value, 1)]
+    messages = [said for said, _ in read]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise UserError("a conversation without an assistant turn")
@@ -61,7 +61,7 @@ def _json(text: str) -> Any:
         return None
 
 
-def _message(given: dict, where: str) -> tuple[Message, bool]:
+def message(given: dict, where: str) -> tuple[Message, bool]:
     """A message as templates take it, and whether it is learned. Keys without a value are as if they were not there."""
     given = {k: v for k, v in given.items() if v not in (None, [], {}) and (v != "" or k in ("content", "value"))}
     role, content = (_one_of(given, keys, where) for keys in (("role", "from"), ("content", "value")))

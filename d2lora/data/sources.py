@@ -1,21 +1,17 @@
 """Where rows and models come from: local files or the Hub, and what of them enters a key."""
 
-import csv
 import functools
-import gzip
 import hashlib
 import importlib.util
-import io
 import json
-import lzma
 import random
 import re
 import sys
-import zlib
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from d2lora.config import Data, Model
+from d2lora.data.files import FORMATS, Row, listed, read_rows
 from d2lora.data.hub import hub, hub_problem
 from d2lora.errors import UserError
 
@@ -25,15 +21,6 @@ ROOT = Path(__file__).parent.parent.parent
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-_OPEN: dict[str, Callable] = {".xz": lzma.open, ".gz": gzip.open}
-
-
-_FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-
-
-Row = dict
-
-
 def local(path: str) -> Path | None:
     """The local file or folder of that name, looked up from here and then from the project; None for a Hub name."""
     for base in (Path.cwd(), ROOT):
@@ -41,27 +28,63 @@ def local(path: str) -> Path | None:
             return found.resolve()
     if _HUB_NAME.fullmatch(path):
         return None
-    raise UserError(f"path={path}: neither a folder or file here nor a Hub name of the form owner/name")
+    raise UserError(f"path={path}: neither a folder or file here nor a Hub name of the form owner/name{_beside(path)}")
 
 
-def _file(data: Data) -> Path | None:
-    """The local file that holds the split of `data`; None if it is on the Hub."""
+def _beside(path: str) -> str:
+    """What lies in the folder that a path names, for who has mistyped the last part of it."""
+    parent = Path(path).expanduser().parent
+    folder = next((base / parent for base in (Path.cwd(), ROOT) if (base / parent).is_dir()), None)
+    if folder is None:
+        return ""
+    names = sorted(
+        f.name for f in folder.iterdir() if not f.name.startswith(".") and (f.is_dir() or _is_rows_file(f.name))
+    )
+    return f"; {parent} has {', '.join(names[:12])}" + (" ..." if len(names) > 12 else "") if names else ""
+
+
+def _is_rows_file(name: str) -> bool:
+    return name.removesuffix(".xz").removesuffix(".gz").endswith(FORMATS)
+
+
+def _files(data: Data) -> list[Path]:
+    """The local files that hold the split of `data`, in order; none if it is on the Hub."""
     folder = local(data.path)
     if folder is None or folder.is_file():
-        return folder
+        return [folder] if folder else []
     if data.name and (folder / data.name).is_dir():
         folder = folder / data.name
     wanted = data.file or data.split
-    on_hub = f"{wanted}-00000-of-00001.parquet"  # in a copy of a Hub repository; in data/ if it has no configurations
-    kinds = [wanted + kind + zipped for kind in _FORMATS for zipped in ("", ".xz", ".gz")]
-    names = [wanted] if data.file else [*kinds, on_hub, f"data/{on_hub}"]
+    names = [wanted] if data.file else [wanted + kind + zipped for kind in FORMATS for zipped in ("", ".xz", ".gz")]
     for name in names:
         if (folder / name).is_file():
-            return folder / name
-    tried = ", ".join(names[::3])  # without the compressed ones
+            return [folder / name]
+    if not data.file and (parts := _parts(data, folder) or _parts(data, folder / "data")):
+        return parts
+    tried = ", ".join([*names[::3], *([] if data.file else _PARTS)]).replace("SPLIT", wanted)  # none of the compressed
     raise UserError(
         f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {wanted} (looked for {tried})"
     )
+
+
+# In a copy of a Hub repository; in data/ if it has no configurations.
+_PARTS = ("SPLIT-00000-of-00001.parquet", "data/SPLIT-00000-of-00001.parquet and further parts")
+
+
+def _parts(data: Data, folder: Path) -> list[Path]:
+    """The parquet files that a split has in a copy of a Hub repository, in order. UserError where parts are missing."""
+    name = re.compile(rf"{re.escape(data.split)}-(\d{{5}})-of-(\d{{5}})(?:-[0-9a-f]+)?\.parquet")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [(int(m[1]), int(m[2]), f) for f in files if (m := name.fullmatch(f.name)) and f.is_file()]
+    totals = {total for _, total, _ in found}
+    numbers = [number for number, _, _ in found]
+    if found and (len(totals) > 1 or numbers != list(range(found[0][1]))):
+        missing = ", ".join(f"{n:05d}" for n in range(max(totals)) if n not in numbers)
+        raise UserError(
+            f"data.path={data.path}: split {data.split} has {len(found)} of {max(totals)} parts in {folder.name}"
+            + (f", without {missing}" if missing else " under several totals")
+        )
+    return [file for _, _, file in found]
 
 
 def digest(path: Path) -> str:
@@ -86,17 +109,32 @@ def fingerprint(found: list[Row]) -> str:
 
 def identity(data: Data, split_seed: int) -> dict:
     """What of a data set can change a result: a content hash, or the Hub's name and revision. Part of stages' keys."""
-    file = _file(data)
-    chosen = data.model_dump(include={"where", "hold_out", "part"}, exclude_defaults=True)
+    files = _files(data)
+    chosen = data.model_dump(include={"where", "hold_out", "part", "empty"}, exclude_defaults=True)
     if data.hold_out:
         chosen["split_seed"] = split_seed
-    if file:
-        return {"content": digest(file), **chosen}
+    if files:
+        return {"content": _content(files), **chosen}
     if not data.revision:
-        raise UserError(
-            f"data.path={data.path}: a data set on the Hub needs a revision (data.revision=main or a commit)"
-        )
+        raise UserError(f"data.path={data.path}: {_no_revision('data', data.path)}")
     return data.model_dump(include={"path", "name", "file", "split", "revision"}) | chosen
+
+
+def _content(files: list[Path]) -> str:
+    """The hash of a file's content; of several parts, of their hashes in order."""
+    digests = [digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _no_revision(kind: str, path: str) -> str:
+    """What to do about a name that is nothing here, and that the Hub can't be asked for."""
+    if _is_rows_file(path):
+        return f"no such file{_beside(path)}"
+    on_hub = (
+        f"a {'data set' if kind == 'data' else kind} on the Hub needs a revision ({kind}.revision=main or a commit)"
+    )
+    beside = _beside(path)
+    return f"no such folder or file here{beside}; {on_hub}" if beside else on_hub
 
 
 def model_files(model: Model) -> Path | None:
@@ -127,18 +165,27 @@ def model_identity(model: Model) -> dict:
     code = model.model_dump(include={"trust_remote_code", "thinking"}, exclude_defaults=True)
     if place is None:
         if not model.revision:
-            raise UserError(
-                f"model.path={model.path}: a model on the Hub needs a revision (model.revision=main or a commit)"
-            )
+            raise UserError(f"model.path={model.path}: {_no_revision('model', model.path)}")
         return {"path": model.path, "revision": model.revision, "dtype": model.dtype} | code
     files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in _MODEL_FILES)
     return {"content": {f.name: digest(f) for f in files}, "dtype": model.dtype} | code
 
 
+class NumberedRow(dict):
+    """A row that knows its number in the source, from 1: an error names the row that a user finds there."""
+
+    number: int = 0
+
+
+def number_of(row: Row, index: int) -> int:
+    """A row's number in its source; index + 1 for a row that came from none."""
+    return getattr(row, "number", index + 1)
+
+
 def rows(data: Data, split_seed: int = 0) -> list[Row]:
     """All rows of a data set after `where` and the hold-out, in the order of the source."""
-    file = _file(data)
-    found = _read(file, digest(file)) if file else _from_hub(data)
+    files = _files(data)
+    found = _read(tuple(files), _content(files)) if files else _number(_from_hub(data))
     if not found:
         raise UserError(f"data.path={data.path}: no rows")
     for column, values in data.where.items():
@@ -151,39 +198,38 @@ def rows(data: Data, split_seed: int = 0) -> list[Row]:
     return found
 
 
-def _where(found: list[Row], data: Data, column: str, values: list[str]) -> list[Row]:
-    """The rows whose column has one of the values. UserError for a value that no row has: it would be missed in silence."""
-    need(found, data, column, empty=True)
-    there = {str(row[column]) for row in found}
-    if absent := [value for value in values if value not in there]:
-        raise UserError(
-            f"data.where.{column}={', '.join(absent)}: no row has it; there are {', '.join(sorted(there)[:40])}"
-        )
-    return [row for row in found if str(row[column]) in values]
+def _number(found: list[Row]) -> list[Row]:
+    numbered: list[Row] = []
+    for number, values in enumerate(found, 1):
+        row = NumberedRow(values)
+        row.number = number
+        numbered.append(row)
+    return numbered
 
 
 @functools.cache
-def _read(file: Path, _content: str) -> list[Row]:
-    """The rows of a local file, read once a process."""
-    name = file.name.removesuffix(".xz").removesuffix(".gz")
-    try:
-        if name.endswith(".parquet"):
-            import pyarrow.parquet
+def _read(files: tuple[Path, ...], _content: str) -> list[Row]:
+    """The rows of local files, read once a process."""
+    return _number([row for file in files for row in read_rows(file)])
 
-            return pyarrow.parquet.read_table(file).to_pylist()
-        text = _OPEN.get(file.suffix, open)(file, "rt", encoding="utf-8", newline="").read()
-        if name.endswith(".csv"):
-            return list(csv.DictReader(io.StringIO(text)))
-        found = (
-            json.loads(text)
-            if name.endswith(".json")
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
+
+def _where(found: list[Row], data: Data, column: str, values: list) -> list[Row]:
+    """The rows whose column has one of the values. UserError for a value that no row has: it would be missed in silence."""
+    need(found, data, column, empty=True)
+    there = {_named(row[column]) for row in found}
+    if absent := [str(value) for value in values if _named(value) not in there]:
+        raise UserError(
+            f"data.where.{column}={', '.join(absent)}: no row has it; there are {', '.join(sorted(there)[:40])}"
         )
-    except (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
-        raise UserError(f"{file}: not readable as {Path(name).suffix[1:]} ({error})") from None
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise UserError(f"{file}: not a list of rows")
-    return found
+    wanted = set(map(_named, values))
+    return [row for row in found if _named(row[column]) in wanted]
+
+
+def _named(value: Any) -> str:
+    """A value as `where` compares it: the number 1 is 1.0 and the text 1; a null is no text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "null" if value is None else str(value)
 
 
 @functools.cache
@@ -195,7 +241,7 @@ def _hub_rows(path: str, name: str | None, file: str | None, split: str, revisio
         print(f"reading {path} from the Hub or its cache ...", file=sys.stderr)
     if file:  # not through load_dataset: offline it does not find what it cached with data_files
         place = Path(client.hf_hub_download(path, file, repo_type="dataset", revision=revision))
-        return _read(place, digest(place))
+        return read_rows(place)
     return datasets.load_dataset(path, name, split=split, revision=revision).to_list()
 
 
@@ -207,14 +253,18 @@ def _from_hub(data: Data) -> list[Row]:
 
 
 def need(found: list[Row], data: Data, *columns: str, empty: bool = False) -> None:
-    """UserError naming the columns that a row lacks, or has nothing in, unless it may be `empty`: a text would say "None"."""
-    for index, row in enumerate(found):
-        if missing := [c for c in columns if c not in row]:
-            raise UserError(
-                f"data.path={data.path}: {f'row {index + 1}: ' if index else ''}missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(row)}"
-            )
-        if not empty and (nothing := [c for c in columns if row[c] is None]):
-            raise UserError(f"data.path={data.path}: row {index + 1}: nothing in column {', '.join(nothing)}")
+    """UserError naming the columns that rows lack, or have nothing in unless it may be `empty`, and the rows."""
+    lacking = {c: [number_of(row, i) for i, row in enumerate(found) if c not in row] for c in columns}
+    if missing := [c for c in columns if lacking[c]]:
+        numbers = sorted(set().union(*(lacking[c] for c in missing)))
+        where = "" if len(numbers) == len(found) else f"{listed(numbers)}: "
+        has = next(row for i, row in enumerate(found) if number_of(row, i) == numbers[0])
+        raise UserError(
+            f"data.path={data.path}: {where}missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; it has {', '.join(has)}"
+        )
+    for column in () if empty else columns:
+        if nothing := [number_of(row, i) for i, row in enumerate(found) if row[column] is None]:
+            raise UserError(f"data.path={data.path}: {listed(nothing)}: nothing in column {column}")
 
 
 def shuffled(count: int, seed: str) -> list[int]:

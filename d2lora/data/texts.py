@@ -4,7 +4,7 @@ import math
 from string import Formatter
 from typing import Any
 
-from d2lora.data.sources import Row
+from d2lora.data.files import Row
 
 
 class LeftOut(Exception):
@@ -30,7 +30,7 @@ def text_of(value: Any) -> str:
         return str(value)
     if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
         return "".join(part["text"] for part in value)
-    raise NotText(f"{_shown(value)} is no text")
+    raise NotText(f"{shown(value)} is no text")
 
 
 def _is_text_part(part: Any) -> bool:
@@ -38,7 +38,8 @@ def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2lora.config import Task
+from d2lora.config import Task, Warmup
 from d2lora.data import templates
 from d2lora.data.conversations import conversation, tools_of
-from d2lora.data.sources import Row, shuffled
-from d2lora.data.texts import fill
+from d2lora.data.files import Row
+from d2lora.data.pairs import EMPTY, EQUAL, Messages, pair_texts
+from d2lora.data.sources import number_of, shuffled
+from d2lora.data.texts import LeftOut, NotText
 from d2lora.errors import UserError
 
 # DPO's reference is computed in blocks of so many pairs of the seeded order, the same for every n: a pair's value doesn't
@@ -25,22 +27,26 @@ REFERENCE_BLOCK = 10
 class Subset:
     """Tokenized examples and what became of the rows: `rows` are the indices used, `misfits` those too long.
 
-    `ahead` are the next examples of the order, up to a full reference block.
+    `ahead` are the next examples of the order, up to a full reference block; `left_out` are the rows by why they must not
+    be used.
     """
 
     examples: list[dict]
     rows: list[int]
     misfits: list[int]
     ahead: list[dict] = field(default_factory=list)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
 
     def counts(self) -> dict:
         """What the record says of the subset."""
         joined = ",".join(map(str, self.rows))
-        return {
+        counted = {
             "samples": len(self.rows),
             "misfits": len(self.misfits),
             "rows_sha256": hashlib.sha256(joined.encode()).hexdigest(),
         }
+        left_out = {reason: len(rows) for reason, rows in sorted(self.left_out.items())}
+        return counted | ({"left_out": left_out} if left_out else {})
 
 
 def subset(
@@ -51,7 +57,8 @@ def subset(
     seed: str,
     at_most: bool = False,
 ) -> Subset:
-    """The first `amount` rows, in a seeded order, whose example fits `max_length` tokens; fewer will do if it is `at_most`.
+    """The first `amount` rows, in a seeded order, that are not left out and whose example fits `max_length` tokens; fewer will
+    do if it is `at_most`. UserError naming a row that can't be read.
 
     Subsets are nested: those of amount = 1000 are the first of amount = 2000, so a curve over n adds rows and swaps none.
     """
@@ -60,20 +67,48 @@ def subset(
     examples: list[dict] = []
     used: list[int] = []
     misfits: list[int] = []
+    left_out: dict[str, list[int]] = {}
     for index in shuffled(len(found), seed):
         if len(examples) == block_end:
             break
-        example = make(found[index])
-        if longest(example) <= max_length:
+        example, fate = made(make, found[index], max_length)
+        if fate.startswith(BAD):
+            if len(used) >= wanted:
+                break  # only looked at to fill a block
+            raise UserError(f"row {number_of(found[index], index)}: {fate.removeprefix(BAD)}")
+        if fate == FITS and example:
             examples.append(example)
             used.append(index)
         elif len(used) < wanted:
-            misfits.append(index)
+            (misfits if fate == LONG else left_out.setdefault(fate, [])).append(index)
     if not used or (amount != "all" and not at_most and len(used) < wanted):
-        raise UserError(
-            f"only {len(used):,} of {len(found):,} rows fit recipe.max_length={max_length}, and {amount} are asked for"
-        )
-    return Subset(examples[:wanted], used[:wanted], misfits, examples[wanted:])
+        raise UserError(too_few(len(used), len(found), max_length, {r: len(x) for r, x in left_out.items()}, amount))
+    return Subset(examples[:wanted], used[:wanted], misfits, examples[wanted:], left_out)
+
+
+# What becomes of a row: its example fits, is too long, or there is none, for a reason of its own or behind BAD.
+FITS, LONG, BAD = "fits", "too long", "error: "
+
+
+def made(make: Callable[[Row], dict], row: Row, max_length: int) -> tuple[dict | None, str]:
+    """A row's example, if it can be used, and its fate: FITS, LONG, BAD and what is wrong, or why it is left out."""
+    try:
+        example = make(row)
+    except LeftOut as reason:
+        return None, reason.reason
+    except (UserError, NotText) as error:
+        return None, f"{BAD}{error}"
+    except Exception as error:  # a chat template's own refusals (jinja2.TemplateError), and what it stumbles over
+        line = (str(error).strip().splitlines() or [""])[0]
+        return None, f"{BAD}the row can't be rendered ({type(error).__name__}: {line})"
+    return (example, FITS) if longest(example) <= max_length else (None, LONG)
+
+
+def too_few(usable: int, rows: int, max_length: int, left_out: dict[str, int], wanted: int | str) -> str:
+    """What is said where fewer rows can be used than are wanted."""
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(left_out.items()))
+    others = f" (left out: {reasons})" if reasons else ""
+    return f"only {usable:,} of {rows:,} rows fit recipe.max_length={max_length}{others}, and {wanted} are asked for"
 
 
 def longest(example: dict) -> int:
@@ -115,23 +150,24 @@ def rendered_prompt(tokenizer, prompt: str | list[dict], prefix: str = "") -> st
     return text + templates.shape(tokenizer).opening + prefix if prefix else text
 
 
-def pair_example(tokenizer, task: Task, row: Row) -> dict:
+def pair_example(tokenizer, task: Task, row: Row, preference: bool = False) -> dict:
     """{prompt_ids, chosen_ids[, rejected_ids]}: the same ids for SFT, DPO and ORPO.
 
-    The answers end with EOS only where the solution does: a step in its middle is followed by another step.
+    The answers end with EOS only where the solution does: a step in its middle is followed by another step. LeftOut for a pair
+    of equal answers where a `preference` is to be learned.
     """
-    prefix = fill(task.prefix, row)
-    prompt = _prompt(tokenizer, task, fill(task.prompt, row), prefix)
-    texts = [("chosen", task.chosen, task.full_chosen), ("rejected", task.rejected, task.full_rejected)]
+    texts = pair_texts(task, row)
+    prompt = _prompt(tokenizer, task, texts.prompt, texts.prefix)
+    answers = [("chosen", texts.chosen, texts.full_chosen), ("rejected", texts.rejected, texts.full_rejected)]
     whole = {"prompt": encode(tokenizer, prompt)}
-    for name, step, rest in texts:
-        if step is None:
+    for name, step, full in answers:
+        if step is None or full is None:
             continue
-        answer, full = fill(step, row), fill(rest or step, row)
-        if task.continuation == "rest":
-            answer = full
-        written, ends = _answer(tokenizer, task, prefix, answer, answer.strip() == full.strip())
+        answer = full if task.continuation == "rest" else step
+        written, ends = _answer(tokenizer, task, texts.prefix, answer, answer.strip() == full.strip())
         whole[name] = encode(tokenizer, prompt + written) + ends
+    if preference and whole["chosen"] == whole.get("rejected"):
+        raise LeftOut(EQUAL)
     # A tokenizer may merge across the border: the prompt is what all sequences share of it.
     border = next(
         (i for i, ids in enumerate(zip(*whole.values(), strict=False)) if len(set(ids)) > 1), len(whole["prompt"])
@@ -141,8 +177,24 @@ def pair_example(tokenizer, task: Task, row: Row) -> dict:
     return example | {"prompt_ids": whole["prompt"][:border]}
 
 
-def _prompt(tokenizer, task: Task, prompt: str, prefix: str) -> str:
-    return prompt + prefix if task.rendered else rendered_prompt(tokenizer, prompt, prefix)
+def general_example(tokenizer, warmup: Warmup, row: Row) -> dict:
+    """{input_ids, labels} of a row's conversation. LeftOut or UserError where it has none, as its data set says."""
+    value = row.get(warmup.messages)
+    if value in (None, [], ""):
+        if warmup.data.empty == "leave_out":
+            raise LeftOut(EMPTY)
+        raise UserError(f"nothing in column {warmup.messages}")
+    if warmup.rendered:
+        return rendered_conversation(tokenizer, value)
+    return conversation_example(tokenizer, value, row.get(warmup.tools))
+
+
+def _prompt(tokenizer, task: Task, prompt: str | Messages, prefix: str) -> str:
+    if not task.rendered:
+        return rendered_prompt(tokenizer, prompt, prefix)
+    if not isinstance(prompt, str):
+        raise UserError("task.rendered=true: the prompt is a conversation, which is not rendered")
+    return prompt + prefix
 
 
 def _answer(tokenizer, task: Task, prefix: str, answer: str, ends: bool) -> tuple[str, list[int]]:

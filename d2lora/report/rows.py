@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +44,10 @@ COLUMNS = [
     "eval_seconds",
     "peak_memory_mb",
     "stage_key",
+    "misfits",
+    "left_out",
+    "batch_flips",
+    "batch_difference",
 ]
 # What a table shows beside method, m and n, when its cells differ in it.
 LABELS = ("model", "task", "init", "warmup", "recipe")
@@ -142,10 +146,12 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
             "lr": rates[c["method"]["name"]] if stages["adapt"] else rates["warmup"] if stages["warmup"] else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
+            **unused(trained),
             "train_seconds": round(sum(r["seconds"] for r in trained if r["stage"] != "prepare"), 3),
         }
         for benchmark, key in stages["evaluate"].items():
             record = records.get("evaluate", key)
+            flips = records.get("flips", stages.get("flips", {}).get(benchmark))
             memory = max((r["peak_memory_mb"] for r in [*trained, record] if r), default="")
             measured = {
                 "eval_seconds": record["seconds"] if record else "",
@@ -158,7 +164,24 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
             for metric, summary in (
                 record["metrics"] if record else {"": {"value": "", "stderr": "", "items": ""}}
             ).items():
-                yield common | measured | {"metric": metric, **summary}
+                yield common | measured | {"metric": metric, **summary} | _batch(flips, metric)
+
+
+def _batch(flips: dict | None, metric: str) -> dict:
+    """The share of a bfloat16 base's answers that its batch turns, and what that does to the metric."""
+    found = flips["metrics"] if flips else {}
+    names = {"batch_flips": "answers_flipped", "batch_difference": f"{metric}_difference"}
+    return {column: found[name]["value"] for column, name in names.items() if name in found}
+
+
+def unused(trained: list[dict]) -> dict[str, int | str]:
+    """How many rows a cell's trainings passed over: too long ones, and those left out by reason; empty without a training."""
+    counts = [r["data"] for r in trained if r["stage"] != "prepare" and r.get("data")]
+    reasons: Counter[str] = Counter()
+    for count in counts:
+        reasons.update(count.get("left_out", {}))
+    left_out = "; ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
+    return {"misfits": sum(count.get("misfits", 0) for count in counts) if counts else "", "left_out": left_out}
 
 
 def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
@@ -189,6 +212,7 @@ class Run:
     adapt: str | None
     warmup: str | None
     prepare: str | None = None
+    flips: str | None = None  # of a bfloat16 base
 
 
 @dataclass(eq=False)
@@ -249,7 +273,8 @@ def points(manifest: dict, records: Records) -> list[Point]:
         c, stages = cell["config"], cell["stages"]
         names = {k: c[k]["name"] for k in LABELS} | ({} if _general(c) else {"warmup": ""})
         for benchmark, key in stages["evaluate"].items():
-            run = Run(cell["id"], key, stages["adapt"], stages["warmup"], stages.get("prepare"))
+            flips = stages.get("flips", {}).get(benchmark)
+            run = Run(cell["id"], key, stages["adapt"], stages["warmup"], stages.get("prepare"), flips)
             for metric in metrics[benchmark]:
                 place = (*(names[k] for k in labels), c["method"]["name"], c["m"], c["n"], benchmark, metric)
                 if place not in found:
