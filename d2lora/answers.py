@@ -1,93 +1,168 @@
-"""Reading a final answer as a number, and scoring texts. Pure functions."""
+"""Finding the final answer of a text, and scoring it against a gold. Pure functions; docs/answers.md says how."""
 
 import functools
 import re
+import unicodedata
 from fractions import Fraction
 
-_NUMBER = r"[-+\u2212]?\s*(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?"
-_LARGEST_POWER = 300  # of ten; an answer with more is no number anyone means, and would take for ever to write out
-_FRACTION = re.compile(r"(?:([-+])\s*)?\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_TOKEN = re.compile(
-    rf"(?P<whole>[-+\u2212]?\d+)\s+(?P<above>\d+)\s*/\s*(?P<below>\d+)"  # 1 1/2
-    rf"|(?P<top>{_NUMBER})\s*/\s*(?P<bottom>{_NUMBER})"
-    rf"|(?P<number>{_NUMBER})(?:\s*(?:\\times|\u00d7|x|\*)\s*10\s*\^\s*\{{?(?P<power>-?\d+)\}}?)?"
-)
+from d2lora import numbers
+from d2lora.numbers import Number
+
+_BRACES = re.compile(r"\\f?boxed\s*\{|\\[{}]|[{}]")
+_HASHES = re.compile(r"^[^\S\n]*####[^\S\n]*(?=[^#\s])|####[^\S\n]*(?=[-+.\d$\\])", re.MULTILINE)
+_ANSWER = re.compile(r"\banswer\s+is\b(?:\s*:)?|\banswer\s?(?:\*\*|__)?\s?:|^A:", re.IGNORECASE | re.MULTILINE)
+_PHRASE = 60  # characters; what is longer nobody puts into a box
+_BETWEEN = re.compile(r"\\(?:text|mbox|mathrm|quad|,|;| |\(|\)|\[|\])|[$\s{}*]+")
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that a solution ends on; None if there is none.
+    """The number that a solution ends on; None if there is none, or no single sure one.
 
-    The last \\boxed{...} counts; without one what follows the last "####" (GSM8K's gold answers), then the last
-    "answer is", then the last number of the text. Units, currency, commas, % and LaTeX around it are no part of it.
+    The last \\boxed{...} counts; without one the last line after "####" (GSM8K's gold answers), then what follows the last
+    "answer is" or "Answer:", then the last number of the text. Units, currency, %, and LaTeX around it are no part of it.
     """
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return _read(boxed, last=False)
-    for mark in ("####", "answer is", "Answer:"):
-        _, found, after = text.rpartition(mark)
-        if found and (number := _read(after, last=False)) is not None:
-            return number
-    return _read(text, last=True)
+    found = _number(text)
+    return found.value if found else None
+
+
+def gold_number(text: str) -> Fraction | None:
+    """The number of a gold; None also for a phrase that a box would give another number: "18 eggs in 3 days"."""
+    found = final_number(text)
+    if found is None or "\n" in text or len(text) > _PHRASE or _boxes(text) or _marked(text):
+        return found
+    boxed = numbers.read(re.sub(r"^\s*-\s", "", text), "box")
+    return found if boxed is None or boxed.value == found else None
+
+
+def same_number(answer: str, gold: str) -> bool:
+    """Whether two texts end on equal numbers (d2lora.numbers.Number says when); without numbers, whether they are the same text."""
+    given, wanted = _number(answer), _number(gold)
+    if given is None and wanted is None:
+        return exact_text(answer) == exact_text(gold) != ""
+    return given == wanted
+
+
+def _number(text: str) -> Number | None:
+    found = _boxes(text)
+    if found:
+        return _boxed_number(text, found)
+    for marked, where in _marked(text):
+        if numbers.holds(marked):
+            return numbers.read(marked, where)
+    return numbers.read(text, "text")
+
+
+def _marked(text: str) -> list[tuple[str, numbers.Where]]:
+    """What the marks of final answers announce, the surest first."""
+    found: list[tuple[str, numbers.Where]] = []
+    if hashes := list(_HASHES.finditer(text)):
+        line = text[hashes[-1].end() :].split("\n", 1)[0]
+        if not line[:1].isalpha() or numbers.opens(line):  # "#### Step 2: add" is a heading
+            found.append((line, "line"))
+    if said := list(_ANSWER.finditer(text)):
+        found.append((text[said[-1].end() :], "sentence"))
+    return found
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """Start, end and content of all complete \\boxed{...} that are not empty, braces inside balanced, in order."""
+    found, opened = [], []
+    for match in _BRACES.finditer(text):
+        if match[0][0] == "\\" and len(match[0]) == 2:
+            continue
+        if match[0] != "}":
+            opened.append(match)
+        elif opened and (start := opened.pop())[0] != "{" and text[start.end() : match.start()].strip():
+            found.append((start.start(), match.end(), text[start.end() : match.start()]))
+    return sorted(found)
 
 
 def last_boxed(text: str) -> str | None:
     """The content of the last complete \\boxed{...} that is not empty, braces inside it balanced."""
-    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                if text[match.end() : end].strip():
-                    return text[match.end() : end]
-                break
-    return None
+    found = _boxes(text)
+    return found[-1][2] if found else None
 
 
-def _read(text: str, last: bool) -> Fraction | None:
-    """The first (or last) number of a short answer; of an equation, of its right side."""
-    text = text.rsplit("=", 1)[-1] if not last else text
-    text = (
-        text.replace("\u2212", "-")
-        .replace("\\!", "")
-        .replace("{,}", ",")
-        .replace("\\,", "")
-        .replace("\\$", "$")
-        .replace("\\%", "%")
-    )
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"(\d)\s*(?=\\[dtc]?frac)", r"\1 ", text)
-    text = _FRACTION.sub(lambda m: f"{m[1] or ''}{m[2] or m[3]}/{m[4] or m[5]}", text)
-    text = re.sub(r"([-+]?)\s*[$\u20ac\u00a3]\s*", r"\1", text)
-    found = [n for m in _TOKEN.finditer(text) if (n := _number(m)) is not None]
-    if not found:
-        return None
-    return found[-1] if last else found[0]
-
-
-def _number(match: re.Match) -> Fraction | None:
-    if match["whole"]:
-        if int(match["below"]) == 0:
+def _boxed_number(text: str, found: list[tuple[int, int, str]]) -> Number | None:
+    """The number of the last box; None where another number is offered beside it: "\\boxed{18} or \\boxed{20}"."""
+    start, end, content = found[-1]
+    value = numbers.read(content, "box")
+    if len(found) > 1 and found[-2][1] <= start:
+        between = _BETWEEN.sub(" ", text[found[-2][1] : start]).strip().lower()
+        offered = between in (",", ";", "/", "&", "and", ", and") or _has_or(between)
+        if offered and numbers.read(found[-2][2], "box") != value:
             return None
-        part = Fraction(int(match["above"]), int(match["below"]))
-        whole = int(match["whole"])
-        return whole - part if match["whole"].startswith("-") else whole + part
-    if match["top"] is not None:
-        top, bottom = _decimal(match["top"]), _decimal(match["bottom"])
-        if bottom is None:  # a unit: "18/hour"
-            return top
-        return top / bottom if top is not None and bottom else None
-    number = _decimal(match["number"])
-    if number is None or not match["power"]:
-        return number
-    power = int(match["power"])
-    return number * Fraction(10) ** power if abs(power) <= _LARGEST_POWER else None
-
-
-def _decimal(text: str | None) -> Fraction | None:
-    try:
-        return Fraction(re.sub(r"[,\s]", "", text or ""))
-    except ValueError:
+    begin = max(start - 40, found[-2][1] if len(found) > 1 else 0)
+    before, after = (_BETWEEN.sub(" ", t).strip().lower() for t in (text[begin:start], text[end : end + 40]))
+    if re.search(r"\d\W{0,2}\s(?:[a-z]+\s){0,2}or$", before) or re.match(
+        r"(?:,\s)?or\s(?:[a-z]+\s){0,2}[^a-z]{0,2}\d", after
+    ):
         return None
+    return value
+
+
+def _has_or(between: str) -> bool:
+    """Whether the words between two boxes offer one or the other."""
+    return len(between) < 60 and "." not in between and "or" in re.findall(r"[a-z]+", between)
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------
+
+_SUPERSCRIPTS = re.compile("[⁺⁻⁰¹²³⁴-⁹]+")
+_LATEX = [
+    (re.compile(pattern), by)
+    for pattern, by in (
+        (r"\\(?:left|right|displaystyle|!|,|;|:|\(|\)|\[|\])(?![a-zA-Z])", ""),
+        (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1"),
+        (r"\*\*|__|`", ""),
+        (r"\s+", " "),
+        (r" ?([^\w\s]) ?", r"\1"),
+    )
+]
+
+
+def exact_text(text: str) -> str:
+    """The final answer as a text in which case, spaces and wrapping do not count.
+
+    It is the last \\boxed{...}, else the rest of the line after the last "####", else of the last line with "answer is" or
+    "Answer:", else the whole text. Then: Unicode NFKC (superscripts as ^), lower case (casefold), LaTeX's \\left, \\right,
+    thin spaces, \\( \\), \\text{} and the like taken away, \\dfrac as \\frac, Markdown's ** away, runs of white space as one
+    space and none beside a mark; at the ends no $, quotes around all, or . , ; : of a sentence, nor a ! or ? after a letter.
+    """
+    boxed = last_boxed(text)
+    if boxed is None:
+        marks = list(_HASHES.finditer(text)) or list(_ANSWER.finditer(text))
+        boxed = text[marks[-1].end() :].strip().split("\n", 1)[0] if marks else text
+        boxed = boxed if boxed.strip() else text
+    found = _SUPERSCRIPTS.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), boxed)
+    found = unicodedata.normalize("NFKC", found).casefold()
+    for pattern, by in _LATEX:
+        found = pattern.sub(by, found)
+    return _unwrapped(found)
+
+
+def _unwrapped(text: str) -> str:
+    for _ in range(5):
+        text = text.strip().strip("$").strip().rstrip(".,;:")
+        if len(text) > 1 and text[-1] in "!?" and text[-2].isalpha():
+            text = text[:-1]
+        if len(text) > 1 and (text[0], text[-1]) in (
+            ('"', '"'),
+            ("'", "'"),
+            ("“", "”"),
+            ("‘", "’"),
+            ("«", "»"),
+            ("*", "*"),
+            ("_", "_"),
+        ):
+            text = text[1:-1]
+    return text
+
+
+def same_text(answer: str, gold: str) -> bool:
+    """Whether two texts are the same answer (`exact_text`); an empty one is none."""
+    return exact_text(answer) == exact_text(gold) != ""
 
 
 @functools.cache

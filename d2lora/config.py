@@ -1,6 +1,7 @@
 """The typed configuration of one cell. Everything is checked here, before any data or model is loaded."""
 
 import math
+import re
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -48,6 +49,10 @@ def fields(template: str) -> set[str]:
     names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     if "" in names:
         raise ValueError("a field without a name")
+    for name in sorted(names):
+        if "." in re.sub(r"\[[^\]]*\]", "", name):
+            meant = re.sub(r"\.(\w+)", r"[\1]", name)
+            raise ValueError(f"{{{name}}} names an attribute: {{{meant}}} is meant")
     return {name.split("[")[0].split(".")[0] for name in names}
 
 
@@ -125,9 +130,9 @@ class Benchmark(_Strict):
     """One test: rows, a prompt, and how an answer is scored."""
 
     data: Data
-    kind: Literal["number", "rouge", "choice"]
+    kind: Literal["number", "exact", "rouge", "choice"]
     prompt: Template
-    gold: Template  # number, rouge: the reference answer; choice: the label of the right choice
+    gold: Template  # the reference answer, or a column with a list of them; choice: the label of the right choice
     choices: Text | None = None  # choice: dotted path of the list of texts, and of their labels
     labels: Text | None = None
     chat: StrictBool = True

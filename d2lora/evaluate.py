@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from d2lora import answers, data
 from d2lora.config import Benchmark
+from d2lora.data.texts import fill
 from d2lora.errors import UserError
 from d2lora.model import Base, device
 
@@ -21,6 +22,7 @@ _FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
 
 METRICS = {
     "number": ["accuracy"],
+    "exact": ["accuracy"],
     "rouge": ["rouge1", "rouge2", "rougeL", "rougeLsum"],
     "choice": ["acc", "acc_norm"],
 }
@@ -34,7 +36,8 @@ def evaluate(
     batch: int,
     progress: Callable[[int, int], None],
 ) -> tuple[dict, list[dict]]:
-    """Metrics {name: {value, stderr, items}} and the items of one benchmark. RuntimeError if it gives no items.
+    """Metrics {name: {value, stderr, items}} and the items of one benchmark, those `cut` at max_new_tokens marked so.
+    RuntimeError if it gives no items.
 
     `stderr` is the standard error of the mean over items (sample standard deviation over the root of their number).
     """
@@ -54,7 +57,11 @@ def evaluate(
     metrics = [m for m in samples[0].get("metrics", []) if all(isinstance(s.get(m), int | float) for s in samples)]
     if not metrics:
         raise RuntimeError(f"benchmark {name}: no metric has a number for each item")
-    return {m: _summary([float(s[m]) for s in samples]) for m in metrics}, [_item(s, metrics) for s in samples]
+    items = [_item(s, metrics) for s in samples]
+    for item, sample in zip(items, samples, strict=True):
+        if sample["arguments"][0][0] in lm.cut:
+            item["cut"] = True
+    return {m: _summary([float(s[m]) for s in samples]) for m in metrics}, items
 
 
 def _named(task: "str | ConfigurableTask") -> tuple[str, dict]:
@@ -92,20 +99,31 @@ def _item(sample: dict, metrics: list[str]) -> dict:
     return {"index": sample["doc_id"], "prompt": requests[0][0], **given, **scores}
 
 
+def counts(items: list[dict]) -> dict[str, int]:
+    """How many answers were cut at max_new_tokens, and how many are empty; nothing where none were generated."""
+    generated = [item for item in items if "choices" not in item and isinstance(item["answer"], str)]
+    if not generated:
+        return {}
+    return {
+        "cut": sum(item.get("cut", False) for item in items),
+        "empty": sum(not i["answer"].strip() for i in generated),
+    }
+
+
 def task_of(name: str, benchmark: Benchmark, rows: list[dict], template: bool) -> ConfigurableTask:
     """The harness's task of one of our benchmark files, over the rows that data.py read.
 
     For a base without a chat `template` a chat's prompt ends in a newline, as data.rendered_prompt has it in training.
     """
     rows = rows[: benchmark.limit]
-    data.check_items(benchmark, rows)  # an answer without a number would equal a gold answer without one
+    data.check_items(benchmark, rows)
     end = "\n" if benchmark.chat and not template else ""
     config = {
         "task": name,
         # Numbers of rows only: a table would refuse columns whose values differ in type, and turn 1 into 1.0.
         "custom_dataset": lambda **_: {"test": Dataset.from_list([{"row": i} for i in range(len(rows))])},
         "test_split": "test",
-        "doc_to_text": lambda doc: benchmark.prompt.format(**rows[doc["row"]]) + end,
+        "doc_to_text": lambda doc: fill(benchmark.prompt, rows[doc["row"]]) + end,
         "metric_list": [
             {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS[benchmark.kind]
         ],
@@ -117,34 +135,45 @@ def task_of(name: str, benchmark: Benchmark, rows: list[dict], template: bool) -
 
 
 def _choice(benchmark: Benchmark, rows: list[dict]) -> dict:
-    def right(doc: dict) -> int:
-        row = rows[doc["row"]]
-        return data.at(row, benchmark.labels).index(benchmark.gold.format(**row))
-
     return {
         "output_type": "multiple_choice",
-        "doc_to_choice": lambda doc: data.at(rows[doc["row"]], benchmark.choices),
-        "doc_to_target": right,
+        "doc_to_choice": lambda doc: data.choices(benchmark, rows[doc["row"]]),
+        "doc_to_target": lambda doc: data.right(benchmark, rows[doc["row"]]),
     }
 
 
 def _generation(benchmark: Benchmark, rows: list[dict]) -> dict:
-    def gold(doc: dict) -> str:
-        return benchmark.gold.format(**rows[doc["row"]])
-
+    golds = [data.golds(benchmark, row) for row in rows]
     return {
         "output_type": "generate_until",
-        "doc_to_target": gold,
-        "process_results": lambda doc, results: _SCORES[benchmark.kind](results[0], gold(doc)),
+        "doc_to_target": lambda doc: " | ".join(golds[doc["row"]]),
+        "process_results": lambda doc, results: _best(_SCORES[benchmark.kind], results[0], golds[doc["row"]]),
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": benchmark.max_new_tokens},
     }
 
 
-def _same_number(answer: str, gold: str) -> dict:
-    return {"accuracy": float(answers.final_number(answer) == answers.final_number(gold))}
+def _best(score: Callable[[str, str], dict], answer: str, golds: list[str]) -> dict:
+    """Each metric's best over the golds."""
+    found = [score(answer, gold) for gold in golds]
+    return {metric: max(one[metric] for one in found) for metric in found[0]}
 
 
-_SCORES: dict[str, Callable[[str, str], dict]] = {"number": _same_number, "rouge": answers.rouge}
+_SCORES: dict[str, Callable[[str, str], dict]] = {
+    "number": lambda answer, gold: {"accuracy": float(answers.same_number(answer, gold))},
+    "exact": lambda answer, gold: {"accuracy": float(answers.same_text(answer, gold))},
+    "rouge": answers.rouge,
+}
+
+
+class _Cuts:
+    """Stands where the harness's cache would be told of each answer, in the order of generation, and notes the prompts of cut ones."""
+
+    def __init__(self, cut: set[str]) -> None:
+        self.cut, self.next = cut, []  # type: ignore[var-annotated]
+
+    def add_partial(self, kind: str, request: tuple, answer: object) -> None:
+        if kind == "generate_until" and self.next.pop(0):
+            self.cut.add(request[0])
 
 
 class _Watched(HFLM):
@@ -158,6 +187,8 @@ class _Watched(HFLM):
         self.ends = {self.tok_decode(end, skip_special_tokens=False) for end in self.end_ids}
         self.opening = data.shape(self.tokenizer).opening if chat else ""
         self.before = data.opens(self.tokenizer) if chat else []
+        self.cut: set[str] = set()  # prompts whose answer ended at max_new_tokens only
+        self.cache_hook = _Cuts(self.cut)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         """The prompt as training has it. The harness would leave out a system turn that a template refuses."""
@@ -216,7 +247,17 @@ class _Watched(HFLM):
     def _model_generate(self, context, max_length, stop, **kwargs):
         # The model ends at these by itself. The harness would look for their text, and decode each sequence after each token for it.
         stop = [text for text in stop if text not in self.ends]
-        return self._count(len(context), super()._model_generate(context, max_length, stop, **kwargs))
+        found = super()._model_generate(context, max_length, stop, **kwargs)
+        self.cache_hook.next += self._cut(found[:, context.shape[1] :], max_length - context.shape[1], stop)
+        return self._count(len(context), found)
+
+    def _cut(self, answers: torch.Tensor, room: int, stop: list[str]) -> list[bool]:
+        """Of each answer, whether it fills the room without an end token or a text that stops it."""
+        if answers.shape[1] < room:
+            return [False] * len(answers)
+        ended = torch.isin(answers, torch.tensor(self.end_ids, device=answers.device)).any(dim=1).tolist()
+        texts = self.tokenizer.batch_decode(answers) if any(stop) else [""] * len(answers)
+        return [not done and not any(s and s in text for s in stop) for done, text in zip(ended, texts, strict=True)]
 
     def _count(self, requests: int, result):
         self.through += requests

@@ -254,7 +254,7 @@ def _merged(base: Base, wrapped: PeftModel) -> torch.nn.Module | None:
         expected = wrapped(input_ids=ids).logits
     merged = copy.deepcopy(wrapped).merge_and_unload(safe_merge=True)
     with torch.inference_mode():
-        off = _off(merged(input_ids=ids).logits, expected)
+        off = proof.off(merged(input_ids=ids).logits, expected)
     return merged if off <= proof.EXACT else None
 
 
@@ -262,12 +262,6 @@ def _probe(base: Base) -> torch.Tensor:
     """Ids of a text, at least some dozens of tokens whatever the tokenizer makes of it."""
     ids = base.tokenizer("The adapter must change these logits, and merged or read again it must not.")["input_ids"]
     return torch.tensor([(ids * 40)[:40]], device=base.model.device)
-
-
-def _off(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference of a log-probability above a billionth."""
-    found, wanted = (x.float().log_softmax(-1) for x in (logits, expected))
-    return float((found - wanted).abs().masked_fill(wanted < -20, 0).max())
 
 
 def check_applied(base: Base, wrapped: PeftModel) -> bool:
@@ -286,6 +280,21 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
                 if not torch.equal(wrapped(input_ids=ids).logits, without):
                     return factor == 1
     raise RuntimeError("the adapter has non-zero weights and is not applied")
+
+
+def coverage(model: Model, target_modules: str | list[str]) -> dict:
+    """What an adapter reaches of a model (inits.coverage), from its config alone: no weights are read."""
+    place = data.model_files(model)
+    remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    if model.gguf_package:
+        assert place is not None, "a GGUF package has files"
+        config = AutoConfig.from_pretrained(place.parent, gguf_file=place.name)
+    else:
+        config = AutoConfig.from_pretrained(str(place or model.path), **remote)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(families.settled(config), trust_remote_code=model.trust_remote_code)
+        lora = {"r": 1, "alpha": 1, "dropout": 0.0, "target_modules": target_modules}
+        return inits.coverage(inits.fresh(empty, {"lora": lora, "init": {"name": "lora"}}))
 
 
 @dataclass(frozen=True)
@@ -308,7 +317,7 @@ def save(base: Base, wrapped: PeftModel, record: Path) -> Saved:
         logits = wrapped(input_ids=ids).logits
         again = wrapped(input_ids=padded).logits[:, : ids.shape[1]]
     return Saved(
-        inits.plain_weights(wrapped), logits, _off(again, logits) if base.model.dtype != torch.float32 else 0.0
+        inits.plain_weights(wrapped), logits, proof.off(again, logits) if base.model.dtype != torch.float32 else 0.0
     )
 
 
@@ -323,7 +332,7 @@ def check_saved(base: Base, saved: Saved, record: Path, init: str) -> None:
                 f"the saved adapter is not the trained one: {len(lost)} of {len(saved.weights)} layers differ, for example {lost[0] if lost else '?'}"
             )
         with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext(), torch.inference_mode():
-            off = _off(wrapped(input_ids=_probe(base)).logits, saved.logits)
+            off = proof.off(wrapped(input_ids=_probe(base)).logits, saved.logits)
         if not off <= max(proof.EXACT, 4 * saved.noise, 0.05 if base.model.dtype != torch.float32 else 0):
             raise RuntimeError(
                 f"the saved adapter is not the trained one: a log-probability of a probe is off by {off:.2g}"

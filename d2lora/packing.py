@@ -19,7 +19,6 @@ from d2lora.families import Reach
 
 Packed = dict[str, Any]
 _PROMPT, _IGNORED = -1, -100
-_FILLED = 0.8  # of a padded pass: texts of other lengths get a pass of their own
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,15 @@ class Layout:
     head: "fused" is TRL's, which makes no whole logits; "whole" is the model's own.
     reaches: of a model's types of layers, for packed rows (families.reaches).
     attention: the implementation that the model runs with.
+    filled: the share of padded rows that is no padding, at least; texts of other lengths get a pass of their own. At 0 all lies in
+        one pass, and in one row if packed.
     """
 
     rows: Literal["packed", "padded", "single"] = "packed"
     head: Literal["fused", "whole"] = "fused"
     reaches: dict[str, Reach] = field(default_factory=lambda: {"": Reach()})
     attention: str = "sdpa"
+    filled: float = 0.8
 
     @property
     def name(self) -> str:
@@ -122,18 +124,18 @@ def _lay(texts: list[_Text], places: list[tuple[int, int]], length: int) -> tupl
 def _passes(sizes: list[int], layout: Layout, hidden: int) -> list[tuple[list[int], list[tuple[int, int]], int]]:
     """(texts, (row, start) of each, the rows' length) of each forward pass."""
     if layout.rows == "packed":
-        places, length = _places(sizes, None if layout.attention == "flex_attention" else hidden)
+        places, length = _places(sizes, None if layout.attention == "flex_attention" or not layout.filled else hidden)
         return [(list(range(len(sizes))), places, length)]
-    groups = _of_one_length(sizes) if layout.rows == "padded" else [[i] for i in range(len(sizes))]
+    groups = _of_one_length(sizes, layout.filled) if layout.rows == "padded" else [[i] for i in range(len(sizes))]
     return [(group, [(row, 0) for row in range(len(group))], max(sizes[i] for i in group)) for group in groups]
 
 
-def _of_one_length(sizes: list[int]) -> list[list[int]]:
-    """The texts in groups whose lengths differ so little that padding wastes at most a fifth, longest first."""
+def _of_one_length(sizes: list[int], filled: float) -> list[list[int]]:
+    """The texts in groups whose lengths differ so little that rows are filled, longest first."""
     groups: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         group = [*groups[-1], index] if groups else []
-        if group and sum(sizes[i] for i in group) >= _FILLED * len(group) * sizes[group[0]]:
+        if group and sum(sizes[i] for i in group) >= filled * len(group) * sizes[group[0]]:
             groups[-1] = group
         else:
             groups.append([index])

@@ -92,6 +92,18 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def coverage(config: Config) -> dict:
+    """What the cell's adapter reaches of its base (inits.coverage); found out once and remembered."""
+
+    def find() -> dict:
+        from d2lora import model
+
+        return model.coverage(config.model, config.recipe.lora.target_modules)
+
+    asked = {"model": data.model_identity(config.model), "target_modules": config.recipe.lora.target_modules}
+    return cached(output(config) / "fingerprints" / f"coverage-{plan.digest(asked)}.json", find)
+
+
 def _same_commit(config: Config, commit: str) -> None:
     """UserError if a model of the Hub is not the commit that records here were made with: its `main` may have moved."""
     identity = data.model_identity(config.model)
@@ -141,13 +153,14 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
     draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
     with model.adapter(base, stage.spec, None) as wrapped:
+        reached = inits.coverage(wrapped)
         sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
         inits.prepare(wrapped, stage.spec, sequences, progress)
         saved = model.save(base, wrapped, folder)
     model.check_saved(
         base, saved, folder, "lora"
     )  # it was prepared on the base itself, also where that is quantized then
-    return {"metrics": {"samples_seen": len(drawn.rows)}, "data": drawn.counts()}
+    return {"metrics": {"samples_seen": len(drawn.rows)}, "data": drawn.counts(), "coverage": reached}
 
 
 def _general_rows(config, stage, base, amount: int | str) -> data.Subset:
@@ -173,24 +186,25 @@ def _adapt(config, chain, stage, store, base, folder, progress) -> dict:
 
 
 def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> dict:
-    from d2lora import model, train
+    from d2lora import inits, model, train
 
     parent = store.place(stage.parent) if stage.parent else None
     checkpoints, reference, proofs = _checkpoints(config, stage), _reference(config, stage), output(config) / "proofs"
 
-    def attempt(micro_batch: int) -> dict:
+    def attempt(micro_batch: int) -> tuple[dict, dict]:
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
         with model.adapter(base, stage.spec, parent) as wrapped:
+            reached = inits.coverage(wrapped)
             metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference, proofs)
             saved = model.save(base, wrapped, folder)
         model.check_saved(base, saved, folder, stage.spec["init"]["name"])
-        return metrics
+        return metrics, reached
 
     def smaller(micro_batch: int) -> int:
         return max(d for d in range(1, micro_batch // 2 + 1) if stage.spec["batch"] % d == 0)
 
-    metrics = _in_memory(attempt, smaller, "recipe.micro_batch", config.recipe.micro_batch)
-    return {"metrics": metrics, "data": drawn.counts()}
+    metrics, reached = _in_memory(attempt, smaller, "recipe.micro_batch", config.recipe.micro_batch)
+    return {"metrics": metrics, "data": drawn.counts(), "coverage": reached}
 
 
 def _in_memory(attempt: Callable[[int], Any], smaller: Callable[[int], int], key: str, size: int) -> Any:
@@ -240,10 +254,14 @@ def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
     chat = benchmark.chat and template if benchmark else False
     init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
     with model.trained(base, parent, init) as (tested, changes):
-        attempt = functools.partial(evaluate.evaluate, base, tested, task, chat, progress=progress)
-        metrics, items = _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch)
+        attempt = lambda size: (*evaluate.evaluate(base, tested, task, chat, size, progress), size)  # noqa: E731
+        metrics, items, batch = _in_memory(
+            attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch
+        )
     _write_items(folder, items)
-    return {"benchmark": name, "metrics": metrics} | ({"adapter_changes_logits": changes} if parent else {})
+    counted = evaluate.counts(items)
+    result = {"benchmark": name, "metrics": metrics, "eval_batch": batch} | ({"counts": counted} if counted else {})
+    return result | ({"adapter_changes_logits": changes} if parent else {})
 
 
 _WORK = {

@@ -8,7 +8,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from d2lora.store import write_json
 EXACT = 1e-3  # nats a token, in float32
 _NOISE = 3.0  # times the noise that was measured, in bfloat16 ...
 _LEAST = 0.02  # ... and at least so much: a batch may happen to show none
+_FUTURE = 0.5  # in bfloat16, where passes of two lengths differ by rounding
 _SHOWN = 5  # examples at most: the longest, and the shortest beside them
 _PACKAGES = ("torch", "transformers", "peft", "trl")
 Tokens = dict[tuple[int, int, int], float]  # (example, answer, column) -> log-probability
@@ -74,7 +75,8 @@ def _texts(example: dict, index: int, count: int, prompt_loss: bool) -> Iterable
 def laid(
     model: torch.nn.Module, examples: Sequence[dict], layout: Layout, hidden: int, prompt_loss: bool = False
 ) -> Tokens:
-    """The same in a layout, as training lays it."""
+    """The same in a layout, as training lays it at its worst: packed, in one row; padded, in one pass."""
+    layout = replace(layout, filled=0.0)
     packed = _to(packing.pack(examples, layout, hidden, prompt_loss), next(model.parameters()).device)
     values = packing.log_probs(model, packed, layout).log_probs[0].float().tolist()
     keys = zip(*(packed[k].tolist() for k in ("example", "answer", "column")), strict=True)
@@ -127,12 +129,19 @@ def choose(
     count = min(_SHOWN, at_once, len(some))
     some = some[: max(1, count - 1)] + (some[-1:] if count > 1 else [])
     check = _Check(model, base, some, prompt_loss, autocast)
+    causal = remembered.get("causal", 1, check.length) or check.causal()
+    remembered.put("causal", 1, causal)
+    if not causal.exact:
+        raise UserError(
+            f"model={name}: no causal language model: a token's log-probability is off by {causal.difference:.2g} when more text follows"
+        )
     missed: list[Proof] = []
     for layout in layouts:
-        proof = remembered.get(layout, count, check.length)
+        named = f"{layout.name}, {layout.attention}" + (", prompts too" if prompt_loss else "")
+        proof = remembered.get(named, count, check.length)
         if proof is None:
             proof = check(layout)
-            remembered.put(layout, count, proof)
+            remembered.put(named, count, proof)
         if proof.exact:
             _say(name, layout, missed)
             return layout, proof
@@ -193,6 +202,20 @@ class _Check:
             return Proof(layout.name, self.length, None, tolerance, False, f"{type(error).__name__}: {line[:120]}")
         return Proof(layout.name, self.length, off, tolerance, off <= tolerance, why)
 
+    @torch.no_grad()
+    def causal(self) -> Proof:
+        """Whether what follows a text leaves its tokens' logits as they are, in a plain pass."""
+        example = max(self.examples, key=longest)
+        ids = example["input_ids"] if "input_ids" in example else example["prompt_ids"] + example["chosen_ids"]
+        device, half = next(self.model.parameters()).device, -(-len(ids) // 2)
+        with self.autocast():
+            whole, part = (
+                self.model(input_ids=torch.tensor([text], device=device)).logits[0] for text in (ids, ids[:half])
+            )
+        tolerance = EXACT if self.base.dtype == torch.float32 else _FUTURE
+        seen = off(part, whole[:half])
+        return Proof("causal", self.length, seen, tolerance, seen <= tolerance)
+
     @property
     def expected(self) -> Tokens:
         if self._expected is None:
@@ -221,24 +244,24 @@ def structure(config: PretrainedConfig, layout: Layout, length: int, prompt_loss
     """
     if layout.rows == "single" and layout.head == "whole":
         return 0.0, ""
+    attention = "sdpa" if layout.attention == "flex_attention" else layout.attention
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small(config), attn_implementation=_plain(layout.attention)).eval()
-        for weight in model.parameters():
-            if weight.dim() > 1:  # a model without opinions would hide differences
-                torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-        examples = [
-            {"prompt_ids": _ids(p), "chosen_ids": _ids(c), "rejected_ids": _ids(r)}
-            for p, c, r in ((length // 2, length - length // 2, 9), (7, 12, 5), (3, 2, 4))
-        ]
+        model = _small_model(config, attention)
+        sizes = ((length // 2, length - length // 2, 9), (7, 12, 5), (3, 2, 4))
+        examples = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(_ids, s), strict=True)) for s in sizes]
     add_fused_lm_head(model)
-    layout = Layout(layout.rows, layout.head, layout.reaches, _plain(layout.attention))
+    layout = Layout(layout.rows, layout.head, layout.reaches, attention)
     found = laid(model, examples, layout, config.get_text_config().hidden_size, prompt_loss)
     return difference(found, plain(model, examples, prompt_loss)), "shown on a small copy in float32"
 
 
-def _plain(attention: str) -> str:
-    return "sdpa" if attention == "flex_attention" else attention
+def _small_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small(config), attn_implementation=attention).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:  # a model without opinions would hide differences
+            torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    return model
 
 
 def _ids(count: int) -> list[int]:
@@ -267,6 +290,92 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
     return text
 
 
+# --- batches of an evaluation --------------------------------------------------------------------------------------
+
+
+def batch(
+    model: torch.nn.Module, base: PreTrainedModel, prompts: Sequence[list[int]], side: str, memory: "Memory"
+) -> Proof:
+    """Whether texts in one padded batch get what each gets alone: "left" is for generation, "right" for likelihoods.
+
+    `prompts` are the ids of all that is asked; the longest and the shortest are tried.
+    """
+    ordered = sorted(prompts, key=len)
+    some = [*ordered[:2], *ordered[-2:]] if len(ordered) > 3 else ordered
+    name, length = f"batch padded on the {side}", len(some[-1])
+    if known := memory.get(name, len(some), length):
+        return known
+    compare = _next_logits if side == "left" else _all_logits
+    found = _batch(name, model, base, some, compare)
+    memory.put(name, len(some), found)
+    return found
+
+
+def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[list[int]], compare: Callable) -> Proof:
+    length, tolerance = len(some[-1]), EXACT
+    try:
+        off = compare(model, some)
+        if base.dtype != torch.float32:
+            alone = max(
+                compare(model, [ids, ids]) for ids in (some[0], some[-1])
+            )  # two of one length: no padding, only rounding
+            tolerance = max(_LEAST, _NOISE * alone)
+            with torch.random.fork_rng():
+                small_model = _small_model(base.config, base.config._attn_implementation)
+                structural = compare(small_model, [_ids(len(ids)) for ids in some])
+            if structural > EXACT:
+                return Proof(name, length, structural, EXACT, False, "shown on a small copy in float32")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family's code raises over padding
+        line = next(iter(str(error).strip().splitlines()), "")
+        return Proof(name, length, None, tolerance, False, f"{type(error).__name__}: {line[:120]}")
+    return Proof(name, length, off, tolerance, off <= tolerance)
+
+
+@torch.no_grad()
+def _next_logits(model: torch.nn.Module, prompts: list[list[int]]) -> float:
+    """The largest difference over the first tokens of greedy answers, as far as these are equal."""
+    longest_prompt, device = max(map(len, prompts)), next(model.parameters()).device
+    ids = torch.tensor([[0] * (longest_prompt - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest_prompt - len(p)) + [1] * len(p) for p in prompts], device=device)
+    together = _greedy(model, ids, mask)
+    worst = 0.0
+    for row, prompt in enumerate(prompts):
+        one = torch.tensor([prompt], device=device)
+        alone = _greedy(model, one, torch.ones_like(one))
+        for step, (batched, single) in enumerate(zip(together.logits, alone.logits, strict=True)):
+            worst = max(worst, off(batched[row], single[0]))
+            token = together.sequences[row, longest_prompt + step]
+            if token != alone.sequences[0, len(prompt) + step]:
+                break
+    return worst
+
+
+def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    fixed = {"min_new_tokens": _STEPS, "max_new_tokens": _STEPS, "do_sample": False, "pad_token_id": 0}
+    return model.generate(input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **fixed)
+
+
+_STEPS = 4
+
+
+@torch.no_grad()
+def _all_logits(model: torch.nn.Module, texts: list[list[int]]) -> float:
+    """The largest difference at any token of texts in a batch padded on the right, without a mask, as the harness asks."""
+    length, device = max(map(len, texts)), next(model.parameters()).device
+    together = model(input_ids=torch.tensor([t + [0] * (length - len(t)) for t in texts], device=device)).logits
+    alone = [model(input_ids=torch.tensor([t], device=device)).logits[0] for t in texts]
+    return max(off(together[i, : len(t)], alone[i]) for i, t in enumerate(texts))
+
+
+def off(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of a log-probability that is no less than -20; infinite if one is no number."""
+    found, wanted = (x.float().log_softmax(-1) for x in (logits, expected))
+    worst = float((found - wanted).abs().masked_fill(wanted < -20, 0).max())
+    return worst if worst == worst else float("inf")
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -277,23 +386,22 @@ class Memory:
     folder: Path
     model: dict
 
-    def get(self, layout: Layout, count: int, length: int) -> Proof | None:
-        """What is known of a layout of so many texts of that length: exact as far as it was shown, not exact from there on."""
+    def get(self, name: str, count: int, length: int) -> Proof | None:
+        """What is known of so many texts of that length: exact as far as it was shown, not exact from there on."""
         try:
-            proof = Proof(**json.loads(self._file(layout, count).read_text()))
+            proof = Proof(**json.loads(self._file(name, count).read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
         known = length <= proof.length if proof.exact else length >= proof.length
         return proof if known else None
 
-    def put(self, layout: Layout, count: int, proof: Proof) -> None:
-        write_json(self._file(layout, count), asdict(proof))
+    def put(self, name: str, count: int, proof: Proof) -> None:
+        write_json(self._file(name, count), asdict(proof))
 
-    def _file(self, layout: Layout, count: int) -> Path:
+    def _file(self, name: str, count: int) -> Path:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         shown = {
-            "layout": layout.name,
-            "attention": layout.attention,
+            "layout": name,
             "count": count,
             "model": self.model,
             "device": device,

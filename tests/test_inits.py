@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import doing
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -36,11 +35,7 @@ SMALL += RATES + [f"recipe.epochs.{method}=1" for method in ("sft", "dpo", "orpo
 IDS = torch.arange(20, 44)[None]
 
 
-@functools.cache
-def compose_cell(*overrides: str) -> Cell:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(data.ROOT / "conf"), version_base="1.3"):
-        return cli.cell(compose("config", overrides=list(overrides)))
+compose_cell = functools.cache(doing.compose_cell)
 
 
 @pytest.fixture(scope="module")

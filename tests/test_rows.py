@@ -97,7 +97,7 @@ def test_numbers_and_text_parts_are_texts(tmp_path: Path, tokenizer) -> None:
     ]
 
 
-@pytest.mark.parametrize("chosen", ["{answers.text}", "{answers[3]}", "{q:d}", "{answers[a][b]}"])
+@pytest.mark.parametrize("chosen", ["{answers[text]}", "{answers[3]}", "{q:d}", "{answers[a][b]}"])
 def test_a_template_that_can_t_be_filled_in_is_refused_with_its_rows(tmp_path: Path, chosen: str) -> None:
     task = task_of(write(tmp_path / "rows.jsonl", [ROW | {"answers": ["a"]}] * 2), chosen=chosen)
     assert "rows 1, 2 (2 of 2)" in told(task)

@@ -2,9 +2,6 @@
 
 from d2lora.config import Data
 from d2lora.data.checks import (
-    at,
-    check_benchmark,
-    check_items,
     check_lm_eval,
     check_model,
     check_task,
@@ -14,6 +11,7 @@ from d2lora.data.checks import (
     kind_line,
 )
 from d2lora.data.hub import hub, hub_problem
+from d2lora.data.items import check_benchmark, check_items, choices, golds, right
 from d2lora.data.sources import (
     ROOT,
     Row,
@@ -56,13 +54,13 @@ __all__ = [
     "Row",
     "Shape",
     "Subset",
-    "at",
     "check_benchmark",
     "check_items",
     "check_lm_eval",
     "check_model",
     "check_task",
     "check_warmup",
+    "choices",
     "columns",
     "conversation_example",
     "digest",
@@ -71,6 +69,7 @@ __all__ = [
     "fill",
     "fingerprint",
     "general_example",
+    "golds",
     "harness",
     "hub",
     "hub_problem",
@@ -89,6 +88,7 @@ __all__ = [
     "render",
     "rendered_conversation",
     "rendered_prompt",
+    "right",
     "rows",
     "say_end",
     "sequences",

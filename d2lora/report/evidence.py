@@ -20,11 +20,19 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dic
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
-    """What to know of a table's records: rows left out, adapters too small to act, and why they may not be comparable (versions of packages,
-    hardware, data under one name, uncommitted code)."""
+    """What to know of a table's records: rows left out, adapters too small to act, answers without an end, and
+    why they may not be comparable (versions of packages, hardware, data under one name, uncommitted code)."""
     found = list(records_of(points, records).values())
     made = [record.get("provenance", {}) for record, _ in found]
-    return [*_unused(found), *_rounded(found), *_versions(made), *_hardware(made), *_fingerprints(found), *_code(made)]
+    return [
+        *_unused(found),
+        *_rounded(found),
+        *_counts(found),
+        *_versions(made),
+        *_hardware(made),
+        *_fingerprints(found),
+        *_code(made),
+    ]
 
 
 def _unused(found: list[tuple[dict, str]]) -> Iterator[str]:
@@ -49,6 +57,24 @@ def _rounded(found: list[tuple[dict, str]]) -> Iterator[str]:
             f"In {away} of {len(tested)} evaluations of adapters the adapter was too small to change a logit of a probe: the base's "
             "dtype rounds it away (more steps, a larger recipe.lr, or model.dtype=float32)."
         )
+
+
+_COUNTS = {"cut": "stopped at max_new_tokens, before an end of their own", "empty": "are empty"}
+
+
+def _counts(found: list[tuple[dict, str]]) -> Iterator[str]:
+    """Answers that were never finished or say nothing are scored as they are: a low score may be theirs."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for record, name in found:
+        if record.get("counts"):
+            groups[name].append(record)
+    for name, records in sorted(groups.items()):
+        for count, what in _COUNTS.items():
+            shares = [(r["counts"].get(count, 0), max(m["items"] for m in r["metrics"].values())) for r in records]
+            some, every = (sum(part) for part in zip(*shares, strict=True))
+            if some:
+                most = f", in one evaluation {max(a / b for a, b in shares):.0%}" if len(shares) > 1 else ""
+                yield f"{some:,} of {every:,} answers to {name} ({some / every:.1%}{most}) {what}."
 
 
 def _versions(made: list[dict]) -> Iterator[str]:

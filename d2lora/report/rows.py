@@ -37,6 +37,9 @@ COLUMNS = [
     "value",
     "stderr",
     "items",
+    "cut",
+    "empty",
+    "eval_batch",
     "train_seconds",
     "eval_seconds",
     "peak_memory_mb",
@@ -152,6 +155,8 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
                 "peak_memory_mb": memory,
                 "stage_key": key,
                 "benchmark": benchmark,
+                "eval_batch": (record or {}).get("eval_batch", ""),
+                **{k: (record or {}).get("counts", {}).get(k, "") for k in ("cut", "empty")},
             }
             for metric, summary in (
                 record["metrics"] if record else {"": {"value": "", "stderr": "", "items": ""}}

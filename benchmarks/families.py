@@ -1,0 +1,279 @@
+"""Which of transformers' text families d2lora trains and evaluates, and how: each as a tiny random model, by the ways of a real run.
+
+    python benchmarks/families.py [--only NAME...] [--jobs 2] [--csv FILE] [--markdown docs/models.md]
+
+Each configuration is saved, loaded and trained by SFT, DPO and ORPO (two steps of four examples, all linear layers, an adapter that
+is not zero) as `run.py` does it. The table says in which layout, and how far the adapters are from those of plain training: each
+text in a forward pass of its own, whole logits. Then the saved adapter is read again, merged where that is exact, and a padded batch
+of an evaluation compared with single texts.
+"""
+
+# ruff: noqa: E402 (the path and the environment are set before what reads them is imported)
+import argparse
+import contextlib
+import csv
+import io
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+
+import torch
+import transformers
+from configurations import configurations
+from hydra import compose, initialize_config_dir
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from d2lora import cli, inits, model, proof, train
+from d2lora.config import Model, Recipe
+from d2lora.data import Subset
+from d2lora.errors import UserError
+from d2lora.packing import Layout
+
+SCALE = 4  # a model without opinions hides what it is given: fresh weights are that much larger
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {"name": "sft"},
+    "dpo": {"name": "dpo", "beta": 0.1, "reference": "warm_start"},
+    "orpo": {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
+}
+SPEC: dict[str, Any] = {
+    "batch": 4, "epochs": 1, "lr": 2e-3, "schedule": "constant", "lr_warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "seed": 0, "max_length": 512, "model": {"dtype": "float32"}, "init": {"name": "lora"},
+    "lora": {"r": 4, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"},
+}  # fmt: skip
+
+
+@dataclass
+class Row:
+    """A configuration's line of the table."""
+
+    family: str
+    attention: str = ""
+    adapted: str = ""
+    sft: str = ""
+    dpo: str = ""
+    orpo: str = ""
+    furthest: str = ""  # relative distance of an adapter from the one of plain training
+    evaluated: str = ""
+    batch: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        """Exact, or refused in a line: not silently wrong."""
+        return not self.furthest or float(self.furthest) < 5e-3
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with random weights of one seed, on sdpa unless its family has none."""
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if weight.dim() > 1 and "A_log" not in name:
+                weight *= SCALE
+    return made
+
+
+def pairs(count: int = 8) -> list[dict[str, list[int]]]:
+    """Pairs whose texts, prompt and answer, have 18 to 60 tokens."""
+    random = torch.Generator().manual_seed(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=random))
+        return torch.randint(3, 1000, (length,), generator=random).tolist()
+
+    return [{"prompt_ids": ids(10, 30), "chosen_ids": ids(8, 30), "rejected_ids": ids(8, 30)} for _ in range(count)]
+
+
+def recipe() -> Recipe:
+    """The default recipe, with batches of four examples in two micro-batches."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return cli.cell(compose("config", overrides=["recipe.batch=4", "recipe.micro_batch=2"])).config.recipe
+
+
+def loaded(name: str, config: PretrainedConfig, folder: Path) -> model.Base:
+    """The configuration's model, saved with the lab's tokenizer and loaded as a run loads it."""
+    build(config).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base").save_pretrained(folder / "model")
+    return model._load(Model(name=name, path=str(folder / "model")), folder)
+
+
+def trained(
+    base: model.Base, method: str, folder: Path, settings: Recipe, layout: Layout | None = None
+) -> tuple[dict, dict, dict]:
+    """(metrics, adapter before, adapter after) of a training; with a `layout`, in that one whatever a proof would say."""
+    drawn, spec = Subset(pairs(), list(range(8)), []), SPEC | {"method": METHODS[method]}
+    forced = mock.patch.object(proof, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
+    with model.adapter(base, spec, None) as wrapped, forced:
+        torch.manual_seed(1)
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name:  # as after a warm-up
+                torch.nn.init.normal_(weight, std=0.05)
+        before = weights(wrapped)
+        arguments = (folder / "checkpoints", lambda done, total: None, folder / "reference", folder / "proofs")
+        metrics = train.train(base, wrapped, drawn, spec, settings, *arguments)
+        after, saved = weights(wrapped), model.save(base, wrapped, folder / "record")
+        metrics["coverage"] = inits.coverage(wrapped)
+    model.check_saved(base, saved, folder / "record", "lora")
+    return metrics, before, after
+
+
+def weights(wrapped: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: w.detach().clone() for name, w in wrapped.named_parameters() if "lora_" in name}
+
+
+def distance(found: dict, expected: dict, start: dict) -> float:
+    """How far two adapters are from each other, relative to what was learned."""
+    apart = sum(float((found[k] - w).square().sum()) for k, w in expected.items())
+    learned = sum(float((w - start[k]).square().sum()) for k, w in expected.items())
+    return (apart / learned) ** 0.5
+
+
+def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, every: bool) -> Row:
+    """A configuration's line; with `every`, all methods are compared with plain training, else one of the three."""
+    row, furthest = Row(name), 0.0
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
+        folder = Path(temporary)
+        with refusal(row, "loading"):
+            base = loaded(name, make(), folder)
+            row.attention = base.model.config._attn_implementation
+        if row.refused:
+            return row
+        compared = METHODS if every else [list(METHODS)[sum(map(ord, name)) % 3]]
+        for method in METHODS:
+            with refusal(row, method):
+                metrics, start, found = trained(base, method, folder / method, settings)
+                setattr(row, method, metrics["layout"]["layout"])
+                row.adapted = f"{100 * metrics['coverage']['share']:.0f} %"
+                if method in compared:
+                    plain = Layout("single", "whole", attention=row.attention)
+                    _, _, right = trained(base, method, folder / f"{method} plain", settings, plain)
+                    furthest = max(furthest, distance(found, right, start))
+                    row.furthest = f"{furthest:.0e}"
+        with refusal(row, "evaluation"):
+            evaluated(base, folder / "sft" / "record" / "adapter", row, folder)
+    return row
+
+
+def evaluated(base: model.Base, adapter: Path, row: Row, folder: Path) -> None:
+    """How an adapter is evaluated: merged or not, and in batches or one by one."""
+    if not adapter.exists():
+        return
+    with model.trained(base, adapter) as (tested, _):
+        row.evaluated = "beside the base" if isinstance(tested, PeftModel) else "merged"
+        memory = proof.Memory(folder / "proofs", {})
+        prompts = [pair["prompt_ids"] for pair in pairs()]
+        exact = {side: proof.batch(tested, base.model, prompts, side, memory).exact for side in ("left", "right")}
+        row.batch = {(True, True): "any", (False, False): "1"}.get((exact["left"], exact["right"]), "generation 1" if exact["right"] else "likelihoods 1")  # fmt: skip
+
+
+@contextlib.contextmanager
+def refusal(row: Row, what: str) -> Iterator[None]:
+    """Notes an error as the row's: a line of ours where it is refused, else the library's."""
+    try:
+        yield
+    except UserError as error:
+        row.refused[what] = str(error)
+    except Exception as error:
+        row.refused[what] = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        )
+
+
+def markdown(rows: list[Row]) -> str:
+    """The page of all rows."""
+    wrong = [row.family for row in rows if not row.right]
+    refused = [row for row in rows if row.refused]
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    lines = [
+        "# Models",
+        "",
+        f"{len(rows)} tiny random models of transformers' text families ({versions}), each trained by SFT, DPO and ORPO and evaluated",
+        "as a run does it. Made by `python benchmarks/families.py --markdown docs/models.md`, not by hand.",
+        "",
+        f"**Silently wrong: {len(wrong)}{' (' + ', '.join(wrong) + ')' if wrong else ''}.** Exact: {len(rows) - len(wrong) - len(refused)}. "
+        f"Refused with a line, in whole or in part: {len(refused)}.",
+        "",
+        "`packed` shares a pair's prompt and its rows; `padded` and `single` keep texts apart, for layers that carry a state or",
+        "positions of their own; `whole logits` is the model's own head in the place of TRL's fused one. `adapted` is the share of the",
+        "weights that all-linear reaches; `from plain` how far an adapter is from that of plain training, relative to what was learned;",
+        "`batch` how an evaluation's texts are asked. [training.md](training.md) says how a layout is proven.",
+        "",
+        "| configuration | attention | adapted | SFT | DPO | ORPO | from plain | evaluated | batch |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [_line(row) for row in rows if row.furthest]
+    if refused:
+        lines += ["", "## Refused", "", "| configuration | what | why |", "| --- | --- | --- |"]
+        lines += [f"| {row.family} | {what} | {_cell(why)} |" for row in refused for what, why in row.refused.items()]
+    return "\n".join([*lines, ""])
+
+
+def _line(row: Row) -> str:
+    cells = (row.family, row.attention, row.adapted, row.sft, row.dpo, row.orpo, row.furthest, row.evaluated, row.batch)
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/")[:300]
+
+
+def _one(task: tuple[str, bool]) -> Row:
+    name, every = task
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    return measure(name, configurations()[name], recipe(), every)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
+    parser.add_argument(
+        "--every", action="store_true", help="compare all methods with plain training, not one of the three"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--csv", type=Path, help="write the table here, too")
+    parser.add_argument("--markdown", type=Path, help="write it as a page here, too")
+    args = parser.parse_args()
+    everything = configurations()
+    if unknown := [name for name in args.only or () if name not in everything]:
+        parser.error(f"no configuration is named {', '.join(unknown)}; there are: {', '.join(everything)}")
+    names, rows, clock = args.only or list(everything), [], time.monotonic()
+    with get_context("spawn").Pool(args.jobs) as pool:
+        for row in pool.imap(_one, [(name, args.every) for name in names]):
+            rows.append(row)
+            print(
+                f"{len(rows):>3} of {len(names)}, {time.monotonic() - clock:4.0f} s  {row.family}",
+                file=sys.stderr,
+                flush=True,
+            )
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    print(table.getvalue(), end="")
+    if args.csv:
+        args.csv.write_text(table.getvalue())
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+    if wrong := [row.family for row in rows if not row.right]:
+        sys.exit(f"silently wrong: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

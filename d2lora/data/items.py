@@ -1,0 +1,164 @@
+"""Rows of a benchmark -> what is asked and what it is scored against, and the checks that all of it is there."""
+
+from collections import defaultdict
+from string import Formatter
+from typing import Any
+
+from d2lora import answers
+from d2lora.config import Benchmark, fields
+from d2lora.data.sources import Row, need, rows
+from d2lora.data.texts import NotText, fill, text_of
+from d2lora.errors import UserError
+
+
+class _Unscorable(Exception):
+    """What keeps a row from being asked or scored: the problem, and the row's own value of it."""
+
+    def __init__(self, problem: str, value: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.value = problem, value
+
+
+def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
+    """UserError unless the benchmark's rows have its columns, and those that are asked can be scored."""
+    found = rows(benchmark.data, split_seed)
+    paths = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
+    columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths)
+    need(found[: benchmark.limit], benchmark.data, *columns, empty=True)
+    check_items(benchmark, found[: benchmark.limit])
+
+
+def check_items(benchmark: Benchmark, found: list[Row]) -> None:
+    """UserError naming all rows that can't be asked or scored, those with one problem together."""
+    bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for index, row in enumerate(found):
+        try:
+            _check(benchmark, row)
+        except _Unscorable as error:
+            bad[error.problem].append((getattr(row, "number", index + 1), error.value))
+    if bad:
+        lines = "; ".join(_line(problem, of_it, len(found)) for problem, of_it in bad.items())
+        raise UserError(f"data.path={benchmark.data.path}: {lines}")
+
+
+def _line(problem: str, found: list[tuple[int, str]], total: int) -> str:
+    """ "row 2: ..." or "rows 2, 5, 9 and 63 more (66 of 488): ...", with the values of the first three."""
+    numbers = ", ".join(str(number) for number, _ in found[:3])
+    more = f" and {len(found) - 3:,} more" if len(found) > 3 else ""
+    several = f" ({len(found):,} of {total:,})" if len(found) > 1 else ""
+    values = ", ".join(dict.fromkeys(value for _, value in found[:3]))
+    return f"row{'s'[: len(found) > 1]} {numbers}{more}{several}: {problem.replace('{}', values)}"
+
+
+def _check(benchmark: Benchmark, row: Row) -> None:
+    """_Unscorable unless a row has a prompt, and golds that an answer can be compared with."""
+    if not _filled("prompt", benchmark.prompt, row).strip():
+        raise _Unscorable("the prompt is blank")
+    if benchmark.kind == "choice":
+        right(benchmark, row)
+        return
+    for gold in _golds(benchmark, row):
+        if not gold.strip() or (benchmark.kind == "exact" and not answers.exact_text(gold)):
+            raise _Unscorable("the gold answer is blank")
+        if benchmark.kind == "number" and answers.gold_number(gold) is None:
+            raise _Unscorable(
+                "the gold answer {} is not a number, or not a single sure one (kind: exact compares texts)",
+                _shown(gold),
+            )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _filled(name: str, template: str, row: Row) -> str:
+    try:
+        return fill(template, row)
+    except NotText as error:
+        raise _Unscorable(f"{name}={template}: {{}}", str(error)) from None
+    except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{choices[text]}"
+        raise _Unscorable(f"{name}={template} can't be filled in ({type(error).__name__}: {{}})", str(error)) from None
+
+
+# --- golds ---------------------------------------------------------------------------------------------------------
+
+
+def golds(benchmark: Benchmark, row: Row) -> list[str]:
+    """The golds of a row: one, or one for each element where the template's only field is a list of texts."""
+    try:
+        return _golds(benchmark, row)
+    except _Unscorable as error:
+        raise UserError(f"data.path={benchmark.data.path}: {error.problem.replace('{}', error.value)}") from None
+
+
+def _golds(benchmark: Benchmark, row: Row) -> list[str]:
+    parts = list(Formatter().parse(benchmark.gold))
+    names = [name for _, name, _, _ in parts if name is not None]
+    try:
+        value = Formatter().get_field(names[0], (), row)[0] if len(names) == 1 else None
+    except (LookupError, AttributeError, TypeError, ValueError):
+        value = None  # _filled says why
+    if not isinstance(value, list) or _is_text(value):
+        return [_filled("gold", benchmark.gold, row)]
+    if not value:
+        raise _Unscorable("the list of golds is empty")
+    if not all(_is_text(element) for element in value):
+        raise _Unscorable("the list of golds {} holds what is no text", _shown(value))
+    texts = (text_of(element) for element in value)
+    return [
+        "".join(before + ("" if name is None else format(text, spec or "")) for before, name, spec, _ in parts)
+        for text in texts
+    ]
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        text_of(value)
+    except NotText:
+        return False
+    return True
+
+
+# --- choices -------------------------------------------------------------------------------------------------------
+
+
+def at(row: Row, path: str | None) -> Any:
+    """The value of a dotted path in a row; None if there is none."""
+    value: Any = row
+    for part in (path or "").split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def choices(benchmark: Benchmark, row: Row) -> list[str]:
+    """The texts that a row offers."""
+    return _texts(row, benchmark.choices)
+
+
+def right(benchmark: Benchmark, row: Row) -> int:
+    """The place of the right choice. _Unscorable if the row does not say."""
+    offered, labels = _texts(row, benchmark.choices), _texts(row, benchmark.labels)
+    if len(offered) != len(labels):
+        raise _Unscorable("{}", f"{len(offered)} {benchmark.choices}, but {len(labels)} {benchmark.labels}")
+    gold = _filled("gold", benchmark.gold, row)
+    if gold not in labels:
+        raise _Unscorable("the gold label {}", f"{gold!r} is none of {', '.join(labels)}")
+    return labels.index(gold)
+
+
+def _texts(row: Row, path: str | None) -> list[str]:
+    """The texts of a list of a row: not blank, each once."""
+    found = at(row, path)
+    if not isinstance(found, list):
+        raise _Unscorable(f"no list {path}")
+    if not found:
+        raise _Unscorable(f"the list {path} is empty")
+    if others := [value for value in found if not _is_text(value)]:
+        raise _Unscorable(f"{path} holds what is no text: {{}}", _shown(others[0]))
+    texts = [text_of(value) for value in found]
+    if not all(text.strip() for text in texts):
+        raise _Unscorable(f"{path} holds a blank text")
+    if twice := [text for text in texts if [other.strip() for other in texts].count(text.strip()) > 1]:
+        raise _Unscorable(f"{path} holds {{}} more than once", _shown(twice[0]))
+    return texts

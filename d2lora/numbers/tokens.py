@@ -1,0 +1,231 @@
+"""A text -> numbers, operators, LaTeX commands, words and units."""
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+from d2lora.numbers.spelling import CLOSE, OPEN
+
+# What is read: the content of a box, a line after "####", what follows "answer is", or a text without any such mark.
+Where = Literal["box", "line", "sentence", "text"]
+
+DIGITS = 300  # of a number; one with more is no answer anyone means, and would take for ever to write out
+
+
+@dataclass(frozen=True)
+class Number:
+    """An exact value; `rounded` if it was spelled as a decimal of more than six digits, which may carry float noise."""
+
+    value: Fraction
+    rounded: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        """Equal as fractions; within 1e-6 relative where one of them is rounded."""
+        if not isinstance(other, Number):
+            return NotImplemented
+        a, b = self.value, other.value
+        if a == b or not (self.rounded or other.rounded):
+            return a == b
+        return abs(a - b) * 10**6 <= max(abs(a), abs(b))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Token:
+    """kind: number, unclear (digits without one reading), letter (a variable), command, word, unit, op, break, end."""
+
+    kind: str
+    text: str
+    space: bool = False  # whether white space comes before it
+    number: Number | None = None
+    upright: bool = False  # in \text{...}, where single letters are no variables
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+_PLAIN = re.compile(r"\d+(?:\.\d+)?|\.\d+")
+_GROUPED = re.compile(r"[1-9]\d{0,2}(?:(?:,\d{3})+|(?:'\d{3})+|(?: \d{3})+)(?:\.\d+)?")
+_SPACED = re.compile(r"[1-9]\d{0,2}(?: \d{3})+(?![\d']|,\d|\s?/)(?:\.\d+)?(?![.,]\d)")
+_SCAN = re.compile(
+    r"(?P<space>\s+)|(?P<number>(?:\d+|(?<![\w.])\.\d+)(?:[.,']\d+)*)|(?P<command>\\[a-zA-Z]+|\\.)"
+    r"|(?P<word>[^\W\d_]+)|(?P<op>.)",
+    re.DOTALL,
+)
+_EXPONENT = re.compile(r"[eE]([+-]?\d{1,5})(?![\w.])")
+_MATHEMATICS = {"pi", "sqrt", "sin", "cos", "tan", "ln", "infinity"}  # words that are part of an expression
+BEFORE_NUMBERS = {"rs", "usd", "eur", "gbp", "inr", "chf", "cad", "aud", "no", "nr"}
+
+
+def tokens_of(text: str, where: Where) -> list[Token]:
+    found: list[Token] = []
+    place, space, upright = 0, False, 0
+    while place < len(text):
+        match = _SCAN.match(text, place)
+        assert match is not None, "any character is a token"
+        kind, raw = str(match.lastgroup), match[0]
+        place = match.end()
+        if kind == "space":
+            if "\n" in raw and where != "box" and found and found[-1].kind != "end":
+                found.append(Token("end", "\n"))
+            space = True
+            continue
+        if raw in (OPEN, CLOSE):
+            upright += 1 if raw == OPEN else -1
+            space = space or raw == OPEN
+            continue
+        if kind == "number":
+            token, place = _number(text, match.start(), raw, space)
+        elif kind == "word":
+            token = _word(raw, space, upright > 0, text[place : place + 3])
+        elif raw in (r"\then", "\\\\"):
+            token = Token("break", raw)
+        elif raw in ".?" and (place == len(text) or text[place].isspace()) and where != "box":
+            token = Token("end", raw, space)
+        elif raw in "+-*/^!=<>()[]{}|:,%_\u2013":
+            token = Token("op", raw, space)
+        else:
+            token = Token("command" if kind == "command" else "break", raw, space)
+        found.append(token)
+        space = False
+    return found
+
+
+def _number(text: str, start: int, raw: str, space: bool) -> tuple[Token, int]:
+    """The token of a number that starts at a place, and where it ends."""
+    spaced = _SPACED.match(text, start)
+    raw = spaced[0] if spaced and len(spaced[0]) > len(raw) else raw
+    end, power = start + len(raw), 0
+    if exponent := _EXPONENT.match(text, end):
+        end, power = exponent.end(), int(exponent[1])
+    plain = re.sub("[,' ]", "", raw)
+    if len(plain) > DIGITS or abs(power) > DIGITS or not (_PLAIN.fullmatch(raw) or _GROUPED.fullmatch(raw)):
+        return Token("unclear", raw, space), end
+    after = plain.partition(".")[2]
+    rounded = len(after) > 3 and len(plain.replace(".", "").lstrip("0")) > 6
+    return Token("number", raw, space, Number(Fraction(plain) * Fraction(10) ** power, rounded)), end
+
+
+def _word(raw: str, space: bool, upright: bool, after: str) -> Token:
+    article = raw in ("a", "A", "I") and after[:1] == " " and after[1:2].isalnum()
+    attached = after[:1].isdigit() and raw.lower() not in BEFORE_NUMBERS and not upright
+    if (len(raw) == 1 and not upright and not article) or raw in _MATHEMATICS or attached:
+        return Token("command" if raw == "sqrt" else "letter", r"\sqrt" if raw == "sqrt" else raw, space)
+    return Token("word", raw, space, upright=upright)
+
+
+# --- units, signs and powers in words ------------------------------------------------------------------------------
+
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text: a list of them would take a line each."""
+    return frozenset(text.split())
+
+
+POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_UNIT_LETTERS = set("mgshlLVWJN")
+_SHORT_UNITS = word_set(
+    "km cm mm nm kg mg ml mL dl cl hr hrs min mins sec secs ms ft in yd mi lb lbs oz pt qt gal mph kph kmh kW kWh kJ kPa Pa Hz MHz GHz cal "
+    "USD EUR GBP INR CHF CAD AUD Rs rs GB MB KB TB st nd rd th cc sq"
+)
+_FUNCTION_WORDS = word_set(
+    "and or nor to through thru until of for per in on at by with from because since so as which that this is are was were be will would "
+    "then but if when while than out over into after before more less plus minus times divided vs versus the a an each every only not "
+    "it he she they we you i there has have had can could must should"
+)
+ORDINALS = {"st", "nd", "rd", "th"}
+
+
+def with_units(tokens: list[Token]) -> list[Token]:
+    """The tokens with each unit behind a number as one, powers in words multiplied in, and "negative" as a sign."""
+    found: list[Token] = []
+    place = 0
+    while place < len(tokens):
+        token = tokens[place]
+        place += 1
+        before = found[-1] if found else None
+        if token.kind == "number" and token.number:
+            token, place = _scaled(token, tokens, place)
+        elif _is_sign(token, before) and _starts(tokens, place):
+            token, tokens[place] = Token("op", "-", True), replace(tokens[place], space=False)
+        found.append(token)
+        if token.kind in ("number", "unclear") or token.text in (r"\degree", "%", ")", "}"):
+            end = _unit(tokens, place)
+            if end > place:
+                found.append(Token("unit", tokens[place].text, tokens[place].space))
+                if (
+                    sum(t.kind == "word" for t in tokens[place:end]) > 1
+                    and end < len(tokens)
+                    and tokens[end].kind != "op"
+                ):
+                    found.append(Token("break", "words"))  # "13 pears make 25 fruits"
+                place = end
+        elif token.kind == "word":
+            place = _power_of_unit(tokens, place)
+    return found
+
+
+def _is_sign(token: Token, before: Token | None) -> bool:
+    """Whether it is "negative", or a "minus" behind no number."""
+    within = before is not None and before.kind in ("number", "unit")
+    return token.kind == "word" and token.text.lower() in ("negative", "minus") and not within
+
+
+def _starts(tokens: list[Token], place: int) -> bool:
+    return place < len(tokens) and (tokens[place].kind == "number" or tokens[place].text == r"\frac")
+
+
+def _scaled(token: Token, tokens: list[Token], place: int) -> tuple[Token, int]:
+    number = token.number
+    assert number is not None
+    last = min(len(tokens), place + 2)
+    while place < last and tokens[place].kind == "word" and tokens[place].text.lower().removesuffix("s") in POWERS:
+        power = POWERS[tokens[place].text.lower().removesuffix("s")]
+        number, place = Number(number.value * 10**power, number.rounded), place + 1
+    return replace(token, number=number), place
+
+
+def _unit(tokens: list[Token], place: int) -> int:
+    """Where the unit that starts at a place ends: "eggs", "cm^2", "km/h", "/hour", "-year"; the place itself if there is none."""
+    start = place
+    while place < len(tokens):
+        joined = tokens[place].text in ("/", "*", "-") and tokens[place].kind == "op" and place + 1 < len(tokens)
+        inner = place + 1 if joined and (tokens[place].text == "/" or not tokens[place + 1].space) else place
+        if not (
+            inner < len(tokens) and _is_unit(tokens[inner], behind_digits=inner == start and not tokens[inner].space)
+        ):
+            break
+        if inner > place and tokens[place].text == "-" and (tokens[place].space or tokens[inner].kind != "word"):
+            break
+        if inner > place and tokens[place].text == "*" and start == place:
+            break
+        place = _power_of_unit(tokens, inner + 1)
+    if place > start and place < len(tokens):  # "5m+1" is algebra
+        behind = tokens[place]
+        letters = any(t.kind == "letter" for t in tokens[start:place])
+        if letters and (
+            behind.text in ("+", "-", "*", "/", "^", "(", "_", "!") or behind.kind in ("letter", "number", "command")
+        ):
+            return start
+    return place
+
+
+def _is_unit(token: Token, behind_digits: bool) -> bool:
+    """Whether it can be a unit. Directly behind digits short words are the known ones: "2ab" is algebra."""
+    if token.kind == "letter":
+        return token.text in _UNIT_LETTERS
+    if token.kind != "word" or (token.text.lower() in _FUNCTION_WORDS and not (behind_digits and token.text == "in")):
+        return False
+    return token.upright or not behind_digits or len(token.text) > 3 or token.text in _SHORT_UNITS
+
+
+def _power_of_unit(tokens: list[Token], place: int) -> int:
+    """Behind a unit: where its power ends, "^2" or "^{-1}"."""
+    texts = [t.text for t in tokens[place : place + 5]]
+    if texts[:1] != ["^"]:
+        return place
+    for length in (2, 3, 4, 5):
+        if re.fullmatch(r"\^(?:-?\d|\{-?\d\})", "".join(texts[:length])):
+            return place + length
+    return place

@@ -1,0 +1,186 @@
+"""Exact or not done: layouts are proven, the base is put back, and what is saved is what was trained."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import families
+from configurations import configurations, tiny
+
+from d2lora import inits, model, packing, proof
+from d2lora.config import Model
+from d2lora.errors import UserError
+from d2lora.families import Reach
+from d2lora.packing import Layout
+
+CONFIGURATIONS = configurations()
+PLAIN = Layout("single", "whole")
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return families.recipe()
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """load(name or config) -> the base, as a run loads it."""
+
+    def make(what, dtype: str = "float32") -> model.Base:
+        config = CONFIGURATIONS[what]() if isinstance(what, str) else what
+        families.loaded("it", config, tmp_path)
+        return model._load(Model(name="it", path=str(tmp_path / "model"), dtype=dtype), tmp_path)
+
+    return make
+
+
+def layout(trained: tuple) -> str:
+    return trained[0]["layout"]["layout"]
+
+
+def test_a_layout_that_is_wrong_is_not_used_and_one_line_says_so(load, settings, tmp_path, monkeypatch, capsys) -> None:
+    """The whole row sees itself: as if nobody had thought of the border between two texts."""
+    whole = lambda rows, *_: torch.ones(rows["ids"].shape[0], 1, *[rows["ids"].shape[1]] * 2).tril().bool()  # noqa: E731
+    base = load("llama")
+    monkeypatch.setattr(packing, "attention", whole)
+    monkeypatch.setattr(proof, "_said", set())
+    metrics, start, found = families.trained(base, "dpo", tmp_path / "found", settings)
+    _, _, right = families.trained(base, "dpo", tmp_path / "right", settings, PLAIN)
+    assert metrics["layout"]["layout"] == "padded"
+    assert families.distance(found, right, start) < 1e-3
+    assert "it: texts are laid padded (packed: a token's log-probability is off by" in capsys.readouterr().err
+
+
+def test_a_window_that_is_not_applied_is_seen_in_bfloat16_too(load, settings, tmp_path, monkeypatch) -> None:
+    """A difference below bfloat16's rounding would be missed on the model itself; a small copy in float32 shows it."""
+    base = load(tiny("mistral", sliding_window=24), "bfloat16")
+    assert layout(families.trained(base, "sft", tmp_path / "right", settings)) == "packed"
+    monkeypatch.setattr("d2lora.families.reaches", lambda config: {"": Reach()})
+    assert layout(families.trained(base, "sft", tmp_path / "wrong", settings)) == "padded"
+
+
+def test_a_model_that_nothing_is_exact_for_is_refused(load, settings, tmp_path, monkeypatch) -> None:
+    said = packing.log_probs
+
+    def off(*args):
+        found = said(*args)
+        return replace(found, log_probs=found.log_probs + 0.01)
+
+    monkeypatch.setattr(packing, "log_probs", off)
+    with pytest.raises(
+        UserError, match=r"model=it: no way of laying its rows .*packed: a token's log-probability is off by 0.01"
+    ):
+        families.trained(load("llama"), "sft", tmp_path, settings)
+
+
+def test_a_proof_is_remembered_up_to_the_length_it_was_shown_for(tmp_path) -> None:
+    memory, other = (proof.Memory(tmp_path, {"content": name}) for name in "ab")
+    exact, wrong = proof.Proof("packed", 100, 1e-6, 1e-3, True), proof.Proof("padded", 100, 0.5, 1e-3, False)
+    memory.put("packed", 4, exact)
+    memory.put("padded", 4, wrong)
+    assert memory.get("packed", 4, 100) == memory.get("packed", 4, 7) == exact
+    assert memory.get("packed", 4, 101) is None, "longer than it was shown for"
+    assert memory.get("padded", 4, 101) == wrong
+    assert memory.get("padded", 4, 99) is None, "a shorter text may fit the window"
+    assert memory.get("packed", 5, 100) is other.get("packed", 4, 100) is None
+
+
+def test_a_base_s_own_dropout_is_off_whatever_the_layout_and_whoever_trained_before(load, settings, tmp_path) -> None:
+    config = tiny("gpt2", resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3)
+    base = load(config)
+    _, start, first = families.trained(base, "sft", tmp_path / "first", settings)
+    families.trained(base, "dpo", tmp_path / "dpo", settings)
+    ways = {
+        "after DPO": settings,
+        "micro-batch": settings.model_copy(update={"micro_batch": 1}),
+        "padded": settings.model_copy(update={"packing": "padded"}),
+    }
+    for name, how in ways.items():
+        _, _, found = families.trained(base, "sft", tmp_path / name, how)
+        assert families.distance(found, first, start) < 1e-3, name
+
+
+def test_a_router_s_own_loss_is_off_and_the_base_s_settings_are_put_back(load, settings, tmp_path) -> None:
+    base = load("qwen3_moe aux loss")
+    before = base.model.config.to_dict()
+    assert not before["output_router_logits"]
+    for method in families.METHODS:
+        _, start, found = families.trained(base, method, tmp_path / method, settings)
+        _, _, right = families.trained(base, method, tmp_path / f"{method} plain", settings, PLAIN)
+        assert families.distance(found, right, start) < 1e-3
+        assert base.model.config.to_dict() == before
+    prompt = torch.tensor([[1, 5, 7]])
+    assert base.model.generate(prompt, max_new_tokens=2).shape == (1, 5)
+
+
+def test_a_start_that_fails_leaves_no_layer_on_the_base(load) -> None:
+    base = load("mixtral")
+    spec = families.SPEC | {"method": {"name": "sft"}}
+    for lora in ({"dropout": 0.1}, {"target_modules": ["nope"]}):  # PEFT's experts take no dropout: it fails half-way
+        with pytest.raises(UserError, match=r"recipe.lora.target_modules="), model.adapter(base, spec | {"lora": spec["lora"] | lora}, None):  # fmt: skip
+            pass
+        assert not any(isinstance(module, BaseTunerLayer) for module in base.model.modules())
+    with model.adapter(base, spec, None) as wrapped:
+        assert inits.layers(wrapped)
+
+
+@pytest.mark.parametrize("name", ["multilora", "orthogonal", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"])
+def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load, name: str) -> None:
+    init = {"name": name} | ({"modules": 2} if name == "multilora" else {})
+    with pytest.raises(UserError, match=f"init={name}: starts linear layers only, and all-linear takes parameters of ") as refused, model.adapter(load("mixtral"), families.SPEC | {"init": init}, None):  # fmt: skip
+        pass
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "milora"])
+def test_a_layer_with_turned_weights_starts_as_a_linear_one_does(load, name: str) -> None:
+    """GPT-2's Conv1D has its weight as (in, out)."""
+    base = load("gpt2")
+    with model.adapter(base, families.SPEC | {"init": {"name": name}}, None) as wrapped:
+        inits.prepare(wrapped, families.SPEC | {"init": {"name": name}}, [], lambda done, total: None)
+        layer = next(iter(inits.layers(wrapped).values()))
+        start = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        weight = layer.get_base_layer().weight.T
+    U, S, Vh = torch.linalg.svd(weight)
+    Q, R = torch.linalg.qr(weight)
+    right = {
+        "pissa": U[:, :4] * S[:4] @ Vh[:4],
+        "milora": U[:, : len(S)][:, -4:] * S[-4:] @ Vh[: len(S)][-4:],
+        "olora": Q[:, :4] @ R[:4],
+    }
+    assert torch.allclose(start, right[name], atol=1e-4)
+
+
+def test_an_adapter_that_was_not_saved_whole_is_an_error(load, settings, tmp_path, monkeypatch) -> None:
+    save = inits.save
+
+    def without_a_layer(wrapped, record: Path) -> None:
+        save(wrapped, record)
+        file = record / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        save_file({k: t for k, t in tensors.items() if "layers.1.mlp.up_proj" not in k}, file, {"format": "pt"})
+
+    monkeypatch.setattr(inits, "save", without_a_layer)
+    with pytest.raises(RuntimeError, match=r"the saved adapter is not the trained one: 1 of 28 layers differ.*up_proj"):
+        families.trained(load("llama"), "sft", tmp_path, settings)
+
+
+def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
+    with model.adapter(load("deepseek_v3"), families.SPEC, None) as wrapped:
+        found = inits.coverage(wrapped)
+    assert "model.layers.*.mlp.experts.gate_up_proj" in found["adapted"]
+    assert {"model.embed_tokens", "lm_head", "model.layers.*.mlp.shared_experts.up_proj"} <= found["left_out"].keys()
+    assert found["share"] + sum(found["left_out"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_vision_tower_is_left_out(load) -> None:
+    with model.adapter(load("gemma3 multimodal sw8"), families.SPEC, None) as wrapped:
+        assert all("vision" not in name for name in inits.layers(wrapped))
+        assert any("vision" in name for name in inits.coverage(wrapped)["left_out"])
