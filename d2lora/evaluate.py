@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as harness
 from lm_eval.models.huggingface import HFLM
 
-from d2lora import answers, data
+from d2lora import answers, data, proof
 from d2lora.config import Benchmark
 from d2lora.data.texts import fill
 from d2lora.errors import UserError
@@ -35,20 +36,20 @@ def evaluate(
     chat: bool,
     batch: int,
     progress: Callable[[int, int], None],
-) -> tuple[dict, list[dict]]:
-    """Metrics {name: {value, stderr, items}} and the items of one benchmark, those `cut` at max_new_tokens marked so.
-    RuntimeError if it gives no items.
+    proofs: proof.Memory,
+    limit: int | None = None,
+) -> tuple[dict, list[dict], int]:
+    """Metrics {name: {value, stderr, items}}, the items of one benchmark (the first `limit`), those `cut` at max_new_tokens marked so, and the batch.
 
-    `stderr` is the standard error of the mean over items (sample standard deviation over the root of their number).
+    That is 1 where texts in a padded batch do not get what each gets alone. RuntimeError if there are no items. `stderr` is the standard error of the mean over items (sample standard deviation over the root of their number).
     """
     name, tasks = _named(task)
     with _quiet():
         # A bfloat16 model's likelihoods in bfloat16 would tie where they should not.
         kind = {"batch_size": batch, "device": device(), "softmax_dtype": "float32"}
-        lm = _Watched(progress, chat, pretrained=model, tokenizer=base.tokenizer, **kind)
-        result = harness(
-            lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=chat, verbosity="ERROR"
-        )
+        lm = _Watched(progress, chat, base, proofs, pretrained=model, tokenizer=base.tokenizer, **kind)
+        how = {"bootstrap_iters": 0, "log_samples": True, "apply_chat_template": chat, "verbosity": "ERROR"}
+        result = harness(lm=lm, task_dict=tasks, limit=limit, **how)
     logged = result["samples"][name]
     if not logged:
         raise RuntimeError(f"benchmark {name}: the evaluation gave no items")
@@ -61,7 +62,7 @@ def evaluate(
     for item, sample in zip(items, samples, strict=True):
         if sample["arguments"][0][0] in lm.cut:
             item["cut"] = True
-    return {m: _summary([float(s[m]) for s in samples]) for m in metrics}, items
+    return {m: _summary([float(s[m]) for s in samples]) for m in metrics}, items, lm.batch_size
 
 
 def _named(task: "str | ConfigurableTask") -> tuple[str, dict]:
@@ -177,10 +178,17 @@ class _Cuts:
 
 
 class _Watched(HFLM):
-    """The harness's model, telling how many of its requests are through. It would cut prompts that are too long; this refuses them."""
+    """The harness's model, telling how many of its requests are through.
 
-    def __init__(self, progress: Callable[[int, int], None], chat: bool, **kwargs) -> None:
+    It would cut prompts that are too long: this refuses them. It would pad whatever the model: this asks one by one where padding
+    is not exact.
+    """
+
+    def __init__(
+        self, progress: Callable[[int, int], None], chat: bool, base: Base, proofs: proof.Memory, **kwargs
+    ) -> None:
         self.progress, self.requests, self.through = progress, 0, 0
+        self.base, self.proofs = base, proofs
         super().__init__(**kwargs)
         ends = self.model.generation_config.eos_token_id
         self.end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
@@ -213,6 +221,8 @@ class _Watched(HFLM):
 
     def generate_until(self, requests, disable_tqdm=True):
         self.requests += len(requests)
+        texts = sorted((r.args[0] for r in requests), key=len)
+        self._prove([self.tok_encode(text) for text in {*texts[:2], *texts[-2:]}], "left")
         return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood(self, requests, disable_tqdm=True):
@@ -233,7 +243,18 @@ class _Watched(HFLM):
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
         longest = max((len(context) + len(answer) for _, context, answer in requests), default=0)
         self._fits(longest, self.max_length + 1)  # the last token is only predicted
+        texts = sorted((context + answer for _, context, answer in requests), key=len)
+        self._prove([*texts[:2], *texts[-2:]], "right")
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _prove(self, texts: list[list[int]], side: str) -> None:
+        """Go on one by one, with a line, where a batch padded on this side is not exact."""
+        if self.batch_size == 1 or not texts:
+            return
+        shown = proof.batch(self.model, self.base.model, texts, side, self.proofs)
+        if not shown.exact:
+            self.batch_size_per_gpu = 1
+            print(f"{self.base.name}: evaluated one by one ({proof.miss(shown)} in a batch)", file=sys.stderr)
 
     def _fits(self, tokens: int, room: int) -> None:
         if tokens > room:

@@ -146,11 +146,12 @@ def choose(
             _say(name, layout, missed)
             return layout, proof
         missed.append(proof)
-    tried = "; ".join(f"{p.layout}: {_miss(p)}" for p in missed)
+    tried = "; ".join(f"{p.layout}: {miss(p)}" for p in missed)
     raise UserError(f"model={name}: no way of laying its rows gives what plain passes of single texts give ({tried})")
 
 
-def _miss(proof: Proof) -> str:
+def miss(proof: Proof) -> str:
+    """How a proof failed, in a few words."""
     if proof.difference is None:
         return proof.why
     return f"a token's log-probability is off by {proof.difference:.2g}" + (f" ({proof.why})" if proof.why else "")
@@ -164,7 +165,7 @@ def _say(name: str, layout: Layout, missed: list[Proof]) -> None:
     if layout.name == "packed" or (name, layout.name) in _said:
         return
     _said.add((name, layout.name))
-    why = f" ({missed[0].layout}: {_miss(missed[0])})" if missed else ""
+    why = f" ({missed[0].layout}: {miss(missed[0])})" if missed else ""
     print(f"{name}: texts are laid {layout.name}{why}", file=sys.stderr)
 
 

@@ -155,8 +155,8 @@ def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> dict:
     """The ids of what is asked; of a choice, with its longest option. Empty where it is short enough anyway."""
     prompt = data.fill(benchmark.prompt, row)
     asked = data.rendered_prompt(tokenizer, prompt) if benchmark.chat else prompt
-    if benchmark.kind == "choice":
-        asked += max((f" {choice}" for choice in data.choices(benchmark, row)), key=len)
+    if benchmark.choices:
+        asked += " " + max(data.choices(benchmark, row), key=len)
     if len(asked.encode()) < room:  # no token is shorter than a byte
         return {"input_ids": []}
     return {"input_ids": data.encode(tokenizer, asked)}

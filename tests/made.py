@@ -52,6 +52,7 @@ def publish(
     write_manifest(output, grid)
     for cell in grid:
         names = dict(zip((s.key for s in cell.chain.evaluations), benchmarks(cell.config), strict=True))
+        names |= dict(zip((s.key for s in cell.chain.flips), benchmarks(cell.config), strict=False))
         for stage in cell.chain.stages:
             if not missing(stage):
                 store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, names.get(s.key), items, ability, text, provenance))  # fmt: skip # noqa: B023
@@ -63,6 +64,12 @@ def _record(folder, stage, cell, benchmark, items, ability, text, provenance) ->
     record |= {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0}
     if stage.name == "contamination":
         return record | {"metrics": {"exact": {"value": 0.0, "items": items}}, "data": {"rows": 100}}
+    if stage.name == "flips":
+        scored = METRICS[cell.config.task.benchmark[benchmark].kind]
+        names = ["answers_flipped", *(f"{m}_{k}" for m in scored for k in ("flipped", "difference"))]
+        found = {m: {"value": 0.031 if m.endswith("flipped") else 0.004, "stderr": 0.01, "items": 200} for m in names}
+        facts = {"benchmark": benchmark, "base": cell.config.model.name, "batches": stage.spec["batches"]}
+        return record | facts | {"metrics": found}
     if stage.name != "evaluate":
         n = stage.spec.get("n", stage.spec.get("m"))
         samples = 6970 if n == "all" else n

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,12 @@ import torch
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from d2lora import data, evaluate, fetch, model
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import families
+from configurations import configurations
+
+from d2lora import data, evaluate, fetch, model, proof
 from d2lora.config import Benchmark, Data, Model
 from d2lora.errors import UserError
 
@@ -34,7 +41,13 @@ def base(tiny: Path, tmp_path: Path):
 
 
 def run(base: model.Base, task, chat: bool = False) -> tuple[dict, list[dict]]:
-    return evaluate.evaluate(base, base.model, task, chat, 2, lambda done, total: None)
+    return asked(base, task, chat, 2)[:2]
+
+
+def asked(base: model.Base, task, chat: bool, batch: int) -> tuple[dict, list[dict], int]:
+    with tempfile.TemporaryDirectory() as folder:
+        memory = proof.Memory(Path(folder), {})
+        return evaluate.evaluate(base, base.model, task, chat, batch, lambda done, total: None, memory)
 
 
 def numbers(**more) -> Benchmark:
@@ -52,6 +65,25 @@ def test_a_bfloat16_model_s_likelihoods_are_not_rounded_to_bfloat16(base) -> Non
     _, items = run(base("bfloat16"), evaluate.task_of("facts", benchmark, rows, template=True))
     found = torch.tensor([x for item in items for x in item["loglikelihoods"]])
     assert (found != found.bfloat16().float()).any()
+
+
+@pytest.mark.parametrize(("name", "batch"), [("minimax", 1), ("llama", 3)])
+def test_a_batch_gives_the_answers_of_single_texts_or_is_not_used(tmp_path, capsys, name: str, batch: int) -> None:
+    """MiniMax's cached states are wrong beside padding: most of its answers would change with the batch."""
+    base = families.loaded(name, configurations()[name](), tmp_path)
+    texts = [
+        "What is 1 + 1?",
+        "Tom has 3 apples and buys 4 more apples. How many apples has he then?",
+        "What is 20 - 6?",
+    ]
+    rows = [{"question": text, "answer": "2"} for text in texts]
+    task = evaluate.task_of("sums", numbers().model_copy(update={"max_new_tokens": 8}), rows, template=True)
+    _, together, used = asked(base, task, True, 3)
+    told = capsys.readouterr().err
+    _, alone, _ = asked(base, task, True, 1)
+    assert used == batch
+    assert [item["answer"] for item in together] == [item["answer"] for item in alone]
+    assert (f"{name}: evaluated one by one" in told) is (batch == 1)
 
 
 def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(base) -> None:
