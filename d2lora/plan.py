@@ -18,8 +18,8 @@ from importlib.metadata import version
 from d2lora import contamination, data
 from d2lora.config import QUANTIZING, Benchmark, Config, Task, Warmup, fields
 
-# Raised by hand when a stage's code changes what it computes; a test compares them with the source.
-VERSIONS = {"contamination": 1, "flips": 1, "prepare": 1, "warmup": 1, "adapt": 1, "evaluate": 3}
+# Raised by hand when a stage's code changes what it computes: tests/test_golden.py fails where results move and these do not.
+VERSIONS = {"contamination": 2, "flips": 1, "prepare": 2, "warmup": 2, "adapt": 2, "evaluate": 4}
 
 FLIP_ITEMS = 200  # of a benchmark's, the first: batch 1 is slow
 
