@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from d2lora import data, evaluate, model
+from d2lora import data, evaluate, model, proof
 from d2lora.config import Benchmark, Data, Model, Task
 from d2lora.data.texts import LeftOut
 from d2lora.errors import UserError
@@ -367,7 +367,8 @@ def test_generation_ends_at_the_template_s_end(two_ends: Path, tmp_path: Path) -
         tested.lm_head.weight[stop] = 100 * hidden  # the likeliest first token
     generated = tested.generate(input_ids=ids, max_new_tokens=8)
     assert generated[0, ids.shape[1] :].tolist() == [stop]
-    _, items = evaluate.evaluate(base, tested, task, True, 1, lambda done, total: None)
+    memory = proof.Memory(tmp_path / "proofs", {})
+    _, items, _ = evaluate.evaluate(base, tested, task, True, 1, lambda done, total: None, memory)
     assert items[0]["answer"] == ""
 
 

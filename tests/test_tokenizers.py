@@ -13,7 +13,7 @@ import pytest
 import trl
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2lora import data, evaluate, model
+from d2lora import data, evaluate, model, proof
 from d2lora.config import Benchmark, Data, Task
 from d2lora.errors import UserError
 
@@ -229,20 +229,25 @@ def base(family: str, tokenizer) -> model.Base:
     return model.Base(family, found, tokenizer, 0, model.Snapshot.of(found))
 
 
-def test_an_evaluation_asks_with_the_ids_of_training(family: str, tokenizer, base, monkeypatch) -> None:
+def test_an_evaluation_asks_with_the_ids_of_training(family: str, tokenizer, base, monkeypatch, tmp_path: Path) -> None:
     asked = []
     generate = base.model.generate
     monkeypatch.setattr(base.model, "generate", lambda **k: asked.append(k["input_ids"].tolist()) or generate(**k))
     benchmark = Benchmark(data=Data(path="x"), kind="rouge", prompt="{q}", gold="{yes}", max_new_tokens=2)
     task = evaluate.task_of("t", benchmark, [ROW, ROW | {"q": "What?"}], template=True)
-    _, items = evaluate.evaluate(base, base.model, task, True, 1, lambda done, total: None)
+    _, items, _ = evaluate.evaluate(
+        base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {})
+    )
     assert items[0]["prompt"] == data.rendered_prompt(tokenizer, ROW["q"]) == own_prompt(tokenizer, [{"role": "user", "content": ROW["q"]}])  # fmt: skip
     assert [data.pair_example(tokenizer, PAIR, ROW)["prompt_ids"]] in asked
 
 
-def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(family: str, tokenizer, base) -> None:
+def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(
+    family: str, tokenizer, base, tmp_path: Path
+) -> None:
     end, opening = FAMILIES[family]
-    lm = evaluate._Watched(lambda done, total: None, True, pretrained=base.model, tokenizer=tokenizer)
+    memory = proof.Memory(tmp_path, {})
+    lm = evaluate._Watched(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
     ids = tokenizer(f"{opening}Blue.{end}Red.{end}", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "Blue."
     if family == "qwen3":
@@ -250,15 +255,16 @@ def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(family
         assert lm.tok_decode(thought) == "Blue."
 
 
-def test_choices_are_asked_for_where_answers_are_learned(family: str, tokenizer, base, monkeypatch) -> None:
+def test_choices_are_asked_for_where_answers_are_learned(
+    family: str, tokenizer, base, monkeypatch, tmp_path: Path
+) -> None:
     asked = []
     call = evaluate._Watched._model_call
     monkeypatch.setattr(evaluate._Watched, "_model_call", lambda self, inps, *a, **k: asked.append(inps.tolist()[0]) or call(self, inps, *a, **k))  # fmt: skip
     benchmark = Benchmark(data=Data(path="x"), kind="choice", prompt="{q}", gold="A", choices="text", labels="label")
     row = {"q": ROW["q"], "text": [ROW["no"], "I do not know."], "label": ["A", "B"]}
-    evaluate.evaluate(
-        base, base.model, evaluate.task_of("t", benchmark, [row], template=True), True, 1, lambda d, t: None
-    )
+    task = evaluate.task_of("t", benchmark, [row], template=True)
+    evaluate.evaluate(base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {}))
     pair = data.pair_example(tokenizer, PAIR, ROW)
     whole = pair["prompt_ids"] + pair["rejected_ids"][:-1]
     assert any(ids[: len(whole) - 1] == whole[:-1] for ids in asked), "the last token is only predicted"
