@@ -2,6 +2,9 @@
 
 import contextlib
 import errno
+import json
+import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -19,7 +22,7 @@ from d2lora.config import Config, parse
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import manifest
-from d2lora.store import Store, cached
+from d2lora.store import Store
 
 # Paths such as outputs/ belong to the project's folder, not to where the command is typed.
 OmegaConf.register_new_resolver("project", lambda path: str(data.ROOT / path), replace=True)
@@ -141,17 +144,23 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
         file = pipeline.coverage_file(config)
         if file in lines or not (config.dry_run or file.exists()):
             continue
-        with contextlib.suppress(OSError):  # a model whose config is not on this machine
-            targets = config.recipe.lora.target_modules
-            found = cached(file, lambda c=config: _coverage(c))
-            lines[file] = summary.coverage_text(config.model.name, targets, found)
+        targets = config.recipe.lora.target_modules
+        if not file.exists():
+            find_coverage(config)
+        with contextlib.suppress(OSError, ValueError):  # a model whose config is not on this machine
+            lines[file] = summary.coverage_text(config.model.name, targets, json.loads(file.read_text()))
     return list(lines.values())
 
 
-def _coverage(config: Config) -> dict:
-    from d2lora import model  # late: torch and PEFT take seconds
-
-    return model.coverage(config.model, config.recipe.lora.target_modules)
+def find_coverage(config: Config) -> None:
+    """Have it written what the cell's adapter reaches, by a process of its own: torch and PEFT take seconds, and a plan needs neither."""
+    asked = [config.model.model_dump(), config.recipe.lora.target_modules, str(pipeline.coverage_file(config))]
+    code = "import json, sys; from d2lora import model; model.remember_coverage(*json.load(sys.stdin))"
+    path = os.pathsep.join(p for p in (str(data.ROOT), os.environ.get("PYTHONPATH")) if p)
+    environment = os.environ | {"PYTHONPATH": path}
+    subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(asked), text=True, env=environment, capture_output=True
+    )
 
 
 def _all_local(config: Config) -> bool:

@@ -33,6 +33,7 @@ from d2lora import data, families, inits, proof
 from d2lora.config import Model
 from d2lora.errors import UserError
 from d2lora.families import Snapshot
+from d2lora.store import write_json
 
 # The libraries' own bars and notices would hide ours.
 datasets.disable_progress_bars()
@@ -296,6 +297,11 @@ def coverage(model: Model, target_modules: str | list[str]) -> dict:
         empty = AutoModelForCausalLM.from_config(families.settled(config), trust_remote_code=model.trust_remote_code)
         lora = {"r": 1, "alpha": 1, "dropout": 0.0, "target_modules": target_modules}
         return inits.coverage(inits.fresh(empty, {"lora": lora, "init": {"name": "lora"}}))
+
+
+def remember_coverage(model: dict, target_modules: str | list[str], file: str) -> None:
+    """Write the coverage of a model (its config as a mapping) into a JSON file."""
+    write_json(Path(file), coverage(Model.model_validate(model), target_modules))
 
 
 @dataclass(frozen=True)

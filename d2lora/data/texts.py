@@ -48,7 +48,9 @@ class _Texts(Formatter):
     """str.format whose fields are texts (`text_of`)."""
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        return super().convert_field(text_of(value), conversion) if conversion else value  # "{x!r}" of a list is no text
+        return (
+            super().convert_field(text_of(value), conversion) if conversion else value
+        )  # "{x!r}" of a list is no text
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return format(text_of(value), format_spec)
