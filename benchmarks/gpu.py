@@ -60,6 +60,7 @@ def load(layers: int, hidden: int, liger: bool):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from d2lora import model
+    from d2lora.families import Snapshot
 
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -76,7 +77,7 @@ def load(layers: int, hidden: int, liger: bool):
     torch.set_default_dtype(torch.float32)
     net.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base")
-    return model.Base("llama-3.1-8b, random", net, tokenizer, model.checksum(net))
+    return model.Base("llama-3.1-8b, random", net, tokenizer, model.checksum(net), Snapshot.of(net))
 
 
 def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:

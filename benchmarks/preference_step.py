@@ -59,19 +59,21 @@ class Counter:
 
 
 def ours(base, drawn, spec, recipe, folder: Path) -> dict:
-    from d2lora import model, train, trainers
+    from d2lora import model, proof, train, trainers
 
     with model.adapter(base, spec, None) as wrapped:
         counter = Counter(base.model.base_model)
-        inner, spent = trainers.DPO.with_reference, []
-        trainers.DPO.with_reference = lambda *a, **k: timed(inner, spent, *a, **k)
+        reference, choose, spent = trainers.DPO.add_reference, proof.choose, []
+        trainers.DPO.add_reference = lambda *a, **k: timed(reference, spent, *a, **k)
+        proof.choose = lambda *a, **k: timed(
+            choose, spent, *a, **k
+        )  # once a model: beside the reference, which is once a policy
         clock = time.monotonic()
         metrics = train.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
         seconds = time.monotonic() - clock
-    reference = sum(spent)
     return {
-        "seconds": seconds - reference,
-        "reference": reference,
+        "seconds": seconds - sum(spent),
+        "reference": sum(spent),
         "tokens": counter.tokens,
         "loss": metrics["first_loss"],
     }
@@ -84,6 +86,17 @@ def timed(function, spent: list[float], *args, **kwargs):
     return result
 
 
+def orpo_row(trainer, pair: dict, model=None) -> dict:
+    """A pair's ids as TRL's ORPOTrainer.tokenize_row would leave them."""
+    row, prompt = {}, pair["prompt_ids"]
+    for kind in ("chosen", "rejected"):
+        answer = pair[f"{kind}_ids"]
+        row[f"{kind}_input_ids"] = prompt + answer
+        row[f"{kind}_attention_mask"] = [1] * len(row[f"{kind}_input_ids"])
+        row[f"{kind}_labels"] = [-100] * len(prompt) + answer
+    return row
+
+
 def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
     """TRL's own trainer; only its tokenization is skipped."""
     from datasets import Dataset
@@ -91,12 +104,12 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     from trl.experimental.utils import DPODataCollatorWithPadding
 
-    from d2lora import model, train, trainers
+    from d2lora import model, train
 
     dpo = spec["method"]["name"] == "dpo"
     plain = type("Plain", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *a, **k: dataset})
     if not dpo:
-        plain = type("Plain", (ORPOTrainer,), {"tokenize_row": trainers.ORPO.tokenize_row})
+        plain = type("Plain", (ORPOTrainer,), {"tokenize_row": orpo_row})
     lengths = [
         {**e, "length": max(len(e["chosen_ids"]), len(e["rejected_ids"])) + len(e["prompt_ids"])}
         for e in drawn.examples

@@ -129,8 +129,9 @@ def choose(
     count = min(_SHOWN, at_once, len(some))
     some = some[: max(1, count - 1)] + (some[-1:] if count > 1 else [])
     check = _Check(model, base, some, prompt_loss, autocast)
-    causal = remembered.get("causal", 1, check.length) or check.causal()
-    remembered.put("causal", 1, causal)
+    causal = remembered.get("causal", 1, check.length)
+    if causal is None:
+        remembered.put("causal", 1, causal := check.causal())
     if not causal.exact:
         raise UserError(
             f"model={name}: no causal language model: a token's log-probability is off by {causal.difference:.2g} when more text follows"
@@ -262,7 +263,7 @@ def _small_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     for weight in model.parameters():
         if weight.dim() > 1:  # a model without opinions would hide differences
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-    return model
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _ids(count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.utils import add_fused_lm_head
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from preference_step import orpo_row
 
 from d2lora import data, model, packing, train
 from d2lora.data import Subset, sft_examples
@@ -90,14 +95,7 @@ class PlainDPO(DPOTrainer):
 
 
 class PlainORPO(ORPOTrainer):
-    def tokenize_row(self, feature, model=None) -> dict:
-        row, prompt = {}, feature["prompt_ids"]
-        for kind in ("chosen", "rejected"):
-            answer = feature[f"{kind}_ids"]
-            row[f"{kind}_input_ids"] = prompt + answer
-            row[f"{kind}_attention_mask"] = [1] * len(row[f"{kind}_input_ids"])
-            row[f"{kind}_labels"] = [-100] * len(prompt) + answer
-        return row
+    tokenize_row = orpo_row
 
 
 def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], folder: Path) -> dict:
