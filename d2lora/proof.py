@@ -144,7 +144,10 @@ def choose(
             proof = check(layout)
             remembered.put(named, count, proof)
         if proof.exact:
-            _say(name, layout, missed)
+            if missed:
+                _say(name, layout, f"{missed[0].layout}: {miss(missed[0])}")
+            elif families.reaches(base.config) is None:
+                _say(name, layout, "a layer carries a state from text to text")
             return layout, proof
         missed.append(proof)
     tried = "; ".join(f"{p.layout}: {miss(p)}" for p in missed)
@@ -161,13 +164,11 @@ def miss(proof: Proof) -> str:
 _said: set[tuple[str, str]] = set()
 
 
-def _say(name: str, layout: Layout, missed: list[Proof]) -> None:
-    """One line, once a process, for a layout that is not the cheapest."""
-    if layout.name == "packed" or (name, layout.name) in _said:
-        return
-    _said.add((name, layout.name))
-    why = f" ({missed[0].layout}: {miss(missed[0])})" if missed else ""
-    print(f"{name}: texts are laid {layout.name}{why}", file=sys.stderr)
+def _say(name: str, layout: Layout, why: str) -> None:
+    """One line, once a process, for a layout that is not the one that was asked for."""
+    if (name, layout.name) not in _said:
+        _said.add((name, layout.name))
+        print(f"{name}: texts are laid {layout.name} ({why})", file=sys.stderr)
 
 
 class _Check:
