@@ -213,8 +213,8 @@ def in_training(wrapped: PeftModel) -> Iterator[None]:
         if wrapped.training is not mode:
             for module in [wrapped, *parts]:
                 module.training = mode
-            for module in recomputing:
-                module.training = mode and module.gradient_checkpointing
+        for module in recomputing:  # each time: Trainer turns it on after its first call
+            module.training = mode and module.gradient_checkpointing
         return wrapped
 
     wrapped.eval()

@@ -13,6 +13,7 @@ import torch
 from doing import adapter, alone, do
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from d2lora import data, model, pipeline, report, train, trainers
 from d2lora.config import Model
@@ -62,6 +63,27 @@ def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, pack
         apart = sum(float((other[k] - w).square().sum()) for k, w in found[0].items()) ** 0.5
         size = sum(float(w.square().sum()) for w in found[0].values()) ** 0.5
         assert apart / size < 1e-3, f"relative distance {apart / size:.1e}"
+
+
+def test_gradient_checkpointing_computes_each_layer_again_and_changes_nothing(
+    make, tmp_path: Path, monkeypatch
+) -> None:
+    """Also though the base stays in evaluation mode while its adapter trains."""
+    passes, adapters = [], []
+    plain = LlamaMLP.forward
+
+    def counted(self, x):
+        passes[-1] += torch.is_grad_enabled()
+        return plain(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    for on in ("false", "true"):
+        passes.append(0)
+        cell = make("n=8", "method.epochs=1", f"recipe.gradient_checkpointing={on}", f"output={tmp_path / on}")
+        do(alone(cell))
+        adapters.append(adapter(cell))
+    assert passes[1] == 2 * passes[0] > 0
+    assert all(torch.equal(adapters[0][k], adapters[1][k]) for k in adapters[0])
 
 
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
