@@ -52,11 +52,12 @@ def plain(model: torch.nn.Module, examples: Sequence[dict], prompt_loss: bool = 
     for index, example in enumerate(examples):
         for answer, start, ids, labels in _texts(example, index, len(examples), prompt_loss):
             logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0].float()
-            logps = logits.log_softmax(-1)
+            next_ids = torch.tensor(ids[1:], device=logits.device)[:, None]
+            logps = logits[:-1].log_softmax(-1).gather(1, next_ids)[:, 0].tolist()
             for place in range(1, len(ids)):
                 if labels[place] != -100:
-                    key = (index, answer if place >= start else -1, place - start if place >= start else place)
-                    found[key] = float(logps[place - 1, labels[place]])
+                    key = (index, answer, place - start) if place >= start else (index, -1, place)
+                    found[key] = logps[place - 1]
     return found
 
 
@@ -175,20 +176,17 @@ class _Check:
     """Layouts of a model on some examples. What does not depend on the layout is computed once, when it is asked for."""
 
     def __init__(self, model, base: PreTrainedModel, examples: Sequence[dict], prompt_loss: bool, autocast) -> None:
-        self.model, self.base, self.examples, self.prompt_loss, self.autocast = (
-            model,
-            base,
-            examples,
-            prompt_loss,
-            autocast,
-        )
+        self.model, self.base, self.autocast = model, base, autocast
+        self.examples, self.prompt_loss = examples, prompt_loss
         self.hidden = base.config.get_text_config().hidden_size
         self.length = max(longest(e) for e in examples)
         self._expected: Tokens | None = None
         self._noise: float | None = None
 
     def __call__(self, layout: Layout) -> Proof:
-        tolerance = EXACT if self.base.dtype == torch.float32 else max(_LEAST, _NOISE * self.noise)
+        tolerance = EXACT
+        if self.base.dtype != torch.float32:
+            tolerance = min(_COARSE, max(_LEAST, _NOISE * self.noise))
         try:
             with families.attention(self.base, layout.attention), self.autocast():
                 found = laid(self.model, self.examples, layout, self.hidden, self.prompt_loss)
@@ -228,12 +226,17 @@ class _Check:
 
     @property
     def noise(self) -> float:
-        """What plain padding alone changes in bfloat16: its rounding, where it changes nothing else."""
+        """What plain padding alone changes in bfloat16: its rounding, where it changes nothing else; 0 where it can't be done."""
         if self._noise is None:
-            padded = Layout("padded", "whole", attention=self.base.config._attn_implementation)
-            with self.autocast():
-                found = laid(self.model, self.examples, padded, self.hidden, self.prompt_loss)
-            self._noise = difference(found, self.expected)
+            padded = Layout("padded", attention=self.base.config._attn_implementation)
+            try:
+                with self.autocast():
+                    found = laid(self.model, self.examples, padded, self.hidden, self.prompt_loss)
+                self._noise = difference(found, self.expected)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a family that takes no padding: the layout's own attempt says why
+                self._noise = 0.0
         return self._noise
 
 
