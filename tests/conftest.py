@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -25,14 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def cell() -> Callable:
     """cell("n=10", ...) -> the checked cell that the command line would give."""
-    from d2lora import cli
+    import composing  # late: it imports the package
 
-    def make(*overrides: str, name: str = "config", folder: str = "conf"):
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(ROOT / folder), version_base="1.3"):
-            return cli.cell(compose(name, overrides=list(overrides)))
-
-    return make
+    return composing.cell
 
 
 @pytest.fixture

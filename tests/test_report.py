@@ -8,13 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import composing
 import made
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from d2lora import cli, report, summary
+from d2lora import report, summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import artefacts, compare, evidence, figures, paper, rows, tables
@@ -29,10 +28,7 @@ def grid(*overrides: str, methods=("sft",), **axes) -> list[Cell]:
     """grid("scale=paper", ..., methods=[...], n=[...]): the cells of a small grid of the given methods."""
     found = []
     for method in methods:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = compose("config", overrides=["sweep=mine", f"method={method}", *overrides])
-        found += made.cells(cli.cell(composed).config, **axes)
+        found += made.cells(composing.cell("sweep=mine", f"method={method}", *overrides).config, **axes)
     return found
 
 
