@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import composing
+import made
 import pytest
 import torch
 from doing import alone, do
@@ -499,7 +500,9 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(overrides: list[str], 
 
 
 def test_one_preparation_serves_every_cell_that_starts_from_it(cell) -> None:
-    grid = [cell("init=pissa", f"method={x}", f"m={m}", f"n={n}", f"seed={s}") for x in ("sft", "dpo") for m in (0, 8) for n in (8, 16) for s in (0, 1)]  # fmt: skip
+    configs = [cell("init=pissa", f"method={method}").config for method in ("sft", "dpo")]
+    grid = [c for config in configs for c in made.cells(config, m=(0, 8), n=(8, 16), seed=(0, 1))]
+    assert len(grid) == 16
     assert len({c.chain.prepare.key for c in grid}) == 1
     assert len({c.chain.warmup.key for c in grid if c.chain.warmup}) == 2, "one a seed"
     seeded = [cell("init=lora_ga", f"seed={s}").chain.prepare.key for s in (0, 1)]
