@@ -465,7 +465,7 @@ def test_auto_is_offline_without_credentials_and_online_with_a_netrc(tmp_path: P
     assert "runs are kept on disk" in warnings(done)[0], "it tried to be online"
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")  # as `wandb offline` leaves it
-    assert warnings(typed(tmp_path, *stages, "wandb.patience=2", environment=environment, output="off")) == []
+    assert warnings(typed(tmp_path, *stages, environment=environment, output="off")) == []
 
 
 def test_online_without_credentials_never_asks(tmp_path: Path, cell) -> None:
