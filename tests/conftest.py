@@ -1,5 +1,6 @@
 """Tests of what a user sees. Everything that trains uses the lab's rows and a tiny random model."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -22,17 +21,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_finish() -> None:
+    """What the imports have left is no garbage: without it, the collection that each training ends with takes no time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def cell() -> Callable:
     """cell("n=10", ...) -> the checked cell that the command line would give."""
-    from d2lora import cli
+    import composing  # late: it imports the package
 
-    def make(*overrides: str, name: str = "config", folder: str = "conf"):
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(ROOT / folder), version_base="1.3"):
-            return cli.cell(compose(name, overrides=list(overrides)))
-
-    return make
+    return composing.cell
 
 
 @pytest.fixture

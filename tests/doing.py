@@ -1,24 +1,15 @@
-"""What tests train with: cells composed and done for real in this process, a tiny model, and what they leave."""
+"""What tests train with: cells done for real in this process, a tiny model, and what they leave."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2lora import cli, data, pipeline
-from d2lora.plan import Cell
+from d2lora import data, pipeline
+from d2lora.plan import Cell, Stage
 from d2lora.store import Store
-
-
-def compose_cell(*overrides: str) -> Cell:
-    """The checked cell that the command line would give."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(data.ROOT / "conf"), version_base="1.3"):
-        return cli.cell(compose("config", overrides=list(overrides)))
 
 
 def save_tiny(folder: Path) -> Path:
@@ -42,16 +33,22 @@ def save_tiny(folder: Path) -> Path:
 
 
 def do(cell: Cell, progress: Callable[[int, int], None] = lambda done, total: None) -> Store:
-    """The store with the cell's stages done; what failed is shown."""
+    """The store with the cell's stages done; of the checks of its data and base those that `only` names. What failed is shown."""
+    cell = cell if cell.config.job is not None else only(cell, *cell.chain.results)
     store = Store(pipeline.output(cell.config))
     lost = pipeline.do(cell.config, cell, store, lambda stage: progress)
     assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
     return store
 
 
+def only(cell: Cell, *stages: Stage) -> Cell:
+    """The cell of which only these stages are to be done."""
+    return Cell(cell.config.model_copy(update={"job": [s.key for s in stages]}), cell.chain)
+
+
 def alone(cell: Cell) -> Cell:
-    """The cell's adaptation alone: no evaluation, nor what it starts from."""
-    return Cell(cell.config.model_copy(update={"job": [cell.chain.adapt.key]}), cell.chain)
+    """The cell's trainings and what they start from alone: no evaluation."""
+    return only(cell, *(s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s))
 
 
 def adapter(cell: Cell) -> dict[str, torch.Tensor]:

@@ -4,8 +4,10 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import made
 import pytest
 from safetensors.torch import load_file
 
@@ -30,6 +32,16 @@ def one_line(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if "Warning" not in line and line.strip()]
     assert len(lines) == 1, stderr
     return lines[0]
+
+
+@pytest.fixture
+def finished(cell: Callable, tmp_path: Path) -> Callable:
+    """finished(["n=4"], ...) -> each of these cells has its records, and is not to be trained by the program."""
+
+    def publish(*cells: list[str]) -> None:
+        made.publish(tmp_path / "out", [cell(*overrides, *SHORT, f"output={tmp_path / 'out'}") for overrides in cells])
+
+    return publish
 
 
 def test_help_names_groups_amounts_and_examples(run) -> None:
@@ -97,23 +109,21 @@ def test_joblib_s_workers_make_the_same_adapters(run, tmp_path: Path) -> None:
     assert all((found[k][name] == other[k][name]).all() for k in found for name in found[k])
 
 
-def test_no_token_is_in_anything_that_is_written_or_said(run, tmp_path: Path, monkeypatch) -> None:
+def test_a_single_cell_prints_its_results_and_no_token_is_in_anything_that_is_written_or_said(
+    run, tmp_path: Path, monkeypatch
+) -> None:
     planted = {"HF_TOKEN": "hf_plantedtokenplanted", "WANDB_API_KEY": "local" + 40 * "7"}
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
     done = [run("n=4", *SHORT), run("n=4", "model.path=someone/gated", "+model.revision=main", *SHORT, code=2)]
+    assert re.search(r"lab_math accuracy: \d+\.\d\d % ± \d+\.\d\d \(4 items\)", done[0].stdout), "a cell's results"
+    assert "lab_facts acc:" in done[0].stdout
     done.append(run("n=4", "recipe.lr.sft=1", "recipe.lora.target_modules=[nosuch]", *SHORT, code=1))
     files = [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
     assert any("failed" in f.parts for f in files)
     for value in planted.values():
         assert not [d for d in done if value in d.stdout + d.stderr]
         assert not [f for f in files if value.encode() in f.read_bytes()]
-
-
-def test_a_single_cell_prints_its_results(run) -> None:
-    text = run("n=4", *SHORT).stdout
-    assert re.search(r"lab_math accuracy: \d+\.\d\d % ± \d+\.\d\d \(4 items\)", text)
-    assert "lab_facts acc:" in text
 
 
 def test_the_lab_sweep_is_table_3_at_a_tenth(run) -> None:
@@ -216,13 +226,17 @@ def test_a_failure_stays_local_and_is_named(run, cell, tmp_path: Path) -> None:
     assert re.search(r"SFT D2LoRA\(8, n\)\s+missing", done.stdout)
 
 
-def test_a_table_that_would_hide_an_axis_is_refused(run) -> None:
+def test_a_table_that_would_hide_an_axis_is_refused(run, finished) -> None:
+    finished(*(["n=4", f"recipe.lr.sft={rate}"] for rate in ("1e-3", "1e-4")))
     text = run("-m", "method=sft", "n=4", "recipe.lr.sft=1e-3,1e-4", *SHORT).stdout
+    assert "0 to do" in text
     assert "no table: a table would hide that its cells differ in recipe.lr.sft" in text
 
 
-def test_inits_are_rows_and_seeds_are_folded(run) -> None:
+def test_inits_are_rows_and_seeds_are_folded(run, finished) -> None:
+    finished(*(["n=4", f"init={init}", f"seed={seed}"] for init in ("lora", "gaussian") for seed in (0, 1)))
     text = run("-m", "method=sft", "n=4", "init=lora,gaussian", "seed=0,1", *SHORT).stdout
+    assert "0 to do" in text
     assert all(re.search(rf"SFT LoRA {init}\s+\d+\.\d\d ± ", text) for init in ("lora", "gaussian"))
     assert "2 training seeds (0, 1), folded into each number" in text
 
@@ -284,11 +298,10 @@ def test_the_harness_is_asked_for_the_names_of_what_is_still_to_do_only(cell, tm
     assert asked == ["piqa"]
 
 
-def test_the_report_can_be_made_again(run, tmp_path: Path) -> None:
+def test_the_report_can_be_made_again(finished, tmp_path: Path) -> None:
     import subprocess
 
-    run("-m", "method=sft", "n=0,4", "sweep=mine", *SHORT)
-    (tmp_path / "out" / "report" / "results.csv").unlink()
+    finished(["n=0", "sweep=mine"], ["n=4", "sweep=mine"])
     command = [sys.executable, "-m", "d2lora.report", "--output", str(tmp_path / "out")]
     done = subprocess.run([*command, "mine"], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "SFT LoRA" in done.stdout

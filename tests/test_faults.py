@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doing import adapter, do
+from doing import adapter, alone, do
 
 from d2lora import data, packing, pipeline
 from d2lora.plan import Cell
@@ -25,9 +25,7 @@ def make(cell, tiny: Path, tmp_path: Path):
     """make("out", "n=8", ...) -> an adaptation alone, its output in tmp_path/out."""
 
     def adaptation(output: str, *overrides: str) -> Cell:
-        whole = cell(f"model.path={tiny}", f"output={tmp_path / output}", *SMALL, *overrides)
-        keys = [s.key for s in (whole.chain.prepare, whole.chain.adapt) if s]
-        return Cell(whole.config.model_copy(update={"job": keys}), whole.chain)
+        return alone(cell(f"model.path={tiny}", f"output={tmp_path / output}", *SMALL, *overrides))
 
     return adaptation
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import made
 import pytest
-from doing import do
+from doing import do, only
 
 from d2lora import flips, pipeline, plan, report, summary
 from d2lora.store import Store, garbage
@@ -124,7 +124,7 @@ def test_the_shares_are_those_of_two_evaluations(cell, tmp_path: Path) -> None:
         return [json.loads(line) for line in (Store(pipeline.output(this.config)).place(stage) / "items.jsonl").open()]
 
     eight, one = base(8), base(1)
-    store = do(eight)
+    store = do(only(eight, *eight.chain.stages))
     do(one)
     assert [store.record(s)["eval_batch"] for s in eight.chain.evaluations] == [8, 8]
     alone, together = (items(c, c.chain.evaluations[0]) for c in (one, eight))
@@ -139,8 +139,7 @@ def test_only_the_first_items_are_asked(cell, tiny: Path, tmp_path: Path, monkey
     monkeypatch.setattr(plan, "FLIP_ITEMS", 5)
     short = ["task.benchmark.lab_math.max_new_tokens=2", "task.benchmark.lab_math.limit=3", f"model.path={tiny}"]
     this = cell("n=0", "m=0", *BF16, *short, f"output={tmp_path}")
-    job = this.config.model_copy(update={"job": [s.key for s in this.chain.flips]})
-    store = do(plan.Cell(job, this.chain))
+    store = do(only(this, *this.chain.flips))
     math, facts = (store.record(s)["metrics"] for s in this.chain.flips)
     assert {m["items"] for m in math.values()} == {3}, "its own limit is less"
     assert {m["items"] for m in facts.values()} == {5}

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import doing
+import composing
+import made
 import pytest
 import torch
+from doing import alone, do
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -35,9 +37,6 @@ SMALL += RATES + [f"recipe.epochs.{method}=1" for method in ("sft", "dpo", "orpo
 IDS = torch.arange(20, 44)[None]
 
 
-compose_cell = functools.cache(doing.compose_cell)
-
-
 @pytest.fixture(scope="module")
 def make(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cell]:
     """make("init=pissa", ...) -> a cell of the tiny model; all share one output, so each stage is done once."""
@@ -45,7 +44,7 @@ def make(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 
     def cell(*overrides: str, m: int = 0) -> Cell:
         samples = ["init.samples=8"] if any(o.removeprefix("init=") in FROM_DATA for o in overrides) else []
-        composed = compose_cell(f"model.path={tiny}", f"output={output}", *SMALL, *samples, *overrides).config
+        composed = composing.cell(f"model.path={tiny}", f"output={output}", *SMALL, *samples, *overrides).config
         config = composed.model_copy(update={"m": m})  # composing takes longer than some of the tests
         return Cell(config, plan.chain(config))
 
@@ -54,13 +53,7 @@ def make(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 
 def train(cell: Cell) -> Store:
     """The cell's trainings, done; no evaluations."""
-    chain = cell.chain
-    keys = [s.key for s in (chain.prepare, chain.warmup, chain.adapt) if s]
-    store = Store(pipeline.output(cell.config))
-    config = cell.config.model_copy(update={"job": keys})
-    lost = pipeline.do(config, cell, store, lambda stage: lambda done, total: None)
-    assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
-    return store
+    return do(alone(cell))
 
 
 def of(cell: Cell) -> model.Base:
@@ -381,13 +374,15 @@ def test_d2lora_keeps_training_the_adapter_that_was_prepared(make, init: str) ->
 
 
 def test_an_adapter_is_the_same_bit_for_bit_whatever_was_before(make, tmp_path: Path) -> None:
-    def adapter(init: str, output: str) -> dict[str, torch.Tensor]:
-        cell = make(f"init={init}", "method=dpo", f"output={tmp_path / output}", m=8 if "pissa" in init else 0)
+    """In the shared output each came after others of its kind (or comes now), in the second each comes after another init."""
+
+    def adapter(init: str, *output: str) -> dict[str, torch.Tensor]:
+        cell = make(f"init={init}", "method=dpo", *output, m=8 if "pissa" in init else 0)
         return load_file(train(cell).place(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
 
     several = ["pissa_niter_16", "olora", *LOFTQ, "lora_ga", "corda_ipm", "eva", "multilora"]
-    forth = {init: adapter(init, "forth") for init in several}
-    back = {init: adapter(init, "back") for init in reversed(several)}
+    forth = {init: adapter(init) for init in several}
+    back = {init: adapter(init, f"output={tmp_path}") for init in reversed(several)}
     for init, weights in forth.items():
         assert all(torch.equal(weight, back[init][name]) for name, weight in weights.items()), init
 
@@ -493,7 +488,7 @@ def test_a_rank_that_the_layers_do_not_have_is_refused(make, tmp_path: Path, ini
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 (ours, or Hydra's for an unknown group)
-        compose_cell(*overrides)
+        composing.cell(*overrides)
     message = str(caught.value)
     assert all(word in message for word in words), message
     if not overrides[0].endswith("unknown_one"):
@@ -505,7 +500,9 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(overrides: list[str], 
 
 
 def test_one_preparation_serves_every_cell_that_starts_from_it(cell) -> None:
-    grid = [cell("init=pissa", f"method={x}", f"m={m}", f"n={n}", f"seed={s}") for x in ("sft", "dpo") for m in (0, 8) for n in (8, 16) for s in (0, 1)]  # fmt: skip
+    configs = [cell("init=pissa", f"method={method}").config for method in ("sft", "dpo")]
+    grid = [c for config in configs for c in made.cells(config, m=(0, 8), n=(8, 16), seed=(0, 1))]
+    assert len(grid) == 16
     assert len({c.chain.prepare.key for c in grid}) == 1
     assert len({c.chain.warmup.key for c in grid if c.chain.warmup}) == 2, "one a seed"
     seeded = [cell("init=lora_ga", f"seed={s}").chain.prepare.key for s in (0, 1)]

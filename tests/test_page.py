@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import made
@@ -13,11 +14,19 @@ import pytest
 from test_report import grid
 
 from d2lora import report
-from d2lora.report import page
+from d2lora.report import figures, page
 
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.harmed='yes'\">\u2028{{x}} & <b>"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """No figure files are drawn, which takes longest: the page draws its own curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda stem, make: [])
+        yield
 
 
 @pytest.fixture(scope="module")

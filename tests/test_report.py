@@ -8,13 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import composing
 import made
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from d2lora import cli, report, summary
+from d2lora import report, summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import artefacts, compare, evidence, figures, paper, rows, tables
@@ -29,10 +28,7 @@ def grid(*overrides: str, methods=("sft",), **axes) -> list[Cell]:
     """grid("scale=paper", ..., methods=[...], n=[...]): the cells of a small grid of the given methods."""
     found = []
     for method in methods:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = compose("config", overrides=["sweep=mine", f"method={method}", *overrides])
-        found += made.cells(cli.cell(composed).config, **axes)
+        found += made.cells(composing.cell("sweep=mine", f"method={method}", *overrides).config, **axes)
     return found
 
 
@@ -45,6 +41,12 @@ def table3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = report.write(output, ["mine"])
     assert "SFT D2LoRA(40k, n)" in text
     return output
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """No figure files are drawn, which takes longer than the rest of a report: for those who look at none."""
+    monkeypatch.setattr(figures, "save", lambda stem, make: [])
 
 
 def points(output: Path, sweep: str = "mine") -> list[rows.Point]:
@@ -100,7 +102,7 @@ def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numb
 def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None:
     from matplotlib import pyplot
 
-    inits = ("lora", "gaussian", "orthogonal", "pissa", "olora", "milora")
+    inits = ("lora", "gaussian", "milora")
     cells = [c for i in inits for c in grid(f"init={i}", methods=METHODS, n=[8, 16], m=[0, 8, 40])]
     made.publish(tmp_path, cells, items=8)
     shown = artefacts.load(tmp_path, "mine", rows.Records(tmp_path)).shown[0]
@@ -149,6 +151,7 @@ def test_another_model_or_scale_is_not_set_beside_the_paper_s_numbers(tmp_path: 
     assert all(paper.value(p) is None for p in points(tmp_path, "other"))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("override", "beside"),
     [
@@ -198,6 +201,7 @@ def test_a_part_of_the_grid_gets_its_table_3(tmp_path: Path) -> None:
     assert names(tmp_path) == ["table", "table3", "figure1", "figure2", "figure3"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_table_1_says_the_true_size_of_all(tmp_path: Path) -> None:
     cells = grid("scale=paper", "task=title", n=[0, 1000, "all"], m=[0, 40000])
     made.publish(tmp_path, cells)
@@ -218,6 +222,7 @@ def test_figure_4_is_orpo_with_few_samples(tmp_path: Path) -> None:
     assert [x for x, _ in shown[1].panels[0].curves[0].points] == [100, 200, 500, 1000]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_table_2_shows_what_ran(tmp_path: Path) -> None:
     cells = grid("scale=paper", "task.continuation=rest", methods=("sft", "orpo"), n=[0, 1000], m=[0, 40000])
     cells += grid("scale=paper", methods=("sft",), n=[0, 1000], m=[0, 40000])
@@ -302,6 +307,7 @@ def test_four_items_are_no_difference_and_none_is_no_certainty(tmp_path: Path) -
     assert "before Holm's correction a cell shows differences from" in compare.verdict([pair])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_records_made_differently_are_pointed_out(tmp_path: Path) -> None:
     cells = grid(n=[0, 100], m=[0])
     other = made.PROVENANCE | {"packages": {"torch": "2.14.0", "trl": "1.16.0"}, "git": {"commit": "f", "dirty": True}}
@@ -348,7 +354,7 @@ def test_contamination_is_shown_where_it_was_checked(tmp_path: Path) -> None:
     made.publish(tmp_path, cells, missing=lambda stage: stage.name == "contamination")
     assert "training set" not in report.finish(tmp_path, "mine", draw=False), "not done yet"
     made.publish(tmp_path, cells)
-    assert "lab-math / lab_math: exact 0.00 % of 40 items" in report.finish(tmp_path, "mine")
+    assert "lab-math / lab_math: exact 0.00 % of 40 items" in report.finish(tmp_path, "mine", draw=False)
     manifest = json.loads((tmp_path / "manifests" / "mine.json").read_text())
     found = evidence.contamination(manifest["cells"], rows.Records(tmp_path))
     assert found["lab-math / lab_math"] == {"exact": {"value": 0.0, "items": 40}}
@@ -366,6 +372,7 @@ def test_damaged_items_are_named(tmp_path: Path) -> None:
         assert str(file) in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_damaged_sweep_does_not_take_the_others_along(tmp_path: Path) -> None:
     cells, other = grid(n=[0, 100], m=[0]), grid("sweep=other", n=[200], m=[0])
     made.publish(tmp_path, cells)
@@ -391,7 +398,9 @@ def test_seeds_that_were_tested_on_different_items_are_named(tmp_path: Path) -> 
         file.write_text(json.dumps(question))
         cells += grid(f"task.benchmark.lab_facts.data.path={file}", n=[100], m=[0], seed=[seed])
         made.publish(tmp_path, cells, items=40 + seed)
-    assert "no table: seeds of one cell were tested on different items of lab_facts" in report.finish(tmp_path, "mine")
+    assert "no table: seeds of one cell were tested on different items of lab_facts" in report.finish(
+        tmp_path, "mine", draw=False
+    )
 
 
 def test_initializations_are_rows_of_their_own(tmp_path: Path) -> None:
@@ -404,6 +413,7 @@ def test_initializations_are_rows_of_their_own(tmp_path: Path) -> None:
     assert len(set(compare.comparisons(found).values())) == 8, "each D2LoRA is compared with LoRA of its initialization"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_quantized_base_is_compared_with_its_own_alone(tmp_path: Path) -> None:
     """LoftQ's (0, 0) is far worse than the base here; D2LoRA(m, 0) of each initialization is as its own base is."""
     cells = [c for i in ("lora", "loftq", "gaussian") for c in grid(f"init={i}", n=[0, 100], m=[0, 40])]
@@ -440,6 +450,7 @@ def test_an_initialization_from_general_rows_is_compared_within_its_warm_up(tmp_
     assert pairs == {("lora", n): "" for n in data} | {("corda_kpm", n): n for n in data}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_sweeps_over_models_and_recipes_keep_their_rows_and_comparisons_apart(tmp_path: Path) -> None:
     cells = [
         c
@@ -459,9 +470,12 @@ def test_sweeps_over_models_and_recipes_keep_their_rows_and_comparisons_apart(tm
     assert "SFT m=8 n=8 two gaussian laptop" in labels
 
 
-def test_the_same_records_give_the_same_report(table3: Path) -> None:
-    files = {f: f.read_bytes() for f in (table3 / "report").rglob("*.*")}
-    report.write(table3, ["mine"])
+def test_the_same_records_give_the_same_report(tmp_path: Path) -> None:
+    made.publish(tmp_path, [c for i in ("lora", "gaussian") for c in grid(f"init={i}", n=[8, 16], m=[0, 8])], items=8)
+    report.write(tmp_path, ["mine"])
+    files = {f: f.read_bytes() for f in (tmp_path / "report").rglob("*.*")}
+    assert {"curves.png", "curves.pdf", "curves.svg", "inits.md", "table.tex", "index.html"} <= {f.name for f in files}
+    report.write(tmp_path, ["mine"])
     assert [f for f, content in files.items() if f.read_bytes() != content] == []
 
 

@@ -448,21 +448,28 @@ def test_runs_that_fail_together_are_told_in_one_line(monkeypatch: pytest.Monkey
     assert err.getvalue() == "W&B: gone: runs are kept on disk from here on\n"
 
 
-def test_auto_is_offline_without_credentials_and_online_with_a_netrc(tmp_path: Path, down: str) -> None:
-    environment = {"WANDB_BASE_URL": down}
-    assert warnings(typed(tmp_path, "n=4", environment=environment)) == []
+def check_of(cell: Callable) -> list[str]:
+    """What is typed for the check of a cell's data alone: a run as any, of a stage that needs no torch."""
+    (stage,) = cell("n=4", *SMALL).chain.contamination
+    return ["n=4", f"job=['{stage.key}']"]
+
+
+def test_auto_is_offline_without_credentials_and_online_with_a_netrc(tmp_path: Path, down: str, cell) -> None:
+    environment, stages = {"WANDB_BASE_URL": down}, check_of(cell)
+    assert warnings(typed(tmp_path, *stages, environment=environment)) == []
+    assert len(runs(tmp_path / "out")) == 1
     machine = down.removeprefix("http://")
     (tmp_path / ".netrc").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    done = typed(tmp_path, "n=4", "seed=1", "wandb.patience=2", environment=environment)
+    done = typed(tmp_path, *stages, "wandb.patience=2", environment=environment, output="online")
     assert "runs are kept on disk" in warnings(done)[0], "it tried to be online"
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")  # as `wandb offline` leaves it
-    assert warnings(typed(tmp_path, "n=4", "seed=2", "wandb.patience=2", environment=environment)) == []
+    assert warnings(typed(tmp_path, *stages, environment=environment, output="off")) == []
 
 
-def test_online_without_credentials_never_asks(tmp_path: Path) -> None:
-    (line,) = warnings(typed(tmp_path, "n=4", "wandb.mode=online"))
+def test_online_without_credentials_never_asks(tmp_path: Path, cell) -> None:
+    (line,) = warnings(typed(tmp_path, *check_of(cell), "wandb.mode=online"))
     assert "WANDB_API_KEY" in line
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from doing import adapter, alone, do
+from doing import adapter, alone, do, only
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -39,7 +39,12 @@ def make(cell, tiny: Path, tmp_path: Path):
 
 def finish(cell: Cell) -> tuple[Store, dict[str, dict]]:
     store = do(cell)
-    return store, {s.name: store.record(s) for s in cell.chain.stages}
+    return store, {s.name: record for s in cell.chain.stages if (record := store.record(s))}
+
+
+def trained(cell: Cell) -> dict:
+    """What is measured of the cell's adaptation, which nothing is evaluated after."""
+    return do(alone(cell)).record(cell.chain.adapt)["metrics"]
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
@@ -134,37 +139,37 @@ def test_dropout_is_at_work_in_training_and_not_in_the_reference(
 
 @pytest.mark.parametrize("m", [0, 16])
 def test_dpo_s_first_loss_is_ln_2_from_the_warm_start(make, m: int) -> None:
-    _, records = finish(make("method=dpo", "n=16", f"m={m}", "method.epochs=1"))
-    assert records["adapt"]["metrics"]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    metrics = trained(make("method=dpo", "n=16", f"m={m}", "method.epochs=1"))
+    assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_dpo_takes_a_single_pair(make) -> None:
-    _, records = finish(make("method=dpo", "n=1", "method.epochs=1"))
-    assert records["adapt"]["metrics"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    metrics = trained(make("method=dpo", "n=1", "method.epochs=1"))
+    assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_dpo_s_reference_can_be_the_base(make) -> None:
     """Without warm-up both are one; after a warm-up the policy has left the base and the first loss shows it."""
-    _, cold = finish(make("method=dpo", "n=16", "m=0", "method.epochs=1", "method.reference=base"))
-    assert cold["adapt"]["metrics"]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
-    _, warm = finish(make("method=dpo", "n=16", "m=64", "method.epochs=1", "method.reference=base"))
-    assert abs(warm["adapt"]["metrics"]["first_loss"] - math.log(2)) > 1e-3
+    cold = trained(make("method=dpo", "n=16", "m=0", "method.epochs=1", "method.reference=base"))
+    assert cold["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    warm = trained(make("method=dpo", "n=16", "m=64", "method.epochs=1", "method.reference=base"))
+    assert abs(warm["first_loss"] - math.log(2)) > 1e-3
 
 
 def test_an_adapter_is_the_same_as_the_first_or_the_last_of_a_process(make, tmp_path: Path) -> None:
     first = make("method=dpo", "n=16", "m=16", "method.epochs=1")
-    do(first)
-    for method in ("sft", "orpo"):
-        finish(make(f"method={method}", "n=16", "init=gaussian"))
+    do(alone(first))
+    finish(make("method=sft", "n=8", "init=gaussian", "method.epochs=1"))
+    trained(make("method=orpo", "n=8", "init=gaussian", "method.epochs=1"))
     again = make("method=dpo", "n=16", "m=16", "method.epochs=1", f"output={tmp_path / 'again'}")
-    do(again)
+    do(alone(again))
     for name, weight in adapter(first).items():
         assert torch.equal(weight, adapter(again)[name]), name
 
 
 def test_anyone_can_load_the_adapter(make, tiny: Path) -> None:
-    cell = make("n=16", "m=16")
-    store, _ = finish(cell)
+    cell = make("n=16", "m=16", "method.epochs=1")
+    store = do(alone(cell))
     base = AutoModelForCausalLM.from_pretrained(tiny)
     ids = torch.arange(10)[None]
     before = base(input_ids=ids).logits
@@ -175,7 +180,7 @@ def test_anyone_can_load_the_adapter(make, tiny: Path) -> None:
 
 
 def test_the_base_is_as_it_was(make, tiny: Path, tmp_path: Path) -> None:
-    cell = make("method=orpo", "n=16", "m=16")
+    cell = make("method=orpo", "n=16", "m=16", "method.epochs=1")
     finish(cell)
     base = model.base(cell.config.model, tmp_path)
     fresh = AutoModelForCausalLM.from_pretrained(tiny)
@@ -195,7 +200,7 @@ def test_a_base_that_was_changed_is_noticed(tiny: Path, tmp_path: Path) -> None:
 
 def test_adapters_are_float32_on_a_bfloat16_base(make) -> None:
     cell = make("n=16", "model.dtype=bfloat16", "method.epochs=1")
-    do(cell)
+    do(alone(cell))
     assert {w.dtype for w in adapter(cell).values()} == {torch.float32}
     model._loaded.clear()
 
@@ -203,8 +208,7 @@ def test_adapters_are_float32_on_a_bfloat16_base(make) -> None:
 def test_orpo_s_nll_covers_what_the_config_says(make) -> None:
     losses = {}
     for nll in ("prompt_and_chosen", "completion"):
-        _, records = finish(make("method=orpo", "n=16", "method.epochs=1", f"method.nll={nll}"))
-        losses[nll] = records["adapt"]["metrics"]["first_loss"]
+        losses[nll] = trained(make("method=orpo", "n=16", "method.epochs=1", f"method.nll={nll}"))["first_loss"]
     assert losses["prompt_and_chosen"] != pytest.approx(losses["completion"], rel=1e-4)
 
 
@@ -221,12 +225,12 @@ def test_a_machine_with_several_gpus_trains_on_one(make, packing: str, monkeypat
     found.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
     cell = make("n=24", f"recipe.packing={packing}", "method.epochs=1")
-    _, records = finish(cell)
-    assert records["adapt"]["metrics"]["steps"] == 24 // cell.config.recipe.batch
+    assert trained(cell)["steps"] == 24 // cell.config.recipe.batch
 
 
 def failed(cell: Cell) -> str:
     """Why the cell's only failed stage failed."""
+    cell = only(cell, *cell.chain.results)
     lost = pipeline.do(cell.config, cell, Store(pipeline.output(cell.config)), lambda stage: lambda done, total: None)
     assert lost[0] is cell.chain.adapt
     return json.loads(pipeline.failure(cell.config, lost[0]).read_text())["error"]
@@ -287,7 +291,7 @@ def test_where_the_system_has_no_proc_the_peak_is_the_process_s(monkeypatch, tmp
 
 def test_a_record_says_where_its_numbers_came_from(make) -> None:
     cell = make("n=16", "m=16")
-    store, records = finish(cell)
+    store, records = finish(only(cell, *cell.chain.stages))
     for stage in cell.chain.stages:
         record = store.record(stage)
         assert record["spec"] == stage.spec
@@ -308,8 +312,8 @@ def test_a_record_says_where_its_numbers_came_from(make) -> None:
 
 
 def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path: Path) -> None:
-    cell = make("n=16")
-    store, _ = finish(cell)
+    cell = make("n=16", "method.epochs=1")
+    store = do(alone(cell))
     base = model.base(cell.config.model, tmp_path)
     monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda self, x: self.base_layer(x))
     with (

@@ -21,12 +21,13 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(FOLDER.parent)]
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
 
+import composing  # noqa: E402
 import torch  # noqa: E402
-from doing import compose_cell, do, save_tiny  # noqa: E402
+from doing import do, only, save_tiny  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from d2lora import plan, store  # noqa: E402
-from d2lora.plan import Cell, Chain, Stage  # noqa: E402
+from d2lora.plan import Chain, Stage  # noqa: E402
 
 _PAPER = ["scale=paper", "n=1000"]
 _TITLE = ["task=lab_title", "n=200"]
@@ -150,7 +151,7 @@ def keys(names: list[str]) -> dict:
     """{cell: {stage: key_of}} as the present code gives them."""
     with mock.patch.object(plan, "version", pinned):
         return {
-            name: {stage: key_of(s) for stage, s in named(compose_cell(*KEYS[name]).chain).items()} for name in names
+            name: {stage: key_of(s) for stage, s in named(composing.cell(*KEYS[name]).chain).items()} for name in names
         }
 
 
@@ -160,10 +161,9 @@ def keys(names: list[str]) -> dict:
 def numbers(name: str, tiny: Path, output: Path) -> dict:
     """{stage: its numbers} of one cell, done now. `versions` are those of the stages that they come from."""
     model = [] if name.startswith("lab") else [f"model.path={tiny}"]
-    cell = compose_cell(*model, f"output={output}", *NUMBERS[name])
+    cell = composing.cell(*model, f"output={output}", *NUMBERS[name])
     wanted = {n: s for n, s in named(cell.chain).items() if s.name != "contamination" or name == "lab title"}
-    config = cell.config.model_copy(update={"job": [s.key for s in wanted.values()]})
-    done = do(Cell(config, cell.chain))
+    done = do(only(cell, *wanted.values()))
     return {n: {"versions": _versions(s)} | _rounded(_measured(done, s)) for n, s in wanted.items()}
 
 

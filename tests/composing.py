@@ -1,0 +1,29 @@
+"""Cells as the command line would give them. Hydra takes a tenth of a second for each: more than many a test."""
+
+import functools
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from d2lora import cli, plan
+from d2lora.config import Config
+from d2lora.plan import Cell
+
+ROOT = Path(__file__).parent.parent
+
+
+def cell(*overrides: str, name: str = "config", folder: str = "conf") -> Cell:
+    """The checked cell of the overrides. Its stages are found anew each time: files may have changed in between."""
+    output = [o.removeprefix("output=") for o in overrides if o.startswith("output=")]
+    found = _config(name, folder, *(o for o in overrides if not o.startswith("output=")))
+    if output:  # most tests have a folder of their own, and nothing is interpolated from it
+        found = found.model_copy(update={"output": output[-1]})
+    return Cell(found, plan.chain(found))
+
+
+@functools.cache
+def _config(name: str, folder: str, *overrides: str) -> Config:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / folder), version_base="1.3"):
+        return cli.cell(compose(name, overrides=list(overrides))).config
