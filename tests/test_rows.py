@@ -158,7 +158,7 @@ def test_known_layouts_are_read_as_what_they_are(tmp_path: Path, tokenizer, layo
         ({"good": [*HISTORY, said("a") | CALL], "bad": "b"}, None, "tool_calls"),
         ({"good": [*HISTORY, said("a") | {"weight": 0}], "bad": "b"}, None, "weight"),
         ({"good": [*HISTORY, said(None)], "bad": "b"}, None, "nothing in the last turn"),
-        ({"good": [*HISTORY[:3], {"role": "user", "content": None}, said("a")], "bad": "b"}, None, "turn 4 in {good} (user): nothing in content"),
+        ({"good": [*HISTORY[:3], {"role": "user", "content": None}, said("a")], "bad": "b"}, None, "nothing in turn 4 in {good}"),
         ({"q": [*HISTORY, said("a")], "good": "b", "bad": "c"}, "{q}", "ends with an assistant turn"),
         ({"good": "a", "bad": "b"}, None, "no prompt"),
     ],

@@ -38,7 +38,7 @@ def conversation(value: Any) -> Conversation:
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise UserError("a conversation without an assistant turn")
-    if blank := [m["role"] for m in messages if _blank(m)]:
+    if blank := [m["role"] for m in messages if is_blank(m)]:
         raise LeftOut(f"a blank turn ({blank[0]})")
     learned = [i for i in turns if read[i][1]]
     if not learned:
@@ -48,7 +48,7 @@ def conversation(value: Any) -> Conversation:
     return Conversation(messages, learned)
 
 
-def _blank(message: Message) -> bool:
+def is_blank(message: Message) -> bool:
     """Whether a user or an assistant says nothing: an answer to nothing, or an end alone, would be learned."""
     silent = not (message["content"] or "").strip() and not message.get("tool_calls")
     return silent and message["role"] in ("user", "assistant")
