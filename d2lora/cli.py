@@ -19,7 +19,7 @@ from d2lora.config import Config, parse
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import manifest
-from d2lora.store import Store
+from d2lora.store import Store, cached
 
 # Paths such as outputs/ belong to the project's folder, not to where the command is typed.
 OmegaConf.register_new_resolver("project", lambda path: str(data.ROOT / path), replace=True)
@@ -134,6 +134,26 @@ def _harness_tasks(config: Config) -> list[str]:
     return [s.spec["lm_eval"] for s in left]
 
 
+def coverage(cells: Iterable[Cell]) -> list[str]:
+    """A line for each model that is adapted: what of it. A dry run finds it out; a run says what is known, and its records the rest."""
+    lines = {}
+    for config in (cell.config for cell in cells if cell.chain.adapter):
+        file = pipeline.coverage_file(config)
+        if file in lines or not (config.dry_run or file.exists()):
+            continue
+        with contextlib.suppress(OSError):  # a model whose config is not on this machine
+            targets = config.recipe.lora.target_modules
+            found = cached(file, lambda c=config: _coverage(c))
+            lines[file] = summary.coverage_text(config.model.name, targets, found)
+    return list(lines.values())
+
+
+def _coverage(config: Config) -> dict:
+    from d2lora import model  # late: torch and PEFT take seconds
+
+    return model.coverage(config.model, config.recipe.lora.target_modules)
+
+
 def _all_local(config: Config) -> bool:
     """Whether everything a cell reads lies on this machine."""
     sources = plan.sources(config).values()
@@ -157,7 +177,7 @@ def _one_cell(this: Cell) -> int:
     check(this.config, set())
     rehearsal.remember()
     if this.config.dry_run:
-        print(summary.plan_text([this], store))
+        print(summary.plan_text([this], store, notes=coverage([this])))
         return 0
     manifest.add_to_manifest(output, this)
     with progress.Bar() as bar:

@@ -3,41 +3,193 @@
 As in GPT-3's check (Brown et al. 2020, appendix C) texts are compared as words, lower-cased and without punctuation, and an
 item counts as overlapping if one of its word 13-grams occurs in the training set. Two differences: here a question of fewer
 than 13 words can only be found as a whole (GPT-3 goes down to 8-grams), and no 13-gram is left out for being frequent.
+
+Questions are compared as columns have them and as templates render them. 13-grams are of what rows fill in: a template's own
+wording is the same in all rows, so a 13-gram with a word of it says nothing of an item.
 """
 
+import functools
+import itertools
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
+from d2lora.data.texts import LeftOut, NotText, fill, text_of
+
 NGRAM = 13
-_MARKS = re.compile(r"[^\w\s]+")
 Row = dict
 
+# Vowel signs and tone marks of India's and South-East Asia's scripts are part of a word, and \w has none of them.
+_SIGNS = "".join(
+    chr(c) for c in (*range(0x900, 0x10A0), *range(0x1780, 0x1800)) if unicodedata.category(chr(c)) in ("Mn", "Mc")
+)
+_MARKS = re.compile(r"[^\w\s]+")
+_MARKS_BUT_SIGNS = re.compile(rf"[^\w\s{_SIGNS}]+")
+# Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese: no spaces between words.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff"
+    f"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af][{_SIGNS}]*"
+)
+_THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
+# In a template; a field's text may end a sentence too: "{question} Please reason ..."
+_SENTENCE_END = re.compile(r"[.?!:;](?=\s|$)|[\n。？！：；]|^\s+(?=[A-Z])")
 
-def words(text: str) -> list[str]:
-    """The words of a text, lower-cased and without punctuation."""
-    return _MARKS.sub("", text.lower()).split()
+
+@functools.lru_cache(256)  # the texts of a row are read in several ways
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text, lower-cased and without punctuation; characters where a script has no spaces between words."""
+    if text.isascii():
+        return tuple(_MARKS.sub("", text.lower()).split())
+    plain = unicodedata.normalize("NFKC", _THOUSANDS.sub("", text)).casefold()
+    return tuple(_UNSPACED.sub(r" \g<0> ", _MARKS_BUT_SIGNS.sub("", plain)).split())
 
 
-def ngrams(found: list[str]) -> Iterator[tuple[str, ...]]:
+def ngrams(found: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """All runs of NGRAM words, in order."""
     return zip(*(found[start:] for start in range(NGRAM)), strict=False)
 
 
-def texts(row: Row, columns: list[str]) -> list[str]:
+def texts(row: Row, columns: Iterable[str]) -> list[str]:
     """The texts of a row's columns, each for itself; of a list (a conversation, a question's options), those of its elements."""
-    found = []
-    for value in (row[column] for column in columns):
-        found += _inner(value) if isinstance(value, list) else [str(value)]
-    return found
+    return [text for column in columns for text in _inner(row.get(column))]
 
 
 def _inner(value: Any) -> list[str]:
-    """The texts in a list or in an element of one: of a turn its content, of other mappings all values."""
+    """The texts in a value: of a turn its content, of other mappings all values, of a list all elements; of a null none."""
     if isinstance(value, dict):
         value = [value["content"]] if "content" in value else list(value.values())
-    return [text for inner in value for text in _inner(inner)] if isinstance(value, list) else [str(value)]
+    elif not isinstance(value, list) or _is_typed(value):
+        return _plain(value)
+    return [text for inner in value for text in ([inner] if isinstance(inner, str) else _inner(inner))]
+
+
+def _is_typed(value: list) -> bool:
+    """Whether it begins as the typed parts of a content do; `text_of` says the rest."""
+    return bool(value) and isinstance(value[0], dict) and value[0].get("type") == "text"
+
+
+def _plain(value: Any) -> list[str]:
+    try:
+        return [text_of(value)]
+    except LeftOut:
+        return []
+    except NotText:
+        if isinstance(value, list):
+            return [text for part in value for text in _inner(part)]
+        return [] if value is None or isinstance(value, float | bytes) else [str(value)]
+
+
+# --- templates -----------------------------------------------------------------------------------------------------
+
+Piece = tuple[str, str]  # fixed wording, or a field such as "{question}"; the other is empty
+Group = tuple[str, ...]  # texts that stand side by side
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text with fields in pieces: all of them, and those of its `core`, the sentences that have a field.
+
+    So "{question} Please reason step by step." and "Question: {question}\nAnswer:" ask the same. A core without wording of its
+    own is no question by itself where it joins short values: "{a}, {b}. Which is larger?" asks another than "{a}, {b}. Add them."
+    """
+
+    pieces: tuple[Piece, ...]
+    core: tuple[Piece, ...]
+
+    @functools.cached_property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(field for _, field in self.pieces if field))
+
+    def values(self, row: Row) -> Group | None:
+        """The texts of its fields; None if the row can't fill them."""
+        try:
+            return tuple([_value(field, row) for field in self.fields])
+        except (LeftOut, LookupError, AttributeError, TypeError, ValueError):
+            return None
+
+    def read(self, values: Group) -> tuple[list[Group], list[Group]]:
+        """What the template makes of values: questions, and runs of values."""
+        named = dict(zip(self.fields, values, strict=True))
+        return list(self.questions(named)), list(self.runs(named))
+
+    def questions(self, values: dict[str, str]) -> Iterator[Group]:
+        """The filled template, and its core where that differs."""
+        yield _joined(self.pieces, values)
+        if self.core != self.pieces:
+            core = _joined(self.core, values)
+            if _has_words(self.core) or len(values) == 1 or len(_as_one(core)) >= NGRAM:
+                yield core
+
+    def runs(self, values: dict[str, str]) -> Iterator[Group]:
+        """The values between which the core has no words, each group of them as one."""
+        group: list[str] = []
+        for fixed, field in self.core:
+            if field:
+                group.append(values[field])
+            elif words(fixed) and group:
+                yield tuple(group)
+                group = []
+        if group:
+            yield tuple(group)
+
+
+def _value(field: str, row: Row) -> str:
+    name = field[1:-1]
+    return text_of(row[name]) if name in row else fill(field, row)  # the short way is the same, and faster
+
+
+@functools.cache
+def _has_words(pieces: tuple[Piece, ...]) -> bool:
+    return any(words(fixed) for fixed, _ in pieces)
+
+
+@functools.cache
+def _are_apart(pieces: tuple[Piece, ...]) -> bool:
+    """Whether something stands between any two fields."""
+    return not any(one and next_ for (_, one), (_, next_) in itertools.pairwise(pieces))
+
+
+def _joined(pieces: tuple[Piece, ...], values: dict[str, str]) -> Group:
+    """The text of pieces; their values where that has the same words, which are then known already."""
+    if _are_apart(pieces) and not _has_words(pieces):
+        return tuple(values[field] for _, field in pieces if field)
+    return ("".join(values[field] if field else fixed for fixed, field in pieces),)
+
+
+def _as_one(group: Group) -> tuple[str, ...]:
+    """The words of texts that stand side by side."""
+    return words(group[0]) if len(group) == 1 else tuple(itertools.chain.from_iterable(map(words, group)))
+
+
+@functools.cache
+def template(text: str) -> Template:
+    """The template of a text with {column} fields."""
+    pieces: list[Piece] = []
+    sentences: list[list[Piece]] = [[]]
+    for fixed, name, spec, conversion in Formatter().parse(text):
+        first, *others = _SENTENCE_END.split(fixed)
+        sentences[-1].append((first, ""))
+        sentences += [[(f" {other}", "")] for other in others]
+        field = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}" if name else ""
+        sentences[-1].append(("", field))
+        pieces += [(fixed, ""), ("", field)]
+    core = [piece for sentence in sentences if any(field for _, field in sentence) for piece in sentence]
+    is_core = all(any(field for _, field in sentence) for sentence in sentences)
+    whole, asking = (tuple(piece for piece in kept if any(piece)) for kept in (pieces, core))
+    return Template(whole, whole if is_core else asking)
+
+
+def _filled(row: Row, text: str) -> tuple[list[Group], list[Group]]:
+    """What a template makes of a row; nothing if the row can't fill it."""
+    values = template(text).values(row)
+    return ([], []) if values is None else template(text).read(values)
+
+
+# --- the check -----------------------------------------------------------------------------------------------------
 
 
 def overlap(
@@ -47,47 +199,111 @@ def overlap(
     rows: list[Row],
     columns: list[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    prompt: str = "",
+    gold: str = "",
+    trained: Iterable[str] = (),
 ) -> list[dict]:
     """The items of a test set that a training set contains, in order: {index, question, exact, ngram13, ngram}.
 
     `exact` is the first row one of whose texts is the item's question, `ngram13` the first that shares a 13-gram with its
     question or answer, and `ngram` those words; None where there is no such row. `question`, `answer` and `columns` name
-    the columns that are read.
+    the columns that are read; `prompt`, `gold` and `trained` are the templates that make texts of them.
     """
-    whole, runs = _index(tests, question, answer)
+    index = _index(tests, question, answer, prompt, gold)
+    hits = _search(index, rows, columns, tuple(trained), progress)
+    empty = {"exact": None, "ngram13": None, "ngram": None}
+    return [{"index": i, "question": _shown(tests[i], question, prompt), **empty, **hits[i]} for i in sorted(hits)]
+
+
+def _search(
+    index: tuple[dict, dict, set], rows: list[Row], columns: list[str], trained: tuple[str, ...], progress: Callable
+) -> dict[int, dict]:
+    """For each item that is found where it is first."""
+    whole, runs, some = index
     hits: dict[int, dict] = defaultdict(dict)
-    seen: set[str] = set()
+    asked, said = set[Group](), set[Group]()  # those before: the columns of a data set repeat each other much
+    filled = set[tuple[str, Group]]()
     for number, row in enumerate(rows):
-        for text in texts(row, columns):
-            if text not in seen:  # the columns of a data set repeat each other much
-                seen.add(text)
-                _note(hits, whole, runs, number, words(text))
+        raw = [(text,) for text in texts(row, columns)]
+        questions, groups = _new_texts(row, trained, filled)
+        for group in _new([*raw, *questions], asked):
+            for item in whole.get(_as_one(group), ()):
+                hits[item].setdefault("exact", number)
+        borders = (border for group in groups for border in _borders(group))
+        for found in [*map(_as_one, _new(raw, said)), *_new(borders, said)]:
+            if not some.isdisjoint(_some(found)):
+                _note(hits, runs, number, found)
         if number % 1000 == 0 or number == len(rows) - 1:
             progress(number + 1, len(rows))
-    empty = {"exact": None, "ngram13": None, "ngram": None}
-    return [{"index": i, "question": " ".join(texts(tests[i], question)), **empty, **hits[i]} for i in sorted(hits)]
+    return hits
 
 
-def _index(tests: list[Row], question: list[str], answer: list[str]) -> tuple[dict, dict]:
-    """Whole questions -> items, and 13-grams of questions and answers -> items."""
+def _new_texts(row: Row, trained: Iterable[str], before: set[tuple[str, Group]]) -> tuple[list[Group], list[Group]]:
+    """What templates make of a training row whose values they had not before: questions, and runs of several values."""
+    questions: list[Group] = []
+    groups: list[Group] = []
+    for text in trained:
+        values = template(text).values(row)
+        if values is not None and (text, values) not in before:
+            before.add((text, values))
+            asked, runs = template(text).read(values)
+            questions += asked
+            groups += [run for run in runs if len(run) > 1]
+    return questions, groups
+
+
+def _borders(group: Group) -> Iterator[tuple[str, ...]]:
+    """Words that have the 13-grams of texts side by side which are in none of the texts alone."""
+    found: tuple[str, ...] = ()
+    for following in map(words, group):
+        if len(following) < NGRAM:
+            found += following
+        else:
+            yield found + following[: NGRAM - 1]
+            found = following[1 - NGRAM :]
+    yield found
+
+
+def _new(groups: Iterable[Group], before: set[Group]) -> Iterator[Group]:
+    """Those that were not met before, which they then were."""
+    for group in groups:
+        if group not in before:
+            before.add(group)
+            yield group
+
+
+def _shown(row: Row, question: list[str], prompt: str) -> str:
+    """An item's question for people."""
+    values = template(prompt).values(row)
+    return fill(prompt, row) if prompt and values is not None else " ".join(texts(row, question))
+
+
+def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str, gold: str) -> tuple[dict, dict, set]:
+    """Whole questions -> items, 13-grams of questions and answers -> items, and some words of these."""
     whole: dict[tuple, list[int]] = defaultdict(list)
     runs: dict[tuple, list[int]] = defaultdict(list)
+    some: set[tuple] = set()
     for item, row in enumerate(tests):
-        asked = tuple(words(" ".join(texts(row, question))))
-        if asked:
-            whole[asked].append(item)
-        for text in texts(row, [*question, *answer]):
-            for run in ngrams(words(text)):
+        asked, groups = _filled(row, prompt)
+        for form in {_as_one(group) for group in ((" ".join(texts(row, question)),), *asked)} - {()}:
+            whole[form].append(item)
+        raw = {(text,) for text in texts(row, [*question, *answer])}
+        found = [_as_one(group) for group in raw.union(groups, _filled(row, gold)[1])]
+        for each in found:
+            some.update(_some(each))
+            for run in ngrams(each):
                 runs[run].append(item)
-    return dict(whole), dict(runs)
+    return dict(whole), dict(runs), some
 
 
-def _note(hits: dict[int, dict], whole: dict, runs: dict, number: int, found: list[str]) -> None:
-    """Note for each item whether it is, or shares a run with, a text of the row; the first row counts."""
-    for item in whole.get(tuple(found), ()):
-        hits[item].setdefault("exact", number)
-    if len(found) < NGRAM or runs.keys().isdisjoint(ngrams(found)):
-        return
+def _some(found: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Some words of each 13-gram: most texts share none of these, and they are faster to look up."""
+    return zip(found, found[3:], found[6:], found[9:], found[NGRAM - 1 :], strict=False)
+
+
+def _note(hits: dict[int, dict], runs: dict, number: int, found: tuple[str, ...]) -> None:
+    """Note for each item whether it shares a 13-gram with a text of the row; the first row counts."""
     for run in ngrams(found):
         for item in runs.get(run, ()):
             if "ngram13" not in hits[item]:
@@ -100,3 +316,10 @@ def shares(items: list[dict], total: int) -> dict:
         name: {"value": sum(item[name] is not None for item in items) / total, "stderr": 0.0, "items": total}
         for name in ("exact", "ngram13")
     }
+
+
+def shares_text(pair: str, measures: dict) -> str:
+    """The shares of a training and a test set as a line."""
+    found = [f"{name} {100 * m['value']:.2f} %" for name, m in measures.items() if m["value"]]
+    items = max(m["items"] for m in measures.values())
+    return f"{pair}: {', '.join(found)} of {items} items" if found else f"{pair}: no overlap found"

@@ -37,8 +37,9 @@ def evaluate(
     batch: int,
     progress: Callable[[int, int], None],
     proofs: proof.Memory,
+    limit: int | None = None,
 ) -> tuple[dict, list[dict], int]:
-    """Metrics {name: {value, stderr, items}}, the items of one benchmark, those `cut` at max_new_tokens marked so, and the batch.
+    """Metrics {name: {value, stderr, items}}, the items of one benchmark (the first `limit`), those `cut` at max_new_tokens marked so, and the batch.
 
     That is 1 where texts in a padded batch do not get what each gets alone. RuntimeError if there are no items. `stderr` is the standard error of the mean over items (sample standard deviation over the root of their number).
     """
@@ -47,9 +48,8 @@ def evaluate(
         # A bfloat16 model's likelihoods in bfloat16 would tie where they should not.
         kind = {"batch_size": batch, "device": device(), "softmax_dtype": "float32"}
         lm = _Watched(progress, chat, base, proofs, pretrained=model, tokenizer=base.tokenizer, **kind)
-        result = harness(
-            lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=chat, verbosity="ERROR"
-        )
+        how = {"bootstrap_iters": 0, "log_samples": True, "apply_chat_template": chat, "verbosity": "ERROR"}
+        result = harness(lm=lm, task_dict=tasks, limit=limit, **how)
     logged = result["samples"][name]
     if not logged:
         raise RuntimeError(f"benchmark {name}: the evaluation gave no items")

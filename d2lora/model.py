@@ -126,7 +126,8 @@ def _load(model: Model, cache: Path) -> Base:
             raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
         raise UserError(data.hub_problem("model.path", model.path, error)) from None
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only ever masked: labels and attention masks say what is padding
+        # only ever masked: labels and attention masks say what is padding
+        tokenizer.pad_token = tokenizer.eos_token or data.shape(tokenizer).end
     # Greedy means greedy: some checkpoints ask for penalties and temperatures of their own.
     asked = found.generation_config
     ends = {k: getattr(asked, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}

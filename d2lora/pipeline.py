@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d2lora import contamination, data, plan, tracking
+from d2lora import contamination, data, flips, plan, tracking
 from d2lora.config import Config
 from d2lora.errors import UserError
 from d2lora.plan import Chain, Stage
@@ -92,16 +92,10 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def coverage(config: Config) -> dict:
-    """What the cell's adapter reaches of its base (inits.coverage); found out once and remembered."""
-
-    def find() -> dict:
-        from d2lora import model
-
-        return model.coverage(config.model, config.recipe.lora.target_modules)
-
+def coverage_file(config: Config) -> Path:
+    """Where it is remembered what an adapter reaches of the cell's base (inits.coverage)."""
     asked = {"model": data.model_identity(config.model), "target_modules": config.recipe.lora.target_modules}
-    return cached(output(config) / "fingerprints" / f"coverage-{plan.digest(asked)}.json", find)
+    return output(config) / "fingerprints" / f"coverage-{plan.digest(asked)}.json"
 
 
 def _same_commit(config: Config, commit: str) -> None:
@@ -137,7 +131,8 @@ def _rows(config: Config, source: data.Data) -> list[dict]:
 def _contamination(config, chain, stage, store, base, folder, progress) -> dict:
     pair = plan.pairs(config)[chain.contamination.index(stage)]
     tests, rows = (_rows(config, source) for source in (pair.benchmark.data, pair.rows))
-    items = contamination.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress)
+    templates = {"prompt": pair.benchmark.prompt, "gold": pair.benchmark.gold, "trained": pair.templates}
+    items = contamination.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress, **templates)
     _write_items(folder, items)
     return {"pair": pair.name, "metrics": contamination.shares(items, len(tests)), "data": {"rows": len(rows)}}
 
@@ -153,7 +148,7 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
     draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
     with model.adapter(base, stage.spec, None) as wrapped:
-        reached = inits.coverage(wrapped)
+        reached = cached(coverage_file(config), functools.partial(inits.coverage, wrapped))
         sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
         inits.prepare(wrapped, stage.spec, sequences, progress)
         saved = model.save(base, wrapped, folder)
@@ -194,7 +189,7 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
     def attempt(micro_batch: int) -> tuple[dict, dict]:
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
         with model.adapter(base, stage.spec, parent) as wrapped:
-            reached = inits.coverage(wrapped)
+            reached = cached(coverage_file(config), functools.partial(inits.coverage, wrapped))
             metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference, proofs)
             saved = model.save(base, wrapped, folder)
         model.check_saved(base, saved, folder, stage.spec["init"]["name"])
@@ -244,29 +239,49 @@ def _reference(config: Config, stage: Stage) -> Path:
 
 
 def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
-    from d2lora import evaluate, model, proof
+    from d2lora import evaluate, model
 
     name = plan.benchmarks(config)[chain.evaluations.index(stage)]
+    parent = store.place(stage.parent) / "adapter" if stage.parent else None
+    init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
+    with model.trained(base, parent, init) as (tested, changes):
+        metrics, items, batch = _scored(config, name, base, tested, config.recipe.eval_batch, progress)
+    _write_items(folder, items)
+    result = {"benchmark": name, "metrics": metrics, "eval_batch": batch}
+    counted = evaluate.counts(items)
+    return result | ({"counts": counted} if counted else {}) | ({"adapter_changes_logits": changes} if parent else {})
+
+
+def _scored(config, name: str, base, tested, batch: int, progress: Progress, limit: int | None = None) -> tuple:
+    """A benchmark's metrics, its items (the first `limit`), and the batch that memory and the model had them done in."""
+    from d2lora import evaluate, proof
+
     benchmark = config.task.benchmark.get(name)
     template = base.tokenizer.chat_template is not None
     task = evaluate.task_of(name, benchmark, _rows(config, benchmark.data), template) if benchmark else name
-    parent = store.place(stage.parent) / "adapter" if stage.parent else None
     chat = benchmark.chat and template if benchmark else False
-    init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
-    with model.trained(base, parent, init) as (tested, changes):
-        proofs = proof.Memory(output(config) / "proofs", data.model_identity(config.model))
-        attempt = lambda size: evaluate.evaluate(base, tested, task, chat, size, progress, proofs)  # noqa: E731
-        metrics, items, batch = _in_memory(
-            attempt, lambda size: size // 2, "recipe.eval_batch", config.recipe.eval_batch
-        )
-    _write_items(folder, items)
-    counted = evaluate.counts(items)
-    result = {"benchmark": name, "metrics": metrics, "eval_batch": batch} | ({"counts": counted} if counted else {})
-    return result | ({"adapter_changes_logits": changes} if parent else {})
+    proofs = proof.Memory(output(config) / "proofs", data.model_identity(config.model))
+
+    def attempt(size: int) -> tuple:
+        return evaluate.evaluate(base, tested, task, chat, size, progress, proofs, limit)
+
+    return _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
+
+
+def _flips(config, chain, stage, store, base, folder, progress) -> dict:
+    name, runs = plan.benchmarks(config)[chain.flips.index(stage)], []
+    for number, batch in enumerate(stage.spec["batches"]):
+        half = lambda done, total, before=number: progress(before * total + done, 2 * total)  # noqa: E731
+        runs.append(_scored(config, name, base, base.model, batch, half, stage.spec["items"]))
+    (metrics, some, alone), (_, others, together) = runs
+    found, differing = flips.compare(some, others, list(metrics))
+    _write_items(folder, differing)
+    return {"benchmark": name, "base": config.model.name, "batches": [alone, together], "metrics": found}
 
 
 _WORK = {
     "contamination": _contamination,
+    "flips": _flips,
     "prepare": _prepare,
     "warmup": _warm_up,
     "adapt": _adapt,

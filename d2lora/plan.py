@@ -1,6 +1,7 @@
 """Cells -> stages, each once. What a stage is, what its key covers, and in which order a grid does them. No torch here.
 
     contamination (one a pair of test and training set)
+    flips (one a bfloat16 base and benchmark)
     prepare (initializations computed from weights or data) -> warm-up -> adapt -> evaluate (one a benchmark)
 
 A stage's key is a hash of everything that can change its result and of its parent's key, so cells share what they can:
@@ -17,8 +18,10 @@ from importlib.metadata import version
 from d2lora import contamination, data
 from d2lora.config import QUANTIZING, Benchmark, Config, Task, Warmup, fields
 
-# Raised by hand when a stage's code changes what it computes; a test compares them with the source.
-VERSIONS = {"contamination": 1, "prepare": 1, "warmup": 1, "adapt": 1, "evaluate": 3}
+# Raised by hand when a stage's code changes what it computes: tests/test_golden.py fails where results move and these do not.
+VERSIONS = {"contamination": 2, "flips": 1, "prepare": 2, "warmup": 2, "adapt": 2, "evaluate": 4}
+
+FLIP_ITEMS = 200  # of a benchmark's, the first: batch 1 is slow
 
 
 def canonical(value: object) -> str:
@@ -65,14 +68,15 @@ class Chain:
     evaluations: tuple[Stage, ...]
     contamination: tuple[Stage, ...] = ()
     prepare: Stage | None = None
+    flips: tuple[Stage, ...] = ()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return self.contamination + self.results
+        return self.contamination + self.flips + self.results
 
     @property
     def results(self) -> tuple[Stage, ...]:
-        """The stages that the cell's result comes from: a check of the data changes none."""
+        """The stages that the cell's result comes from: checks of data and base change none."""
         return tuple(s for s in (self.prepare, self.warmup, self.adapt) if s) + self.evaluations
 
     @property
@@ -87,7 +91,8 @@ def chain(config: Config) -> Chain:
     warmup = _warmup(config, prepare) if config.m != 0 else None
     adapt = _adapt(config, warmup or prepare) if config.n != 0 else None
     evaluations = tuple(_evaluations(config, adapt or warmup or prepare))
-    return Chain(warmup, adapt, evaluations, tuple(map(_contamination, pairs(config))), prepare)
+    checks = tuple(map(_contamination, pairs(config)))
+    return Chain(warmup, adapt, evaluations, checks, prepare, tuple(_flips(config)))
 
 
 def _is_prepared(config: Config) -> bool:
@@ -207,6 +212,16 @@ def _evaluations(config: Config, parent: Stage | None) -> Iterable[Stage]:
         )
 
 
+def _flips(config: Config) -> Iterable[Stage]:
+    """Of a bfloat16 model, the base's evaluations alone and in batches: one each for all cells."""
+    if config.model.dtype != "bfloat16":
+        return
+    batches = [1, max(2, config.recipe.eval_batch)]
+    for stage in _evaluations(config, None):
+        spec = stage.spec | {"batches": batches, "items": FLIP_ITEMS, "evaluation": VERSIONS["evaluate"]}
+        yield Stage("flips", spec, label=f"{stage.label} at batch {batches[0]} and {batches[1]}")
+
+
 @dataclass(frozen=True)
 class Pair:
     """A test set and a training set of either phase, whole: the pair is the same for all n and m."""
@@ -214,6 +229,7 @@ class Pair:
     benchmark: Benchmark
     rows: data.Data
     columns: tuple[str, ...]  # of the training set
+    templates: tuple[str, ...]  # what makes its texts of them
     split_seed: int
     name: str  # for people: "training set / benchmark"
 
@@ -228,17 +244,24 @@ class Pair:
 
 def pairs(config: Config) -> list[Pair]:
     """What a cell trains on or is prepared with, against what judges it. lm-evaluation-harness's own tasks are not read, so not checked."""
-    trained: list[tuple[str, data.Data, tuple[str, ...]]] = []
+    trained: list[tuple[str, data.Data, tuple[str, ...], tuple[str, ...]]] = []
     read = sources(config)
     if "warmup.data" in read:
-        trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,)))
+        trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,), ()))
     if "task.data" in read:
-        trained.append((config.task.name, config.task.data, tuple(data.columns(config.task))))
+        trained.append((config.task.name, config.task.data, tuple(data.columns(config.task)), _trained(config.task)))
     return [
-        Pair(benchmark, rows, columns, config.split_seed, f"{name} / {test}")
-        for name, rows, columns in trained
+        Pair(benchmark, rows, columns, templates, config.split_seed, f"{name} / {test}")
+        for name, rows, columns, templates in trained
         for test, benchmark in config.task.benchmark.items()
     ]
+
+
+def _trained(task: Task) -> tuple[str, ...]:
+    """The templates of the texts that a task teaches: its prompt (each turn), and whole answers as they follow the prefix."""
+    answers = (task.full_chosen or task.chosen, task.full_rejected or task.rejected)
+    turns = [turn.content for turn in task.prompt] if isinstance(task.prompt, list) else [task.prompt or ""]
+    return (*filter(None, turns), *(f"{task.prefix} {answer}".strip() for answer in answers if answer))
 
 
 def _contamination(pair: Pair) -> Stage:
@@ -246,8 +269,14 @@ def _contamination(pair: Pair) -> Stage:
         "data": data.identity(pair.benchmark.data, pair.split_seed),
         "question": pair.question,
         "answer": pair.answer,
+        "prompt": pair.benchmark.prompt,
+        "gold": pair.benchmark.gold,
     }
-    train = {"data": data.identity(pair.rows, pair.split_seed), "columns": list(pair.columns)}
+    train = {
+        "data": data.identity(pair.rows, pair.split_seed),
+        "columns": list(pair.columns),
+        "templates": list(pair.templates),
+    }
     spec = {"test": test, "train": train, "ngram": contamination.NGRAM}
     return Stage("contamination", spec, label=f"contamination of {pair.name}")
 
@@ -312,7 +341,7 @@ class Job:
             for s in self.stages
             if s.name in ("prepare", "warmup", "adapt")
         )
-        return trained + 1_000 * sum(s.name == "evaluate" for s in self.stages)
+        return trained + 1_000 * sum(s.name in ("evaluate", "flips") for s in self.stages)
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
@@ -329,15 +358,16 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
     """The jobs of a grid in the batches that a launcher gets, each longest first. Nothing in a batch waits for another job of
     it, so no worker waits for a lock.
 
-    First preparations; then warm-ups, evaluations of the base, the cells without warm-up and the checks of the data; then those
-    with a warm-up; last what else is to be evaluated of an adaptation that another cell's job makes. The checks are the
+    First preparations; then warm-ups, evaluations of the base, the cells without warm-up and the checks of base and data; then those
+    with a warm-up; last what else is to be evaluated of an adaptation that another cell's job makes. The checks of data are the
     shortest. As a worker's first job they would have joblib measure it without torch: with torch it would then seem to leak, and
     be renewed.
     """
     taken = set(done)
     checks = [job for cell in cells if (job := _job(cell, cell.chain.contamination, taken)).stages]
+    flips = [job for cell in cells if (job := _job(cell, cell.chain.flips, taken)).stages]
     prepares = _alone(cells, "prepare", taken)
-    first = [*_alone(cells, "warmup", taken), *checks]
+    first = [*_alone(cells, "warmup", taken), *flips, *checks]
     second: list[Job] = []
     last: list[Job] = []
     for cell in cells:

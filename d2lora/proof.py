@@ -27,7 +27,7 @@ from d2lora.store import write_json
 EXACT = 1e-3  # nats a token, in float32
 _NOISE = 3.0  # times the noise that was measured, in bfloat16 ...
 _LEAST = 0.02  # ... and at least so much: a batch may happen to show none
-_FUTURE = 0.5  # in bfloat16, where passes of two lengths differ by rounding
+_COARSE = 1.0  # where two passes of a bfloat16 model have other lengths or batches
 _SHOWN = 5  # examples at most: the longest, and the shortest beside them
 _PACKAGES = ("torch", "transformers", "peft", "trl")
 Tokens = dict[tuple[int, int, int], float]  # (example, answer, column) -> log-probability
@@ -213,7 +213,7 @@ class _Check:
             whole, part = (
                 self.model(input_ids=torch.tensor([text], device=device)).logits[0] for text in (ids, ids[:half])
             )
-        tolerance = EXACT if self.base.dtype == torch.float32 else _FUTURE
+        tolerance = EXACT if self.base.dtype == torch.float32 else _COARSE
         seen = off(part, whole[:half])
         return Proof("causal", self.length, seen, tolerance, seen <= tolerance)
 
@@ -316,11 +316,8 @@ def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[
     length, tolerance = len(some[-1]), EXACT
     try:
         off = compare(model, some)
-        if base.dtype != torch.float32:
-            alone = max(
-                compare(model, [ids, ids]) for ids in (some[0], some[-1])
-            )  # two of one length: no padding, only rounding
-            tolerance = max(_LEAST, _NOISE * alone)
+        if base.dtype != torch.float32:  # other shapes round otherwise: what is small is seen on a small copy
+            tolerance = _COARSE
             with torch.random.fork_rng():
                 small_model = _small_model(base.config, base.config._attn_implementation)
                 structural = compare(small_model, [_ids(len(ids)) for ids in some])

@@ -155,9 +155,8 @@ def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> dict:
     """The ids of what is asked; of a choice, with its longest option. Empty where it is short enough anyway."""
     prompt = data.fill(benchmark.prompt, row)
     asked = data.rendered_prompt(tokenizer, prompt) if benchmark.chat else prompt
-    choices = data.at(row, benchmark.choices) if benchmark.choices else None
-    if isinstance(choices, list):
-        asked += max((f" {choice}" for choice in choices), key=len, default="")
+    if benchmark.choices:
+        asked += " " + max(data.choices(benchmark, row), key=len)
     if len(asked.encode()) < room:  # no token is shorter than a byte
         return {"input_ids": []}
     return {"input_ids": data.encode(tokenizer, asked)}
@@ -271,7 +270,7 @@ def _source(model: Model, output: Path) -> Source | None:
 def _context(source: Source) -> int | None:
     """How many tokens the model takes, as lm-evaluation-harness reads it from the config."""
     try:
-        config = json.loads((Path(source.place) / "config.json").read_text())
+        config = json.loads(_config_file(source).read_text())
     except (OSError, ValueError):
         return None
     for place in (config, config.get("text_config") or {}):
@@ -279,6 +278,15 @@ def _context(source: Source) -> int | None:
             if isinstance(place.get(name), int):
                 return place[name]
     return None
+
+
+def _config_file(source: Source) -> Path:
+    """The model's config on this machine: in its folder, or in the Hub's cache."""
+    file = Path(source.place) / "config.json"
+    if not file.is_file():
+        cached_file = data.hub().try_to_load_from_cache(source.place, "config.json", revision=source.revision)
+        return Path(cached_file) if isinstance(cached_file, str) else file
+    return file
 
 
 def _ask(source: Source, make: Make, rows: list[Row], max_length: int) -> list[str] | None:

@@ -5,20 +5,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from d2lora import plan
+from d2lora import contamination, flips, plan
 from d2lora.plan import Cell, Stage
 from d2lora.store import Store
 
 
-def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
-    """What a sweep will do: cells, stages, what is shared and done, samples to be seen, and about how long."""
+def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = ()) -> str:
+    """What a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, and about how long."""
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
     used = Counter(s.key for c in cells for s in c.chain.stages)
     lines = [
         f"sweep {cells[0].config.sweep}: {len(cells)} cell{'s'[: len(cells) > 1]}, {len(stages)} stages, {len(stages) - len(left)} done, {len(left)} to do"
     ]
-    for name in ("contamination", "prepare", "warmup", "adapt", "evaluate"):
+    for name in ("contamination", "flips", "prepare", "warmup", "adapt", "evaluate"):
         these = [s for s in stages if s.name == name]
         if these:
             shared = sum(used[s.key] > 1 for s in these)
@@ -28,13 +28,22 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1) -> str:
             )
     if len(cells) <= 12 or cells[0].config.dry_run:
         lines += [f"  {_cell_line(c, store)}" for c in cells]
+    lines += notes
     if left:
         lines.append(f"  about {_duration(left, store, workers)}")
     return "\n".join(lines)
 
 
+def coverage_text(model: str, targets: str | list[str], found: dict) -> str:
+    """What an adapter reaches of a model and what it leaves out, from a hundredth of the weights on (inits.coverage)."""
+    named = targets if isinstance(targets, str) else ",".join(targets)
+    left = [f"{kind} {100 * share:.0f} %" for kind, share in found["left_out"].items() if share >= 0.01]
+    out = f"; left out: {', '.join(left[:6])}{' ...' if len(left) > 6 else ''}" if left else ""
+    return f"  {named} adapts {100 * found['share']:.0f} % of {model}'s weights{out}"
+
+
 def _samples(name: str, these: list[Stage], cells: list[Cell]) -> str:
-    if name in ("contamination", "prepare", "evaluate"):
+    if name in ("contamination", "flips", "prepare", "evaluate"):
         return ""
     every = [s for c in cells for s in c.chain.stages if s.name == name]
     if any(s.samples is None for s in every):
@@ -78,6 +87,8 @@ def _kind(name: str, spec: dict) -> tuple:
         return name, plan.canonical(spec["train"])
     if name == "evaluate":
         return name, plan.canonical(spec.get("benchmark", spec.get("lm_eval")))
+    if name == "flips":
+        return name, plan.canonical([spec.get("benchmark", spec.get("lm_eval")), spec["model"]])
     kind = spec["init"]["name"] if name == "prepare" else spec.get("method", {}).get("name")
     return name, kind, plan.canonical(spec["model"])
 
@@ -110,6 +121,16 @@ def cell_text(cell: Cell, store: Store) -> str:
             lines.append(f"  {name} {metric}: {100 * r['value']:.2f} % ± {196 * r['stderr']:.2f} ({r['items']} items)")
         if record is None:
             lines.append(f"  {name}: missing")
+        elif cut := record.get("counts", {}).get("cut"):
+            items = max(r["items"] for r in record["metrics"].values())
+            lines.append(f"  {name}: {cut} of {items} answers stopped at max_new_tokens, before an end of their own")
+    for name, stage in zip(plan.benchmarks(cell.config), cell.chain.flips, strict=False):
+        record = store.record(stage)
+        lines.append(f"  {flips.text(record) if record else f'{name} of the base at two batch sizes: missing'}")
+    for pair, stage in zip(plan.pairs(cell.config), cell.chain.contamination, strict=True):
+        record = store.record(stage)
+        found = contamination.shares_text(pair.name, record["metrics"]) if record else f"{pair.name}: missing"
+        lines.append(f"  test items in the training set, {found}")
     return "\n".join([*lines, *_passed_over(cell, store)])
 
 

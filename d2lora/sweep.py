@@ -33,11 +33,12 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     rehearsal.remember()
     output = pipeline.output(cells[0].config)
     store, workers = Store(output), _workers(config)
+    planned = summary.plan_text(cells, store, workers, cli.coverage(cells))
     if cells[0].config.dry_run:
-        print(summary.plan_text(cells, store, workers))
+        print(planned)
         return
     _refuse_twice(config, cells[0].config.sweep)
-    print(summary.plan_text(cells, store, workers), flush=True)
+    print(planned, flush=True)
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))
     shown = [functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work)]

@@ -20,7 +20,12 @@ PROVENANCE = {
     "started": "2026-01-01T00:00:00+00:00",
     "threads": 1,
 }
-METRICS = {"number": ["accuracy"], "choice": ["acc", "acc_norm"], "rouge": ["rouge1", "rouge2", "rougeL", "rougeLsum"]}
+METRICS = {
+    "number": ["accuracy"],
+    "exact": ["accuracy"],
+    "choice": ["acc", "acc_norm"],
+    "rouge": ["rouge1", "rouge2", "rougeL", "rougeLsum"],
+}
 
 
 def cells(config: Config, **axes: Iterable) -> list[Cell]:
@@ -46,23 +51,31 @@ def publish(
     text: Callable[[int], str] = lambda i: f"answer {i}",
     provenance: Callable[[Stage], dict] = lambda stage: PROVENANCE,
     missing: Callable[[Stage], bool] = lambda stage: False,
+    more: Callable[[Stage], dict] = lambda stage: {},
 ) -> None:
     """Write the grid's manifest and the record of each of its stages through the store, but for `missing` ones."""
     store = Store(output)
     write_manifest(output, grid)
     for cell in grid:
         names = dict(zip((s.key for s in cell.chain.evaluations), benchmarks(cell.config), strict=True))
+        names |= dict(zip((s.key for s in cell.chain.flips), benchmarks(cell.config), strict=False))
         for stage in cell.chain.stages:
             if not missing(stage):
-                store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, names.get(s.key), items, ability, text, provenance))  # fmt: skip # noqa: B023
+                store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, names.get(s.key), items, ability, text, provenance, more))  # fmt: skip # noqa: B023
 
 
-def _record(folder, stage, cell, benchmark, items, ability, text, provenance) -> dict:
+def _record(folder, stage, cell, benchmark, items, ability, text, provenance, more) -> dict:
     record = {"key": stage.key, "stage": stage.name, "label": stage.label, "version": 1, "spec": stage.spec}
     record |= {"parent": stage.parent.key if stage.parent else None, "provenance": provenance(stage)}
     record |= {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0}
     if stage.name == "contamination":
         return record | {"metrics": {"exact": {"value": 0.0, "items": items}}, "data": {"rows": 100}}
+    if stage.name == "flips":
+        scored = METRICS[cell.config.task.benchmark[benchmark].kind]
+        names = ["answers_flipped", *(f"{m}_{k}" for m in scored for k in ("flipped", "difference"))]
+        found = {m: {"value": 0.031 if m.endswith("flipped") else 0.004, "stderr": 0.01, "items": 200} for m in names}
+        facts = {"benchmark": benchmark, "base": cell.config.model.name, "batches": stage.spec["batches"]}
+        return record | facts | {"metrics": found}
     if stage.name != "evaluate":
         n = stage.spec.get("n", stage.spec.get("m"))
         samples = 6970 if n == "all" else n
@@ -74,7 +87,7 @@ def _record(folder, stage, cell, benchmark, items, ability, text, provenance) ->
             item = {"index": i, "prompt": f"question {i}: {text(i)}", "answer": text(i), "gold": f"gold {i}"}
             file.write(json.dumps(item | {m: x[i] for m, x in scores.items()}) + "\n")
     metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
-    return record | {"benchmark": benchmark, "metrics": metrics}
+    return record | {"benchmark": benchmark, "metrics": metrics} | more(stage)
 
 
 def _scores(stage: Stage, kind: str, items: int, ability: float) -> dict[str, list[float]]:

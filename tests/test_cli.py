@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = ["task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
 COLUMNS = (
     "cell_id sweep model task method init warmup recipe lr reference m n seed benchmark metric value stderr items "
-    "train_seconds eval_seconds peak_memory_mb stage_key misfits left_out"
+    "cut empty eval_batch train_seconds eval_seconds peak_memory_mb stage_key misfits left_out batch_flips batch_difference"
 )
 
 

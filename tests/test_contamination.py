@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from d2lora import contamination, pipeline, plan
+from d2lora import contamination, pipeline, plan, summary
+from d2lora.config import fields
+from d2lora.data import texts
 from d2lora.report import manifest
 from d2lora.store import Store
 
@@ -79,6 +83,179 @@ def test_the_shares_are_of_all_items() -> None:
     }
 
 
+# --- templates -----------------------------------------------------------------------------------------------------
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{{}}."
+
+
+def between(test: tuple[str, dict], train: tuple[str, dict], gold: str = "") -> tuple[bool, bool]:
+    """Whether a test (prompt template and row) is in a training set (template or "", and row): as a whole, by 13 words."""
+    (prompt, item), (template, row) = test, train
+    found = contamination.overlap(
+        [item],
+        sorted(fields(prompt)),
+        sorted(fields(gold)),
+        [{"other": "nothing"} | dict.fromkeys(row, "before"), row],
+        sorted(row),
+        prompt=prompt,
+        gold=gold,
+        trained=[template] if template else [],
+    )
+    assert all(i[name] in (None, 1) for i in found for name in ("exact", "ngram13"))
+    return any(i["exact"] == 1 for i in found), any(i["ngram13"] == 1 for i in found)
+
+
+@pytest.mark.parametrize(
+    ("test", "train", "exact"),
+    [
+        # a template on either side, on both, on none
+        (("What is the capital of {country}?", {"country": "Ardan"}), ("", {"q": "What is the capital of Ardan?"}), True),
+        (("What is the capital of {country}?", {"country": "Ardan"}), ("{q}", {"q": "what is the capital of ARDAN"}), True),
+        (("{q}", {"q": "What is the capital of Ardan?"}), ("What is the capital of {c}?", {"c": "Ardan"}), True),
+        (("Name the capital of {c}.", {"c": "Ardan"}), ("Name the {what} of {c}.", {"what": "capital", "c": "Ardan"}), True),
+        (("{q}", {"q": "What is the capital of Ardan?"}), ("", {"q": "What is the capital of Ardan?"}), True),
+        # an instruction beside it, on either side
+        (("{q} " + INSTRUCTION, {"q": "Which is it?"}), ("", {"t": "Which is it?"}), True),
+        (("{q}", {"q": "Which is it?"}), ("{t} " + INSTRUCTION, {"t": "Which is it?"}), True),
+        (("{q} " + INSTRUCTION, {"q": "Is it?"}), ("", {"t": f"Is it? {INSTRUCTION.format()}"}), True),
+        (("Question: {q}\nAnswer:", {"q": "Which is it?"}), ("{t} " + INSTRUCTION, {"t": "Which is it?"}), True),
+        (("What is the capital of {c}? Answer in one word.", {"c": "Ardan"}), ("", {"q": "What is the capital of Ardan?"}), True),
+        (("{q}", {"q": "What is the capital of Ardan?"}), ("Be short. What is the capital of {c}?", {"c": "Ardan"}), True),
+        # two parts
+        (("{z} {a}", {"z": "Ann has 3 figs.", "a": "How many?"}), ("", {"q": "Ann has 3 figs. How many?"}), True),
+        (("{q}", {"q": "Ann has 3 figs. How many?"}), ("{z} {a}", {"z": "Ann has 3 figs.", "a": "How many?"}), True),
+        (("{n}{unit}?", {"n": 5, "unit": "kg"}), ("", {"q": "5kg?"}), True),
+        (("Is {a} above {b}?", {"a": 3, "b": 5}), ("What is {x} plus {y}?", {"x": 3, "y": 5}), False),
+        (("{a}, {b}. Which is larger?", {"a": 3, "b": 5}), ("{x}, {y}. Add them.", {"x": 3, "y": 5}), False),
+        (("{a} {b}?", {"a": "Ann has 3 figs.", "b": "How many?"}), ("", {"x": "Ann has 3 figs.", "y": "How many?"}), False),
+        (("What is the capital of {c}?", {"c": "Ardan"}), ("What is the river of {c}?", {"c": "Bel"}), False),
+    ],
+)  # fmt: skip
+def test_questions_are_compared_as_they_are_asked(test, train, exact: bool) -> None:
+    assert between(test, train) == (exact, False)
+
+
+def test_a_long_question_in_two_parts_is_found_under_other_labels() -> None:
+    parts = {"story": "A train leaves Bonn at 9:30 with 120 people.", "q": "How many of them are still on it in Rome?"}
+    labelled = "Story: {story}\nQuestion: {q}\nAnswer:"
+    assert between((labelled, parts), ("{story} {q}", parts)) == (True, True)
+    assert between(("{story} {q}", parts), (labelled, parts)) == (True, True)
+    assert between((labelled, parts), ("", {"text": f"Hear: {parts['story']} {parts['q']} Well."})) == (False, True)
+    assert between(("{story} {q}", parts), ("", {"text": f"Hear: {parts['story']} {parts['q']} Well."})) == (
+        False,
+        True,
+    )
+
+
+def test_a_template_s_wording_is_no_overlap() -> None:
+    """Fourteen words that all prompts share, in the template of one side, of both, or beside a short value."""
+    wording = "think about it as long as you need and write the number alone at the end"
+    prompt = "{q} Please " + wording
+    ours, theirs = {"q": "Two and two?"}, {"p": "Ten less one?"}
+    assert between((prompt, ours), ("{p} Please " + wording, theirs)) == (False, False)
+    assert between((prompt, ours), ("", {"p": f"Ten less one? Please {wording}"})) == (False, False)
+    assert between(("{q}", {"q": f"Two? Please {wording}"}), ("{p} Please " + wording, theirs)) == (False, False)
+    gold = wording + " {answer}"
+    assert between(("{q}", ours | {"answer": "4"}), ("", {"p": wording}), gold) == (False, False)
+
+
+def test_answers_are_compared_as_they_are_filled() -> None:
+    item = {"q": "How?", "steps": "At first there are 120 people on it.", "end": "So 80 are left in Rome."}
+    said = f"{item['steps']} {item['end']}"
+    assert between(("{q}", item), ("", {"t": said}), "{steps} {end}") == (False, True)
+    assert between(("{q}", {"q": "How?", "a": said}), ("{steps} {end}", item), "{a}")[1]
+    assert between(("{q}", item), ("", {"t": said}), "{steps} and {end}") == (False, False), "a word stands between"
+    short = {"steps": "At first there are", "end": "120 people on the train to Rome via Genoa at 9 sharp"}
+    around = {"t": f"{short['steps']} {short['end']}"}
+    assert between(("{q}", {"q": "How?", "a": around["t"]}), ("{steps} {end}", short), "{a}") == (False, True)
+
+
+def test_what_is_no_text_is_read_by_its_parts_and_never_as_python_source() -> None:
+    typed = [{"role": "user", "content": [{"type": "text", "text": "Which "}, {"type": "text", "text": "is it?"}]}]
+    item = ("{q}", {"q": "Which is it?"})
+    assert between(item, ("", {"chat": typed})) == (True, False)
+    assert between(item, ("{chat}", {"chat": typed})) == (True, False), "the template can't be filled"
+    assert between(item, ("", {"options": ["Which", "is it?"]})) == (False, False)
+    options = {"q": "Which is it?", "options": ["red", "blue"]}
+    assert between(("{q} {options}", options), ("", {"t": "red blue Which is it?"})) == (True, False)
+    assert between(("{q} {options[0]}", options), ("", {"t": "Which is it? red"})) == (True, False)
+    silent = [{"role": "user", "content": "Call."}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    for word in ("None", "role", "[{'role': 'user'", "{'text': ['red']}"):
+        assert between(("{q}", {"q": word}), ("", {"chat": silent, "t": None, "c": {"text": ["red"]}})) == (
+            False,
+            False,
+        )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("Wo liegt die Stra\u00dfe?", "WO LIEGT DIE STRASSE", True),
+        ("Who was Bront\u00eb?", "who was bronte\u0308", True),
+        ("Who was Bront\u00eb?", "who was bronte", False),
+        ("\uff37\uff48\uff4f has \uff11\uff12?", "who has 12", True),
+        ("It costs $1,200.", "it costs 1200", True),
+        ("It costs 1\u202f200.", "it costs 1,200", True),
+        ("\u201cWho\u201d \u2014 said he \u2026", '"who" said he', True),
+        ("\ufb01nd it", "find it", True),
+        ("法国的首都是什么？", "法国 的 首都 是 什么", True),
+        ("法国的首都是什么？", "德国的首都是什么？", False),
+        ("カメラはどこ", "ｶﾒﾗはどこ?", True),
+        ("กินข้าวไหม", "กิน ข้าว ไหม", True),
+        ("กิน", "กัน", False),
+        ("कि", "की", False),
+        ("나는 학생이다", "나는 학생이다.", True),
+        ("나는 학생이다", "나는학생이다", False),
+    ],
+)
+def test_words_are_compared_whatever_their_spelling_in_unicode(one: str, other: str, equal: bool) -> None:
+    assert between(("{q}", {"q": one}), ("", {"t": other})) == (equal, False)
+    assert between(("{q}", {"q": other}), ("", {"t": one})) == (equal, False)
+
+
+@pytest.mark.parametrize(
+    "text", ["从前有一座山山里有一座庙庙里有一个老和尚", "むかしむかしあるところにおじいさんがいました", "กาลครั้งหนึ่งนานมาแล้วมีชายชราคนหนึ่ง", "ကျွန်တော်သည်ကျောင်းသားတစ်ယောက်ဖြစ်သည်ဟုပြောသည်"]
+)  # fmt: skip
+def test_without_spaces_thirteen_characters_are_found_and_twelve_are_not(text: str) -> None:
+    characters = contamination.words(text)
+    assert len(characters) > 14
+    for length, found in ((13, True), (12, False)):
+        part = "".join(characters[1 : 1 + length])
+        assert between(("{q}", {"q": text}), ("", {"t": f"{part}A B"})) == (False, found)
+
+
+def test_korean_has_spaces_and_is_compared_by_words() -> None:
+    text = "옛날 옛적 깊은 산속 작은 마을 외딴 집 한 채 착한 나무꾼 그리고 늙은 어머니"
+    words = text.split()
+    assert contamination.words(text) == tuple(words)
+    assert between(("{q}", {"q": text}), ("", {"t": " ".join(words[:13])})) == (False, True)
+    assert between(("{q}", {"q": text}), ("", {"t": " ".join(words[:12])})) == (False, False)
+
+
+_WORDS = st.lists(st.sampled_from(["one", "two", "three", "four.", "5,", "Six", "七八", "é"]), max_size=20).map(
+    " ".join
+)
+_ROW = st.fixed_dictionaries({"a": _WORDS, "b": _WORDS})
+_TEMPLATE = st.sampled_from(
+    ["{a}", "{b} {a}", "Q: {a}\nA: {b}", "one {a} two {b}", "{a}{b}", "{a} Say it. {b}", "{a[0]}"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_ROW, min_size=1, max_size=4), st.lists(_ROW, max_size=4), _TEMPLATE, _TEMPLATE, _TEMPLATE)
+def test_templates_add_to_what_columns_find_and_equal_renderings_are_found(tests, rows, prompt, gold, trained) -> None:
+    given_ = (tests, ["a", "b"], ["b"], rows, ["a", "b"])
+    plain = {i["index"]: i for i in contamination.overlap(*given_)}
+    found = {i["index"]: i for i in contamination.overlap(*given_, prompt=prompt, gold=gold, trained=[trained])}
+    for index, item in plain.items():
+        assert all(item[name] is None or found[index][name] <= item[name] for name in ("exact", "ngram13"))
+    for index, item in enumerate(tests):
+        rendered = [texts.fill(trained, row) for row in rows if row["a"] or "[0]" not in trained]
+        asked = contamination.words(texts.fill(prompt, item)) if item["a"] or "[0]" not in prompt else ()
+        if asked and asked in map(contamination.words, rendered):
+            assert found[index]["exact"] is not None
+
+
 # --- the stage -----------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +289,10 @@ def test_another_test_or_training_set_is_another_pair(cell) -> None:
     assert not keys() & keys("+task.data.hold_out=10")
     assert not keys("+task.data.hold_out=10") & keys("+task.data.hold_out=10", "split_seed=1")
     assert len(keys() & keys("task.benchmark.lab_math.data.split=validation")) == 1
+    assert len(keys() & keys("task.benchmark.lab_math.prompt='Solve: {question}'")) == 1, (
+        "it is looked for as it is asked"
+    )
+    assert not keys() & keys("task.prompt='Solve: {prompt}'")
     assert keys() == keys("task.benchmark.lab_math.limit=4", "recipe.lr.sft=1e-5"), "the whole set is checked"
 
 
@@ -220,3 +401,33 @@ def test_a_manifest_names_the_checks_of_a_cell_by_their_pair(planted) -> None:
             strict=True,
         )
     }
+
+
+def test_a_cell_says_what_was_found_and_what_was_not(planted) -> None:
+    store = do(planted, "contamination")[0]
+    said = [line.strip() for line in summary.cell_text(planted, store).splitlines() if "training set" in line]
+    assert said == [
+        "test items in the training set, lab / lab_math: ngram13 50.00 % of 2 items",
+        "test items in the training set, lab / lab_facts: no overlap found",
+        "test items in the training set, lab-math / lab_math: exact 50.00 %, ngram13 50.00 % of 2 items",
+        "test items in the training set, lab-math / lab_facts: no overlap found",
+    ]
+
+
+def test_a_typed_cell_finds_the_questions_its_test_template_makes(run, tiny: Path, tmp_path: Path) -> None:
+    """The training column has whole questions, the test set only the countries."""
+    countries = ["Ardan", "Belor", "Cesta", "Dorim"]
+    train = [{"q": f"What is the capital of {c}?", "a": f"{c}ville"} for c in countries[:3]]
+    for name, rows in (("train", train), ("test", [{"country": c, "n": 1} for c in countries])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine" / "task").mkdir(parents=True)
+    (tmp_path / "mine" / "benchmark").mkdir()
+    (tmp_path / "mine" / "task" / "capitals.yaml").write_text(
+        'defaults: [/benchmark: [capitals]]\nname: capitals\ndata: {path: train.jsonl}\nprompt: "{q}"\nchosen: "{a}"\n'
+    )
+    (tmp_path / "mine" / "benchmark" / "capitals.yaml").write_text(
+        "capitals:\n  data: {path: test.jsonl, split: test}\n  kind: number\n  max_new_tokens: 2\n"
+        '  prompt: "What is the capital of {country}?"\n  gold: "{n}"\n'
+    )
+    done = run("--config-dir", str(tmp_path / "mine"), "task=capitals", f"model.path={tiny}", "n=2", "m=0")
+    assert "test items in the training set, capitals / capitals: exact 75.00 % of 4 items" in done.stdout

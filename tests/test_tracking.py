@@ -22,7 +22,7 @@ import made
 import psutil
 import pytest
 
-from d2lora import contamination, tracking, wandb_runs
+from d2lora import contamination, flips, tracking, wandb_runs
 from d2lora.plan import Stage
 from d2lora.store import Store
 
@@ -347,6 +347,19 @@ def test_a_contamination_check_that_finds_every_item_shows_its_share(tmp_path: P
     found = {k: v for k, v in run["summary"].items() if k.startswith("lab / lab_math")}
     shares = {"exact": 1.0, "exact_items": 2, "ngram13": 0.0, "ngram13_items": 2}
     assert found == {f"lab / lab_math/{name}": value for name, value in shares.items()}
+
+
+def test_two_batch_sizes_show_what_flipped(tmp_path: Path, cell, capsys) -> None:
+    this = cell("n=0", *SMALL, "model.dtype=bfloat16", "wandb.mode=offline", f"output={tmp_path}")
+    alone, together = ([{"index": 0, "prompt": "?", "answer": a, "accuracy": s}] for a, s in (("4", 1.0), ("5", 0.0)))
+    found, items = flips.compare(alone, together, ["accuracy"])
+    run = mirror(this, this.chain.flips[0], {"benchmark": "lab_math", "batches": [1, 8], "metrics": found}, items)
+    assert capsys.readouterr().err == ""
+    assert run["display_name"] == this.chain.flips[0].label
+    assert run["summary"]["lab_math/answers_flipped"] == 1
+    assert run["summary"]["lab_math/accuracy_difference"] == -1
+    (table,) = (tmp_path / "wandb").glob("*run-*/files/media/table/*.json")
+    assert json.loads(table.read_text())["data"] == [[0, "?", '["4", "5"]', "[1.0, 0.0]"]]
 
 
 def test_a_cell_s_run_that_could_not_be_filled_is_sent_again(tmp_path: Path, cell, monkeypatch, capsys) -> None:

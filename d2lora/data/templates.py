@@ -1,5 +1,6 @@
 """A model's chat template: what it writes around a conversation, an answer and its end. Neither torch nor transformers here."""
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -64,17 +65,17 @@ _HEAD = re.compile(rf"(\{{%- set ({'|'.join(_SWITCHES)}) = (true|false) %\}})*({
 
 def _without_head(template: str) -> str:
     """A template as the model has it."""
-    return _HEAD.sub("", template, count=1) if _HEAD.match(template) else template
+    return _HEAD.sub("", template, count=1)
 
 
 def _switches(tokenizer, name: str) -> bool:
     """Whether the template's prompt depends on the variable."""
     if name not in str(tokenizer.chat_template):
         return False
-    with_it, without = (
-        tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True, **{name: value})
-        for value in (True, False)
-    )
+    try:
+        with_it, without = (render(tokenizer, _PROBE[:1], True, variables={name: value}) for value in (True, False))
+    except UserError:
+        return False
     return with_it != without
 
 
@@ -116,6 +117,7 @@ def render(
     generate: bool = False,
     template: str | None = None,
     tools: list | None = None,
+    variables: dict[str, bool] | None = None,
 ) -> str:
     """A conversation as the chat template has it; with `generate` up to where the next answer starts. UserError if it refuses."""
     need(tokenizer)
@@ -125,13 +127,13 @@ def render(
             m | {"content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
             for m in messages
         ]
-    return _apply(tokenizer, messages, generate, template, tools)
+    return _apply(tokenizer, messages, generate, template, tools=tools, **(variables or {}))
 
 
-def _apply(tokenizer, messages: list[Message], generate: bool, template: str, tools: list | None = None) -> str:
+def _apply(tokenizer, messages: list[Message], generate: bool, template: str, **variables: Any) -> str:
     try:
         return tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=generate
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generate, **variables
         )
     except Exception as error:  # a template raises what it likes, and fails as any program does
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -176,10 +178,13 @@ def shape(tokenizer) -> Shape:
 def _shape(tokenizer, template: str | None) -> Shape:
     if template is None:
         return Shape("", "", *_named_end(tokenizer), ended=False, follows=True)
-    prompt, turn = (render(tokenizer, _PROBE[:n], n == 1, template) for n in (1, 2))
+    try:
+        prompt, turn = (render(tokenizer, _PROBE[:n], n == 1, template) for n in (1, 2))
+    except UserError:  # what it refuses so, it will refuse again, with the row
+        prompt = turn = ""
     place = turn.rfind(_ANSWER)
-    if place < 0:
-        raise UserError("the model's chat template leaves out the assistant's turns")
+    if place < 0:  # a template of prompts only
+        return Shape("", "", *_named_end(tokenizer), ended=False, follows=True)
     if follows := turn.startswith(prompt):
         opening = turn[len(prompt) : place]
     else:  # R1's prompt opens a thought, which its turns do not have: an answer without one closes it
@@ -227,7 +232,7 @@ def say_end(tokenizer, name: str) -> None:
     end = shape(tokenizer).end
     if end != tokenizer.eos_token:
         print(
-            f"model {name}: its chat template ends turns with {end}, its tokenizer names {tokenizer.eos_token}: "
+            f"model {name}: its chat template ends turns with {end}, its tokenizer names {tokenizer.eos_token or 'none'}: "
             f"training and generation end with {end}",
             file=sys.stderr,
         )
@@ -247,7 +252,7 @@ def refuse_tokens(tokenizer, text: str, what: str) -> None:
 def _guarded(tokenizer, template: str) -> re.Pattern:
     """What no text of a row may carry: the tokenizer's special tokens, and what else its template writes around turns."""
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
-    if tokenizer.chat_template is not None:
+    with contextlib.suppress(UserError):
         written = render(tokenizer, _PROBE) + render(tokenizer, _PROBE[:1], generate=True)
         special += [t for t in _added(tokenizer) if t in written and t not in _THOUGHTS]
     return re.compile(_any_of(special))

@@ -68,7 +68,9 @@ class _Texts(Formatter):
         return value_at(kwargs, field_name), field_name
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        return super().convert_field(text_of(value) if conversion else value, conversion)
+        return (
+            super().convert_field(text_of(value), conversion) if conversion else value
+        )  # "{x!r}" of a list is no text
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return format(text_of(value), format_spec)

@@ -42,9 +42,7 @@ def _runs(tokens: list[Token], where: Where) -> list[_Run]:
         kept = token.kind in ("number", "unclear", "letter", "command", "unit") or (
             token.kind == "op" and _belongs(tokens, place, depth, bool(current), where)
         )
-        opens_aside = (
-            token.text == "(" and token.space and where != "box" and current and current[-1].kind in ("number", "unit")
-        )
+        opens_aside = token.text == "(" and token.space and current and current[-1].kind in ("number", "unit")
         if current and (not kept or opens_aside):
             found.append(_Run(current, start, place, sentence))
             current, depth = [], 0
@@ -77,7 +75,7 @@ def _belongs(tokens: list[Token], place: int, depth: int, within: bool, where: W
             and token.space == after.space
         )
     if token.text == "|":
-        return where == "box"
+        return where == "box" or not token.space or (after is not None and not after.space)
     if token.text == "_":
         return value
     if token.text == "!":
@@ -127,12 +125,11 @@ def _value(run: _Run, tokens: list[Token], where: Where) -> Number | None:
     inner = _trimmed(run.tokens, after)
     if len(inner) > _LONGEST:
         return None
-    if inner and inner[-1].text == "!" and inner[-1].kind == "op" and where != "box":
+    if where != "box" and _exclaimed(inner, after):
         if not any(t.kind == "word" for t in tokens) and where != "sentence":
             return None  # "5!": a factorial, or joy?
         if after is not None and after.kind == "word" and after.text[0].islower():
             return None  # "5! ways"
-        inner = inner[:-1]
         while inner and inner[-1].text == "!":
             inner = inner[:-1]
     if before is not None and (before.text == "not" or _goes_on(inner, before)):
@@ -156,6 +153,14 @@ def _value(run: _Run, tokens: list[Token], where: Where) -> Number | None:
         return Parser(side).value()
     except NoNumber:
         return None
+
+
+def _exclaimed(tokens: list[Token], after: Token | None) -> bool:
+    """Whether the mark at the end of a run may be the sentence's: "18!", but not "5! * 3!" or "5!."."""
+    marks = [place for place, t in enumerate(tokens) if t.kind == "op" and t.text == "!"]
+    if not marks or marks[-1] != len(tokens) - 1 or (after is not None and after.text in (".", ",", ")")):
+        return False
+    return marks == list(range(marks[0], len(tokens)))
 
 
 def _goes_on(tokens: list[Token], before: Token) -> bool:
@@ -238,7 +243,7 @@ def _joined(tokens: list[Token], first: _Run, second: _Run, where: Where) -> boo
     between = tokens[first.end : second.start]
     words = [t.text.lower() for t in between]
     if not between:  # "18 (20 - 2)"
-        return second.tokens[0].text != "(" or where == "text"
+        return second.tokens[0].text != "(" or where in ("box", "text")
     if ALTERNATIVES & set(words) and len(words) < 6:
         return True
     if _computed(second):  # "because 20 times .25 = 5"

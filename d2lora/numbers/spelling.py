@@ -7,7 +7,7 @@ _SUPERSCRIPTS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789
 _CHARACTERS = {
     "\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2014": "\u2013", "\u2044": "/", "\u2215": "/", "\u00d7": "*", "\u00b7": "*",
     "\u22c5": "*", "\u2219": "*", "\u00f7": "/", "\u221a": r"\sqrt ", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b0": r"\degree ",
-    "\u00b1": r"\pm ", "\u2248": "=", "\u2243": "=", "\u2192": r"\then ", "\u21d2": r"\then ", "\u2264": r"\le ", "\u2265": r"\ge ",
+    "\u00b1": r"\pm ", "\u2260": r"\ne ", "\u2248": "=", "\u2243": "=", "\u2192": r"\then ", "\u21d2": r"\then ", "\u2264": r"\le ", "\u2265": r"\ge ",
     "\u2026": "...", "\u2019": "'", "\u2022": r"\then ", "\u20ac": "$", "\u00a3": "$", "\u00a5": "$", "\u20b9": "$", "\u00a2": "$",
 }  # fmt: skip
 _MONTH = (
@@ -21,6 +21,7 @@ _REWRITES: list[tuple[re.Pattern, str]] = [
         (r"<<[^<>]*>>", ""),  # GSM8K's calculator annotations
         (r"</?[a-zA-Z][^<>]{0,80}>", " "),
         (r"\\\\(?=[a-zA-Z])", r"\\"),
+        (r"\\n(?![a-zA-Z])", "\n"),  # a line end that was escaped
         (r"(?<=[\d)])\*\*(?=\d|\(\d|-\d)", "^"),
         (r"\*\*+|__+|`", ""),  # Markdown
         (r",\\!\s*", ","),
@@ -30,6 +31,8 @@ _REWRITES: list[tuple[re.Pattern, str]] = [
         (rf"\\[,;:> ]|~|\\q?quad{_NOT_A_LETTER}|\\[()\[\]]", " "),
         (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){_NOT_A_LETTER}", ""),
         (rf"\\(?:bf|rm){_NOT_A_LETTER}|\\f?boxed{_NOT_A_LETTER}", " "),  # a box here was never finished
+        (r"(?<=\d)\s?\^\s?\{?\s?(?:\\(?:text|textrm|mathrm)\s?\{)?\s?(st|nd|rd|th)\b\s?\}{0,2}", r"\1"),
+        (r"(?i)\b(?:half|quarter) (?:past|to|after) \d{1,2}\b", r"\\unclear "),
         (rf"\\[dtc]frac{_NOT_A_LETTER}", r"\\frac"),
         (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ{_NOT_A_LETTER})", r"\\degree "),
         (rf"\\(?:approx|simeq|doteq){_NOT_A_LETTER}", "="),
@@ -64,6 +67,7 @@ def plain(text: str) -> str:
     """The text with one spelling for what has many: signs, LaTeX's spaces, currencies, fractions, degrees."""
     text = text.replace(OPEN, "").replace(CLOSE, "")
     if not text.isascii():
+        text = re.sub(r"(^|[=(:\n])\s?\u2212\s?", r"\1-", text)  # never a bullet
         text = re.sub("[⁺⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
         text = "".join(c if c.isascii() else _character(c) for c in text)
     for pattern, by in _REWRITES:

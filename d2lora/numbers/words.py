@@ -4,7 +4,7 @@ from fractions import Fraction
 
 from d2lora.numbers.tokens import POWERS, Number, Token, Where, word_set
 
-ALTERNATIVES = {"or", "nor"}
+ALTERNATIVES = {"or", "nor", "maybe", "perhaps", "possibly"}
 _SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 WORDS = {word: i for i, word in enumerate(_SMALL.split())} | {
@@ -38,7 +38,9 @@ def in_words(tokens: list[Token], where: Where) -> Number | None:
         return None
     if any(o != value for o in others) and (ALTERNATIVES | {"and"}) & _outside(words, runs):  # "two or three"
         return None
-    sign = -1 if start and words[start - 1] in ("negative", "minus") else 1
+    if words[end : end + 1] == ["point"] or (start and words[start - 1] == "point"):
+        return None
+    sign = -1 if start and (words[start - 1] in ("negative", "minus") or words[:start] == ["-"]) else 1
     return Number(Fraction(sign * value))
 
 

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from d2lora import plan
+from d2lora import flips, plan
 from d2lora.report.rows import Point, Records
 
 
@@ -20,13 +20,14 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dic
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
-    """What to know of a table's records: rows left out, adapters too small to act, answers without an end, and why they may not be
-    comparable (versions of packages, hardware, data under one name, uncommitted code)."""
+    """What to know of a table's records: rows left out, what a bfloat16 model's batch does, adapters too small to act, answers without
+    an end, and why they may not be comparable (versions of packages, hardware, data under one name, uncommitted code)."""
+    points = list(points)
     found = list(records_of(points, records).values())
     made = [record.get("provenance", {}) for record, _ in found]
-    checks = (_unused, _rounded, _counts, _fingerprints)
-    of_machines = (_versions, _hardware, _code)
-    return [*(n for check in checks for n in check(found)), *(n for check in of_machines for n in check(made))]
+    of_records = (note for check in (_unused, _rounded, _counts, _fingerprints) for note in check(found))
+    of_machines = (note for check in (_versions, _hardware, _code) for note in check(made))
+    return [*_flips(points, records), *of_records, *of_machines]
 
 
 def _unused(found: list[tuple[dict, str]]) -> Iterator[str]:
@@ -41,6 +42,18 @@ def _unused(found: list[tuple[dict, str]]) -> Iterator[str]:
                     most[name, reason] = max(count, most.get((name, reason), 0))
     for (name, reason), count in sorted(most.items()):
         yield f"Rows of {name} were passed over and others taken: {count:,} at most in a training: {reason}."
+
+
+def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:
+    """A line for each evaluation of a bfloat16 base at two batch sizes, with the metrics that are shown."""
+    shown: dict[str, dict[str, None]] = defaultdict(dict)
+    for point in points:
+        for run in point.runs.values():
+            if run.flips:
+                shown[run.flips][point.metric] = None
+    for key, metrics in shown.items():
+        if record := records.get("flips", key):
+            yield f"{flips.text(record, metrics)}."
 
 
 def _rounded(found: list[tuple[dict, str]]) -> Iterator[str]:

@@ -57,7 +57,9 @@ def _entry(cell: Cell) -> dict:
     evaluations = dict(zip(plan.benchmarks(cell.config), (s.key for s in chain.evaluations), strict=True))
     trained = {name: stage and stage.key for name in ("prepare", "warmup", "adapt") for stage in [getattr(chain, name)]}
     checks = {pair.name: s.key for pair, s in zip(plan.pairs(cell.config), chain.contamination, strict=True)}
-    return {"id": cell.id, "config": config, "stages": {**trained, "evaluate": evaluations, "contamination": checks}}
+    flips = {name: s.key for name, s in zip(evaluations, chain.flips, strict=False)}  # of a bfloat16 model only
+    stages = {**trained, "evaluate": evaluations, "contamination": checks} | ({"flips": flips} if flips else {})
+    return {"id": cell.id, "config": config, "stages": stages}
 
 
 def _manifest(output: Path, sweep: str) -> Path:

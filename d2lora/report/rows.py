@@ -46,6 +46,8 @@ COLUMNS = [
     "stage_key",
     "misfits",
     "left_out",
+    "batch_flips",
+    "batch_difference",
 ]
 # What a table shows beside method, m and n, when its cells differ in it.
 LABELS = ("model", "task", "init", "warmup", "recipe")
@@ -149,6 +151,7 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
         }
         for benchmark, key in stages["evaluate"].items():
             record = records.get("evaluate", key)
+            flips = records.get("flips", stages.get("flips", {}).get(benchmark))
             memory = max((r["peak_memory_mb"] for r in [*trained, record] if r), default="")
             measured = {
                 "eval_seconds": record["seconds"] if record else "",
@@ -161,7 +164,14 @@ def result_rows(manifest: dict, records: Records) -> Iterator[dict]:
             for metric, summary in (
                 record["metrics"] if record else {"": {"value": "", "stderr": "", "items": ""}}
             ).items():
-                yield common | measured | {"metric": metric, **summary}
+                yield common | measured | {"metric": metric, **summary} | _batch(flips, metric)
+
+
+def _batch(flips: dict | None, metric: str) -> dict:
+    """The share of a bfloat16 base's answers that its batch turns, and what that does to the metric."""
+    found = flips["metrics"] if flips else {}
+    names = {"batch_flips": "answers_flipped", "batch_difference": f"{metric}_difference"}
+    return {column: found[name]["value"] for column, name in names.items() if name in found}
 
 
 def unused(trained: list[dict]) -> dict[str, int | str]:
@@ -202,6 +212,7 @@ class Run:
     adapt: str | None
     warmup: str | None
     prepare: str | None = None
+    flips: str | None = None  # of a bfloat16 base
 
 
 @dataclass(eq=False)
@@ -262,7 +273,8 @@ def points(manifest: dict, records: Records) -> list[Point]:
         c, stages = cell["config"], cell["stages"]
         names = {k: c[k]["name"] for k in LABELS} | ({} if _general(c) else {"warmup": ""})
         for benchmark, key in stages["evaluate"].items():
-            run = Run(cell["id"], key, stages["adapt"], stages["warmup"], stages.get("prepare"))
+            flips = stages.get("flips", {}).get(benchmark)
+            run = Run(cell["id"], key, stages["adapt"], stages["warmup"], stages.get("prepare"), flips)
             for metric in metrics[benchmark]:
                 place = (*(names[k] for k in labels), c["method"]["name"], c["m"], c["n"], benchmark, metric)
                 if place not in found:

@@ -1,0 +1,53 @@
+"""How much of a bfloat16 model's score is the batch it was evaluated in: two evaluations of the base, item by item.
+
+A batch's shape decides in which order products are added up. In bfloat16 that is enough to turn a greedy answer (arXiv
+2506.09501), so scores that differ by no more than this do not differ.
+"""
+
+import math
+from collections.abc import Iterable
+
+
+def compare(alone: list[dict], together: list[dict], metrics: list[str]) -> tuple[dict, list[dict]]:
+    """Metrics {name: {value, stderr, items}} and the items that differ, of the same items evaluated at two batch sizes.
+
+    `answers_flipped` and `<metric>_flipped` are shares of items, `<metric>_difference` the second score minus the first.
+    """
+    pairs = list(zip(alone, together, strict=True))
+    found = {"answers_flipped": _mean([float(a["answer"] != b["answer"]) for a, b in pairs])}
+    for name in metrics:
+        apart = [float(b[name]) - float(a[name]) for a, b in pairs]
+        found[f"{name}_flipped"] = _mean([float(d != 0) for d in apart])
+        found[f"{name}_difference"] = _mean(apart)
+    shown = ["answer", *metrics]
+    differing = [
+        {"index": a["index"], "prompt": a["prompt"]} | {name: [a[name], b[name]] for name in shown}
+        for a, b in pairs
+        if any(a[name] != b[name] for name in shown)
+    ]
+    return found, differing
+
+
+def _mean(values: list[float]) -> dict:
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1) if len(values) > 1 else 0.0
+    return {"value": mean, "stderr": math.sqrt(variance / len(values)), "items": len(values)}
+
+
+def text(record: dict, metrics: Iterable[str] | None = None) -> str:
+    """What a record says of the named metrics (else of all), as a line."""
+    found = record["metrics"]
+    every = [name.removesuffix("_difference") for name in found if name.endswith("_difference")]
+    answers = found["answers_flipped"]
+    parts = [f"{_percent(answers)} % of {answers['items']} answers differ"]
+    parts += [
+        f"{name} by {100 * found[f'{name}_difference']['value']:+.1f} points (in {_percent(found[f'{name}_flipped'])} % of items)"
+        for name in (every if metrics is None else metrics)
+        if name in every
+    ]
+    first, second = record["batches"]
+    return f"{record['benchmark']} of the base {record['base']} in bfloat16, batch {first} against {second}: {', '.join(parts)}"
+
+
+def _percent(share: dict) -> str:
+    return f"{100 * share['value']:.1f}"
