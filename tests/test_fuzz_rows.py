@@ -651,3 +651,109 @@ def refused_item(told: dict, row: dict, asked: str | None) -> bool:
 def latin(text: str) -> str | None:
     """What ROUGE sees of a text."""
     return re.sub(r"[^a-z0-9]+", "", text.lower()) or None
+
+
+# --- what the fuzz found -------------------------------------------------------------------------------------------------
+
+ROW = {"q": "Name a fruit.", "good": "An apple.", "bad": "A stone."}
+ASKS, TELLS, BLANK = (
+    {"role": role, "content": text} for role, text in (("user", "Hi."), ("assistant", "Ho."), ("user", " "))
+)
+
+
+def line_of(folder: Path, row: dict, empty: str = "refuse", beside: dict | None = None, **more) -> str | None:
+    """What is said against a table with one such row behind a good one; None where it is taken."""
+    file = write(folder, [ROW | (beside or {}), ROW | row])
+    given = {"name": "t", "prompt": "{q}", "chosen": "{good}", "rejected": "{bad}"} | more
+    task = Task.model_validate({"data": {"path": str(file), "empty": empty}} | given)
+    try:
+        data.check_task(task, 1, 0)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("column", list(ROW))
+def test_a_part_of_a_text_is_no_character(folder: Path, column: str) -> None:
+    """Where some rows hold lists and others a text, "{answers[0]}" took the text's first letter."""
+    templates = {"q": "prompt", "good": "chosen", "bad": "rejected"}
+    more = {templates[column]: f"{{{column}[0]}}", "beside": {column: ["A list's first."]}}
+    assert f"row 2 (1 of 2): there is no {{{column}[0]}} (TypeError: {column} is a text" in str(
+        line_of(folder, {}, **more)
+    )
+    benchmark = Benchmark.model_validate({"data": {"path": "x"}, "kind": "exact", "prompt": "{q[0]}", "gold": "{a[0]}"})
+    with pytest.raises(UserError, match=r"row 2: gold=\{a\[0\]\} can't be filled in"):
+        data.check_items(benchmark, [{"q": ["?"], "a": ["Paris"]}, {"q": ["?"], "a": "Paris"}])
+
+
+@pytest.mark.parametrize("column", list(ROW))
+def test_half_a_character_is_no_text(folder: Path, column: str) -> None:
+    """JSON can write it, no tokenizer and no file takes it."""
+    assert f"row 2 (1 of 2): column {column} holds no text" in str(line_of(folder, {column: "a \ud83d"}))
+    benchmark = Benchmark.model_validate({"data": {"path": "x"}, "kind": "exact", "prompt": "{q}", "gold": "{good}"})
+    if column != "bad":
+        with pytest.raises(UserError, match="row 1: "):
+            data.check_items(benchmark, [ROW | {column: "a \ud83d"}])
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [BLANK, BLANK | {"content": None}, BLANK | {"role": "assistant", "content": ""}, {"from": "human", "value": []}],
+)
+def test_a_pair_s_blank_turn_is_nothing(folder: Path, silent: dict) -> None:
+    before = [ASKS, TELLS, silent, ASKS]
+    tell = lambda turns: {n: [*turns, {"role": "assistant", "content": ROW[n]}] for n in ("good", "bad")}  # noqa: E731
+    for row, beside, prompt, column in ((tell(before), tell([ASKS]), None, "good"), ({"q": before}, None, "{q}", "q")):
+        line = str(line_of(folder, row, prompt=prompt, beside=beside))
+        assert f"row 2 (1 of 2): nothing in turn 3 in {{{column}}}; +task.data.empty=leave_out" in line
+        assert line_of(folder, row, "leave_out", beside, prompt=prompt) is None  # the other row is trained on
+
+
+def test_a_system_turn_alone_asks_for_nothing(folder: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    pair = {name: [system, {"role": "assistant", "content": ROW[name]}] for name in ("good", "bad")}
+    beside = {name: [system, ASKS, turns[-1]] for name, turns in pair.items()}
+    assert "row 2 (1 of 2): nothing asks for the answer" in str(line_of(folder, pair, prompt=None, beside=beside))
+    with pytest.raises(ValueError, match="'system', 'developer', 'user', 'assistant' or 'tool'"):
+        line_of(folder, {}, prompt=[{"role": "usr", "content": "{q}"}])
+
+
+def test_a_table_of_which_nothing_is_left_is_not_told_to_take_all_of_it(folder: Path) -> None:
+    line = str(line_of(folder, ROW | {"q": None}, "leave_out", beside={"q": " "}))
+    assert line.endswith("has 2 rows, of which 0 can be used (left out: empty: 2)")
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_name_carries_no_token_and_is_not_dropped(role: str) -> None:
+    for name, told in (("<|end|>", "carries the model's own token <|end|>"), ("Ann", "says: Ann")):
+        talk = [turn | ({"name": name} if turn["role"] == role else {}) for turn in (ASKS, TELLS)]
+        with pytest.raises(UserError) as refused:
+            data.conversation_example(lab(), talk)
+        assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("gold", ["漢字", "!!!", ["apples", "яблоки"]])
+def test_a_gold_that_rouge_can_not_read_is_refused(gold: object) -> None:
+    """The identical answer would get 0."""
+    rows = [{"q": "?", "a": "apples"}, {"q": "?", "a": gold}]
+    benchmark = Benchmark.model_validate({"data": {"path": "x"}, "kind": "rouge", "prompt": "{q}", "gold": "{a}"})
+    with pytest.raises(UserError, match=r"row 2: the gold answer .* has no Latin letter and no digit"):
+        data.check_items(benchmark, rows)
+    data.check_items(benchmark.model_copy(update={"kind": "exact"}), rows[:1] if gold == "!!!" else rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "told"),
+    [
+        ({"q": None}, {"prompt": "Q: {q}\nA:"}, r"row 1: prompt='Q: {q}\nA:': None is no text"),
+        ({"q": True}, {"prompt": "{q} \\boxed{{}}"}, r"row 1: prompt={q} \boxed{{}}: True is no text"),
+        ({"a": ["18", "20"]}, {"gold": "{a:d}"}, "row 1: gold={a:d} can't be filled in (ValueError: "),
+        ({"a": "C", "offered": ["x"], "labels": ["A\nB"]}, {"kind": "choice", "gold": "{a}", "choices": "offered", "labels": "labels"}, r"row 1: the gold label 'C' is none of 'A\nB'"),
+    ],
+)  # fmt: skip
+def test_a_problem_of_a_test_item_is_one_line_that_says_it(row: dict, more: dict, told: str) -> None:
+    given = {"data": {"path": "x"}, "kind": "exact", "prompt": "{q}", "gold": "{a}"} | more
+    with pytest.raises(UserError) as refused:
+        data.check_items(Benchmark.model_validate(given), [{"q": "?", "a": "18"} | row])
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
