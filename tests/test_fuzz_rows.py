@@ -558,7 +558,7 @@ def items(draw) -> tuple[dict, dict]:
         row["a"] = draw(st.sampled_from([*row["labels"], "A", "E", 1, 2.0, None, True]))
         return row, told | {"choices": "offered", "labels": "labels"}
     one = st.one_of(GOLDS, GOLDS, GOLDS, GOLDS, ODD_GOLDS)
-    row["a"] = draw(one | one | st.lists(one, max_size=3))
+    row["a"] = draw(st.lists(one, max_size=3) if draw(st.booleans()) else one)
     told["gold"] = draw(st.sampled_from(["{a}", "{a}", "{a}", "#### {a}", "{a:>4}", "{a[text]}", "{a[0]}"]))
     if told["gold"] == "{a[text]}" and draw(st.booleans()):
         row["a"] = {"text": row["a"]}
@@ -730,6 +730,15 @@ def test_a_name_carries_no_token_and_is_not_dropped(role: str) -> None:
         with pytest.raises(UserError) as refused:
             data.conversation_example(lab(), talk)
         assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_of_a_user_are_refused(key: str) -> None:
+    with pytest.raises(UserError, match=f"turn 1: {key} of a user turn"):
+        data.conversation_example(lab(), [ASKS | {key: "Hm."}, TELLS])
+    assert data.conversation_example(lab(), [ASKS | {key: " "}, TELLS]) == data.conversation_example(
+        lab(), [ASKS, TELLS]
+    )
 
 
 @pytest.mark.parametrize("gold", ["漢字", "!!!", ["apples", "яблоки"]])

@@ -75,7 +75,9 @@ def message(given: dict, where: str) -> tuple[Message, bool]:
     thoughts = {given[k] for k in _THOUGHTS if isinstance(given.get(k), str)}
     if len(thoughts) != len({str(given[k]) for k in _THOUGHTS if k in given}) or len(thoughts) > 1:
         raise UserError(f"{where}: {' and '.join(k for k in _THOUGHTS if k in given)} must be one text")
-    if thoughts:
+    if any(thought.strip() for thought in thoughts):
+        if known != "assistant":
+            raise UserError(f"{where}: {next(k for k in _THOUGHTS if k in given)} of a {known} turn")
         message["reasoning_content"] = thoughts.pop()  # which transformers gives a template under all three names
     if "tool_calls" in given:
         if known != "assistant":
