@@ -172,6 +172,11 @@ def _scorer():
     return RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
 
 
+def rouge_reads(text: str) -> bool:
+    """Whether rouge-score sees a word in a text: it reads a-z and 0-9 only, and gives all else 0, the identical answer too."""
+    return re.search("[a-z0-9]", text.lower()) is not None
+
+
 def rouge(answer: str, gold: str) -> dict[str, float]:
     """ROUGE-1, -2, -L and -Lsum F-measures (rouge-score, Porter stemming on), each in 0..1."""
     return {name: score.fmeasure for name, score in _scorer().score(gold, answer.strip()).items()}

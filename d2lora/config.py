@@ -149,7 +149,7 @@ class Benchmark(_Strict):
 class Turn(_Strict):
     """A turn of a prompt."""
 
-    role: Text
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Template
 
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 import trl
 from doing import adapter, do
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from d2lora import data, evaluate, model, proof
@@ -231,70 +229,6 @@ def test_every_family_s_turns_are_learned_where_they_are_asked_for(tokenizer, na
     pair = data.pair_example(own, task, {"q": LONG[0]["content"], "a": "An apple."})
     assert data.sequences(example)[0]["input_ids"][: len(pair["prompt_ids"])] == pair["prompt_ids"]
     assert learned[: len(pair["chosen_ids"])] == pair["chosen_ids"]
-
-
-# --- whatever rows hold ----------------------------------------------------------------------------------------------
-
-SAID = st.text(min_size=1, max_size=12).filter(str.strip)
-OWN_TOKENS = st.sampled_from(["<|end|>", "<|begin|>", "x<|user|>", "<|assistant|>y", "<|pad|>"])
-VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", " "]) | OWN_TOKENS
-PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "text", "image"]), "text": SAID}), max_size=2)
-TURNS = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "system", "tool", "model"]), "content": SAID | VALUES | PARTS},
-        optional={
-            "weight": st.sampled_from([0, 1, None, 2, "1"]),
-            "name": st.none() | SAID,
-            "tool_calls": st.sampled_from([None, [], [{"function": {"name": "f", "arguments": "{}"}}]]),
-            "reasoning_content": st.sampled_from([None, "", "Hm."]),
-        },
-    ),
-    max_size=5,
-)
-
-
-def text_of(content: object) -> str:
-    return "".join(part["text"] for part in content) if isinstance(content, list) else str(content)
-
-
-@settings(max_examples=1_000, deadline=None, derandomize=True)
-@given(talk=TURNS)
-def test_any_conversation_is_learned_as_it_is_written_or_refused_in_one_line(tokenizer, talk: list) -> None:
-    try:
-        example = data.conversation_example(tokenizer, talk)
-    except LeftOut:
-        return
-    except UserError as error:
-        told = str(error)
-    else:
-        told = "learned"
-        as_written(tokenizer, example, talk)
-    assert len(told.splitlines()) == 1, told
-    if told != "learned":
-        return
-    for turn in talk:
-        assert turn["role"] != "model"
-        assert not isinstance(turn["content"], bool | None)
-        assert turn["role"] in ("system", "tool") or text_of(turn["content"]).strip()
-        assert not turn.get("tool_calls"), "which the lab's template does not know"
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(pairs=st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3), system=st.none() | SAID, parts=st.booleans())
-def test_a_plain_conversation_is_never_refused(tokenizer, pairs: list, system: str | None, parts: bool) -> None:
-    talk = [{"role": "system", "content": system}] if system else []
-    talk += [turn for asked, told in pairs for turn in (user(asked), assistant(told))]
-    given = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk] if parts else talk
-    as_written(tokenizer, data.conversation_example(tokenizer, given), talk)
-
-
-def as_written(tokenizer, example: dict, talk: list) -> None:
-    """The example has the ids of the plain text that the lab's template stands for, and those of its answers are learned."""
-    said = [(m["role"], text_of(m["content"]), m.get("weight")) for m in talk]
-    whole = "<|begin|>" + "".join(f"<|{role}|>{text}<|end|>" for role, text, _ in said)
-    answers = [f"{text}<|end|>" for role, text, weight in said if role == "assistant" and weight != 0]
-    assert example["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"]
-    assert [i for i in example["labels"] if i != -100] == [i for a in answers for i in tokenizer(a, add_special_tokens=False)["input_ids"]]  # fmt: skip
 
 
 # --- rows that are rendered already ----------------------------------------------------------------------------------

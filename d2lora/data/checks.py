@@ -10,7 +10,7 @@ from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts, paths
 from d2lora.data.sources import identity, model_files, need, number_of, rows
-from d2lora.data.texts import LeftOut, shown
+from d2lora.data.texts import LeftOut, is_whole, shown
 from d2lora.errors import UserError
 
 
@@ -75,7 +75,7 @@ def _usual(task: Task) -> Callable[[Row], bool] | None:
     answers = [sorted(fields(t)) for t in (task.chosen, task.rejected) if t]
 
     def usual(row: Row) -> bool:
-        texts = all(type(row[name]) is str and row[name].strip() for name in names)
+        texts = all(type(row[name]) is str and row[name].strip() and is_whole(row[name]) for name in names)
         return texts and len({tuple(row[name] for name in a) for a in answers}) == len(answers)
 
     return usual
@@ -118,7 +118,8 @@ def _enough(key: str, wanted: int | str, there: int, name: str, left_out: Counte
         return
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(left_out.items()))
     rows_ = f"{there:,} rows" + (f", of which {usable:,} can be used (left out: {reasons})" if reasons else "")
-    raise UserError(f"{key}={wanted}: {name} has {rows_}: choose {key} of at most {usable} or {key}=all")
+    advice = f": choose {key} of at most {usable} or {key}=all" if usable else ""
+    raise UserError(f"{key}={wanted}: {name} has {rows_}{advice}")
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def conversation(value: Any) -> Conversation:
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise UserError("a conversation without an assistant turn")
-    if blank := [m["role"] for m in messages if _blank(m)]:
+    if blank := [m["role"] for m in messages if is_blank(m)]:
         raise LeftOut(f"a blank turn ({blank[0]})")
     learned = [i for i in turns if read[i][1]]
     if not learned:
@@ -48,7 +48,7 @@ def conversation(value: Any) -> Conversation:
     return Conversation(messages, learned)
 
 
-def _blank(message: Message) -> bool:
+def is_blank(message: Message) -> bool:
     """Whether a user or an assistant says nothing: an answer to nothing, or an end alone, would be learned."""
     silent = not (message["content"] or "").strip() and not message.get("tool_calls")
     return silent and message["role"] in ("user", "assistant")
@@ -75,7 +75,9 @@ def message(given: dict, where: str) -> tuple[Message, bool]:
     thoughts = {given[k] for k in _THOUGHTS if isinstance(given.get(k), str)}
     if len(thoughts) != len({str(given[k]) for k in _THOUGHTS if k in given}) or len(thoughts) > 1:
         raise UserError(f"{where}: {' and '.join(k for k in _THOUGHTS if k in given)} must be one text")
-    if thoughts:
+    if any(thought.strip() for thought in thoughts):
+        if known != "assistant":
+            raise UserError(f"{where}: {next(k for k in _THOUGHTS if k in given)} of a {known} turn")
         message["reasoning_content"] = thoughts.pop()  # which transformers gives a template under all three names
     if "tool_calls" in given:
         if known != "assistant":

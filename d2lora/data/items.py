@@ -7,7 +7,7 @@ from typing import Any
 from d2lora import answers
 from d2lora.config import Benchmark, fields
 from d2lora.data.sources import Row, need, rows
-from d2lora.data.texts import NotText, fill, text_of
+from d2lora.data.texts import NotText, fill, shown, text_of, value_at
 from d2lora.errors import UserError
 
 
@@ -47,7 +47,13 @@ def _line(problem: str, found: list[tuple[int, str]], total: int) -> str:
     more = f" and {len(found) - 3:,} more" if len(found) > 3 else ""
     several = f" ({len(found):,} of {total:,})" if len(found) > 1 else ""
     values = ", ".join(dict.fromkeys(value for _, value in found[:3]))
-    return f"row{'s'[: len(found) > 1]} {numbers}{more}{several}: {problem.replace('{}', values)}"
+    return f"row{'s'[: len(found) > 1]} {numbers}{more}{several}: {_with(problem, values)}"
+
+
+def _with(problem: str, value: str) -> str:
+    """A problem with the value in its last {}: a template in it may have {} of its own."""
+    before, mark, after = problem.rpartition("{}")
+    return f"{before}{value}{after}" if mark else problem
 
 
 def _check(benchmark: Benchmark, row: Row) -> None:
@@ -60,25 +66,30 @@ def _check(benchmark: Benchmark, row: Row) -> None:
     for gold in _golds(benchmark, row):
         if not gold.strip() or (benchmark.kind == "exact" and not answers.exact_text(gold)):
             raise _Unscorable("the gold answer is blank")
+        if benchmark.kind == "rouge" and not answers.rouge_reads(gold):
+            raise _Unscorable(
+                "the gold answer {} has no Latin letter and no digit, and ROUGE reads nothing else", shown(gold)
+            )
         if benchmark.kind == "number" and answers.gold_number(gold) is None:
             raise _Unscorable(
                 "the gold answer {} is not a number, or not a single sure one (kind: exact compares texts)",
-                _shown(gold),
+                shown(gold),
             )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _filled(name: str, template: str, row: Row) -> str:
     try:
         return fill(template, row)
     except NotText as error:
-        raise _Unscorable(f"{name}={template}: {{}}", str(error)) from None
+        raise _Unscorable(f"{name}={_line_of(template)}: {{}}", str(error)) from None
     except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{choices[text]}"
-        raise _Unscorable(f"{name}={template} can't be filled in ({type(error).__name__}: {{}})", str(error)) from None
+        problem = f"{name}={_line_of(template)} can't be filled in ({type(error).__name__}: {{}})"
+        raise _Unscorable(problem, str(error)) from None
+
+
+def _line_of(template: str) -> str:
+    """A template as a line shows it."""
+    return template if "\n" not in template else shown(template)
 
 
 # --- golds ---------------------------------------------------------------------------------------------------------
@@ -89,14 +100,14 @@ def golds(benchmark: Benchmark, row: Row) -> list[str]:
     try:
         return _golds(benchmark, row)
     except _Unscorable as error:
-        raise UserError(f"data.path={benchmark.data.path}: {error.problem.replace('{}', error.value)}") from None
+        raise UserError(f"data.path={benchmark.data.path}: {_with(error.problem, error.value)}") from None
 
 
 def _golds(benchmark: Benchmark, row: Row) -> list[str]:
     parts = list(Formatter().parse(benchmark.gold))
     names = [name for _, name, _, _ in parts if name is not None]
     try:
-        value = Formatter().get_field(names[0], (), row)[0] if len(names) == 1 else None
+        value = value_at(row, names[0]) if len(names) == 1 else None
     except (LookupError, AttributeError, TypeError, ValueError):
         value = None  # _filled says why
     if not isinstance(value, list) or _is_text(value):
@@ -104,12 +115,18 @@ def _golds(benchmark: Benchmark, row: Row) -> list[str]:
     if not value:
         raise _Unscorable("the list of golds is empty")
     if not all(_is_text(element) for element in value):
-        raise _Unscorable("the list of golds {} holds what is no text", _shown(value))
-    texts = (text_of(element) for element in value)
-    return [
-        "".join(before + ("" if name is None else format(text, spec or "")) for before, name, spec, _ in parts)
-        for text in texts
-    ]
+        raise _Unscorable("the list of golds {} holds what is no text", shown(value))
+    try:
+        return [
+            "".join(
+                before + ("" if name is None else format(text_of(each), spec or "")) for before, name, spec, _ in parts
+            )
+            for each in value
+        ]
+    except ValueError as error:  # "{price:d}"
+        raise _Unscorable(
+            f"gold={_line_of(benchmark.gold)} can't be filled in (ValueError: {{}})", str(error)
+        ) from None
 
 
 def _is_text(value: Any) -> bool:
@@ -143,7 +160,7 @@ def right(benchmark: Benchmark, row: Row) -> int:
         raise _Unscorable("{}", f"{len(offered)} {benchmark.choices}, but {len(labels)} {benchmark.labels}")
     gold = _filled("gold", benchmark.gold, row)
     if gold not in labels:
-        raise _Unscorable("the gold label {}", f"{gold!r} is none of {', '.join(labels)}")
+        raise _Unscorable("the gold label {}", f"{gold!r} is none of {', '.join(map(_line_of, labels))}")
     return labels.index(gold)
 
 
@@ -155,10 +172,10 @@ def _texts(row: Row, path: str | None) -> list[str]:
     if not found:
         raise _Unscorable(f"the list {path} is empty")
     if others := [value for value in found if not _is_text(value)]:
-        raise _Unscorable(f"{path} holds what is no text: {{}}", _shown(others[0]))
+        raise _Unscorable(f"{path} holds what is no text: {{}}", shown(others[0]))
     texts = [text_of(value) for value in found]
     if not all(text.strip() for text in texts):
         raise _Unscorable(f"{path} holds a blank text")
     if twice := [text for text in texts if [other.strip() for other in texts].count(text.strip()) > 1]:
-        raise _Unscorable(f"{path} holds {{}} more than once", _shown(twice[0]))
+        raise _Unscorable(f"{path} holds {{}} more than once", shown(twice[0]))
     return texts

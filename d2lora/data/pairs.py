@@ -10,9 +10,9 @@ from string import Formatter
 from typing import Any
 
 from d2lora.config import Task
-from d2lora.data.conversations import message
+from d2lora.data.conversations import is_blank, message
 from d2lora.data.files import Row
-from d2lora.data.texts import LeftOut, NotText, fill, shown, text_of
+from d2lora.data.texts import LeftOut, NotText, fill, shown, text_of, value_at
 from d2lora.errors import UserError
 
 Messages = list[dict]
@@ -55,6 +55,8 @@ def pair_texts(task: Task, row: Row) -> PairTexts:
     if any(h != turns[0] for h in turns):
         raise LeftOut(PARTED)
     prompt = _prompt(task, row, turns[0] if turns else [])
+    if not isinstance(prompt, str) and all(turn["role"] in ("system", "developer") for turn in prompt):
+        raise BadRow("nothing asks for the answer: before it stand system turns only")
     prefix = _text(task, row, task.prefix, blank=True)
     return PairTexts(prompt, prefix, chosen[0], rejected[0], chosen[1], rejected[1])
 
@@ -64,10 +66,9 @@ def _answer(task: Task, row: Row, template: str) -> tuple[Messages, str]:
     given = _given_turns(row, template)
     if given is None:
         return [], _text(task, row, template)
-    said = given[-1].get("content", given[-1].get("value"))
-    if said is None and not given[-1].get("tool_calls"):
+    if not _says(given[-1]):
         raise _nothing(task, f"the last turn in {template}")
-    turns = _messages(given, template)
+    turns = _messages(task, given, template)
     last = turns[-1]
     if last["role"] != "assistant":
         raise BadRow(f"{template} does not end with an assistant turn")
@@ -87,7 +88,7 @@ def _prompt(task: Task, row: Row, history: Messages) -> str | Messages:
     if task.prompt is None:
         asked = None
     elif isinstance(task.prompt, str):
-        asked = _conversation(row, task.prompt) or _text(task, row, task.prompt)
+        asked = _conversation(task, row, task.prompt) or _text(task, row, task.prompt)
     else:
         asked = [{"role": turn.role, "content": _text(task, row, turn.content)} for turn in task.prompt]
     if not history:
@@ -111,10 +112,10 @@ def _is_in(asked: str | Messages, history: Messages) -> bool:
     return any(turn["role"] == "user" and turn["content"].strip() == asked.strip() for turn in history)
 
 
-def _conversation(row: Row, template: str) -> Messages | None:
+def _conversation(task: Task, row: Row, template: str) -> Messages | None:
     """The turns that a column holds, as chat templates take them; None where it holds something else."""
     given = _given_turns(row, template)
-    return None if given is None else _messages(given, template)
+    return None if given is None else _messages(task, given, template)
 
 
 def _given_turns(row: Row, template: str) -> list[dict] | None:
@@ -126,11 +127,23 @@ def _given_turns(row: Row, template: str) -> list[dict] | None:
     return value if all("role" in turn or "from" in turn for turn in value) else None
 
 
-def _messages(given: list[dict], template: str) -> Messages:
-    try:
-        return [message(turn, f"turn {number} in {template}")[0] for number, turn in enumerate(given, 1)]
-    except UserError as error:
-        raise BadRow(str(error)) from None
+def _messages(task: Task, given: list[dict], template: str) -> Messages:
+    turns = []
+    for number, turn in enumerate(given, 1):
+        name = f"turn {number} in {template}"
+        try:
+            read = message(turn, name)[0] if _says(turn) else None
+        except UserError as error:
+            raise BadRow(str(error)) from None
+        if read is None or is_blank(read):
+            raise _nothing(task, name)
+        turns.append(read)
+    return turns
+
+
+def _says(turn: dict) -> bool:
+    """Whether a turn, as it stands in a row, has a content or calls."""
+    return any(turn.get(key) not in (None, [], {}) for key in ("content", "value", "tool_calls"))
 
 
 def _text(task: Task, row: Row, template: str, blank: bool = False) -> str:
@@ -167,7 +180,7 @@ def _nothing(task: Task, name: str) -> Exception:
 
 def _value(row: Row, name: str) -> Any:
     try:
-        return Formatter().get_field(name, (), row)[0]
+        return value_at(row, name)
     except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{answers.text}" of a list
         raise BadRow(f"there is no {{{name}}}", f"{type(error).__name__}: {error}") from None
 

@@ -324,15 +324,14 @@ def lost(text: str, messages: list[Message], tools: list | None = None) -> str |
 
 def _pieces(message: Message, last: bool) -> list[str]:
     """The texts of a message that a rendering must contain, in order."""
-    content = message["content"] or ""
+    content, name = message["content"] or "", message.get("name")
+    named = [name] if name and message["role"] not in ("tool", name) else []
     if message["role"] != "assistant":
-        name = message.get("name")
-        named = [name] if name and message["role"] not in ("tool", name) else []
         return [*named, *([content.strip()] if content.strip() else [])]
     parts = [part.strip() for part in re.split("|".join(_THOUGHTS), content)]
     said = parts if last else parts[-1:]
     thoughts = [message["reasoning_content"].strip()] if last and message.get("reasoning_content") else []
-    return [part for part in thoughts + said if part]
+    return named + [part for part in thoughts + said if part]
 
 
 def _forms(text: str) -> set[str]:

@@ -1,6 +1,7 @@
 """Values of rows -> texts. A value that is no text is never formatted into one."""
 
 import math
+import re
 from string import Formatter
 from typing import Any
 
@@ -22,15 +23,23 @@ class NotText(ValueError):
 def text_of(value: Any) -> str:
     """The text of a row's value: a string, a number as JSON writes it, or the joined text parts of a typed content.
 
-    NotText for what has no one spelling as a text: nulls, truth values, NaN, lists and mappings.
+    NotText for what has no one spelling as a text: nulls, truth values, NaN, lists and mappings; and half a character.
     """
-    if isinstance(value, str):
+    if isinstance(value, str) and is_whole(value):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
-        return "".join(part["text"] for part in value)
+        return text_of("".join(part["text"] for part in value))
     raise NotText(f"{shown(value)} is no text")
+
+
+def is_whole(text: str) -> bool:
+    """Whether UTF-8 can carry a text. JSON can write half of a character ("\\ud83d"), which no tokenizer and no file takes."""
+    return text.isascii() or not _HALVES.search(text)
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def _is_text_part(part: Any) -> bool:
@@ -44,8 +53,19 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def value_at(row: Row, field: str) -> Any:
+    """The value of a template's field ("options[0]") in a row. LookupError, TypeError or ValueError where there is none."""
+    outer = field.rpartition("[")[0]
+    if outer and isinstance(value_at(row, outer), str):
+        raise TypeError(f"{outer} is a text, of which [...] would take one character")
+    return Formatter().get_field(field, (), row)[0]
+
+
 class _Texts(Formatter):
     """str.format whose fields are texts (`text_of`)."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        return value_at(kwargs, field_name), field_name
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         return (

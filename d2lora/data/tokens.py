@@ -253,7 +253,13 @@ def _kept(tokenizer, messages: list[dict], tools: list | None, training: str, le
 def _said(message: dict) -> list[str]:
     """All texts of a message."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
-    return [message["content"] or "", message.get("reasoning_content", ""), *calls]
+    name = message.get("name")
+    return [
+        message["content"] or "",
+        message.get("reasoning_content", ""),
+        *calls,
+        *([name] if isinstance(name, str) else []),
+    ]
 
 
 def _asked(tokenizer, messages: list[dict], tools: list | None, template: str | None, index: int) -> tuple[str, str]:
