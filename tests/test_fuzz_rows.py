@@ -458,7 +458,12 @@ def talks(draw) -> list[dict]:
             draw(st.sampled_from(talk)),
             draw(st.sampled_from([*names, names[1], "name", "thinking", "function_call", "loss", "value"])),
         )
-        odd[key] = draw(NOTHING | NO_TEXT | CARRIED | TEXTS | st.sampled_from(["user", "assistant", "narrator"]))
+        speakers = st.just("Ann-2718") | CARRIED  # a dropped name that stands elsewhere, too, is not noticed
+        odd[key] = draw(
+            speakers
+            if key == "name"
+            else NOTHING | NO_TEXT | CARRIED | TEXTS | st.sampled_from(["user", "assistant", "narrator"])
+        )
     return talk
 
 
