@@ -458,7 +458,12 @@ def talks(draw) -> list[dict]:
             draw(st.sampled_from(talk)),
             draw(st.sampled_from([*names, names[1], "name", "thinking", "function_call", "loss", "value"])),
         )
-        odd[key] = draw(NOTHING | NO_TEXT | CARRIED | TEXTS | st.sampled_from(["user", "assistant", "narrator"]))
+        speakers = st.just(NAME) | CARRIED  # a dropped name that stands elsewhere, too, is not noticed
+        odd[key] = draw(
+            speakers
+            if key == "name"
+            else NOTHING | NO_TEXT | CARRIED | TEXTS | st.sampled_from(["user", "assistant", "narrator"])
+        )
     return talk
 
 
@@ -471,6 +476,7 @@ def called(name: str, arguments: dict, as_json: bool) -> dict:
 
 
 KNOWN = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"} | {r: r for r in ("system", "developer", "user", "assistant", "tool")}  # fmt: skip
+NAME = "Ann-2718"
 UNREAD = ("function_call", "loss", "name", "thinking")
 
 
@@ -486,6 +492,8 @@ class Talk:
         self.refused |= "assistant" not in asked
         self.nothing |= not self.learned
         self.refused |= bool(self.learned) and all(role in ("system", "developer") for role in asked[:first])
+        last = max((i for i, (role, _, learned) in enumerate(turns) if role == "assistant" and learned), default=-1)
+        self.refused |= any(t.get("name") == NAME for t in given[: last + 1])  # behind it nothing is learned
         self.text = "<|begin|>" + "".join(f"<|{role}|>{said}<|end|>" for role, said, _ in turns)
 
     def turn(self, given: dict, knows_calls: bool) -> tuple[str, str, bool]:
@@ -499,7 +507,7 @@ class Talk:
         self.refused |= role is None or len({repr(c) for c in contents}) > 1
         self.refused |= (content is None and not calls) or (content is not None and plain(content) is None)
         self.refused |= any(
-            given.get(k, "") != "" for k in UNREAD if k != "thinking" or str(given.get(k)).strip()
+            given.get(k, "") not in ("", NAME) for k in UNREAD if k != "thinking" or str(given.get(k)).strip()
         )  # which neither template writes
         self.refused |= (
             weight not in (0, 1) or isinstance(weight, str) or (role != "assistant" and given.get("weight", 0) == 1)
