@@ -117,6 +117,7 @@ def trained(
 ) -> tuple[dict, dict, dict]:
     """(metrics, adapter before, adapter after) of a training; with a `layout`, in that one whatever a proof would say."""
     drawn, spec = Subset(pairs(), list(range(8)), []), SPEC | {"method": METHODS[method]}
+    model.check_round_trip(base, spec, folder.parent / "proofs")
     forced = mock.patch.object(proof, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
     with model.adapter(base, spec, None) as wrapped, forced:
         torch.manual_seed(1)

@@ -33,6 +33,7 @@ from d2lora import data, families, inits, proof
 from d2lora.config import Model
 from d2lora.errors import UserError
 from d2lora.families import Snapshot
+from d2lora.plan import digest
 from d2lora.store import write_json
 
 # The libraries' own bars and notices would hide ours.
@@ -126,6 +127,10 @@ def _load(model: Model, cache: Path) -> Base:
         if place:
             raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
         raise UserError(data.hub_problem("model.path", model.path, error)) from None
+    except (
+        ValueError
+    ) as error:  # a family that transformers has no causal language model of, or whose code is not trusted
+        raise UserError(f"model.path={model.path}: {str(error).splitlines()[0][:200]}") from error
     if tokenizer.pad_token is None:
         # only ever masked: labels and attention masks say what is padding
         tokenizer.pad_token = tokenizer.eos_token or data.shape(tokenizer).end
@@ -328,6 +333,24 @@ def save(base: Base, wrapped: PeftModel, record: Path) -> Saved:
     )
 
 
+def check_round_trip(base: Base, spec: dict, proofs: Path) -> None:
+    """UserError where an adapter on these layers is not read from disk as it was saved: before it is trained, once a model."""
+    lora = {key: spec[key] for key in ("lora", "seed") if key in spec} | {"init": {"name": "lora"}}
+    name, memory = f"adapter read again, {digest(lora['lora'], 8)}", proof.Memory(proofs, spec["model"])
+    if memory.get(name, 1, 0):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with adapter(base, lora, None) as wrapped:
+            saved = save(base, wrapped, Path(folder))
+        try:
+            check_saved(base, saved, Path(folder), "lora")
+        except RuntimeError as error:
+            raise UserError(
+                f"recipe.lora.target_modules={lora['lora']['target_modules']}: {error}: name layers that PEFT reads again, for example [q_proj,v_proj]"
+            ) from error
+    memory.put(name, 1, proof.Proof(name, 0, 0.0, proof.EXACT, True))
+
+
 def check_saved(base: Base, saved: Saved, record: Path, init: str) -> None:
     """RuntimeError unless the adapter read from the record is the one that was trained: its weights and the probe's logits."""
     try:
@@ -336,7 +359,8 @@ def check_saved(base: Base, saved: Saved, record: Path, init: str) -> None:
         lost = [k for k, pair in saved.weights.items() if k not in found or not all(map(torch.equal, found[k], pair))]
         if lost or found.keys() != saved.weights.keys():
             raise RuntimeError(
-                f"the saved adapter is not the trained one: {len(lost)} of {len(saved.weights)} layers differ, for example {lost[0] if lost else '?'}"
+                f"the saved adapter is not the trained one: {len(lost)} of {len(saved.weights)} layers differ, for example "
+                f"{lost[0].removeprefix('base_model.model.') if lost else '?'}"
             )
         with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext(), torch.inference_mode():
             off = proof.off(wrapped(input_ids=_probe(base)).logits, saved.logits)

@@ -147,6 +147,7 @@ def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
 
     draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
+    model.check_round_trip(base, stage.spec, output(config) / "proofs")
     with model.adapter(base, stage.spec, None) as wrapped:
         reached = cached(coverage_file(config), functools.partial(inits.coverage, wrapped))
         sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
@@ -185,6 +186,9 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
 
     parent = store.place(stage.parent) if stage.parent else None
     checkpoints, reference, proofs = _checkpoints(config, stage), _reference(config, stage), output(config) / "proofs"
+
+    if parent is None:
+        model.check_round_trip(base, stage.spec, proofs)
 
     def attempt(micro_batch: int) -> tuple[dict, dict]:
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})

@@ -99,12 +99,12 @@ def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: 
         given = ["method.epochs=1", "recipe.batch=4", "recipe.micro_batch=1", f"recipe.packing={packing}"]
         cell = make(f"method={method}", "n=4", *given)
         base = model.base(cell.config.model, tmp_path)
-        pad = base.tokenizer.pad_token_id
+        begin = base.tokenizer.bos_token_id
         rows = seen[method] = []
 
-        def note(module, arguments, rows=rows, pad=pad) -> None:
+        def note(module, arguments, rows=rows, begin=begin) -> None:
             if torch.is_grad_enabled():  # neither the reference nor the proof of the layout
-                rows.extend([i for i in row if i != pad] for row in arguments[0].tolist())
+                rows.extend([begin, *(i for i in row if i != begin)] for row in arguments[0].tolist())  # it pads, too
 
         hook = base.model.get_input_embeddings().register_forward_pre_hook(note)
         do(alone(cell))
