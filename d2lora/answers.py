@@ -172,6 +172,11 @@ def _scorer():
     return RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
 
 
+def has_rouge_words(text: str) -> bool:
+    """Whether rouge-score finds words in a text: it reads a-z and 0-9 only, so that others score 0 against themselves."""
+    return re.search("[a-z0-9]", text.lower()) is not None
+
+
 def rouge(answer: str, gold: str) -> dict[str, float]:
     """ROUGE-1, -2, -L and -Lsum F-measures (rouge-score, Porter stemming on), each in 0..1."""
     return {name: score.fmeasure for name, score in _scorer().score(gold, answer.strip()).items()}

@@ -6,8 +6,9 @@ from typing import Any
 
 from d2lora import answers
 from d2lora.config import Benchmark, fields
+from d2lora.data.conversations import written
 from d2lora.data.sources import Row, need, rows
-from d2lora.data.texts import NotText, fill, text_of
+from d2lora.data.texts import NotText, field, fill, is_blank, text_of
 from d2lora.errors import UserError
 
 
@@ -52,14 +53,19 @@ def _line(problem: str, found: list[tuple[int, str]], total: int) -> str:
 
 def _check(benchmark: Benchmark, row: Row) -> None:
     """_Unscorable unless a row has a prompt, and golds that an answer can be compared with."""
-    if not _filled("prompt", benchmark.prompt, row).strip():
+    if is_blank(_filled("prompt", benchmark.prompt, row)):
         raise _Unscorable("the prompt is blank")
     if benchmark.kind == "choice":
         right(benchmark, row)
         return
     for gold in _golds(benchmark, row):
-        if not gold.strip() or (benchmark.kind == "exact" and not answers.exact_text(gold)):
+        if is_blank(gold) or (benchmark.kind == "exact" and not answers.exact_text(gold)):
             raise _Unscorable("the gold answer is blank")
+        if benchmark.kind == "rouge" and not answers.has_rouge_words(gold):
+            raise _Unscorable(
+                "the gold answer {} has no word that ROUGE counts, which are of a-z and 0-9 (kind: exact compares texts)",
+                _shown(gold),
+            )
         if benchmark.kind == "number" and answers.gold_number(gold) is None:
             raise _Unscorable(
                 "the gold answer {} is not a number, or not a single sure one (kind: exact compares texts)",
@@ -74,6 +80,9 @@ def _shown(value: Any) -> str:
 
 def _filled(name: str, template: str, row: Row) -> str:
     try:
+        for column in (column for _, column, _, _ in Formatter().parse(template) if column is not None):
+            if isinstance(value := field(column, row), str) and written(value) is not None:
+                raise NotText(f"{_shown(value)} is a list that is written out")
         return fill(template, row)
     except NotText as error:
         raise _Unscorable(f"{name}={template}: {{}}", str(error)) from None
@@ -96,7 +105,7 @@ def _golds(benchmark: Benchmark, row: Row) -> list[str]:
     parts = list(Formatter().parse(benchmark.gold))
     names = [name for _, name, _, _ in parts if name is not None]
     try:
-        value = Formatter().get_field(names[0], (), row)[0] if len(names) == 1 else None
+        value = field(names[0], row) if len(names) == 1 else None
     except (LookupError, AttributeError, TypeError, ValueError):
         value = None  # _filled says why
     if not isinstance(value, list) or _is_text(value):
@@ -157,7 +166,7 @@ def _texts(row: Row, path: str | None) -> list[str]:
     if others := [value for value in found if not _is_text(value)]:
         raise _Unscorable(f"{path} holds what is no text: {{}}", _shown(others[0]))
     texts = [text_of(value) for value in found]
-    if not all(text.strip() for text in texts):
+    if any(map(is_blank, texts)):
         raise _Unscorable(f"{path} holds a blank text")
     if twice := [text for text in texts if [other.strip() for other in texts].count(text.strip()) > 1]:
         raise _Unscorable(f"{path} holds {{}} more than once", _shown(twice[0]))

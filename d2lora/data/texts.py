@@ -1,6 +1,7 @@
 """Values of rows -> texts. A value that is no text is never formatted into one."""
 
 import math
+import unicodedata
 from string import Formatter
 from typing import Any
 
@@ -44,8 +45,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, and what has no width (zero-width spaces, byte order marks)."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+
+
 class _Texts(Formatter):
-    """str.format whose fields are texts (`text_of`)."""
+    """str.format whose fields are texts (`text_of`), and whose paths lead through lists and mappings only."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        name, *keys = field_name.replace("]", "").split("[")
+        value = kwargs[name]
+        for key in keys:
+            if isinstance(value, str):  # "{answers[0]}" would be its first letter
+                raise NotText(f"{shown(value)} is a text, and {{{field_name}}} names a part of it")
+            value = value[int(key) if key.isdecimal() else key]
+        return value, name
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         return (
@@ -54,6 +69,11 @@ class _Texts(Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return format(text_of(value), format_spec)
+
+
+def field(name: str, row: Row) -> Any:
+    """The value that a template's field names: a column's, or with a path ("answers[text]") one in it."""
+    return _Texts().get_field(name, (), row)[0]
 
 
 def fill(template: str, row: Row) -> str:
