@@ -57,7 +57,7 @@ class _Texts(Formatter):
         name, *keys = field_name.replace("]", "").split("[")
         value = kwargs[name]
         for key in keys:
-            if isinstance(value, str):  # "{answers[0]}" would be its first letter
+            if isinstance(value, str) and key.isdecimal():  # "{answers[0]}" would be its first letter
                 raise NotText(f"{shown(value)} is a text, and {{{field_name}}} names a part of it")
             value = value[int(key) if key.isdecimal() else key]
         return value, name
