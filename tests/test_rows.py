@@ -493,3 +493,11 @@ def test_what_nobody_sees_is_nothing(tmp_path: Path, column: str, value: str) ->
 def test_where_no_row_can_be_used_no_number_is_advised(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", [ROW | {"bad": ROW["good"]}])
     assert told(task_of(file)).endswith("of which 0 can be used (left out: chosen equals rejected: 1): none is left")
+
+
+@pytest.mark.parametrize("template", ["prompt", "chosen", "rejected"])
+def test_a_column_s_name_without_braces_is_refused(tmp_path: Path, template: str) -> None:
+    name = {"prompt": "q", "chosen": "good", "rejected": "bad"}[template]
+    assert f"{name} is a column, as a template it is only this text: write {{{name}}}" in told(
+        task_of(write(tmp_path / "rows.jsonl", [ROW]), **{template: name})
+    )

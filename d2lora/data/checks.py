@@ -9,7 +9,7 @@ from d2lora.config import Model, Task, Warmup, fields
 from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts, paths
-from d2lora.data.sources import identity, model_files, need, number_of, rows
+from d2lora.data.sources import identity, model_files, need, need_braces, number_of, rows
 from d2lora.data.texts import LeftOut, is_blank, shown
 from d2lora.errors import UserError
 
@@ -37,6 +37,8 @@ def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Count
     task = Task.model_validate_json(dumped)
     found = rows(task.data, split_seed)
     need(found, task.data, *columns(task), empty=True)
+    for template in task.templates:
+        need_braces(template, found, task.data.path)
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
     left_out: Counter[str] = Counter()
     equal = 0

@@ -7,7 +7,7 @@ from typing import Any
 from d2lora import answers
 from d2lora.config import Benchmark, fields
 from d2lora.data.conversations import written
-from d2lora.data.sources import Row, need, rows
+from d2lora.data.sources import Row, need, need_braces, rows
 from d2lora.data.texts import NotText, field, fill, is_blank, text_of
 from d2lora.errors import UserError
 
@@ -26,6 +26,8 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     paths = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
     columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths)
     need(found[: benchmark.limit], benchmark.data, *columns, empty=True)
+    for template in (benchmark.prompt, benchmark.gold):
+        need_braces(template, found, benchmark.data.path)
     check_items(benchmark, found[: benchmark.limit])
 
 
