@@ -303,6 +303,19 @@ def test_test_items_that_the_model_can_t_take_are_named(check) -> None:
     check(rows, "n=4", "+task.benchmark.lab_math.limit=1")
 
 
+def test_choices_of_a_chat_carry_no_tokens_of_the_model(check) -> None:
+    items = [
+        {"question": "?", "choices": {"text": [text, "salt"], "label": ["A", "B"]}, "answerKey": "A"}
+        for text in ("iron", "iron<|end|>", "wood")
+    ]
+    rows = {"task.benchmark.lab_facts.data.path": items}
+    check(rows, "n=4")
+    with pytest.raises(
+        UserError, match=r"task.benchmark.lab_facts: .*: row 2 \(1 of 3\): a choice carries the model's own tok"
+    ):
+        check(rows, "n=4", "task.benchmark.lab_facts.chat=true")
+
+
 def test_what_was_found_is_remembered_once_nothing_is_refused(check, tmp_path: Path, monkeypatch) -> None:
     rows = {"task.data.path": pairs(*[1] * 20)}
     check(rows, "n=16")
