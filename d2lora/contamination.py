@@ -8,6 +8,7 @@ Questions are compared as columns have them and as templates render them. 13-gra
 wording is the same in all rows, so a 13-gram with a word of it says nothing of an item.
 """
 
+import contextlib
 import functools
 import itertools
 import re
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
+from d2lora.data.conversations import written
 from d2lora.data.texts import LeftOut, NotText, fill, text_of
 
 NGRAM = 13
@@ -62,9 +64,18 @@ def _inner(value: Any) -> list[str]:
     """The texts in a value: of a turn its content, of other mappings all values, of a list all elements; of a null none."""
     if isinstance(value, dict):
         value = [value["content"]] if "content" in value else list(value.values())
+    elif isinstance(value, str) and (turns := _written(value)):
+        value = turns
     elif not isinstance(value, list) or _is_typed(value):
         return _plain(value)
     return [text for inner in value for text in ([inner] if isinstance(inner, str) else _inner(inner))]
+
+
+def _written(text: str) -> list[dict] | None:
+    """The turns that a text is, as a CSV has them."""
+    with contextlib.suppress(NotText):
+        return written(text)
+    return None
 
 
 def _is_typed(value: list) -> bool:
@@ -72,9 +83,16 @@ def _is_typed(value: list) -> bool:
     return bool(value) and isinstance(value[0], dict) and value[0].get("type") == "text"
 
 
+# What chat templates write around turns, in rows that are rendered already.
+_TURNS = re.compile(
+    r"(?:<[|｜][^<>]*[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>)(?:(?:system|developer|user|assistant|model|tool)\n)?"
+)
+
+
 def _plain(value: Any) -> list[str]:
     try:
-        return [text_of(value)]
+        text = text_of(value)
+        return [text] if "<" not in text else [part for part in _TURNS.split(text) if part.strip()]
     except LeftOut:
         return []
     except NotText:

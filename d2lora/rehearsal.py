@@ -156,6 +156,8 @@ def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> dict:
     prompt = data.fill(benchmark.prompt, row)
     asked = data.rendered_prompt(tokenizer, prompt) if benchmark.chat else prompt
     if benchmark.choices:
+        for option in data.choices(benchmark, row) if benchmark.chat else ():
+            data.refuse_tokens(tokenizer, option, "a choice")
         asked += " " + max(data.choices(benchmark, row), key=len)
     if len(asked.encode()) < room:  # no token is shorter than a byte
         return {"input_ids": []}

@@ -140,7 +140,8 @@ def _passed_over(cell: Cell, store: Store) -> Iterable[str]:
         counts = (store.record(stage) or {}).get("data", {})
         reasons = {"too long": counts.get("misfits", 0)} | counts.get("left_out", {})
         if told := ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items() if count):
-            yield f"  {stage.name}: rows passed over ({told}), others taken"
+            others = "" if "all" in (stage.spec.get("m"), stage.spec.get("n")) else ", others taken"
+            yield f"  {stage.name}: rows passed over ({told}){others}"
 
 
 def failures_text(output: Path, lost: Iterable[Stage]) -> str:

@@ -256,3 +256,13 @@ def test_texts_are_the_same_but_for_case_spaces_and_wrapping(answer: str, gold: 
 )
 def test_texts_that_differ_are_not_the_same(answer: str, gold: str) -> None:
     assert not same_text(answer, gold)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1 1/2 million", "1/2 million", "2½ million", r"\boxed{1\frac{1}{2} million}", "half a million", "one and a half million", "1.2-million", "1.2 lakh", "3 crore", "5 mln"],
+)  # fmt: skip
+def test_a_power_in_words_that_is_not_read_leaves_no_other_number(text: str) -> None:
+    assert final_number(text) is None
+    assert gold_number(text) is None
+    assert same_number(text, text)

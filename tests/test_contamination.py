@@ -62,6 +62,27 @@ def test_every_turn_of_a_conversation_is_read_and_none_runs_into_the_next() -> N
     assert found(halves) == []
 
 
+@pytest.mark.parametrize("spelling", [json.dumps, repr])
+def test_a_conversation_in_a_cell_is_read_turn_by_turn(spelling) -> None:
+    turns = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "Four."}]
+    sharegpt = [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "Four."}]
+    assert [i["index"] for i in found(spelling(turns))] == [i["index"] for i in found(spelling(sharegpt))] == [1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|begin|><|user|>What is 2 + 2?<|end|><|assistant|>Four.<|end|>",
+        "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>",
+        "<bos><start_of_turn>user\nWhat is 2 + 2?<end_of_turn>\n<start_of_turn>model\nFour.",
+        "<s>[INST] What is 2 + 2? [/INST] Four.</s>",
+    ],
+)
+def test_a_rendered_conversation_is_read_turn_by_turn(text: str) -> None:
+    assert [(i["index"], i["exact"]) for i in found(text)] == [(1, 0)]
+    assert found("Is a<b or b>c? What is 2 + 2?") == []
+
+
 def test_lists_of_texts_are_read_element_by_element() -> None:
     tests = [{"options": ["sixty", QUESTION], "question": "Which is it?", "answers": ["80", ANSWER]}]
 
@@ -235,9 +256,9 @@ def test_korean_has_spaces_and_is_compared_by_words() -> None:
 _WORDS = st.lists(st.sampled_from(["one", "two", "three", "four.", "5,", "Six", "七八", "é"]), max_size=20).map(
     " ".join
 )
-_ROW = st.fixed_dictionaries({"a": _WORDS, "b": _WORDS})
+_ROW = st.fixed_dictionaries({"a": _WORDS, "b": _WORDS, "c": st.lists(_WORDS, max_size=1)})
 _TEMPLATE = st.sampled_from(
-    ["{a}", "{b} {a}", "Q: {a}\nA: {b}", "one {a} two {b}", "{a}{b}", "{a} Say it. {b}", "{a[0]}"]
+    ["{a}", "{b} {a}", "Q: {a}\nA: {b}", "one {a} two {b}", "{a}{b}", "{a} Say it. {b}", "{c[0]}"]
 )
 
 
@@ -250,8 +271,8 @@ def test_templates_add_to_what_columns_find_and_equal_renderings_are_found(tests
     for index, item in plain.items():
         assert all(item[name] is None or found[index][name] <= item[name] for name in ("exact", "ngram13"))
     for index, item in enumerate(tests):
-        rendered = [texts.fill(trained, row) for row in rows if row["a"] or "[0]" not in trained]
-        asked = contamination.words(texts.fill(prompt, item)) if item["a"] or "[0]" not in prompt else ()
+        rendered = [texts.fill(trained, row) for row in rows if row["c"] or "[0]" not in trained]
+        asked = contamination.words(texts.fill(prompt, item)) if item["c"] or "[0]" not in prompt else ()
         if asked and asked in map(contamination.words, rendered):
             assert found[index]["exact"] is not None
 

@@ -154,6 +154,14 @@ def test_a_turn_is_missed_even_where_another_says_the_same(tokenizer) -> None:
         )
 
 
+def test_a_template_that_cuts_texts_is_refused_and_no_text_becomes_python_source(tokenizer) -> None:
+    cut = of(tokenizer, f"{{% for m in messages %}}{TURN.replace('m.content', 'm.content[:5]')}{{% endfor %}}{ASKED}")
+    with pytest.raises(UserError, match="leaves out what turn 1"):
+        data.conversation_example(cut, PLAIN)
+    with pytest.raises(UserError, match="leaves out what turn 1"):
+        data.rendered_prompt(cut, "Name a fruit.")
+
+
 def test_a_template_that_reads_typed_parts_only_is_given_them(tokenizer) -> None:
     """Templates of models that see images: they would write a plain text's turns empty."""
     parts = of(tokenizer, "{% for m in messages %}<|{{ m.role }}|>{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}<|end|>{% endfor %}" + ASKED)  # fmt: skip
@@ -380,3 +388,15 @@ def test_rendered_rows_train_what_plain_ones_do(cell, tiny: Path, tokenizer, tmp
         do(c)
         weights.append(adapter(c))
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.parametrize("spelling", [json.dumps, repr])
+def test_a_conversation_in_a_cell_is_read(tokenizer, spelling) -> None:
+    talk = [user(), assistant()]
+    assert data.conversation_example(tokenizer, spelling(talk)) == data.conversation_example(tokenizer, talk)
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff\n"])
+def test_a_turn_in_which_nothing_can_be_seen_is_blank(tokenizer, text: str) -> None:
+    with pytest.raises(LeftOut, match="blank turn"):
+        data.conversation_example(tokenizer, [user(), assistant(text)])

@@ -83,6 +83,12 @@ def test_golds_of_a_list_are_filled_in_one_by_one() -> None:
         ({"q": " ", "a": "18"}, "the prompt is blank"),
         ({"q": "?", "a": None}, "gold={a}: None is no text"),
         ({"q": "?", "a": {"text": "18"}}, "gold={a}: {'text': '18'} is no text"),
+        ({"q": "\u200b", "a": "18"}, "the prompt is blank"),
+        ({"q": "?", "a": "\ufeff"}, "the gold answer is blank"),
+        (
+            {"q": '[{"role": "user", "content": "?"}]', "a": "18"},
+            "prompt={q}: '[{\"role\": \"user\", \"content\": \"?\"}]' is a list that is written out",
+        ),
     ],
 )  # fmt: skip
 def test_a_value_that_is_no_text_is_neither_asked_nor_scored(check, row: dict, told: str) -> None:
@@ -139,3 +145,22 @@ def test_choices_and_the_right_one_are_read_as_texts() -> None:
     benchmark = Benchmark(data=Data(path="x"), prompt="{q}", **CHOICE)
     row = {"q": "?", "a": 2, "c": {"text": [1, 2.5], "label": [1, 2]}}
     assert (data.choices(benchmark, row), data.right(benchmark, row)) == (["1", "2.5"], 1)
+
+
+@pytest.mark.parametrize("gold", ["\u5317\u4eac", "!?", "\u041c\u043e\u0441\u043a\u0432\u0430"])
+def test_a_gold_that_rouge_can_t_read_is_refused(check, gold: str) -> None:
+    good = {"q": "?", "a": "Beijing"}
+    assert check([good, good | {"a": gold}], kind="rouge").startswith(
+        f"row 2: the gold answer {gold!r} has no Latin letter and no digit"
+    )
+    assert check([good, good | {"a": [gold, "x"]}], kind="rouge").startswith("row 2: the gold answer")
+    if gold != "!?":
+        assert check([good | {"a": gold}], kind="exact") is None
+
+
+def test_an_index_into_a_text_is_no_gold(check) -> None:
+    assert check([{"q": "?", "a": ["18"]}], gold="{a[0]}") is None
+    assert (
+        check([{"q": "?", "a": "18"}], gold="{a[0]}")
+        == "row 1: gold={a[0]}: '18' is a text, and {a[0]} names a part of it"
+    )

@@ -299,6 +299,19 @@ def test_test_items_that_the_model_can_t_take_are_named(check) -> None:
     check(rows, "n=4", "+task.benchmark.lab_math.limit=1")
 
 
+def test_choices_of_a_chat_carry_no_tokens_of_the_model(check) -> None:
+    items = [
+        {"question": "?", "choices": {"text": [text, "salt"], "label": ["A", "B"]}, "answerKey": "A"}
+        for text in ("iron", "iron<|end|>", "wood")
+    ]
+    rows = {"task.benchmark.lab_facts.data.path": items}
+    check(rows, "n=4")
+    with pytest.raises(
+        UserError, match=r"task.benchmark.lab_facts: .*: row 2 \(1 of 3\): a choice carries the model's own tok"
+    ):
+        check(rows, "n=4", "task.benchmark.lab_facts.chat=true")
+
+
 def test_what_was_found_is_remembered_once_nothing_is_refused(check, tmp_path: Path, monkeypatch) -> None:
     rows = {"task.data.path": pairs(*[1] * 20)}
     check(rows, "n=16")
@@ -364,3 +377,80 @@ def test_what_is_left_out_is_in_the_record_the_table_s_notes_the_page_and_result
         assert {(r["misfits"], r["left_out"]) for r in csv.DictReader(file)} == {
             ("2", "chosen equals rejected: 3; empty: 1")
         }
+
+
+# --- lists in files that have none ---------------------------------------------------------------------------------
+
+
+def table(file: Path, rows: list[dict]) -> Path:
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+def asked(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize("spelling", [json.dumps, repr])  # pandas writes Python's
+@pytest.mark.parametrize("prompt", ["{q}", None])
+def test_conversations_in_cells_are_read_as_conversations(tmp_path: Path, tokenizer, spelling, prompt) -> None:
+    row = ROW | {k: spelling(asked(ROW["q"], ROW[k])) for k in ("good", "bad")}
+    task = task_of(table(tmp_path / "rows.csv", [row, row]), prompt=prompt)
+    data.check_task(task, 2, 0, True)
+    read = data.rows(task.data)[0]
+    assert data.pair_example(tokenizer, task, read) == data.pair_example(tokenizer, task_of(), ROW)
+
+
+def test_typed_parts_in_cells_are_joined(tokenizer) -> None:
+    row = ROW | {"good": json.dumps([{"type": "text", "text": "An "}, {"type": "text", "text": "apple."}])}
+    assert data.pair_example(tokenizer, task_of(), row) == data.pair_example(tokenizer, task_of(), ROW)
+
+
+@pytest.mark.parametrize("value", [str(asked("q", "a")).replace("}, {", "}\n {"), repr(asked("q", "a"))[:-1] + ",,]"])
+def test_a_conversation_in_a_cell_that_can_t_be_read_is_refused(tmp_path: Path, value: str) -> None:
+    task = task_of(table(tmp_path / "rows.csv", [ROW, ROW | {"good": value}]))
+    assert "row 2 (1 of 2): there is no text {good}" in told(task)
+
+
+def test_a_conversation_in_a_cell_is_no_part_of_a_text(tmp_path: Path) -> None:
+    row = ROW | {"good": json.dumps(asked("q", "a"))}
+    task = task_of(table(tmp_path / "rows.csv", [ROW, row]), chosen="Answer: {good}")
+    assert "row 2 (1 of 2): column good holds no text" in told(task)
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"name": "f", "arguments": {}}]', "[{x}] is a set", "[1, 2]", '[{"role": "admin"}]', "[{'a"]
+)
+def test_other_lists_are_answers_as_they_stand(tmp_path: Path, tokenizer, text: str) -> None:
+    task = task_of(table(tmp_path / "rows.csv", [ROW | {"good": text}]))
+    data.check_task(task, 1, 0, True)
+    example = data.pair_example(tokenizer, task, data.rows(task.data)[0])
+    assert tokenizer.decode(example["prompt_ids"] + example["chosen_ids"]).endswith(f"<|assistant|>{text}<|end|>")
+
+
+def test_a_part_of_a_text_is_not_its_letter(tmp_path: Path) -> None:
+    task = task_of(table(tmp_path / "rows.csv", [ROW | {"good": "['An apple.']"}]), chosen="{good[0]}")
+    assert "row 1 (1 of 1): there is no text {good[0]} (\"['An apple.']\" is a text, and {good[0]} names" in told(task)
+
+
+@pytest.mark.parametrize("value", ["\u200b", "\ufeff ", "\u2060\u00ad"])
+@pytest.mark.parametrize("column", list(ROW))
+def test_what_nobody_sees_is_nothing(tmp_path: Path, column: str, value: str) -> None:
+    file = write(tmp_path / "rows.jsonl", [ROW, ROW | {column: value}])
+    assert f"row 2 (1 of 2): nothing in column {column}" in told(task_of(file))
+
+
+def test_where_no_row_can_be_used_no_number_is_advised(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [ROW | {"bad": ROW["good"]}])
+    assert told(task_of(file)).endswith("of which 0 can be used (left out: chosen equals rejected: 1): none is left")
+
+
+@pytest.mark.parametrize("template", ["prompt", "chosen", "rejected"])
+def test_a_column_s_name_without_braces_is_refused(tmp_path: Path, template: str) -> None:
+    name = {"prompt": "q", "chosen": "good", "rejected": "bad"}[template]
+    assert f"{name} is a column, as a template it is only this text: write {{{name}}}" in told(
+        task_of(write(tmp_path / "rows.jsonl", [ROW]), **{template: name})
+    )

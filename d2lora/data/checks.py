@@ -9,8 +9,8 @@ from d2lora.config import Model, Task, Warmup, fields
 from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts, paths
-from d2lora.data.sources import identity, model_files, need, number_of, rows
-from d2lora.data.texts import LeftOut, is_whole, shown
+from d2lora.data.sources import identity, model_files, need, need_braces, number_of, rows
+from d2lora.data.texts import LeftOut, is_blank, is_whole, shown
 from d2lora.errors import UserError
 
 
@@ -37,6 +37,8 @@ def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Count
     task = Task.model_validate_json(dumped)
     found = rows(task.data, split_seed)
     need(found, task.data, *columns(task), empty=True)
+    for template in task.templates:
+        need_braces(template, found, task.data.path)
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
     left_out: Counter[str] = Counter()
     equal = 0
@@ -75,10 +77,15 @@ def _usual(task: Task) -> Callable[[Row], bool] | None:
     answers = [sorted(fields(t)) for t in (task.chosen, task.rejected) if t]
 
     def usual(row: Row) -> bool:
-        texts = all(type(row[name]) is str and row[name].strip() and is_whole(row[name]) for name in names)
+        texts = all(_is_plain(row[name]) for name in names)
         return texts and len({tuple(row[name] for name in a) for a in answers}) == len(answers)
 
     return usual
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a text in which something can be seen, and surely no list that is written out."""
+    return type(value) is str and not is_blank(value) and is_whole(value) and value.lstrip()[0] != "["
 
 
 def kind_line(found: list[tuple[int, str]], total: int) -> str:
@@ -118,8 +125,8 @@ def _enough(key: str, wanted: int | str, there: int, name: str, left_out: Counte
         return
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(left_out.items()))
     rows_ = f"{there:,} rows" + (f", of which {usable:,} can be used (left out: {reasons})" if reasons else "")
-    advice = f": choose {key} of at most {usable} or {key}=all" if usable else ""
-    raise UserError(f"{key}={wanted}: {name} has {rows_}{advice}")
+    advice = f"choose {key} of at most {usable} or {key}=all" if usable > 0 else "none is left"
+    raise UserError(f"{key}={wanted}: {name} has {rows_}: {advice}")
 
 
 @functools.cache

@@ -1,10 +1,12 @@
 """A row's conversation, in the layouts that data sets have -> messages as chat templates take them."""
 
+import ast
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from d2lora.data.texts import LeftOut, NotText, text_of
+from d2lora.data.texts import LeftOut, NotText, is_blank, shown, text_of
 from d2lora.errors import UserError
 
 Message = dict[str, Any]
@@ -25,12 +27,12 @@ class Conversation:
 
 
 def conversation(value: Any) -> Conversation:
-    """The conversation in a row's value: a list of {role, content} or of ShareGPT's {from, value}, or its JSON.
+    """The conversation in a row's value: a list of {role, content} or of ShareGPT's {from, value}, or such a list as JSON or Python write it.
 
     UserError for what can't be read, LeftOut for what can be read and has nothing to learn.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _json(value)
+        value = _parsed(value)
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise UserError("no conversation: a list of {role, content} or of {from, value} is wanted")
     read = [message(m, f"turn {number}") for number, m in enumerate(value, 1)]
@@ -38,7 +40,7 @@ def conversation(value: Any) -> Conversation:
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise UserError("a conversation without an assistant turn")
-    if blank := [m["role"] for m in messages if is_blank(m)]:
+    if blank := [m["role"] for m in messages if is_silent(m)]:
         raise LeftOut(f"a blank turn ({blank[0]})")
     learned = [i for i in turns if read[i][1]]
     if not learned:
@@ -48,9 +50,9 @@ def conversation(value: Any) -> Conversation:
     return Conversation(messages, learned)
 
 
-def is_blank(message: Message) -> bool:
+def is_silent(message: Message) -> bool:
     """Whether a user or an assistant says nothing: an answer to nothing, or an end alone, would be learned."""
-    silent = not (message["content"] or "").strip() and not message.get("tool_calls")
+    silent = is_blank(message["content"] or "") and not message.get("tool_calls")
     return silent and message["role"] in ("user", "assistant")
 
 
@@ -59,6 +61,42 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
+
+
+def _parsed(text: str) -> Any:
+    """The value that a text is as JSON, or as Python writes it (pandas' CSVs); None for another text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+_TURN = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](?:system|user|assistant|tool|human|gpt)['"]""")
+
+
+def written(text: str) -> list[dict] | None:
+    """The turns or typed parts that a text is, as JSON or Python write them (a CSV has no lists); None for any other text.
+
+    NotText for turns that can't be read: they are no text either.
+    """
+    if not re.match(r"\s*\[\s*\{", text):
+        return None
+    found = _parsed(text)
+    if found is None and _TURN.search(text) and text.rstrip().endswith("]"):
+        raise NotText(f"{shown(text)} is a conversation, in neither JSON nor Python")
+    if isinstance(found, list) and all(isinstance(part, dict) and _is_known(part) for part in found):
+        return found
+    return None
+
+
+def _is_known(part: dict) -> bool:
+    """Whether it is a turn or a typed text part, not something else that an answer may well be (calls as JSON)."""
+    turn = ("role" in part and ("content" in part or "tool_calls" in part)) or ("from" in part and "value" in part)
+    return turn or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 def message(given: dict, where: str) -> tuple[Message, bool]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from d2lora import answers
 from d2lora.config import Benchmark, fields
-from d2lora.data.sources import Row, need, rows
-from d2lora.data.texts import NotText, fill, shown, text_of, value_at
+from d2lora.data.conversations import written
+from d2lora.data.sources import Row, need, need_braces, rows
+from d2lora.data.texts import NotText, field, fill, is_blank, shown, text_of
 from d2lora.errors import UserError
 
 
@@ -25,6 +26,8 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     paths = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
     columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths)
     need(found[: benchmark.limit], benchmark.data, *columns, empty=True)
+    for template in (benchmark.prompt, benchmark.gold):
+        need_braces(template, found, benchmark.data.path)
     check_items(benchmark, found[: benchmark.limit])
 
 
@@ -58,17 +61,18 @@ def _with(problem: str, value: str) -> str:
 
 def _check(benchmark: Benchmark, row: Row) -> None:
     """_Unscorable unless a row has a prompt, and golds that an answer can be compared with."""
-    if not _filled("prompt", benchmark.prompt, row).strip():
+    if is_blank(_filled("prompt", benchmark.prompt, row)):
         raise _Unscorable("the prompt is blank")
     if benchmark.kind == "choice":
         right(benchmark, row)
         return
     for gold in _golds(benchmark, row):
-        if not gold.strip() or (benchmark.kind == "exact" and not answers.exact_text(gold)):
+        if is_blank(gold) or (benchmark.kind == "exact" and not answers.exact_text(gold)):
             raise _Unscorable("the gold answer is blank")
         if benchmark.kind == "rouge" and not answers.rouge_reads(gold):
             raise _Unscorable(
-                "the gold answer {} has no Latin letter and no digit, and ROUGE reads nothing else", shown(gold)
+                "the gold answer {} has no Latin letter and no digit, and ROUGE reads nothing else (kind: exact compares texts)",
+                shown(gold),
             )
         if benchmark.kind == "number" and answers.gold_number(gold) is None:
             raise _Unscorable(
@@ -79,6 +83,9 @@ def _check(benchmark: Benchmark, row: Row) -> None:
 
 def _filled(name: str, template: str, row: Row) -> str:
     try:
+        for column in (column for _, column, _, _ in Formatter().parse(template) if column is not None):
+            if isinstance(value := field(column, row), str) and written(value) is not None:
+                raise NotText(f"{shown(value)} is a list that is written out")
         return fill(template, row)
     except NotText as error:
         raise _Unscorable(f"{name}={_line_of(template)}: {{}}", str(error)) from None
@@ -107,7 +114,7 @@ def _golds(benchmark: Benchmark, row: Row) -> list[str]:
     parts = list(Formatter().parse(benchmark.gold))
     names = [name for _, name, _, _ in parts if name is not None]
     try:
-        value = value_at(row, names[0]) if len(names) == 1 else None
+        value = field(names[0], row) if len(names) == 1 else None
     except (LookupError, AttributeError, TypeError, ValueError):
         value = None  # _filled says why
     if not isinstance(value, list) or _is_text(value):
@@ -174,7 +181,7 @@ def _texts(row: Row, path: str | None) -> list[str]:
     if others := [value for value in found if not _is_text(value)]:
         raise _Unscorable(f"{path} holds what is no text: {{}}", shown(others[0]))
     texts = [text_of(value) for value in found]
-    if not all(text.strip() for text in texts):
+    if any(map(is_blank, texts)):
         raise _Unscorable(f"{path} holds a blank text")
     if twice := [text for text in texts if [other.strip() for other in texts].count(text.strip()) > 1]:
         raise _Unscorable(f"{path} holds {{}} more than once", shown(twice[0]))

@@ -10,9 +10,9 @@ from string import Formatter
 from typing import Any
 
 from d2lora.config import Task
-from d2lora.data.conversations import is_blank, message
+from d2lora.data.conversations import is_silent, message, written
 from d2lora.data.files import Row
-from d2lora.data.texts import LeftOut, NotText, fill, shown, text_of, value_at
+from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, shown, text_of
 from d2lora.errors import UserError
 
 Messages = list[dict]
@@ -135,7 +135,7 @@ def _messages(task: Task, given: list[dict], template: str) -> Messages:
             read = message(turn, name)[0] if _says(turn) else None
         except UserError as error:
             raise BadRow(str(error)) from None
-        if read is None or is_blank(read):
+        if read is None or is_silent(read):
             raise _nothing(task, name)
         turns.append(read)
     return turns
@@ -150,13 +150,15 @@ def _text(task: Task, row: Row, template: str, blank: bool = False) -> str:
     """The template filled in; it is empty where every column in it is, unless it may be `blank`."""
     values = [(name, _value(row, name)) for name in paths(template)]
     texts = [_checked(task, f"column {name}", value, blank=True) for name, value in values]
-    if texts and not blank and not any(text.strip() for text in texts):
+    if texts and not blank and all(map(is_blank, texts)):
         raise _nothing(task, f"column {', '.join(paths(template))}")
+    if texts and texts != [value for _, value in values] and template == f"{{{values[0][0]}}}":
+        return texts[0]  # of typed parts, in a list or written out
     try:
         text = fill(template, row)
     except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{price:d}" of a text
         raise BadRow(f"{template!r} can't be filled in", f"{type(error).__name__}: {error}") from None
-    if not (text.strip() or blank):
+    if not blank and is_blank(text):
         raise _nothing(task, template)
     return text
 
@@ -169,7 +171,7 @@ def _checked(task: Task, name: str, value: Any, blank: bool = False) -> str:
         text = text_of(value)
     except NotText:
         raise BadRow(f"{name} holds no text", shown(value)) from None
-    if not (text.strip() or blank):
+    if not blank and is_blank(text):
         raise _nothing(task, name)
     return text
 
@@ -180,7 +182,11 @@ def _nothing(task: Task, name: str) -> Exception:
 
 def _value(row: Row, name: str) -> Any:
     try:
-        return value_at(row, name)
+        value = field(name, row)
+        turns = written(value) if isinstance(value, str) else None
+        return value if turns is None else turns
+    except NotText as error:
+        raise BadRow(f"there is no text {{{name}}}", str(error)) from None
     except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{answers.text}" of a list
         raise BadRow(f"there is no {{{name}}}", f"{type(error).__name__}: {error}") from None
 

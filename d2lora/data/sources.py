@@ -267,6 +267,14 @@ def need(found: list[Row], data: Data, *columns: str, empty: bool = False) -> No
             raise UserError(f"data.path={data.path}: {listed(nothing)}: nothing in column {column}")
 
 
+def need_braces(template: str, found: list[Row], path: str) -> None:
+    """UserError for a template that is a column's bare name: the name itself would be learned or asked in every row."""
+    if template and template in found[0]:
+        raise UserError(
+            f"data.path={path}: {template} is a column, as a template it is only this text: write {{{template}}}"
+        )
+
+
 def shuffled(count: int, seed: str) -> list[int]:
     """The indices 0..count-1 in a seeded order."""
     order = list(range(count))

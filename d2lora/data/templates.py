@@ -123,10 +123,7 @@ def render(
     need(tokenizer)
     template = template or _own(tokenizer, tools)
     if _wants_parts(tokenizer, template):
-        messages = [
-            m | {"content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
-            for m in messages
-        ]
+        messages = _in_parts(messages)
     return _apply(tokenizer, messages, generate, template, tools=tools, **(variables or {}))
 
 
@@ -140,13 +137,29 @@ def _apply(tokenizer, messages: list[Message], generate: bool, template: str, **
         raise UserError(f"the model's chat template refuses the conversation: {reason}") from None
 
 
+def _in_parts(messages: list[Message]) -> list[Message]:
+    return [
+        m | {"content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
+        for m in messages
+    ]
+
+
 @functools.lru_cache(16)
 def _wants_parts(tokenizer, template: str) -> bool:
-    """Whether a template reads contents as typed parts only, as those for images do; it would leave texts out without a word."""
+    """Whether a template reads contents as typed parts only, as those for images do; it would leave texts out without a word.
+
+    One that cuts or changes texts would write parts as Python's source.
+    """
     try:
-        return _QUESTION not in _apply(tokenizer, _PROBE[:1], True, template)
+        if _QUESTION in _apply(tokenizer, _PROBE[:1], True, template):
+            return False
     except UserError:
         return True
+    try:
+        written = _apply(tokenizer, _in_parts(_PROBE[:1]), True, template)
+    except UserError:
+        return False
+    return _QUESTION in written and "'type'" not in written
 
 
 # --- how an answer is written ---------------------------------------------------------------------------------------

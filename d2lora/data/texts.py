@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from string import Formatter
 from typing import Any
 
@@ -53,19 +54,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def value_at(row: Row, field: str) -> Any:
-    """The value of a template's field ("options[0]") in a row. LookupError, TypeError or ValueError where there is none."""
-    outer = field.rpartition("[")[0]
-    if outer and isinstance(value_at(row, outer), str):
-        raise TypeError(f"{outer} is a text, of which [...] would take one character")
-    return Formatter().get_field(field, (), row)[0]
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, and what has no width (zero-width spaces, byte order marks)."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 class _Texts(Formatter):
-    """str.format whose fields are texts (`text_of`)."""
+    """str.format whose fields are texts (`text_of`), and whose paths lead through lists and mappings only."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
-        return value_at(kwargs, field_name), field_name
+        name, *keys = field_name.replace("]", "").split("[")
+        value = kwargs[name]
+        for key in keys:
+            if isinstance(value, str) and key.isdecimal():  # "{answers[0]}" would be its first letter
+                raise NotText(f"{shown(value)} is a text, and {{{field_name}}} names a part of it")
+            value = value[int(key) if key.isdecimal() else key]
+        return value, name
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         return (
@@ -74,6 +78,11 @@ class _Texts(Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return format(text_of(value), format_spec)
+
+
+def field(name: str, row: Row) -> Any:
+    """The value that a template's field names: a column's, or with a path ("answers[text]") one in it."""
+    return _Texts().get_field(name, (), row)[0]
 
 
 def fill(template: str, row: Row) -> str:

@@ -43,6 +43,12 @@ _REWRITES: list[tuple[re.Pattern, str]] = [
         (r"\\([$%#&_])", r"\1"),
         (r"(?<=\d)\s?[xX]\s?(?=10\s?\^)", "*"),
         (r"(\$\s?\d[\d.,]*)\s?(?:[kKmMbB]|[mb]n|[MB]N)\b", r"\1\\unclear "),  # $5m: is it millions?
+        # "1 1/2 million", "half a million", "1.2 lakh": what the word multiplies is not read, and without it the number is another
+        (
+            r"(?i)(/\s?\d+|\\frac\s?\{\d+\}\s?\{\d+\}|\bhalf (?:an? )?)\s?(?:hundred|thousand|[mbtr]+illion)s?\b",
+            r"\1\\unclear ",
+        ),
+        (r"(?i)(?<=\d)(?:-(?:hundred|thousand|[mbtr]+illion)|[ -]?(?:lakh|crore|mln|bn))s?\b", r"\\unclear "),
         (r"(?i)(?<=\d)\s?(?:[ap]\.?\s?m\b|o'clock\b)", r"\\unclear "),
         (
             rf"{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?,? \d{{4}}\b|{_MONTH} (?:\d{{1,2}}(?:st|nd|rd|th)?|\d{{4}})\b(?! [a-z])",
