@@ -354,7 +354,9 @@ def blamed(empty: str) -> set[str]:
 
 def refused_rightly(line: str, read: list[Reading], empty: str) -> None:
     assert len(line.splitlines()) == 1, line
-    if usable := re.search(r"has (\d+) rows(?:, of which (\d+) can be used \(left out: (.*)\))?(?:: choose|: none is left$|$)", line):
+    if usable := re.search(
+        r"has (\d+) rows(?:, of which (\d+) can be used \(left out: (.*)\))?(?:: choose|: none is left$|$)", line
+    ):
         out = dict(part.rsplit(": ", 1) for part in (usable[3] or "").split(", ") if part)
         assert int(usable[2] or usable[1]) + sum(map(int, out.values())) == int(usable[1]) == len(read)
         for reason, count in out.items():
