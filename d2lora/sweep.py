@@ -30,14 +30,15 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     """Do a whole grid. Exits with 1 if a stage is missing at the end; UserError (nothing written) for invalid cells."""
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
     cells = valid_cells(Composer(config, loader), grid)
-    rehearsal.remember()
     output = pipeline.output(cells[0].config)
     store, workers = Store(output), _workers(config)
     planned = summary.plan_text(cells, store, workers, cli.coverage(cells))
+    if not cells[0].config.dry_run:
+        _refuse_twice(config, cells[0].config.sweep)
+    rehearsal.remember()
     if cells[0].config.dry_run:
         print(planned)
         return
-    _refuse_twice(config, cells[0].config.sweep)
     print(planned, flush=True)
     manifest.write_manifest(output, cells)
     new = any(not store.done(s) for s in plan.stages(cells))

@@ -158,7 +158,9 @@ def test_a_layer_with_turned_weights_starts_as_a_linear_one_does(load, name: str
     assert torch.allclose(start, right[name], atol=1e-4)
 
 
-def test_an_adapter_that_was_not_saved_whole_is_an_error(load, settings, tmp_path, monkeypatch) -> None:
+def test_an_adapter_that_is_not_read_again_whole_is_refused_before_it_is_trained(
+    load, settings, tmp_path, monkeypatch
+) -> None:
     save = inits.save
 
     def without_a_layer(wrapped, record: Path) -> None:
@@ -168,8 +170,15 @@ def test_an_adapter_that_was_not_saved_whole_is_an_error(load, settings, tmp_pat
         save_file({k: t for k, t in tensors.items() if "layers.1.mlp.up_proj" not in k}, file, {"format": "pt"})
 
     monkeypatch.setattr(inits, "save", without_a_layer)
-    with pytest.raises(RuntimeError, match=r"the saved adapter is not the trained one: 1 of 28 layers differ.*up_proj"):
-        families.trained(load("llama"), "sft", tmp_path, settings)
+    base = load("llama")
+    with pytest.raises(
+        UserError, match=r"target_modules=all-linear: .* 1 of 28 layers differ.*up_proj: name layers that"
+    ):
+        families.trained(base, "sft", tmp_path, settings)
+    with model.adapter(base, families.SPEC, None) as wrapped:
+        saved = model.save(base, wrapped, tmp_path / "record")
+    with pytest.raises(RuntimeError, match="the saved adapter is not the trained one: 1 of 28 layers differ"):
+        model.check_saved(base, saved, tmp_path / "record", "lora")
 
 
 def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
