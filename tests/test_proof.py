@@ -77,7 +77,7 @@ def test_a_model_that_nothing_is_exact_for_is_refused(load, settings, tmp_path, 
     with pytest.raises(
         UserError, match=r"model=it: no way of laying its rows .*packed: a token's log-probability is off by 0.01"
     ):
-        families.trained(load("llama"), "sft", tmp_path, settings)
+        families.trained(load("llama"), "sft", tmp_path / "it", settings)
 
 
 def test_a_proof_is_remembered_up_to_the_length_it_was_shown_for(tmp_path) -> None:
@@ -174,7 +174,7 @@ def test_an_adapter_that_is_not_read_again_whole_is_refused_before_it_is_trained
     with pytest.raises(
         UserError, match=r"target_modules=all-linear: .* 1 of 28 layers differ.*up_proj: name layers that"
     ):
-        families.trained(base, "sft", tmp_path, settings)
+        families.trained(base, "sft", tmp_path / "it", settings)
     with model.adapter(base, families.SPEC, None) as wrapped:
         saved = model.save(base, wrapped, tmp_path / "record")
     with pytest.raises(RuntimeError, match="the saved adapter is not the trained one: 1 of 28 layers differ"):
