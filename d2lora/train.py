@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -17,6 +18,7 @@ from d2lora import families, model, proof, tracking
 from d2lora.config import Recipe
 from d2lora.data import Subset, sequences, sft_examples
 from d2lora.model import Base, device, memory_mb
+from d2lora.packing import Layout
 from d2lora.store import sync, write_json
 from d2lora.trainers import METHODS, Packer
 
@@ -113,26 +115,15 @@ def train(
         trainer = trainer_class(
             model=wrapped,
             args=args,
-            train_dataset=Dataset.from_list([e | {"row": i} for e, i in zip(rows, drawn.rows, strict=True)]),
+            train_dataset=Dataset.from_list([e | {"row": i + 1} for e, i in zip(rows, drawn.rows, strict=True)]),
             processing_class=base.tokenizer,
             callbacks=[Watch(progress, recipe.checkpoint_minutes, mark.get("seconds", 0.0))],
             data_collator=collator,
             **_own_arguments(method, drawn, reference),
         )
         trainer.remove_callback(PrinterCallback)
-        wrapped.eval().to(trainer.accelerator.device)
         memory = proof.Memory(proofs or folder.parent / "proofs", spec["model"])
-        collator.layout, shown = proof.choose(
-            base.name,
-            wrapped,
-            base.model,
-            layouts,
-            [text for row in rows for text in sequences(row)],
-            collator.prompt_loss,
-            recipe.micro_batch,
-            memory,
-            trainer.accelerator.autocast,
-        )
+        shown = _prove(base, trainer, layouts, rows, recipe.micro_batch, memory)
         with families.attention(base.model, collator.layout.attention):
             if method["name"] == "dpo":
                 trainer.tolerance = shown.tolerance
@@ -157,6 +148,18 @@ def train(
     if place:
         metrics["resumed"] = mark
     return metrics | {"micro_batch": recipe.micro_batch, "layout": asdict(shown), "log": log}
+
+
+def _prove(
+    base: Base, trainer: Any, layouts: list[Layout], rows: list[dict], at_once: int, memory: proof.Memory
+) -> proof.Proof:
+    """Give the trainer's batches the first of the layouts that is exact for its model on these rows; what was shown of it."""
+    collator, autocast = trainer.data_collator, trainer.accelerator.autocast
+    wrapped = trainer.model.eval().to(trainer.accelerator.device)
+    texts = [text for row in rows for text in sequences(row)]
+    how = (texts, collator.prompt_loss, at_once, memory, autocast)
+    collator.layout, shown = proof.choose(base.name, wrapped, base.model, layouts, *how)
+    return shown
 
 
 def thin(log: list[dict], every: int) -> list[dict]:
