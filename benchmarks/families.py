@@ -37,7 +37,7 @@ from hydra import compose, initialize_config_dir
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from d2lora import cli, inits, model, proof, train
+from d2lora import cli, coverage, model, proof, train
 from d2lora.config import Model, Recipe
 from d2lora.data import Subset
 from d2lora.errors import UserError
@@ -128,7 +128,7 @@ def trained(
         arguments = (folder / "checkpoints", lambda done, total: None, folder / "reference", folder / "proofs")
         metrics = train.train(base, wrapped, drawn, spec, settings, *arguments)
         after, saved = weights(wrapped), model.save(base, wrapped, folder / "record")
-        metrics["coverage"] = inits.coverage(wrapped)
+        metrics["coverage"] = coverage.of(wrapped)
     model.check_saved(base, saved, folder / "record", "lora")
     return metrics, before, after
 
@@ -149,7 +149,7 @@ def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, e
     row, furthest = Row(name), 0.0
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(temporary)
-        with refusal(row, "loading"):
+        with refusal(row, "loading", folder):
             base = loaded(name, make(), folder)
             row.attention = base.model.config._attn_implementation
         if row.refused:
@@ -183,12 +183,12 @@ def evaluated(base: model.Base, adapter: Path, row: Row, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def refusal(row: Row, what: str) -> Iterator[None]:
-    """Notes an error as the row's: a line of ours where it is refused, else the library's."""
+def refusal(row: Row, what: str, folder: Path | None = None) -> Iterator[None]:
+    """Notes an error as the row's: a line of ours where it is refused, else the library's; without the name of a `folder`."""
     try:
         yield
     except UserError as error:
-        row.refused[what] = str(error)
+        row.refused[what] = str(error).replace(str(folder), "FOLDER") if folder else str(error)
     except Exception as error:
         row.refused[what] = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

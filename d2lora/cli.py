@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import os
 import subprocess
 import sys
 import traceback
@@ -156,11 +155,7 @@ def find_coverage(config: Config) -> None:
     """Have it written what the cell's adapter reaches, by a process of its own: torch and PEFT take seconds, and a plan needs neither."""
     asked = [config.model.model_dump(), config.recipe.lora.target_modules, str(pipeline.coverage_file(config))]
     code = "import json, sys; from d2lora import model; model.remember_coverage(*json.load(sys.stdin))"
-    path = os.pathsep.join(p for p in (str(data.ROOT), os.environ.get("PYTHONPATH")) if p)
-    environment = os.environ | {"PYTHONPATH": path}
-    subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(asked), text=True, env=environment, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", code], input=json.dumps(asked), text=True, capture_output=True)
 
 
 def _all_local(config: Config) -> bool:

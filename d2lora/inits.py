@@ -9,8 +9,6 @@ import copy
 import functools
 import itertools
 import math
-import re
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,17 +25,17 @@ from peft import (
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant, ParamWrapper
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear, normalize
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from d2lora import coverage
+from d2lora.coverage import layers
 from d2lora.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -63,18 +61,13 @@ def lora_config(spec: dict) -> LoraConfig:
     )
 
 
-def layers(wrapped: nn.Module) -> dict[str, LoraLayer]:
-    """The model's layers with an adapter, by name."""
-    return {name: module for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
-
-
 def fresh(model: PreTrainedModel, spec: dict) -> PeftModel:
     """A new adapter on the model, as PEFT starts it; A and B of prepared initializations come with `prepare`."""
     config = lora_config(spec)
     if config.target_modules == "all-linear":
-        left_out = not_adapted(model)
+        left_out = coverage.not_adapted(model)
         config.exclude_modules = sorted(left_out) or None
-        _tell(model, left_out)
+        coverage.tell(model, left_out)
     try:
         wrapped = get_peft_model(model, config)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
@@ -86,118 +79,6 @@ def fresh(model: PreTrainedModel, spec: dict) -> PeftModel:
     return _for_training(wrapped)
 
 
-# PEFT refuses these layers of these families: their forward reads the weights, and would pass an adapter by.
-_BYPASSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-
-
-def not_adapted(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers that "all-linear" leaves out, by their whole names, and why."""
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | Conv1D)}
-    text, out = model.config.get_text_config(), {}
-    if text is not model.config:  # beside a vision tower, say
-        inside = [name for name, module in model.named_modules() if module is model.get_decoder() and name]
-        head = model.get_output_embeddings()
-        others = [name for name, m in linear.items() if m is not head]
-        others = [name for name in others if not any(name.startswith(f"{prefix}.") for prefix in inside)]
-        out |= dict.fromkeys(others, "no text goes through it")
-    if text.model_type in _BYPASSED:
-        bypassed = [name for name in linear if name.rsplit(".", 1)[-1] in ("out_proj", "conv1d")]
-        out |= dict.fromkeys(bypassed, "its family's kernels read the weights, past an adapter")
-    return out | dict.fromkeys(_not_linear(model, linear), "it is no linear map of its input")
-
-
-@torch.no_grad()
-def _not_linear(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[str]:
-    """Layers with a forward of their own that an adapter can't be added to, found by asking.
-
-    Some routers choose the experts themselves, and some projections are of groups.
-    """
-    own = {name: m for name, m in linear.items() if type(m).forward not in _PLAIN_FORWARDS}
-    if not own:
-        return []
-    found: set[str] = set()
-
-    def note(module, inputs, output, name: str) -> None:
-        shape = (*inputs[0].shape[:-1], module.weight.shape[0])
-        if not isinstance(output, torch.Tensor) or output.shape != shape:
-            found.add(name)
-
-    hooks = [m.register_forward_hook(functools.partial(note, name=name)) for name, m in own.items()]
-    try:
-        model(input_ids=torch.ones(1, 4, dtype=torch.long, device=model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sorted(found)
-
-
-_PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, Conv1D.forward)
-
-
-def _tell(model: PreTrainedModel, left_out: dict[str, str]) -> None:
-    """One line, once a process and family, for what all-linear leaves out."""
-    if left_out and model.config.model_type not in _told:
-        _told.add(model.config.model_type)
-        kinds = {_NUMBER.sub(".*", name): why for name, why in left_out.items()}
-        shown = "; ".join(f"{kind} ({why})" for kind, why in list(kinds.items())[:3])
-        more = f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
-        print(f"{model.config.model_type}: all-linear leaves out {shown}{more}", file=sys.stderr)
-
-
-_told: set[str] = set()
-
-
-def take_off(model: nn.Module) -> None:
-    """Take every adapter layer off a model, also those of a start that failed half-way."""
-    for name, module in reversed(list(model.named_modules())):  # inner ones first
-        if isinstance(module, BaseTunerLayer) and not name.endswith(".base_layer"):
-            module = module.get_base_layer()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
-    for left in ("peft_config", "_hf_peft_config_loaded"):
-        model.__dict__.pop(left, None)
-
-
-def coverage(wrapped: PeftModel) -> dict:
-    """What of the base's weights is adapted: {share, adapted, left_out}.
-
-    `share` is of all matrices' weights, `adapted` the kinds of layers (their names without numbers), and `left_out` the share of
-    each kind that is not, largest first, from a thousandth on.
-    """
-    found = {name.removeprefix("base_model.model."): layer for name, layer in layers(wrapped).items()}
-    sizes: dict[str, int] = {}
-    reached: set[str] = set()
-    for name, weight in wrapped.get_base_model().named_parameters(remove_duplicate=True):
-        if "lora_" in name or weight.dim() < 2:
-            continue
-        whose, _, part = name.replace(".base_layer", "").rpartition(".")
-        layer = found.get(whose)
-        names = [whose] if part == "weight" else [f"{whose}.{part}"]
-        kind = _NUMBER.sub(".*", names[0])
-        sizes[kind] = sizes.get(kind, 0) + weight.numel()
-        if layer is not None and (part == "weight" or part in _parameters_of(layer)):
-            reached.add(kind)
-    total = sum(sizes.values())
-    left = {kind: size / total for kind, size in sizes.items() if kind not in reached and size >= total / 1000}
-    return {
-        "share": round(sum(sizes[kind] for kind in reached) / total, 4),
-        "adapted": sorted(reached),
-        "left_out": {kind: round(share, 4) for kind, share in sorted(left.items(), key=lambda x: -x[1])},
-    }
-
-
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
-
-
-def _parameters_of(layer: nn.Module) -> set[str]:
-    """The parameters of a module of experts that PEFT adapts: it wraps the module once a parameter."""
-    names = set()
-    while isinstance(layer, ParamWrapper):
-        names.add(layer.parameter_name)
-        layer = layer.base_layer
-    return names
-
-
 _ANY_LAYER = ("lora", "gaussian")  # these start what PEFT adapts as parameters (experts) as they start a linear layer
 
 
@@ -206,7 +87,7 @@ def _check_layers(wrapped: nn.Module, spec: dict) -> None:
     name = spec["init"]["name"]
     others = [place for place, layer in layers(wrapped).items() if not isinstance(layer, Linear)]
     if name not in _ANY_LAYER and others:
-        kinds = sorted({_NUMBER.sub(".*", place.removeprefix("base_model.model.")) for place in others})
+        kinds = sorted(set(map(coverage.kind, others)))
         raise UserError(
             f"init={name}: starts linear layers only, and all-linear takes parameters of {', '.join(kinds)} too: name linear layers in "
             "recipe.lora.target_modules, for example [q_proj,v_proj], or use init=lora"

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from d2lora import data, families, inits, proof
+from d2lora import coverage, data, families, inits, proof
 from d2lora.config import Model
 from d2lora.errors import UserError
 from d2lora.families import Snapshot
@@ -61,7 +61,7 @@ class Base:
 
     def restore(self) -> None:
         """Put back what a stage may have left on the base: layers, patches, modes, settings. RuntimeError if weights changed."""
-        inits.take_off(self.model)
+        coverage.take_off(self.model)
         self.model.__dict__.pop("forward", None)  # TRL's trainers patch it and do not put it back
         self.model.gradient_checkpointing_disable()
         self.model.eval().requires_grad_(False)
@@ -127,9 +127,7 @@ def _load(model: Model, cache: Path) -> Base:
         if place:
             raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
         raise UserError(data.hub_problem("model.path", model.path, error)) from None
-    except (
-        ValueError
-    ) as error:  # a family that transformers has no causal language model of, or whose code is not trusted
+    except ValueError as error:  # transformers has no causal language model of the family, or its code is not trusted
         raise UserError(f"model.path={model.path}: {str(error).splitlines()[0][:200]}") from error
     if tokenizer.pad_token is None:
         # only ever masked: labels and attention masks say what is padding
@@ -194,9 +192,8 @@ def adapter(base: Base, spec: dict, record: Path | None) -> Iterator[PeftModel]:
     torch.manual_seed(spec.get("seed", 0))
     try:
         wrapped = inits.taken_up(base.model, spec, record) if record else inits.fresh(base.model, spec)
-        wrapped.peft_config[
-            "default"
-        ].base_model_name_or_path = ""  # with a name, PEFT asks the Hub at every checkpoint
+        # With a name, PEFT asks the Hub at every checkpoint.
+        wrapped.peft_config["default"].base_model_name_or_path = ""
         with inits.quantized(wrapped) if record and spec["init"]["name"] == "loftq" else contextlib.nullcontext():
             yield wrapped
     finally:
@@ -289,8 +286,8 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
     raise RuntimeError("the adapter has non-zero weights and is not applied")
 
 
-def coverage(model: Model, target_modules: str | list[str]) -> dict:
-    """What an adapter reaches of a model (inits.coverage), from its config alone: no weights are read."""
+def covered(model: Model, target_modules: str | list[str]) -> dict:
+    """What an adapter reaches of a model (coverage.of), from its config alone: no weights are read."""
     place = data.model_files(model)
     remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     if model.gguf_package:
@@ -301,12 +298,12 @@ def coverage(model: Model, target_modules: str | list[str]) -> dict:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(families.settled(config), trust_remote_code=model.trust_remote_code)
         lora = {"r": 1, "alpha": 1, "dropout": 0.0, "target_modules": target_modules}
-        return inits.coverage(inits.fresh(empty, {"lora": lora, "init": {"name": "lora"}}))
+        return coverage.of(inits.fresh(empty, {"lora": lora, "init": {"name": "lora"}}))
 
 
 def remember_coverage(model: dict, target_modules: str | list[str], file: str) -> None:
     """Write the coverage of a model (its config as a mapping) into a JSON file."""
-    write_json(Path(file), coverage(Model.model_validate(model), target_modules))
+    write_json(Path(file), covered(Model.model_validate(model), target_modules))
 
 
 @dataclass(frozen=True)

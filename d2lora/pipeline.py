@@ -93,7 +93,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def coverage_file(config: Config) -> Path:
-    """Where it is remembered what an adapter reaches of the cell's base (inits.coverage)."""
+    """Where it is remembered what an adapter reaches of the cell's base (coverage.of)."""
     asked = {"model": data.model_identity(config.model), "target_modules": config.recipe.lora.target_modules}
     return output(config) / "fingerprints" / f"coverage-{plan.digest(asked)}.json"
 
@@ -143,19 +143,18 @@ def _write_items(folder: Path, items: list[dict]) -> None:
 
 
 def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
-    from d2lora import inits, model
+    from d2lora import coverage, inits, model
 
     draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
-    model.check_round_trip(base, stage.spec, output(config) / "proofs")
+    model.check_round_trip(base, stage.spec, _proofs(config))
     with model.adapter(base, stage.spec, None) as wrapped:
-        reached = cached(coverage_file(config), functools.partial(inits.coverage, wrapped))
+        reached = cached(coverage_file(config), functools.partial(coverage.of, wrapped))
         sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
         inits.prepare(wrapped, stage.spec, sequences, progress)
         saved = model.save(base, wrapped, folder)
-    model.check_saved(
-        base, saved, folder, "lora"
-    )  # it was prepared on the base itself, also where that is quantized then
+    # LoftQ's too was prepared on the base itself; what is trained from it starts on the quantized one.
+    model.check_saved(base, saved, folder, "lora")
     return {"metrics": {"samples_seen": len(drawn.rows)}, "data": drawn.counts(), "coverage": reached}
 
 
@@ -182,10 +181,10 @@ def _adapt(config, chain, stage, store, base, folder, progress) -> dict:
 
 
 def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> dict:
-    from d2lora import inits, model, train
+    from d2lora import coverage, model, train
 
     parent = store.place(stage.parent) if stage.parent else None
-    checkpoints, reference, proofs = _checkpoints(config, stage), _reference(config, stage), output(config) / "proofs"
+    checkpoints, reference, proofs = _checkpoints(config, stage), _reference(config, stage), _proofs(config)
 
     if parent is None:
         model.check_round_trip(base, stage.spec, proofs)
@@ -193,7 +192,7 @@ def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> 
     def attempt(micro_batch: int) -> tuple[dict, dict]:
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
         with model.adapter(base, stage.spec, parent) as wrapped:
-            reached = cached(coverage_file(config), functools.partial(inits.coverage, wrapped))
+            reached = cached(coverage_file(config), functools.partial(coverage.of, wrapped))
             metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference, proofs)
             saved = model.save(base, wrapped, folder)
         model.check_saved(base, saved, folder, stage.spec["init"]["name"])
@@ -221,6 +220,11 @@ def _in_memory(attempt: Callable[[int], Any], smaller: Callable[[int], int], key
         size = smaller(size)  # outside of except: the error's frames hold the memory
         torch.cuda.empty_cache()
         print(f"out of memory: again with {key}={size}", file=sys.stderr)
+
+
+def _proofs(config: Config) -> Path:
+    """Where it is remembered what was shown to be exact (proof.Memory)."""
+    return output(config) / "proofs"
 
 
 def _checkpoints(config: Config, stage: Stage) -> Path:
@@ -264,7 +268,7 @@ def _scored(config, name: str, base, tested, batch: int, progress: Progress, lim
     template = base.tokenizer.chat_template is not None
     task = evaluate.task_of(name, benchmark, _rows(config, benchmark.data), template) if benchmark else name
     chat = benchmark.chat and template if benchmark else False
-    proofs = proof.Memory(output(config) / "proofs", data.model_identity(config.model))
+    proofs = proof.Memory(_proofs(config), data.model_identity(config.model))
 
     def attempt(size: int) -> tuple:
         return evaluate.evaluate(base, tested, task, chat, size, progress, proofs, limit)

@@ -35,7 +35,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable
 
 
 def coverage_text(model: str, targets: str | list[str], found: dict) -> str:
-    """What an adapter reaches of a model and what it leaves out, from a hundredth of the weights on (inits.coverage)."""
+    """What an adapter reaches of a model and what it leaves out, from a hundredth of the weights on (coverage.of)."""
     named = targets if isinstance(targets, str) else ",".join(targets)
     left = [f"{kind} {100 * share:.0f} %" for kind, share in found["left_out"].items() if share >= 0.01]
     out = f"; left out: {', '.join(left[:6])}{' ...' if len(left) > 6 else ''}" if left else ""

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import families
 from configurations import configurations, tiny
 
-from d2lora import inits, model, packing, proof
+from d2lora import coverage, inits, model, packing, proof
 from d2lora.config import Model
 from d2lora.errors import UserError
 from d2lora.families import Reach
@@ -183,7 +183,7 @@ def test_an_adapter_that_is_not_read_again_whole_is_refused_before_it_is_trained
 
 def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
     with model.adapter(load("deepseek_v3"), families.SPEC, None) as wrapped:
-        found = inits.coverage(wrapped)
+        found = coverage.of(wrapped)
     assert "model.layers.*.mlp.experts.gate_up_proj" in found["adapted"]
     assert {"model.embed_tokens", "lm_head", "model.layers.*.mlp.shared_experts.up_proj"} <= found["left_out"].keys()
     assert found["share"] + sum(found["left_out"].values()) == pytest.approx(1, abs=0.01)
@@ -192,4 +192,4 @@ def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
 def test_a_vision_tower_is_left_out(load) -> None:
     with model.adapter(load("gemma3 multimodal sw8"), families.SPEC, None) as wrapped:
         assert all("vision" not in name for name in inits.layers(wrapped))
-        assert any("vision" in name for name in inits.coverage(wrapped)["left_out"])
+        assert any("vision" in name for name in coverage.of(wrapped)["left_out"])
