@@ -37,11 +37,15 @@ from hydra import compose, initialize_config_dir
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from d2lora import cli, coverage, model, proof, train
-from d2lora.config import Model, Recipe
+from d2lora.adapters import attach, coverage
+from d2lora.base import Base, _load
+from d2lora.command import cli
 from d2lora.data import Subset
 from d2lora.errors import UserError
-from d2lora.packing import Layout
+from d2lora.layouts import proof
+from d2lora.layouts.packing import Layout
+from d2lora.settings import Model, Recipe
+from d2lora.train import training
 
 SCALE = 4  # a model without opinions hides what it is given: fresh weights are that much larger
 METHODS: dict[str, dict[str, Any]] = {
@@ -105,31 +109,31 @@ def recipe() -> Recipe:
         return cli.cell(compose("config", overrides=["recipe.batch=4", "recipe.micro_batch=2"])).config.recipe
 
 
-def loaded(name: str, config: PretrainedConfig, folder: Path) -> model.Base:
+def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:
     """The configuration's model, saved with the lab's tokenizer and loaded as a run loads it."""
     build(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base").save_pretrained(folder / "model")
-    return model._load(Model(name=name, path=str(folder / "model")), folder)
+    return _load(Model(name=name, path=str(folder / "model")), folder)
 
 
 def trained(
-    base: model.Base, method: str, folder: Path, settings: Recipe, layout: Layout | None = None
+    base: Base, method: str, folder: Path, settings: Recipe, layout: Layout | None = None
 ) -> tuple[dict, dict, dict]:
     """(metrics, adapter before, adapter after) of a training; with a `layout`, in that one whatever a proof would say."""
     drawn, spec = Subset(pairs(), list(range(8)), []), SPEC | {"method": METHODS[method]}
-    model.check_round_trip(base, spec, folder.parent / "proofs")
+    attach.check_round_trip(base, spec, folder.parent / "proofs")
     forced = mock.patch.object(proof, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
-    with model.adapter(base, spec, None) as wrapped, forced:
+    with attach.adapter(base, spec, None) as wrapped, forced:
         torch.manual_seed(1)
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:  # as after a warm-up
                 torch.nn.init.normal_(weight, std=0.05)
         before = weights(wrapped)
         arguments = (folder / "checkpoints", lambda done, total: None, folder / "reference", folder / "proofs")
-        metrics = train.train(base, wrapped, drawn, spec, settings, *arguments)
-        after, saved = weights(wrapped), model.save(base, wrapped, folder / "record")
+        metrics = training.train(base, wrapped, drawn, spec, settings, *arguments)
+        after, saved = weights(wrapped), attach.save(base, wrapped, folder / "record")
         metrics["coverage"] = coverage.of(wrapped)
-    model.check_saved(base, saved, folder / "record", "lora")
+    attach.check_saved(base, saved, folder / "record", "lora")
     return metrics, before, after
 
 
@@ -170,11 +174,11 @@ def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, e
     return row
 
 
-def evaluated(base: model.Base, adapter: Path, row: Row, folder: Path) -> None:
+def evaluated(base: Base, adapter: Path, row: Row, folder: Path) -> None:
     """How an adapter is evaluated: merged or not, and in batches or one by one."""
     if not adapter.exists():
         return
-    with model.trained(base, adapter) as (tested, _):
+    with attach.trained(base, adapter) as (tested, _):
         row.evaluated = "beside the base" if isinstance(tested, PeftModel) else "merged"
         memory = proof.Memory(folder / "proofs", {})
         prompts = [pair["prompt_ids"] for pair in pairs()]

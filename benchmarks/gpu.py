@@ -59,8 +59,8 @@ def load(layers: int, hidden: int, liger: bool):
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from d2lora import model
-    from d2lora.families import Snapshot
+    from d2lora.base import Base, checksum, device
+    from d2lora.layouts.families import Snapshot
 
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -72,12 +72,12 @@ def load(layers: int, hidden: int, liger: bool):
         rope_theta=500_000.0, attn_implementation="sdpa",
     )  # fmt: skip
     torch.set_default_dtype(getattr(torch, dtype()))
-    with torch.device(model.device()):
+    with torch.device(device()):
         net = LlamaForCausalLM(shape)
     torch.set_default_dtype(torch.float32)
     net.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base")
-    return model.Base("llama-3.1-8b, random", net, tokenizer, model.checksum(net), Snapshot.of(net))
+    return Base("llama-3.1-8b, random", net, tokenizer, checksum(net), Snapshot.of(net))
 
 
 def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
@@ -85,8 +85,10 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
     import torch
     from hydra import compose, initialize_config_dir
 
-    from d2lora import cli, model, train
+    from d2lora.adapters import attach
+    from d2lora.command import cli
     from d2lora.data import Subset
+    from d2lora.train import training
 
     settings = {"batch": args.batch, "micro_batch": args.micro, **how}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -107,9 +109,9 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
                 torch.cuda.reset_peak_memory_stats()
         clocks.append(time.monotonic())
 
-    with tempfile.TemporaryDirectory() as folder, model.adapter(base, spec, None) as wrapped:
+    with tempfile.TemporaryDirectory() as folder, attach.adapter(base, spec, None) as wrapped:
         drawn = Subset(pairs, list(range(len(pairs))), [])
-        metrics = train.train(base, wrapped, drawn, spec, recipe, Path(folder), watch, Path(folder) / "reference")
+        metrics = training.train(base, wrapped, drawn, spec, recipe, Path(folder), watch, Path(folder) / "reference")
     seconds = (clocks[-1] - clocks[1]) / (len(clocks) - 2)
     tokens = metrics["tokens_seen"] / len(clocks) / seconds
     return {"pairs": args.batch / seconds, "tokens": tokens, "memory": memory[-1] if memory else float("nan")}

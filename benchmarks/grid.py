@@ -36,7 +36,7 @@ def plain_cell(method: str, m: int, n: int) -> dict:
     from hydra import compose, initialize_config_dir
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from d2lora import cli
+    from d2lora.command import cli
 
     torch.set_num_threads(1)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -129,7 +129,8 @@ def _plain_train(method, model, tokenizer, rows, config, rate, epochs):
 def _plain_math(model, tokenizer, config, batch: int = 128) -> float:
     import torch
 
-    from d2lora import answers, data
+    from d2lora import data
+    from d2lora.scoring import answers
 
     benchmark = config.task.benchmark["lab_math"]
     rows, right = data.rows(benchmark.data), 0

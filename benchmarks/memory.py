@@ -25,7 +25,8 @@ def main() -> None:
     import psutil
     from hydra import compose, initialize_config_dir
 
-    from d2lora import cli, pipeline
+    from d2lora import pipeline
+    from d2lora.command import cli
     from d2lora.store import Store
 
     axes = itertools.product(range(args.cells), ("sft", "dpo", "orpo"), (0, 16))

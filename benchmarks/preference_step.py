@@ -32,14 +32,16 @@ def prepare(rows: str | None, pairs: int, method: str):
     import torch
     from hydra import compose, initialize_config_dir
 
-    from d2lora import cli, data, model
+    from d2lora import data
+    from d2lora.base import load_base
+    from d2lora.command import cli
 
     torch.set_num_threads(1)
     real = ["scale=laptop", "task.data.path=" + rows, f"data_root={rows}", "recipe.max_length=1024"] if rows else []
     keep = [f"recipe.batch={BATCH}", f"recipe.micro_batch={4 if rows else 8}", "~task.benchmark"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cell = cli.cell(compose("config", overrides=[f"method={method}", f"n={pairs}", *real, *keep]))
-    base = model.base(cell.config.model, ROOT / "outputs" / "models")
+    base = load_base(cell.config.model, ROOT / "outputs" / "models")
     make = functools.partial(data.pair_example, base.tokenizer, cell.config.task)
     spec = cell.chain.adapt.spec | {"epochs": 1, "lr": 1e-5}
     drawn = data.subset(data.rows(cell.config.task.data), make, pairs, spec["max_length"], "task/0")
@@ -59,9 +61,11 @@ class Counter:
 
 
 def ours(base, drawn, spec, recipe, folder: Path) -> dict:
-    from d2lora import model, proof, train, trainers
+    from d2lora.adapters import attach
+    from d2lora.layouts import proof
+    from d2lora.train import trainers, training
 
-    with model.adapter(base, spec, None) as wrapped:
+    with attach.adapter(base, spec, None) as wrapped:
         counter = Counter(base.model.base_model)
         reference, choose, spent = trainers.DPO.add_reference, proof.choose, []
         trainers.DPO.add_reference = lambda *a, **k: timed(reference, spent, *a, **k)
@@ -69,7 +73,7 @@ def ours(base, drawn, spec, recipe, folder: Path) -> dict:
             choose, spent, *a, **k
         )  # once a model: beside the reference, which is once a policy
         clock = time.monotonic()
-        metrics = train.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
+        metrics = training.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
         seconds = time.monotonic() - clock
     return {
         "seconds": seconds - sum(spent),
@@ -104,7 +108,8 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     from trl.experimental.utils import DPODataCollatorWithPadding
 
-    from d2lora import model, train
+    from d2lora.adapters import attach
+    from d2lora.train import training
 
     dpo = spec["method"]["name"] == "dpo"
     plain = type("Plain", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *a, **k: dataset})
@@ -114,12 +119,12 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
         {**e, "length": max(len(e["chosen_ids"]), len(e["rejected_ids"])) + len(e["prompt_ids"])}
         for e in drawn.examples
     ]
-    settings = train._arguments(spec, recipe, folder, 1) | {"beta": spec["method"]["beta"]}
+    settings = training._arguments(spec, recipe, folder, 1) | {"beta": spec["method"]["beta"]}
     settings |= {"max_length": None if dpo else spec["max_length"]}
     if best:
         settings |= {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
         settings |= {"precompute_ref_log_probs": True} if dpo else {}
-    with model.adapter(base, spec, None) as wrapped:
+    with attach.adapter(base, spec, None) as wrapped:
         counter, spent = Counter(base.model.base_model), []
         if best and dpo:
             inner = plain._precompute_ref_logps

@@ -26,7 +26,7 @@ def make(output: Path) -> None:
     import made
     from hydra import compose, initialize_config_dir
 
-    from d2lora import cli
+    from d2lora.command import cli
 
     grid = []
     for method in ("sft", "dpo", "orpo"):

@@ -17,10 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d2lora import contamination, data, flips, plan, tracking
-from d2lora.config import Config
+from d2lora import data, flips, plan
+from d2lora.data import overlap
 from d2lora.errors import UserError
+from d2lora.mirror import runs
 from d2lora.plan import Chain, Stage
+from d2lora.settings import Config
 from d2lora.store import Store, cached, write_json
 
 Progress = Callable[[int, int], None]
@@ -38,7 +40,7 @@ def run(config: Config, chain: Chain, stage: Stage, store: Store, progress: Prog
     """The record of one stage of the cell; does it if nobody has. Its parent must be done."""
 
     def work(folder: Path) -> dict:
-        mirror.enter_context(tracking.stage(config, chain, stage, store))
+        mirror.enter_context(runs.stage(config, chain, stage, store))
         started, clock = datetime.now(UTC), time.monotonic()
         _reset_peak_memory()
         base = _base(config) if stage.name != "contamination" else None
@@ -70,11 +72,11 @@ def _base(config: Config):
     with _uncollected():
         import torch  # late: torch and its friends take many seconds to import, and a check of the data needs none of them
 
-        from d2lora import model
+        from d2lora.base import load_base
 
         if config.recipe.threads:
             torch.set_num_threads(config.recipe.threads)
-        found = model.base(config.model, output(config) / "models")
+        found = load_base(config.model, output(config) / "models")
     if commit := getattr(found.model.config, "_commit_hash", None):
         _same_commit(config, commit)
     return found
@@ -132,9 +134,9 @@ def _contamination(config, chain, stage, store, base, folder, progress) -> dict:
     pair = plan.pairs(config)[chain.contamination.index(stage)]
     tests, rows = (_rows(config, source) for source in (pair.benchmark.data, pair.rows))
     templates = {"prompt": pair.benchmark.prompt, "gold": pair.benchmark.gold, "trained": pair.templates}
-    items = contamination.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress, **templates)
+    items = overlap.overlap(tests, pair.question, pair.answer, rows, list(pair.columns), progress, **templates)
     _write_items(folder, items)
-    return {"pair": pair.name, "metrics": contamination.shares(items, len(tests)), "data": {"rows": len(rows)}}
+    return {"pair": pair.name, "metrics": overlap.shares(items, len(tests)), "data": {"rows": len(rows)}}
 
 
 def _write_items(folder: Path, items: list[dict]) -> None:
@@ -143,18 +145,18 @@ def _write_items(folder: Path, items: list[dict]) -> None:
 
 
 def _prepare(config, chain, stage, store, base, folder, progress) -> dict:
-    from d2lora import coverage, inits, model
+    from d2lora.adapters import attach, coverage, inits
 
     draw = {"general": _general_rows, "task": _task_rows}.get(config.init.data)
     drawn = draw(config, stage, base, stage.spec["samples"]) if draw else data.Subset([], [], [])
-    model.check_round_trip(base, stage.spec, _proofs(config))
-    with model.adapter(base, stage.spec, None) as wrapped:
+    attach.check_round_trip(base, stage.spec, _proofs(config))
+    with attach.adapter(base, stage.spec, None) as wrapped:
         reached = cached(coverage_file(config), functools.partial(coverage.of, wrapped))
         sequences = [s for e in data.sft_examples(drawn.examples) for s in data.sequences(e)]
         inits.prepare(wrapped, stage.spec, sequences, progress)
-        saved = model.save(base, wrapped, folder)
+        saved = attach.save(base, wrapped, folder)
     # LoftQ's too was prepared on the base itself; what is trained from it starts on the quantized one.
-    model.check_saved(base, saved, folder, "lora")
+    attach.check_saved(base, saved, folder, "lora")
     return {"metrics": {"samples_seen": len(drawn.rows)}, "data": drawn.counts(), "coverage": reached}
 
 
@@ -181,21 +183,22 @@ def _adapt(config, chain, stage, store, base, folder, progress) -> dict:
 
 
 def _train(config, stage, store, base, folder, progress, drawn: data.Subset) -> dict:
-    from d2lora import coverage, model, train
+    from d2lora.adapters import attach, coverage
+    from d2lora.train import training
 
     parent = store.place(stage.parent) if stage.parent else None
     checkpoints, reference, proofs = _checkpoints(config, stage), _reference(config, stage), _proofs(config)
 
     if parent is None:
-        model.check_round_trip(base, stage.spec, proofs)
+        attach.check_round_trip(base, stage.spec, proofs)
 
     def attempt(micro_batch: int) -> tuple[dict, dict]:
         recipe = config.recipe.model_copy(update={"micro_batch": micro_batch})
-        with model.adapter(base, stage.spec, parent) as wrapped:
+        with attach.adapter(base, stage.spec, parent) as wrapped:
             reached = cached(coverage_file(config), functools.partial(coverage.of, wrapped))
-            metrics = train.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference, proofs)
-            saved = model.save(base, wrapped, folder)
-        model.check_saved(base, saved, folder, stage.spec["init"]["name"])
+            metrics = training.train(base, wrapped, drawn, stage.spec, recipe, checkpoints, progress, reference, proofs)
+            saved = attach.save(base, wrapped, folder)
+        attach.check_saved(base, saved, folder, stage.spec["init"]["name"])
         return metrics, reached
 
     def smaller(micro_batch: int) -> int:
@@ -247,31 +250,33 @@ def _reference(config: Config, stage: Stage) -> Path:
 
 
 def _evaluate(config, chain, stage, store, base, folder, progress) -> dict:
-    from d2lora import evaluate, model
+    from d2lora.adapters import attach
+    from d2lora.evaluate import harness
 
     name = plan.benchmarks(config)[chain.evaluations.index(stage)]
     parent = store.place(stage.parent) / "adapter" if stage.parent else None
     init = stage.parent.spec["init"]["name"] if stage.parent else "lora"
-    with model.trained(base, parent, init) as (tested, changes):
+    with attach.trained(base, parent, init) as (tested, changes):
         metrics, items, batch = _scored(config, name, base, tested, config.recipe.eval_batch, progress)
     _write_items(folder, items)
     result = {"benchmark": name, "metrics": metrics, "eval_batch": batch}
-    counted = evaluate.counts(items)
+    counted = harness.counts(items)
     return result | ({"counts": counted} if counted else {}) | ({"adapter_changes_logits": changes} if parent else {})
 
 
 def _scored(config, name: str, base, tested, batch: int, progress: Progress, limit: int | None = None) -> tuple:
     """A benchmark's metrics, its items (the first `limit`), and the batch that memory and the model had them done in."""
-    from d2lora import evaluate, proof
+    from d2lora.evaluate import harness
+    from d2lora.layouts import proof
 
     benchmark = config.task.benchmark.get(name)
     template = base.tokenizer.chat_template is not None
-    task = evaluate.task_of(name, benchmark, _rows(config, benchmark.data), template) if benchmark else name
+    task = harness.task_of(name, benchmark, _rows(config, benchmark.data), template) if benchmark else name
     chat = benchmark.chat and template if benchmark else False
     proofs = proof.Memory(_proofs(config), data.model_identity(config.model))
 
     def attempt(size: int) -> tuple:
-        return evaluate.evaluate(base, tested, task, chat, size, progress, proofs, limit)
+        return harness.evaluate(base, tested, task, chat, size, progress, proofs, limit)
 
     return _in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
 
@@ -326,8 +331,8 @@ def do(config: Config, cell: plan.Cell, store: Store, watch: Callable[[Stage], P
         except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
             report_failure(config, stage, error)
             lost.append(stage)
-    tracking.cell(cell, store)
-    tracking.flush(config)
+    runs.cell(cell, store)
+    runs.flush(config)
     return lost
 
 

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from d2lora import contamination, data
-from d2lora.config import QUANTIZING, Benchmark, Config, Task, Warmup, fields
+from d2lora import data
+from d2lora.data import overlap
+from d2lora.settings import QUANTIZING, Benchmark, Config, Task, Warmup, fields
 
 # Raised by hand when a stage's code changes what it computes: tests/test_golden.py fails where results move and these do not.
 VERSIONS = {"contamination": 2, "flips": 1, "prepare": 2, "warmup": 2, "adapt": 2, "evaluate": 4}
@@ -277,7 +278,7 @@ def _contamination(pair: Pair) -> Stage:
         "columns": list(pair.columns),
         "templates": list(pair.templates),
     }
-    spec = {"test": test, "train": train, "ngram": contamination.NGRAM}
+    spec = {"test": test, "train": train, "ngram": overlap.NGRAM}
     return Stage("contamination", spec, label=f"contamination of {pair.name}")
 
 

@@ -18,7 +18,7 @@ class SweepsOnThePath(SearchPathPlugin):
 
 
 class GridSweeper(Sweeper):
-    """Plans the whole grid before anything runs: see d2lora.sweep."""
+    """Plans the whole grid before anything runs: see d2lora.command.grid."""
 
     def __init__(self, params: DictConfig | ListConfig | None = None) -> None:
         self.params = OmegaConf.to_container(params) if params else {}
@@ -32,7 +32,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from d2lora.sweep import sweep
+        from d2lora.command.grid import sweep
 
         sweep(self.config, self.context.config_loader, self.launcher, self.params, arguments)
 

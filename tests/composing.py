@@ -6,9 +6,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from d2lora import cli, plan
-from d2lora.config import Config
+from d2lora import plan
+from d2lora.command import cli
 from d2lora.plan import Cell
+from d2lora.settings import Config
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,9 +8,9 @@ from unittest import mock
 
 import numpy as np
 
-from d2lora.config import Config
 from d2lora.plan import Cell, Stage, benchmarks, chain
 from d2lora.report.manifest import write_manifest
+from d2lora.settings import Config
 from d2lora.store import Store
 
 PROVENANCE = {

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2lora import data
-from d2lora.answers import exact_text, final_number, gold_number, last_boxed, rouge, same_number, same_text
-from d2lora.config import Data
+from d2lora.scoring.answers import exact_text, final_number, gold_number, last_boxed, rouge, same_number, same_text
+from d2lora.settings import Data
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

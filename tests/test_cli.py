@@ -11,7 +11,8 @@ import made
 import pytest
 from safetensors.torch import load_file
 
-from d2lora import cli, data
+from d2lora import data
+from d2lora.command import cli
 from d2lora.errors import UserError
 from d2lora.store import Store
 

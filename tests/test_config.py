@@ -18,7 +18,8 @@ DATA_ROOT = {"math_local", "local", "laptop"}
     "choice", [f"{g}={f.stem}" for g in GROUPS for f in sorted((ROOT / "conf" / g).glob("*.yaml"))]
 )
 def test_every_option_of_every_group_composes(cell, choice: str, monkeypatch) -> None:
-    from d2lora import cli, plan
+    from d2lora import plan
+    from d2lora.command import cli
 
     # The plan reads local data, which a user's folders or an extra's weights are not: only the schema is tried here.
     monkeypatch.setattr(cli.plan, "chain", lambda config: plan.Chain(None, None, ()))

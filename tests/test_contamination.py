@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2lora import contamination, pipeline, plan, summary
-from d2lora.config import fields
-from d2lora.data import texts
+from d2lora import pipeline, plan
+from d2lora.command import summary
+from d2lora.data import overlap, texts
 from d2lora.report import manifest
+from d2lora.settings import fields
 from d2lora.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ TESTS = [
 
 def found(*rows: object) -> list[dict]:
     """The overlapping items of TESTS with rows of one column `text`."""
-    return contamination.overlap(TESTS, ["question"], ["answer"], [{"text": row} for row in rows], ["text"])
+    return overlap.overlap(TESTS, ["question"], ["answer"], [{"text": row} for row in rows], ["text"])
 
 
 def test_a_clean_training_set_has_no_overlap() -> None:
@@ -44,7 +45,7 @@ def test_the_same_question_is_found_whatever_its_case_and_punctuation() -> None:
 
 
 def test_thirteen_words_in_a_row_are_found_in_question_and_answer_and_twelve_are_not() -> None:
-    words = contamination.words(QUESTION)
+    words = overlap.words(QUESTION)
     for start in (0, 3, len(words) - 13):
         run = " ".join(words[start : start + 13])
         (item,) = found("nothing", f"They say: {run}, or so.")
@@ -87,7 +88,7 @@ def test_lists_of_texts_are_read_element_by_element() -> None:
     tests = [{"options": ["sixty", QUESTION], "question": "Which is it?", "answers": ["80", ANSWER]}]
 
     def said(text: str) -> list[tuple]:
-        items = contamination.overlap(tests, ["options", "question"], ["answers"], [{"text": text}], ["text"])
+        items = overlap.overlap(tests, ["options", "question"], ["answers"], [{"text": text}], ["text"])
         return [(item["exact"], item["ngram13"]) for item in items]
 
     assert said(f"sixty {QUESTION} Which is it?") == [(0, 0)]
@@ -98,7 +99,7 @@ def test_lists_of_texts_are_read_element_by_element() -> None:
 
 
 def test_the_shares_are_of_all_items() -> None:
-    assert contamination.shares(found("what is 2+2", QUESTION), len(TESTS)) == {
+    assert overlap.shares(found("what is 2+2", QUESTION), len(TESTS)) == {
         "exact": {"value": pytest.approx(1 / 3), "stderr": 0.0, "items": 3},
         "ngram13": {"value": pytest.approx(1 / 3), "stderr": 0.0, "items": 3},
     }
@@ -112,7 +113,7 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 def between(test: tuple[str, dict], train: tuple[str, dict], gold: str = "") -> tuple[bool, bool]:
     """Whether a test (prompt template and row) is in a training set (template or "", and row): as a whole, by 13 words."""
     (prompt, item), (template, row) = test, train
-    found = contamination.overlap(
+    found = overlap.overlap(
         [item],
         sorted(fields(prompt)),
         sorted(fields(gold)),
@@ -238,7 +239,7 @@ def test_words_are_compared_whatever_their_spelling_in_unicode(one: str, other: 
     "text", ["从前有一座山山里有一座庙庙里有一个老和尚", "むかしむかしあるところにおじいさんがいました", "กาลครั้งหนึ่งนานมาแล้วมีชายชราคนหนึ่ง", "ကျွန်တော်သည်ကျောင်းသားတစ်ယောက်ဖြစ်သည်ဟုပြောသည်"]
 )  # fmt: skip
 def test_without_spaces_thirteen_characters_are_found_and_twelve_are_not(text: str) -> None:
-    characters = contamination.words(text)
+    characters = overlap.words(text)
     assert len(characters) > 14
     for length, found in ((13, True), (12, False)):
         part = "".join(characters[1 : 1 + length])
@@ -248,7 +249,7 @@ def test_without_spaces_thirteen_characters_are_found_and_twelve_are_not(text: s
 def test_korean_has_spaces_and_is_compared_by_words() -> None:
     text = "옛날 옛적 깊은 산속 작은 마을 외딴 집 한 채 착한 나무꾼 그리고 늙은 어머니"
     words = text.split()
-    assert contamination.words(text) == tuple(words)
+    assert overlap.words(text) == tuple(words)
     assert between(("{q}", {"q": text}), ("", {"t": " ".join(words[:13])})) == (False, True)
     assert between(("{q}", {"q": text}), ("", {"t": " ".join(words[:12])})) == (False, False)
 
@@ -266,14 +267,14 @@ _TEMPLATE = st.sampled_from(
 @given(st.lists(_ROW, min_size=1, max_size=4), st.lists(_ROW, max_size=4), _TEMPLATE, _TEMPLATE, _TEMPLATE)
 def test_templates_add_to_what_columns_find_and_equal_renderings_are_found(tests, rows, prompt, gold, trained) -> None:
     given_ = (tests, ["a", "b"], ["b"], rows, ["a", "b"])
-    plain = {i["index"]: i for i in contamination.overlap(*given_)}
-    found = {i["index"]: i for i in contamination.overlap(*given_, prompt=prompt, gold=gold, trained=[trained])}
+    plain = {i["index"]: i for i in overlap.overlap(*given_)}
+    found = {i["index"]: i for i in overlap.overlap(*given_, prompt=prompt, gold=gold, trained=[trained])}
     for index, item in plain.items():
         assert all(item[name] is None or found[index][name] <= item[name] for name in ("exact", "ngram13"))
     for index, item in enumerate(tests):
         rendered = [texts.fill(trained, row) for row in rows if row["c"] or "[0]" not in trained]
-        asked = contamination.words(texts.fill(prompt, item)) if item["c"] or "[0]" not in prompt else ()
-        if asked and asked in map(contamination.words, rendered):
+        asked = overlap.words(texts.fill(prompt, item)) if item["c"] or "[0]" not in prompt else ()
+        if asked and asked in map(overlap.words, rendered):
             assert found[index]["exact"] is not None
 
 
@@ -380,7 +381,8 @@ def test_a_check_needs_no_torch_and_is_not_done_twice(planted, tmp_path: Path) -
     code = f"""
 import json, sys
 from pathlib import Path
-from d2lora import config, pipeline, plan
+from d2lora.settings import config
+from d2lora import pipeline, plan
 from d2lora.store import Store
 c = config.parse(json.loads(Path({str(tmp_path / "config.json")!r}).read_text()))
 cell = plan.Cell(c, plan.chain(c))
@@ -402,7 +404,7 @@ def test_a_check_that_fails_or_finds_everything_holds_nothing_up(planted, monkey
     def fail(*_args: object) -> list:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(contamination, "overlap", fail)
+    monkeypatch.setattr(overlap, "overlap", fail)
     store, lost = do(planted, *plan.VERSIONS)
     assert {s.key for s in lost} == {s.key for s in planted.chain.contamination}
     assert all(store.done(s) for s in planted.chain.results)

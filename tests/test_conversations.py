@@ -11,10 +11,13 @@ import trl
 from doing import adapter, do
 from transformers import AutoTokenizer
 
-from d2lora import data, evaluate, model, proof
-from d2lora.config import Benchmark, Data, Model, Task
+from d2lora import data
+from d2lora.base import load_base
 from d2lora.data.texts import LeftOut
 from d2lora.errors import UserError
+from d2lora.evaluate import harness
+from d2lora.layouts import proof
+from d2lora.settings import Benchmark, Data, Model, Task
 
 ROOT = Path(__file__).parent.parent
 
@@ -281,8 +284,8 @@ def two_ends(tiny: Path, tmp_path: Path) -> Path:
 
 
 def test_one_end_everywhere_said_once(two_ends: Path, tmp_path: Path, capsys) -> None:
-    base = model.base(Model(name="two", path=str(two_ends)), tmp_path)
-    model.base(Model(name="two", path=str(two_ends)), tmp_path)
+    base = load_base(Model(name="two", path=str(two_ends)), tmp_path)
+    load_base(Model(name="two", path=str(two_ends)), tmp_path)
     told = capsys.readouterr().err
     assert told.count("<|stop|>") == 2
     assert told.splitlines() == [line for line in told.splitlines() if "its chat template ends turns with <|stop|>, its tokenizer names <|end|>" in line]  # fmt: skip
@@ -297,10 +300,10 @@ def test_one_end_everywhere_said_once(two_ends: Path, tmp_path: Path, capsys) ->
 
 
 def test_generation_ends_at_the_template_s_end(two_ends: Path, tmp_path: Path) -> None:
-    base = model.base(Model(name="two", path=str(two_ends)), tmp_path)
+    base = load_base(Model(name="two", path=str(two_ends)), tmp_path)
     stop = base.tokenizer.convert_tokens_to_ids("<|stop|>")
     benchmark = Benchmark(data=Data(path="x"), kind="rouge", prompt="{q}", gold="{a}", max_new_tokens=8)
-    task = evaluate.task_of("t", benchmark, [{"q": "Name a fruit.", "a": "An apple."}], template=True)
+    task = harness.task_of("t", benchmark, [{"q": "Name a fruit.", "a": "An apple."}], template=True)
     ids = torch.tensor([data.encode(base.tokenizer, data.rendered_prompt(base.tokenizer, "Name a fruit."))])
     tested = copy.deepcopy(base.model)
     with torch.no_grad():
@@ -310,12 +313,12 @@ def test_generation_ends_at_the_template_s_end(two_ends: Path, tmp_path: Path) -
     generated = tested.generate(input_ids=ids, max_new_tokens=8)
     assert generated[0, ids.shape[1] :].tolist() == [stop]
     memory = proof.Memory(tmp_path / "proofs", {})
-    _, items, _ = evaluate.evaluate(base, tested, task, True, 1, lambda done, total: None, memory)
+    _, items, _ = harness.evaluate(base, tested, task, True, 1, lambda done, total: None, memory)
     assert items[0]["answer"] == ""
 
 
 def test_the_lab_s_base_is_as_it_was(tmp_path: Path, tokenizer, capsys) -> None:
-    base = model.base(Model(name="lab", path="d2lora/lab/base"), tmp_path)
+    base = load_base(Model(name="lab", path="d2lora/lab/base"), tmp_path)
     assert capsys.readouterr().err == ""
     assert base.tokenizer.chat_template == tokenizer.chat_template
     assert base.model.generation_config.eos_token_id == tokenizer.eos_token_id

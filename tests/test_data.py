@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from d2lora import data
-from d2lora.config import Benchmark, Data, Model, Task
 from d2lora.errors import UserError
+from d2lora.settings import Benchmark, Data, Model, Task
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -280,7 +280,7 @@ else:
     threading.Thread(target=server.serve_forever, daemon=True).start()
 time.sleep = lambda seconds: None
 from d2lora import data
-from d2lora.config import Data, Model
+from d2lora.settings import Data, Model
 from d2lora.errors import UserError
 for name in sys.argv[2:]:
     for ask in (lambda: data.check_model(Model(name="x", path=name, revision="main")),

@@ -16,9 +16,13 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import families
 from configurations import configurations
 
-from d2lora import data, evaluate, fetch, model, proof
-from d2lora.config import Benchmark, Data, Model
+from d2lora import data
+from d2lora.base import Base, load_base
+from d2lora.command import fetch
 from d2lora.errors import UserError
+from d2lora.evaluate import harness
+from d2lora.layouts import proof
+from d2lora.settings import Benchmark, Data, Model
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -27,7 +31,7 @@ ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range
 def base(tiny: Path, tmp_path: Path):
     """base(dtype="bfloat16", template=False, generation={...}) -> the tiny model as a checkpoint might have it."""
 
-    def load(dtype: str = "float32", template: bool = True, generation: dict | None = None) -> model.Base:
+    def load(dtype: str = "float32", template: bool = True, generation: dict | None = None) -> Base:
         folder = tmp_path / "base"
         shutil.copytree(tiny, folder)
         if not template:
@@ -35,19 +39,19 @@ def base(tiny: Path, tmp_path: Path):
         if generation:
             file = folder / "generation_config.json"
             file.write_text(json.dumps(json.loads(file.read_text()) | generation))
-        return model.base(Model(name="tiny", path=str(folder), dtype=dtype), tmp_path)
+        return load_base(Model(name="tiny", path=str(folder), dtype=dtype), tmp_path)
 
     return load
 
 
-def run(base: model.Base, task, chat: bool = False) -> tuple[dict, list[dict]]:
+def run(base: Base, task, chat: bool = False) -> tuple[dict, list[dict]]:
     return asked(base, task, chat, 2)[:2]
 
 
-def asked(base: model.Base, task, chat: bool, batch: int) -> tuple[dict, list[dict], int]:
+def asked(base: Base, task, chat: bool, batch: int) -> tuple[dict, list[dict], int]:
     with tempfile.TemporaryDirectory() as folder:
         memory = proof.Memory(Path(folder), {})
-        return evaluate.evaluate(base, base.model, task, chat, batch, lambda done, total: None, memory)
+        return harness.evaluate(base, base.model, task, chat, batch, lambda done, total: None, memory)
 
 
 def numbers(**more) -> Benchmark:
@@ -62,7 +66,7 @@ def test_a_bfloat16_model_s_likelihoods_are_not_rounded_to_bfloat16(base) -> Non
         choices="choices.text", labels="choices.label", chat=False,
     )  # fmt: skip
     rows = data.rows(Data(path="d2lora/lab/data/facts", split="validation"))[:4]
-    _, items = run(base("bfloat16"), evaluate.task_of("facts", benchmark, rows, template=True))
+    _, items = run(base("bfloat16"), harness.task_of("facts", benchmark, rows, template=True))
     found = torch.tensor([x for item in items for x in item["loglikelihoods"]])
     assert (found != found.bfloat16().float()).any()
 
@@ -77,7 +81,7 @@ def test_a_batch_gives_the_answers_of_single_texts_or_is_not_used(tmp_path, caps
         "What is 20 - 6?",
     ]
     rows = [{"question": text, "answer": "2"} for text in texts]
-    task = evaluate.task_of("sums", numbers().model_copy(update={"max_new_tokens": 8}), rows, template=True)
+    task = harness.task_of("sums", numbers().model_copy(update={"max_new_tokens": 8}), rows, template=True)
     _, together, used = asked(base, task, True, 3)
     told = capsys.readouterr().err
     _, alone, _ = asked(base, task, True, 1)
@@ -97,7 +101,7 @@ def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(base) -> None:
 @pytest.mark.parametrize("template", [True, False])
 def test_a_base_is_asked_as_it_was_trained(base, template: bool) -> None:
     loaded = base(template=template)
-    _, items = run(loaded, evaluate.task_of("sums", numbers(), ROWS, template), chat=template)
+    _, items = run(loaded, harness.task_of("sums", numbers(), ROWS, template), chat=template)
     assert items[0]["prompt"].endswith(data.rendered_prompt(loaded.tokenizer, ROWS[0]["question"]))
 
 
@@ -141,16 +145,16 @@ def test_a_prompt_that_the_harness_would_cut_is_refused(base, kind: str) -> None
         data=Data(path="x"), kind=kind, prompt="{question}", gold="{answer}", choices="text", labels="label", chat=False,
         max_new_tokens=8,
     )  # fmt: skip
-    short = evaluate.task_of("t", benchmark, [row | {"question": "sum"}], template=True)
+    short = harness.task_of("t", benchmark, [row | {"question": "sum"}], template=True)
     loaded = base()
     assert run(loaded, short)[1]
     with pytest.raises(UserError, match=r"an item of \d+ tokens, where \d+ fit \(the model takes 512"):
-        run(loaded, evaluate.task_of("t", benchmark, [row], template=True))
+        run(loaded, harness.task_of("t", benchmark, [row], template=True))
 
 
 def test_rows_whose_values_differ_in_type_are_taken_as_they_are(base) -> None:
     rows = [{"question": "1 + 1?", "answer": 2, "by": "a"}, {"question": "3 / 2?", "answer": 1.5, "by": 7}]
-    _, items = run(base(), evaluate.task_of("sums", numbers(), rows, template=True))
+    _, items = run(base(), harness.task_of("sums", numbers(), rows, template=True))
     assert [item["gold"] for item in items] == ["2", "1.5"]
 
 
@@ -184,7 +188,7 @@ def test_a_task_named_by_the_harness_gives_what_the_same_benchmark_as_a_file_doe
         choices="choices.text", labels="choices.label", chat=False,
     )  # fmt: skip
     named, items = run(loaded, "arc_easy")
-    assert named == run(loaded, evaluate.task_of("facts", benchmark, rows, template=True))[0]
+    assert named == run(loaded, harness.task_of("facts", benchmark, rows, template=True))[0]
     assert [item["prompt"] for item in items] == [f"Question: {row['question']}\nAnswer:" for row in rows]
 
 
@@ -202,10 +206,10 @@ def generated(kind: str, rows: list[dict], **more) -> Benchmark:
 def test_answers_cut_at_max_new_tokens_are_marked_and_counted(base, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of random weights does not end by itself; one whose first token is an end says nothing."""
     loaded = base()
-    task = evaluate.task_of("sums", numbers(), ROWS, template=True)
+    task = harness.task_of("sums", numbers(), ROWS, template=True)
     _, items = run(loaded, task)
     assert [item.get("cut") for item in items] == [True] * 4
-    assert evaluate.counts(items) == {"cut": 4, "empty": sum(not i["answer"].strip() for i in items)}
+    assert harness.counts(items) == {"cut": 4, "empty": sum(not i["answer"].strip() for i in items)}
     first = loaded.tokenizer(items[0]["answer"], add_special_tokens=False)["input_ids"]
     ends = [*range(len(loaded.tokenizer))]
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", ends)
@@ -221,7 +225,7 @@ def test_one_answer_is_cut_and_another_is_not(base) -> None:
         {"question": text, "answer": "1"}
         for text in ("sum", "What is 7 + 8?", "two apples and", "x y z", "red", "blue or green")
     ]
-    task = evaluate.task_of("sums", generated("rouge", rows), rows, template=True)
+    task = harness.task_of("sums", generated("rouge", rows), rows, template=True)
     ids = []
     for row in rows:
         prompt = loaded.tokenizer(row["question"], return_tensors="pt")
@@ -235,9 +239,9 @@ def test_one_answer_is_cut_and_another_is_not(base) -> None:
 def test_choices_have_no_counts(base) -> None:
     row = {"question": "sum", "text": ["a", "b"], "label": [1, 2], "answer": 1}
     benchmark = generated("choice", [row], choices="text", labels="label", chat=False)
-    metrics, items = run(base(), evaluate.task_of("t", benchmark, [row], template=True))
+    metrics, items = run(base(), harness.task_of("t", benchmark, [row], template=True))
     assert (items[0]["gold"], items[0]["choices"], metrics["acc"]["items"]) == ("a", ["a", "b"], 1)
-    assert evaluate.counts(items) == {}
+    assert harness.counts(items) == {}
 
 
 @pytest.mark.parametrize("kind", ["exact", "number", "rouge"])
@@ -246,19 +250,19 @@ def test_the_best_of_several_golds_counts(base, kind: str) -> None:
     loaded = base()
     said = "18" if kind == "number" else "a red apple"
     rows = [{"question": "a?", "answer": ["20", said, "7"]}, {"question": "b?", "answer": ["20", "7"]}]
-    task = evaluate.task_of("t", generated(kind, rows), rows, template=True)
+    task = harness.task_of("t", generated(kind, rows), rows, template=True)
     docs = list(task.test_docs())
     scores = [task.process_results(doc, [said]) for doc in docs]
     assert [set(s.values()) for s in scores] == [{1.0}, {0.0}]
-    assert set(scores[0]) == set(evaluate.METRICS[kind])
+    assert set(scores[0]) == set(harness.METRICS[kind])
     metrics, items = run(loaded, task)
     assert items[0]["gold"] == f"20 | {said} | 7"
-    assert list(metrics) == evaluate.METRICS[kind]
+    assert list(metrics) == harness.METRICS[kind]
 
 
 def test_exact_answers_are_right_or_wrong_by_their_text(base) -> None:
     rows = [{"question": "where?", "answer": r"3\sqrt{13}"}]
-    task = evaluate.task_of("t", generated("exact", rows), rows, template=True)
+    task = harness.task_of("t", generated("exact", rows), rows, template=True)
     doc = next(iter(task.test_docs()))
     for answer, score in ((r"It is \boxed{3 \sqrt{13}}.", 1.0), ("3", 0.0), ("", 0.0), (r"\boxed{3\sqrt{12}}", 0.0)):
         assert task.process_results(doc, [answer]) == {"accuracy": score}
@@ -271,4 +275,4 @@ def test_a_prompt_or_gold_that_is_no_text_is_refused_before_anything_is_asked() 
         {"question": "a", "answer": [["1"]]},
     ):
         with pytest.raises(UserError, match="row 2: "):
-            evaluate.task_of("t", numbers(), [ROWS[0], row], template=True)
+            harness.task_of("t", numbers(), [ROWS[0], row], template=True)

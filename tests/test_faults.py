@@ -13,7 +13,9 @@ import pytest
 import torch
 from doing import adapter, alone, do
 
-from d2lora import data, packing, pipeline
+from d2lora import data, pipeline
+from d2lora.base import Base, load_base
+from d2lora.layouts import packing
 from d2lora.plan import Cell
 from d2lora.store import Store
 
@@ -182,16 +184,15 @@ def test_a_data_set_that_changed_under_its_name_stops_with_an_explanation(make, 
 
 def test_a_model_whose_revision_has_moved_is_refused(make, monkeypatch) -> None:
     """The Hub's answer is simulated: the commit that transformers notes in the config of a model from there."""
-    from d2lora import model
 
-    load = model.base
+    load = load_base
 
-    def from_hub(*given) -> model.Base:
+    def from_hub(*given) -> Base:
         found = load(*given)
         found.model.config._commit_hash = commit
         return found
 
-    monkeypatch.setattr(model, "base", from_hub)
+    monkeypatch.setattr("d2lora.base.load_base", from_hub)
     commit = "a" * 40
     do(make("out"))
     do(make("out", "seed=1"))

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from d2lora import data
-from d2lora.config import Data, Model, Task
 from d2lora.errors import UserError
+from d2lora.settings import Data, Model, Task
 
 
 def refusal(file: Path, **more) -> str:

@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from d2lora import cli, config, plan
+from d2lora import plan
+from d2lora.command import cli
 from d2lora.errors import UserError
+from d2lora.settings import config
 
 ROOT = Path(__file__).parent.parent
 FEW_AT_A_TIME = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from d2lora import answers, data
-from d2lora.config import Benchmark, Data, Task, Warmup
+from d2lora import data
 from d2lora.data.pairs import EMPTY, EQUAL, PARTED
 from d2lora.data.tokens import BAD
 from d2lora.errors import UserError
-from d2lora.evaluate import task_of
+from d2lora.evaluate.harness import task_of
+from d2lora.scoring import answers
+from d2lora.settings import Benchmark, Data, Task, Warmup
 
 
 def seen(text: str) -> bool:

@@ -13,7 +13,8 @@ import torch
 from doing import adapter, alone, do
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2lora import data, model, pipeline
+from d2lora import data, pipeline
+from d2lora.base import memory_mb
 from d2lora.plan import Cell
 from d2lora.store import Store
 
@@ -152,7 +153,7 @@ def test_memory_that_ends_halves_the_micro_batch(make, wide: Path, method: str, 
     settings = [f"model.path={wide}", f"method={method}", "n=128", "m=0", "recipe.batch=64", "recipe.micro_batch=64"]
     calm, tight = make("calm", *settings), make("tight", *settings)
     wanted = do(alone(calm)).record(calm.chain.adapt)
-    base_mb = model.memory_mb()
+    base_mb = memory_mb()
     torch.cuda.empty_cache()
     room = (base_mb + 0.6 * (wanted["peak_memory_mb"] - base_mb)) * 2**20
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from d2lora import config, data
-from d2lora.config import Benchmark, Data
+from d2lora import data
 from d2lora.errors import UserError
+from d2lora.settings import Benchmark, Data, config
 
 
 @pytest.fixture

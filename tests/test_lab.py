@@ -4,8 +4,8 @@ import random
 import pytest
 
 from d2lora import data
-from d2lora.config import Data
 from d2lora.lab import build, world
+from d2lora.settings import Data
 
 
 def some_problem(steps: int) -> world.Problem:

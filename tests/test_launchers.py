@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from d2lora import cli, sweep
+from d2lora.command import cli, grid
 from d2lora.plan import Job
 from d2lora.store import Store
 
@@ -45,7 +45,7 @@ HARM = """
 
     class Finder:
         def find_spec(self, name, path=None, target=None):
-            if name != "d2lora.train":
+            if name != "d2lora.train.training":
                 return None
             sys.meta_path.remove(self)
             spec = importlib.util.find_spec(name)
@@ -188,7 +188,7 @@ def test_what_died_is_tried_once_more(cell, tmp_path: Path, together: bool, besi
     for job in jobs:  # what an earlier sweep left begun is not begun by this one
         place = store.place(job.stages[0])
         place.with_name(f".{place.name}-old").mkdir(parents=True)
-    sweep._launch(launch, jobs, store, together)
+    grid._launch(launch, jobs, store, together)
     assert launch.waves == waves
     assert [store.done(job.stages[0]) for job in jobs] == [True, False, True, True]
     assert [f.stem for f in (tmp_path / "out" / "failed").iterdir()] == [jobs[1].stages[0].key]
@@ -199,7 +199,7 @@ def test_a_launcher_that_never_began_kills_nobody(cell, tmp_path: Path, capsys) 
     jobs, store = [Job(c, (c.chain.adapt,)) for c in cells], Store(tmp_path / "out")
     place = store.place(jobs[0].stages[0])
     place.with_name(f".{place.name}-old").mkdir(parents=True)
-    sweep._launch(lambda wave: "no such partition", jobs, store, together=True)
+    grid._launch(lambda wave: "no such partition", jobs, store, together=True)
     assert "the launcher stopped: no such partition" in capsys.readouterr().err
     assert not (tmp_path / "out" / "failed").exists()
 
@@ -209,7 +209,7 @@ def test_a_sibling_that_ends_while_it_is_looked_at_is_no_error(monkeypatch) -> N
         def cmdline(self):
             raise psutil.ZombieProcess(1)
 
-    assert sweep._command(Zombie()) == []
+    assert grid._command(Zombie()) == []
 
 
 def test_a_job_that_can_t_begin_says_so_where_the_summary_looks(cell, tmp_path: Path) -> None:
@@ -229,14 +229,14 @@ def test_a_stopped_launcher_is_not_followed_while_slurm_still_has_its_jobs(tmp_p
     squeue.write_text(f'#!/bin/sh\nn=$(cat {left}); [ "$n" = 0 ] || {{ echo $n; echo $((n - 1)) > {left}; }}\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(sweep, "_SLURM_SECONDS", 0)
+    monkeypatch.setattr(grid, "_SLURM_SECONDS", 0)
 
     class Broken:
         def launch(self, overrides, initial_job_idx):
             raise RuntimeError("a job timed out")
 
     config = OmegaConf.create({"hydra": {"launcher": {"_target_": "SlurmLauncher"}, "job": {"name": "d2lora-mine"}}})
-    assert sweep._launch_once(Broken(), config, []) == "RuntimeError: a job timed out"
+    assert grid._launch_once(Broken(), config, []) == "RuntimeError: a job timed out"
     assert left.read_text().strip() == "0"
 
 
@@ -249,7 +249,7 @@ def test_keys_that_look_like_numbers_reach_their_job_as_text() -> None:
 
     stages = [SimpleNamespace(key=key) for key in keys]
     job = SimpleNamespace(cell=SimpleNamespace(overrides=("n=4",)), stages=stages)
-    assert sweep._launch_once(Launcher(), OmegaConf.create({}), [job]) is None
+    assert grid._launch_once(Launcher(), OmegaConf.create({}), [job]) is None
     assert OverridesParser.create().parse_override(given[0][-1]).value() == keys
 
 

@@ -20,9 +20,12 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from preference_step import orpo_row
 
-from d2lora import data, model, packing, train
+from d2lora import data
+from d2lora.base import Base, _loaded
 from d2lora.data import Subset, sft_examples
-from d2lora.families import Reach, Snapshot
+from d2lora.layouts import packing
+from d2lora.layouts.families import Reach, Snapshot
+from d2lora.train import training
 
 STEPS, BATCH = 50, 4
 RATE = 2e-4  # Adam makes steps of this size even of gradients that are rounding: it bounds how far those can lead
@@ -117,9 +120,7 @@ def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], fol
     return adapter(wrapped)
 
 
-def ours(
-    cell, base: model.Base, wrapped: PeftModel, method: dict, examples: list[dict], folder: Path, *more: str
-) -> dict:
+def ours(cell, base: Base, wrapped: PeftModel, method: dict, examples: list[dict], folder: Path, *more: str) -> dict:
     """What our train() makes of them, through the recipe's packing."""
     config = cell(f"recipe.batch={BATCH}", f"recipe.micro_batch={BATCH}", *more).config
     spec = {
@@ -127,7 +128,7 @@ def ours(
         "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "max_length": 512, "model": {"dtype": "float32"},
     }  # fmt: skip
     drawn = Subset(examples, list(range(len(examples))), [])
-    train.train(base, wrapped, drawn, spec, config.recipe, folder, lambda done, total: None, folder / "reference")
+    training.train(base, wrapped, drawn, spec, config.recipe, folder, lambda done, total: None, folder / "reference")
     return adapter(wrapped)
 
 
@@ -149,7 +150,7 @@ def test_after_50_steps_the_adapter_is_trl_s(cell, tiny, tmp_path, pairs, method
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     expected = plain(started(tiny, warm), tokenizer, method, pairs, tmp_path / "trl")
     wrapped = started(tiny, warm)
-    base = model.Base("tiny", wrapped.get_base_model(), tokenizer, 0, Snapshot.of(wrapped.get_base_model()))
+    base = Base("tiny", wrapped.get_base_model(), tokenizer, 0, Snapshot.of(wrapped.get_base_model()))
     start = adapter(wrapped)
     found = ours(cell, base, wrapped, method, pairs, tmp_path / "ours", f"recipe.packing={packed}")
     assert_same(found, expected, start)
@@ -229,7 +230,7 @@ def test_the_reference_is_computed_once_for_nested_sizes_and_seeds(cell, tiny, t
         assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
         computed.append(metrics["reference_pairs_computed"])
     assert computed == [20, 10, 0, 0, 0]
-    model._loaded.clear()
+    _loaded.clear()
 
 
 def test_a_reference_remembered_wrongly_is_noticed(cell, tiny, tmp_path) -> None:
@@ -244,7 +245,7 @@ def test_a_reference_remembered_wrongly_is_noticed(cell, tiny, tmp_path) -> None
     other = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", "n=20", "seed=1")
     with pytest.raises(RuntimeError, match="DPO's reference is not the warm_start model"):
         pipeline.run(other.config, other.chain, other.chain.adapt, store, lambda done, total: None)
-    model._loaded.clear()
+    _loaded.clear()
 
 
 def test_subsets_look_ahead_to_a_whole_block() -> None:

@@ -6,8 +6,10 @@ import pandas
 import pytest
 from transformers import AutoTokenizer
 
-from d2lora import answers, cli, data
+from d2lora import data
+from d2lora.command import cli
 from d2lora.errors import UserError
+from d2lora.scoring import answers
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -188,9 +190,9 @@ def test_gold_answers_are_read_as_their_data_sets_write_them(paper) -> None:
     rows = data.rows(benchmark["gsm8k"].data)
     assert [answers.final_number(benchmark["gsm8k"].gold.format(**row)) for row in rows] == [4, 1200]
     docs = data.rows(benchmark["arc_easy"].data)
-    from d2lora import evaluate
+    from d2lora.evaluate import harness
 
-    task = evaluate.task_of("arc_easy", benchmark["arc_easy"], docs, template=True)
+    task = harness.task_of("arc_easy", benchmark["arc_easy"], docs, template=True)
     assert [task.doc_to_choice(d)[task.doc_to_target(d)] for d in task.test_docs()] == ["iron", "wood"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2lora import progress
+from d2lora.command import progress
 from d2lora.plan import Stage
 
 

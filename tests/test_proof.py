@@ -14,11 +14,13 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import families
 from configurations import configurations, tiny
 
-from d2lora import coverage, inits, model, packing, proof
-from d2lora.config import Model
+from d2lora.adapters import attach, coverage, inits
+from d2lora.base import Base, _load
 from d2lora.errors import UserError
-from d2lora.families import Reach
-from d2lora.packing import Layout
+from d2lora.layouts import packing, proof
+from d2lora.layouts.families import Reach
+from d2lora.layouts.packing import Layout
+from d2lora.settings import Model
 
 CONFIGURATIONS = configurations()
 PLAIN = Layout("single", "whole")
@@ -33,10 +35,10 @@ def settings():
 def load(tmp_path: Path):
     """load(name or config) -> the base, as a run loads it."""
 
-    def make(what, dtype: str = "float32") -> model.Base:
+    def make(what, dtype: str = "float32") -> Base:
         config = CONFIGURATIONS[what]() if isinstance(what, str) else what
         families.loaded("it", config, tmp_path)
-        return model._load(Model(name="it", path=str(tmp_path / "model"), dtype=dtype), tmp_path)
+        return _load(Model(name="it", path=str(tmp_path / "model"), dtype=dtype), tmp_path)
 
     return make
 
@@ -62,7 +64,7 @@ def test_a_window_that_is_not_applied_is_seen_in_bfloat16_too(load, settings, tm
     """A difference below bfloat16's rounding would be missed on the model itself; a small copy in float32 shows it."""
     base = load(tiny("mistral", sliding_window=24), "bfloat16")
     assert layout(families.trained(base, "sft", tmp_path / "right", settings)) == "packed"
-    monkeypatch.setattr("d2lora.families.reaches", lambda config: {"": Reach()})
+    monkeypatch.setattr("d2lora.layouts.families.reaches", lambda config: {"": Reach()})
     assert layout(families.trained(base, "sft", tmp_path / "wrong", settings)) == "padded"
 
 
@@ -124,17 +126,17 @@ def test_a_start_that_fails_leaves_no_layer_on_the_base(load) -> None:
     base = load("mixtral")
     spec = families.SPEC | {"method": {"name": "sft"}}
     for lora in ({"dropout": 0.1}, {"target_modules": ["nope"]}):  # PEFT's experts take no dropout: it fails half-way
-        with pytest.raises(UserError, match=r"recipe.lora.target_modules="), model.adapter(base, spec | {"lora": spec["lora"] | lora}, None):  # fmt: skip
+        with pytest.raises(UserError, match=r"recipe.lora.target_modules="), attach.adapter(base, spec | {"lora": spec["lora"] | lora}, None):  # fmt: skip
             pass
         assert not any(isinstance(module, BaseTunerLayer) for module in base.model.modules())
-    with model.adapter(base, spec, None) as wrapped:
+    with attach.adapter(base, spec, None) as wrapped:
         assert inits.layers(wrapped)
 
 
 @pytest.mark.parametrize("name", ["multilora", "orthogonal", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"])
 def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load, name: str) -> None:
     init = {"name": name} | ({"modules": 2} if name == "multilora" else {})
-    with pytest.raises(UserError, match=f"init={name}: starts linear layers only, and all-linear takes parameters of ") as refused, model.adapter(load("mixtral"), families.SPEC | {"init": init}, None):  # fmt: skip
+    with pytest.raises(UserError, match=f"init={name}: starts linear layers only, and all-linear takes parameters of ") as refused, attach.adapter(load("mixtral"), families.SPEC | {"init": init}, None):  # fmt: skip
         pass
     assert "\n" not in str(refused.value)
 
@@ -143,7 +145,7 @@ def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load
 def test_a_layer_with_turned_weights_starts_as_a_linear_one_does(load, name: str) -> None:
     """GPT-2's Conv1D has its weight as (in, out)."""
     base = load("gpt2")
-    with model.adapter(base, families.SPEC | {"init": {"name": name}}, None) as wrapped:
+    with attach.adapter(base, families.SPEC | {"init": {"name": name}}, None) as wrapped:
         inits.prepare(wrapped, families.SPEC | {"init": {"name": name}}, [], lambda done, total: None)
         layer = next(iter(inits.layers(wrapped).values()))
         start = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
@@ -175,14 +177,14 @@ def test_an_adapter_that_is_not_read_again_whole_is_refused_before_it_is_trained
         UserError, match=r"target_modules=all-linear: .* 1 of 28 layers differ.*up_proj: name layers that"
     ):
         families.trained(base, "sft", tmp_path / "it", settings)
-    with model.adapter(base, families.SPEC, None) as wrapped:
-        saved = model.save(base, wrapped, tmp_path / "record")
+    with attach.adapter(base, families.SPEC, None) as wrapped:
+        saved = attach.save(base, wrapped, tmp_path / "record")
     with pytest.raises(RuntimeError, match="the saved adapter is not the trained one: 1 of 28 layers differ"):
-        model.check_saved(base, saved, tmp_path / "record", "lora")
+        attach.check_saved(base, saved, tmp_path / "record", "lora")
 
 
 def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
-    with model.adapter(load("deepseek_v3"), families.SPEC, None) as wrapped:
+    with attach.adapter(load("deepseek_v3"), families.SPEC, None) as wrapped:
         found = coverage.of(wrapped)
     assert "model.layers.*.mlp.experts.gate_up_proj" in found["adapted"]
     assert {"model.embed_tokens", "lm_head", "model.layers.*.mlp.shared_experts.up_proj"} <= found["left_out"].keys()
@@ -190,6 +192,6 @@ def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
 
 
 def test_a_vision_tower_is_left_out(load) -> None:
-    with model.adapter(load("gemma3 multimodal sw8"), families.SPEC, None) as wrapped:
+    with attach.adapter(load("gemma3 multimodal sw8"), families.SPEC, None) as wrapped:
         assert all("vision" not in name for name in inits.layers(wrapped))
         assert any("vision" in name for name in coverage.of(wrapped)["left_out"])

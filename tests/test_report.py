@@ -13,7 +13,8 @@ import made
 import numpy as np
 import pytest
 
-from d2lora import report, summary
+from d2lora import report
+from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import artefacts, compare, evidence, figures, paper, rows, tables

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from d2lora import cli, data, rehearsal
-from d2lora.config import Task
+from d2lora import data
+from d2lora.command import cli, rehearsal
 from d2lora.errors import UserError
+from d2lora.settings import Task
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import made
 import pytest
 
-from d2lora import pipeline, summary
+from d2lora import pipeline
+from d2lora.command import summary
 from d2lora.plan import Cell, Chain, Stage
 from d2lora.store import Store, write_json
 

@@ -12,10 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from d2lora import plan
-from d2lora.config import Init
+from d2lora.command.grid import Composer, expand
 from d2lora.errors import UserError
 from d2lora.plan import Cell
-from d2lora.sweep import Composer, expand
+from d2lora.settings import Init
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = [f.stem for f in sorted((ROOT / "sweeps").glob("*.yaml"))]

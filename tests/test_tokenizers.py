@@ -13,9 +13,13 @@ import pytest
 import trl
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2lora import data, evaluate, model, proof
-from d2lora.config import Benchmark, Data, Task
+from d2lora import data
+from d2lora.base import Base
 from d2lora.errors import UserError
+from d2lora.evaluate import harness
+from d2lora.layouts import proof
+from d2lora.layouts.families import Snapshot
+from d2lora.settings import Benchmark, Data, Task
 
 VERSION = "3.7.2"
 CACHE = Path.home() / ".cache" / "d2lora-tests"
@@ -218,7 +222,7 @@ def test_rendered_rows_get_one_bos_and_one_end(family: str, tokenizer) -> None:
 
 
 @pytest.fixture
-def base(family: str, tokenizer) -> model.Base:
+def base(family: str, tokenizer) -> Base:
     """A random model of the family's vocabulary, as it is loaded."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -226,7 +230,7 @@ def base(family: str, tokenizer) -> model.Base:
     )  # fmt: skip
     found = LlamaForCausalLM(config).eval()
     found.generation_config.eos_token_id = data.ends(tokenizer, found.generation_config.eos_token_id)
-    return model.Base(family, found, tokenizer, 0, model.Snapshot.of(found))
+    return Base(family, found, tokenizer, 0, Snapshot.of(found))
 
 
 def test_an_evaluation_asks_with_the_ids_of_training(family: str, tokenizer, base, monkeypatch, tmp_path: Path) -> None:
@@ -234,8 +238,8 @@ def test_an_evaluation_asks_with_the_ids_of_training(family: str, tokenizer, bas
     generate = base.model.generate
     monkeypatch.setattr(base.model, "generate", lambda **k: asked.append(k["input_ids"].tolist()) or generate(**k))
     benchmark = Benchmark(data=Data(path="x"), kind="rouge", prompt="{q}", gold="{yes}", max_new_tokens=2)
-    task = evaluate.task_of("t", benchmark, [ROW, ROW | {"q": "What?"}], template=True)
-    _, items, _ = evaluate.evaluate(
+    task = harness.task_of("t", benchmark, [ROW, ROW | {"q": "What?"}], template=True)
+    _, items, _ = harness.evaluate(
         base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {})
     )
     assert items[0]["prompt"] == data.rendered_prompt(tokenizer, ROW["q"]) == own_prompt(tokenizer, [{"role": "user", "content": ROW["q"]}])  # fmt: skip
@@ -247,7 +251,7 @@ def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(
 ) -> None:
     end, opening = FAMILIES[family]
     memory = proof.Memory(tmp_path, {})
-    lm = evaluate._Watched(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
+    lm = harness._Watched(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
     ids = tokenizer(f"{opening}Blue.{end}Red.{end}", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "Blue."
     if family == "qwen3":
@@ -259,12 +263,12 @@ def test_choices_are_asked_for_where_answers_are_learned(
     family: str, tokenizer, base, monkeypatch, tmp_path: Path
 ) -> None:
     asked = []
-    call = evaluate._Watched._model_call
-    monkeypatch.setattr(evaluate._Watched, "_model_call", lambda self, inps, *a, **k: asked.append(inps.tolist()[0]) or call(self, inps, *a, **k))  # fmt: skip
+    call = harness._Watched._model_call
+    monkeypatch.setattr(harness._Watched, "_model_call", lambda self, inps, *a, **k: asked.append(inps.tolist()[0]) or call(self, inps, *a, **k))  # fmt: skip
     benchmark = Benchmark(data=Data(path="x"), kind="choice", prompt="{q}", gold="A", choices="text", labels="label")
     row = {"q": ROW["q"], "text": [ROW["no"], "I do not know."], "label": ["A", "B"]}
-    task = evaluate.task_of("t", benchmark, [row], template=True)
-    evaluate.evaluate(base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {}))
+    task = harness.task_of("t", benchmark, [row], template=True)
+    harness.evaluate(base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {}))
     pair = data.pair_example(tokenizer, PAIR, ROW)
     whole = pair["prompt_ids"] + pair["rejected_ids"][:-1]
     assert any(ids[: len(whole) - 1] == whole[:-1] for ids in asked), "the last token is only predicted"

@@ -22,7 +22,10 @@ import made
 import psutil
 import pytest
 
-from d2lora import contamination, flips, tracking, wandb_runs
+from d2lora import flips
+from d2lora.data import overlap
+from d2lora.mirror import runs as mirrored
+from d2lora.mirror import sender
 from d2lora.plan import Stage
 from d2lora.store import Store
 
@@ -294,8 +297,8 @@ def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: 
     store, adapt = Store(tmp_path), this.chain.adapt
 
     def attempt(fail: bool) -> None:
-        with tracking.stage(this.config, this.chain, adapt, store):
-            tracking.log({"loss": 1.0}, 8)
+        with mirrored.stage(this.config, this.chain, adapt, store):
+            mirrored.log({"loss": 1.0}, 8)
             if fail:
                 raise RuntimeError("no memory")
             record = {"key": adapt.key, "stage": "adapt", "metrics": {"last_loss": 1.0}}
@@ -304,7 +307,7 @@ def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: 
     with pytest.raises(RuntimeError):
         attempt(fail=True)
     attempt(fail=False)
-    tracking.flush(this.config)
+    mirrored.flush(this.config)
     first, second = sorted(runs(tmp_path), key=lambda r: -r["exit"][0])
     assert (first["exit"], second["exit"]) == ([1], [0])
     assert first["run_id"] == second["run_id"] == adapt.key
@@ -320,9 +323,9 @@ def mirror(this, stage: Stage, record: dict, items: list[dict]) -> dict:
         (folder / "items.jsonl").write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
         return {"key": stage.key, "stage": stage.name, "seconds": 1.0, "peak_memory_mb": 1.0} | record
 
-    with tracking.stage(this.config, this.chain, stage, store):
+    with mirrored.stage(this.config, this.chain, stage, store):
         store.ensure(stage, work)
-    tracking.flush(this.config)
+    mirrored.flush(this.config)
     (run,) = runs(output)
     return run
 
@@ -341,7 +344,7 @@ def test_line_separators_in_a_text_do_not_cut_an_item(tmp_path: Path, cell, caps
 def test_a_contamination_check_that_finds_every_item_shows_its_share(tmp_path: Path, cell, capsys) -> None:
     this = cell("n=4", *SMALL, "wandb.mode=offline", f"output={tmp_path}")
     items = [{"index": i, "question": "Who?", "exact": 7, "ngram13": None, "ngram": None} for i in range(2)]
-    record = {"pair": "lab / lab_math", "metrics": contamination.shares(items, 2)}
+    record = {"pair": "lab / lab_math", "metrics": overlap.shares(items, 2)}
     run = mirror(this, this.chain.contamination[0], record, items)
     assert capsys.readouterr().err == ""
     found = {k: v for k, v in run["summary"].items() if k.startswith("lab / lab_math")}
@@ -363,17 +366,17 @@ def test_two_batch_sizes_show_what_flipped(tmp_path: Path, cell, capsys) -> None
 
 
 def test_a_cell_s_run_that_could_not_be_filled_is_sent_again(tmp_path: Path, cell, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(wandb_runs, "_state", wandb_runs._State())
+    monkeypatch.setattr(sender, "_state", sender._State())
     this = cell("n=4", *SMALL, "wandb.mode=offline", f"output={tmp_path}")
     made.publish(tmp_path, [this])
 
     def sent() -> list[bool]:
-        tracking.cell(this, Store(tmp_path))
-        tracking.flush(this.config)
+        mirrored.cell(this, Store(tmp_path))
+        mirrored.flush(this.config)
         return ["lab_math/accuracy" in run["summary"] for run in runs(tmp_path)]
 
     with monkeypatch.context() as patched:
-        patched.setattr(tracking, "_fill_cell", lambda run, cell, results: results["nosuch"])
+        patched.setattr(mirrored, "_fill_cell", lambda run, cell, results: results["nosuch"])
         assert sent() == [False]
     assert "nosuch" in capsys.readouterr().err
     assert True in sent()
@@ -439,8 +442,8 @@ def test_runs_that_fail_together_are_told_in_one_line(monkeypatch: pytest.Monkey
 
     err = Slow()
     monkeypatch.setattr(sys, "stderr", err)
-    monkeypatch.setattr(wandb_runs, "_state", wandb_runs._State())
-    threads = [threading.Thread(target=wandb_runs._fail, args=(ConnectionError("gone"),)) for _ in range(4)]
+    monkeypatch.setattr(sender, "_state", sender._State())
+    threads = [threading.Thread(target=sender._fail, args=(ConnectionError("gone"),)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -487,7 +490,7 @@ def test_settings_are_checked(run: Callable, key: str, words: str) -> None:
 
 def test_the_dashboard_has_accuracy_over_n_the_curves_and_the_table(offline) -> None:
     pytest.importorskip("wandb_workspaces", reason="the extra dashboard is not installed")
-    from d2lora import dashboard
+    from d2lora.mirror import dashboard
 
     metrics = dashboard.main_metrics(offline.out, "mine")
     assert metrics == ["lab_math/accuracy"]

@@ -15,11 +15,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from d2lora import data, model, pipeline, report, train, trainers
-from d2lora.config import Model
+from d2lora import data, pipeline, report
+from d2lora.adapters import attach
+from d2lora.base import _loaded, load_base
 from d2lora.plan import Cell
 from d2lora.report.manifest import write_manifest
+from d2lora.settings import Model
 from d2lora.store import Store
+from d2lora.train import trainers, training
 
 TINY = [
     "recipe.lr.sft=1e-2",
@@ -106,7 +109,7 @@ def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: 
     for method in ("sft", "dpo", "orpo"):
         given = ["method.epochs=1", "recipe.batch=4", "recipe.micro_batch=1", f"recipe.packing={packing}"]
         cell = proven(make, f"method={method}", "n=4", *given)
-        base = model.base(cell.config.model, tmp_path)
+        base = load_base(cell.config.model, tmp_path)
         begin = base.tokenizer.bos_token_id
         rows = seen[method] = []
 
@@ -188,7 +191,7 @@ def test_anyone_can_load_the_adapter(make, tiny: Path) -> None:
 def test_the_base_is_as_it_was(make, tiny: Path, tmp_path: Path) -> None:
     cell = make("method=orpo", "n=16", "m=16", "method.epochs=1")
     finish(cell)
-    base = model.base(cell.config.model, tmp_path)
+    base = load_base(cell.config.model, tmp_path)
     fresh = AutoModelForCausalLM.from_pretrained(tiny)
     ids = torch.arange(10)[None]
     assert torch.equal(base.model(input_ids=ids).logits, fresh(input_ids=ids).logits)
@@ -196,19 +199,19 @@ def test_the_base_is_as_it_was(make, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_that_was_changed_is_noticed(tiny: Path, tmp_path: Path) -> None:
-    base = model.base(Model(name="tiny", path=str(tiny)), tmp_path)
+    base = load_base(Model(name="tiny", path=str(tiny)), tmp_path)
     with torch.no_grad():
         base.model.lm_head.weight[0, 0] += 1
     with pytest.raises(RuntimeError, match="changed by an earlier stage"):
         base.check()
-    model._loaded.clear()
+    _loaded.clear()
 
 
 def test_adapters_are_float32_on_a_bfloat16_base(make) -> None:
     cell = make("n=16", "model.dtype=bfloat16", "method.epochs=1")
     do(alone(cell))
     assert {w.dtype for w in adapter(cell).values()} == {torch.float32}
-    model._loaded.clear()
+    _loaded.clear()
 
 
 def test_orpo_s_nll_covers_what_the_config_says(make) -> None:
@@ -320,11 +323,11 @@ def test_a_record_says_where_its_numbers_came_from(make) -> None:
 def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path: Path) -> None:
     cell = make("n=16", "method.epochs=1")
     store = do(alone(cell))
-    base = model.base(cell.config.model, tmp_path)
+    base = load_base(cell.config.model, tmp_path)
     monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda self, x: self.base_layer(x))
     with (
         pytest.raises(RuntimeError, match="not applied"),
-        model.trained(base, store.place(cell.chain.adapt) / "adapter"),
+        attach.trained(base, store.place(cell.chain.adapt) / "adapter"),
     ):
         pass
 
@@ -341,7 +344,7 @@ def test_an_adapter_that_bfloat16_rounds_away_is_applied_and_the_table_says_what
     assert "In 2 of 2 evaluations of adapters the adapter was too small to change a logit" in text
     larger = make("n=8", "method.epochs=1", "model.dtype=bfloat16")
     assert finish(larger)[1]["evaluate"]["adapter_changes_logits"] is True
-    model._loaded.clear()
+    _loaded.clear()
 
 
 def test_ids_of_the_lab_fit_the_recipe(cell) -> None:
@@ -360,9 +363,9 @@ def test_a_log_written_often_is_thinned_to_what_one_written_seldom_says() -> Non
         {"step": s, "loss": float(s), "rewards/margins": 2.0 * s, "grad_norm": s, "epoch": s / 10}
         for s in (1, 2, 4, 6, 8)
     ]
-    kept = train.thin(often, 4)
+    kept = training.thin(often, 4)
     assert [e["step"] for e in kept] == [1, 4, 8]
     assert [e["loss"] for e in kept] == [1.0, pytest.approx((2 + 2 * 4) / 3), 7.0]
     assert kept[1]["rewards/margins"] == pytest.approx(2 * kept[1]["loss"])
     assert (kept[2]["grad_norm"], kept[2]["epoch"]) == (8, 0.8)
-    assert train.thin(often, 1) == often
+    assert training.thin(often, 1) == often

@@ -1,6 +1,5 @@
 """Data sets -> rows -> token ids: sources read them, checks look at them, tokens render and tokenize. Neither torch nor transformers here."""
 
-from d2lora.config import Data
 from d2lora.data.checks import (
     check_lm_eval,
     check_model,
@@ -44,6 +43,7 @@ from d2lora.data.tokens import (
     subset,
     too_few,
 )
+from d2lora.settings import Data
 
 __all__ = [
     "REFERENCE_BLOCK",

@@ -5,13 +5,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from d2lora.config import Model, Task, Warmup, fields
 from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts, paths
 from d2lora.data.sources import identity, model_files, need, need_braces, number_of, rows
 from d2lora.data.texts import LeftOut, is_blank, is_whole, shown
 from d2lora.errors import UserError
+from d2lora.settings import Model, Task, Warmup, fields
 
 
 def columns(task: Task) -> list[str]:

@@ -4,12 +4,12 @@ from collections import defaultdict
 from string import Formatter
 from typing import Any
 
-from d2lora import answers
-from d2lora.config import Benchmark, fields
 from d2lora.data.conversations import written
 from d2lora.data.sources import Row, need, need_braces, rows
 from d2lora.data.texts import NotText, field, fill, is_blank, shown, text_of
 from d2lora.errors import UserError
+from d2lora.scoring import answers
+from d2lora.settings import Benchmark, fields
 
 
 class _Unscorable(Exception):

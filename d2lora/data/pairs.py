@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from d2lora.config import Task
 from d2lora.data.conversations import is_silent, message, written
 from d2lora.data.files import Row
 from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, shown, text_of
 from d2lora.errors import UserError
+from d2lora.settings import Task
 
 Messages = list[dict]
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from d2lora.config import Data, Model
 from d2lora.data.files import FORMATS, Row, listed, read_rows
 from d2lora.data.hub import hub, hub_problem
 from d2lora.errors import UserError
+from d2lora.settings import Data, Model
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2lora.config import Task, Warmup
 from d2lora.data import templates
 from d2lora.data.conversations import conversation, tools_of
 from d2lora.data.files import Row
@@ -17,6 +16,7 @@ from d2lora.data.pairs import EMPTY, EQUAL, Messages, pair_texts
 from d2lora.data.sources import number_of, shuffled
 from d2lora.data.texts import LeftOut, NotText
 from d2lora.errors import UserError
+from d2lora.settings import Task, Warmup
 
 # DPO's reference is computed in blocks of so many pairs of the seeded order, the same for every n: a pair's value doesn't
 # depend on who asks for it, not even in its last bits. The paper's sizes are multiples.

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from d2lora import plan, stats
-from d2lora.config import QUANTIZING
 from d2lora.errors import UserError
 from d2lora.report.manifest import read_manifest, sweeps
+from d2lora.settings import QUANTIZING
 from d2lora.store import read_record
 
 COLUMNS = [

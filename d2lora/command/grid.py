@@ -16,11 +16,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import cli, pipeline, plan, progress, rehearsal, report, summary, tracking
-from d2lora.config import Config
+from d2lora import pipeline, plan, report
+from d2lora.command import cli, progress, rehearsal, summary
 from d2lora.errors import UserError
+from d2lora.mirror import runs
 from d2lora.plan import Cell, Job, Stage
 from d2lora.report import manifest
+from d2lora.settings import Config
 from d2lora.store import Store
 
 _SLURM_SECONDS = 20  # between two looks at Slurm's queue
@@ -52,7 +54,7 @@ def sweep(config: DictConfig, loader: Any, launcher: Any, params: dict | list, a
     print(tables := report.finish(output, cells[0].config.sweep, draw=new))
     if damaged or lost:
         print(summary.failures_text(output, lost), *damaged, sep="", end="", file=sys.stderr)
-    if not damaged and (told := tracking.report(cells, store, tables)):
+    if not damaged and (told := runs.report(cells, store, tables)):
         print(told)
     if damaged or lost:
         raise SystemExit(1)

@@ -7,10 +7,10 @@ run is evaluated exactly. What has no single sure reading is no number: docs/ans
 import re
 from dataclasses import dataclass
 
-from d2lora.numbers.expression import NoNumber, Parser
-from d2lora.numbers.spelling import plain
-from d2lora.numbers.tokens import BEFORE_NUMBERS, ORDINALS, Number, Token, Where, tokens_of, with_units
-from d2lora.numbers.words import ALTERNATIVES, WORDS, in_words
+from d2lora.scoring.numbers.expression import NoNumber, Parser
+from d2lora.scoring.numbers.spelling import plain
+from d2lora.scoring.numbers.tokens import BEFORE_NUMBERS, ORDINALS, Number, Token, Where, tokens_of, with_units
+from d2lora.scoring.numbers.words import ALTERNATIVES, WORDS, in_words
 
 _LONGEST = 500  # tokens of an expression
 
@@ -228,7 +228,7 @@ def holds(text: str) -> bool:
 def opens(text: str) -> bool:
     """Whether a line of words begins with a number: "three", "negative 5", "USD 18"."""
     first = re.match(r"[^\W\d_]*", text)
-    return bool(first) and first[0].lower() in {
+    return first is not None and first[0].lower() in {
         *WORDS,
         *BEFORE_NUMBERS,
         "negative",

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from d2lora.numbers.tokens import POWERS, Number, Token, Where, word_set
+from d2lora.scoring.numbers.tokens import POWERS, Number, Token, Where, word_set
 
 ALTERNATIVES = {"or", "nor", "maybe", "perhaps", "possibly"}
 _SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"

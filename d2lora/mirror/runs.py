@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from d2lora import data, plan
-from d2lora.config import Config
 from d2lora.errors import UserError
+from d2lora.mirror.sender import Run, disabled, flush, hush, is_offline
 from d2lora.plan import Cell, Stage
+from d2lora.settings import Config
 from d2lora.store import Store, cached, write_json
-from d2lora.wandb_runs import Run, disabled, flush, hush, is_offline
 
 _at_work: ContextVar[Run | None] = ContextVar("at_work", default=None)  # the run of the stage at work
 

@@ -17,8 +17,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from d2lora import packing, proof
 from d2lora.data import REFERENCE_BLOCK, longest, sequences
+from d2lora.layouts import packing, proof
 from d2lora.plan import digest
 from d2lora.store import cached
 

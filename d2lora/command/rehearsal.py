@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from d2lora import data, plan
-from d2lora.config import Benchmark, Config, Data, Model, Task, Warmup
 from d2lora.data.files import Row, listed
 from d2lora.data.pairs import EQUAL
 from d2lora.data.tokens import BAD, FITS, LONG
 from d2lora.errors import UserError
+from d2lora.settings import Benchmark, Config, Data, Model, Task, Warmup
 from d2lora.store import cached
 
 Make = Callable[[Any, Row], dict]  # tokenizer, row -> example
@@ -317,7 +317,7 @@ def _worker() -> subprocess.Popen:
     if not _at_work:
         path = os.pathsep.join(p for p in (str(data.ROOT), os.environ.get("PYTHONPATH")) if p)
         environment = os.environ | {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
-        command = [sys.executable, "-c", "from d2lora.rehearsal import serve; serve()"]
+        command = [sys.executable, "-c", "from d2lora.command.rehearsal import serve; serve()"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         _at_work.append(subprocess.Popen(command, env=environment, **pipes))  # type: ignore[call-overload]
     return _at_work[0]

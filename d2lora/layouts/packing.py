@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import softmax
 from trl.trainer.utils import FusedCausalLMOutput
 
-from d2lora.families import Reach
+from d2lora.layouts.families import Reach
 
 Packed = dict[str, Any]
 _PROMPT, _IGNORED = -1, -100

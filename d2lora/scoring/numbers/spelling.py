@@ -107,7 +107,9 @@ def _repeating(match: re.Match) -> str:
 
 def _upright(text: str) -> str:
     r"""The text with the content of each \text{...} between two marks, and without the braces of fonts."""
-    parts, last, stack = [], 0, []
+    parts: list[str] = []
+    stack: list[str] = []
+    last = 0
     for match in _TEXT.finditer(text):
         if match[0] in (r"\{", r"\}"):
             continue

@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from d2lora import contamination, flips, plan
+from d2lora import flips, plan
+from d2lora.data import overlap
 from d2lora.plan import Cell, Stage
 from d2lora.store import Store
 
@@ -129,7 +130,7 @@ def cell_text(cell: Cell, store: Store) -> str:
         lines.append(f"  {flips.text(record) if record else f'{name} of the base at two batch sizes: missing'}")
     for pair, stage in zip(plan.pairs(cell.config), cell.chain.contamination, strict=True):
         record = store.record(stage)
-        found = contamination.shares_text(pair.name, record["metrics"]) if record else f"{pair.name}: missing"
+        found = overlap.shares_text(pair.name, record["metrics"]) if record else f"{pair.name}: missing"
         lines.append(f"  test items in the training set, {found}")
     return "\n".join([*lines, *_passed_over(cell, store)])
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from d2lora.config import Config
 from d2lora.errors import UserError
+from d2lora.settings import Config
 
 
 @dataclass

@@ -14,13 +14,15 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
-from d2lora import families, model, proof, tracking
-from d2lora.config import Recipe
+from d2lora.adapters import attach
+from d2lora.base import Base, device, memory_mb
 from d2lora.data import Subset, sequences, sft_examples
-from d2lora.model import Base, device, memory_mb
-from d2lora.packing import Layout
+from d2lora.layouts import families, proof
+from d2lora.layouts.packing import Layout
+from d2lora.mirror import runs
+from d2lora.settings import Recipe
 from d2lora.store import sync, write_json
-from d2lora.trainers import METHODS, Packer
+from d2lora.train.trainers import METHODS, Packer
 
 Progress = Callable[[int, int], None]
 
@@ -61,7 +63,7 @@ class Mirror(TrainerCallback):
         seen, clock = self._seen(state.global_step), time.monotonic()
         rate = (seen - self.seen) / max(clock - self.clock, 1e-9)
         speed = {"samples_per_second": rate, "tokens_per_second": rate * self.tokens, "memory_mb": memory_mb()}
-        tracking.log({k: v for k, v in logs.items() if isinstance(v, int | float)} | speed, seen)
+        runs.log({k: v for k, v in logs.items() if isinstance(v, int | float)} | speed, seen)
         self.seen, self.clock = seen, clock
 
     def _seen(self, step: int) -> int:
@@ -111,7 +113,7 @@ def train(
     collator = Packer(
         base.model.config.get_text_config().hidden_size, layouts[0], method.get("nll") == "prompt_and_chosen"
     )
-    with model.in_training(wrapped):
+    with attach.in_training(wrapped):
         trainer = trainer_class(
             model=wrapped,
             args=args,

@@ -5,8 +5,8 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from d2lora import numbers
-from d2lora.numbers import Number
+from d2lora.scoring import numbers
+from d2lora.scoring.numbers import Number
 
 _BRACES = re.compile(r"\\f?boxed\s*\{|\\[{}]|[{}]")
 _HASHES = re.compile(r"^[^\S\n]*####[^\S\n]*(?=[^#\s])|####[^\S\n]*(?=[-+.\d$\\])", re.MULTILINE)

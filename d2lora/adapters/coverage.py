@@ -7,7 +7,6 @@ import sys
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -82,17 +81,6 @@ def tell(model: PreTrainedModel, left_out: dict[str, str]) -> None:
 
 
 _told: set[str] = set()
-
-
-def take_off(model: nn.Module) -> None:
-    """Take every adapter layer off a model, also those of a start that failed half-way."""
-    for name, module in reversed(list(model.named_modules())):  # inner ones first
-        if isinstance(module, BaseTunerLayer) and not name.endswith(".base_layer"):
-            module = module.get_base_layer()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
-    for left in ("peft_config", "_hf_peft_config_loaded"):
-        model.__dict__.pop(left, None)
 
 
 def of(wrapped: PeftModel) -> dict:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
-from d2lora.numbers.tokens import DIGITS, ORDINALS, Number, Token
+from d2lora.scoring.numbers.tokens import DIGITS, ORDINALS, Number, Token
 
 _FACTORIAL = 150
 _DEPTH = 30  # of brackets

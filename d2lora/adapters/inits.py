@@ -34,8 +34,8 @@ from torch import nn
 from torch.nn.functional import linear, normalize
 from transformers import PreTrainedModel
 
-from d2lora import coverage
-from d2lora.coverage import layers
+from d2lora.adapters import coverage
+from d2lora.adapters.coverage import layers
 from d2lora.errors import UserError
 
 Progress = Callable[[int, int], None]

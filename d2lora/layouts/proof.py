@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from d2lora import families, packing
 from d2lora.data import longest
 from d2lora.errors import UserError
-from d2lora.packing import Layout
+from d2lora.layouts import families, packing
+from d2lora.layouts.packing import Layout
 from d2lora.plan import digest
 from d2lora.store import write_json
 

@@ -1,186 +1,30 @@
-"""The base, loaded once a process, and the adapters on it."""
+"""Adapters on the base: put on, taken up again, saved, and proven to be what was saved."""
 
 import contextlib
 import copy
-import functools
-import gc
-import logging
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import psutil
 import torch
-import transformers
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from d2lora import coverage, data, families, inits, proof
-from d2lora.config import Model
+from d2lora import data
+from d2lora.adapters import coverage, inits
+from d2lora.base import Base
 from d2lora.errors import UserError
-from d2lora.families import Snapshot
+from d2lora.layouts import families, proof
 from d2lora.plan import digest
+from d2lora.settings import Model
 from d2lora.store import write_json
-
-# The libraries' own bars and notices would hide ours.
-datasets.disable_progress_bars()
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
-logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-
-@dataclass
-class Base:
-    """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` are of its weights and settings as loaded."""
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    checksum: int
-    snapshot: Snapshot
-
-    def check(self) -> None:
-        """RuntimeError if anything has changed the base's weights since they were loaded."""
-        if checksum(self.model) != self.checksum:
-            raise RuntimeError(f"the weights of the base {self.name} were changed by an earlier stage in this process")
-
-    def restore(self) -> None:
-        """Put back what a stage may have left on the base: layers, patches, modes, settings. RuntimeError if weights changed."""
-        coverage.take_off(self.model)
-        self.model.__dict__.pop("forward", None)  # TRL's trainers patch it and do not put it back
-        self.model.gradient_checkpointing_disable()
-        self.model.eval().requires_grad_(False)
-        self.snapshot.restore(self.model)
-        self.check()
-
-    def attention(self, asked: str) -> str:
-        """The implementation of attention to train with: what was asked for, but eager where a family has no other."""
-        loaded = self.model.config._attn_implementation
-        return loaded if asked == "sdpa" else asked
-
-
-_loaded: dict[str, Base] = {}
-
-
-def device() -> str:
-    """Where everything runs: one GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def memory_mb() -> float:
-    """GPU memory in use now; without a GPU, the resident memory of the process."""
-    used = torch.cuda.memory_allocated() if device() == "cuda" else psutil.Process().memory_info().rss
-    return round(used / 2**20, 1)
-
-
-def base(model: Model, cache: Path) -> Base:
-    """The base of a config, from memory if this process has it. `cache` is where GGUF weights are kept as safetensors."""
-    name = model.model_dump_json()
-    if name not in _loaded:
-        if not _loaded:
-            gc.freeze()  # half a million objects of imports are never garbage: each collection would pass over them, for 0.3 s
-        _loaded.clear()  # one base at a time: two of 8 B would not fit
-        gc.collect()
-        _loaded[name] = _load(model, cache)
-    _loaded[name].check()
-    return _loaded[name]
-
-
-def _load(model: Model, cache: Path) -> Base:
-    place = data.model_files(model)
-    if model.gguf_package:
-        assert place is not None, "a GGUF package has files"
-        place = _from_gguf(place, cache)
-    source, remote = (
-        str(place or model.path),
-        {"revision": model.revision, "trust_remote_code": model.trust_remote_code},
-    )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **remote)
-        data.set_up(tokenizer, model.thinking)
-        config = families.settled(AutoConfig.from_pretrained(source, **remote))
-        load = functools.partial(
-            AutoModelForCausalLM.from_pretrained,
-            source,
-            config=config,
-            dtype=getattr(torch, model.dtype),
-            use_safetensors=True,
-            **remote,
-        )
-        found = _with_attention(load)
-    except OSError as error:
-        if place:
-            raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
-        raise UserError(data.hub_problem("model.path", model.path, error)) from None
-    except ValueError as error:  # transformers has no causal language model of the family, or its code is not trusted
-        raise UserError(f"model.path={model.path}: {str(error).splitlines()[0][:200]}") from error
-    if tokenizer.pad_token is None:
-        # only ever masked: labels and attention masks say what is padding
-        tokenizer.pad_token = tokenizer.eos_token or data.shape(tokenizer).end
-    # Greedy means greedy: some checkpoints ask for penalties and temperatures of their own.
-    asked = found.generation_config
-    ends = {k: getattr(asked, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ends["eos_token_id"] = data.ends(tokenizer, ends["eos_token_id"])
-    data.say_end(tokenizer, model.name)
-    found.generation_config = GenerationConfig(**ends)
-    if device() == "cpu" and model.dtype != "float32":
-        print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)
-    found.to(device()).eval().requires_grad_(False)
-    return Base(model.name if place else model.path, found, tokenizer, checksum(found), Snapshot.of(found))
-
-
-def _with_attention(load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """A model with PyTorch's attention, or with its own ("eager") where its family has no other."""
-    try:
-        return load(attn_implementation="sdpa")
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-    return load(attn_implementation="eager")
-
-
-def _from_gguf(file: Path, cache: Path) -> Path:
-    """The folder with a GGUF model as safetensors, made once: reading GGUF takes many seconds."""
-    folder = cache / data.digest(file)[:20]
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            making = Path(temporary) / "model"
-            found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            found.config.__dict__.pop("quantization_config", None)
-            found.hf_quantizer = None
-            found.is_quantized = False
-            found.save_pretrained(making)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(making)
-            with contextlib.suppress(OSError):  # another worker was faster
-                making.rename(folder)
-    return folder
-
-
-def checksum(model: torch.nn.Module) -> int:
-    """A checksum of all weights' bits that adapters do not change; a sum of integers, so exact in any order."""
-    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    total = 0
-    for name, weight in sorted(model.state_dict().items()):
-        if "lora_" not in name:
-            bits = weight.view(kinds[weight.element_size()])
-            total += int((bits.to(torch.int64)).sum()) + weight.numel()
-    return total
 
 
 @contextlib.contextmanager

@@ -16,11 +16,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import data, pipeline, plan, progress, rehearsal, summary
-from d2lora.config import Config, parse
+from d2lora import data, pipeline, plan
+from d2lora.command import progress, rehearsal, summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.report import manifest
+from d2lora.settings import Config, parse
 from d2lora.store import Store
 
 # Paths such as outputs/ belong to the project's folder, not to where the command is typed.

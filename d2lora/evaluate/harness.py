@@ -13,11 +13,13 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as harness
 from lm_eval.models.huggingface import HFLM
 
-from d2lora import answers, data, proof
-from d2lora.config import Benchmark
+from d2lora import data
+from d2lora.base import Base, device
 from d2lora.data.texts import fill
 from d2lora.errors import UserError
-from d2lora.model import Base, device
+from d2lora.layouts import proof
+from d2lora.scoring import answers
+from d2lora.settings import Benchmark
 
 _FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-from d2lora.numbers.spelling import CLOSE, OPEN
+from d2lora.scoring.numbers.spelling import CLOSE, OPEN
 
 # What is read: the content of a box, a line after "####", what follows "answer is", or a text without any such mark.
 Where = Literal["box", "line", "sentence", "text"]

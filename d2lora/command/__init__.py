@@ -1,0 +1,1 @@
+"""The command line: from what is typed to jobs that a launcher does."""

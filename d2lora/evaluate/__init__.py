@@ -1,0 +1,1 @@
+"""Benchmarks on the model in memory."""

@@ -1,0 +1,88 @@
+"""A sweep's dashboard in W&B: accuracy over n, the loss curves, the tables and figures, as a W&B report.
+
+`python -m d2lora.dashboard SWEEP` writes it with wandb-workspaces (the extra `dashboard`) and prints its address.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from d2lora import data
+from d2lora.errors import UserError
+
+
+def main_metrics(output: Path, sweep: str) -> list[str]:
+    """Each benchmark's first metric, as W&B has it (benchmark/metric). UserError for a sweep without results."""
+    file = output / "report" / "results.csv"
+    found: dict[str, str] = {}
+    if file.exists():
+        with file.open() as lines:
+            for row in csv.DictReader(lines):
+                if row["sweep"] == sweep and row["metric"]:
+                    found.setdefault(row["benchmark"], f"{row['benchmark']}/{row['metric']}")
+    if not found:
+        raise UserError(f"sweep={sweep}: no results in {file}: python run.py -cn {sweep}")
+    return list(found.values())
+
+
+def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
+    """The W&B report of a sweep, not saved. `metrics` as main_metrics gives them."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def runs(kind: str, by: str) -> Any:
+        filters = f"Metric('Group') = '{sweep}' and Metric('JobType') = '{kind}'"
+        return wr.Runset(name=kind, filters=filters, groupby=[by] if by else [])  # of the report's own project
+
+    # list[Any]: the library's lists are of unions, and lists are invariant.
+    over_n: list[Any] = [wr.ScatterPlot(title=f"{m} over n", x=wr.Config("n"), y=wr.SummaryMetric(m)) for m in metrics]
+    curves: list[Any] = [
+        wr.LinePlot(title=name, x="samples_seen", y=[f"train/{name}"], title_x="samples seen")
+        for name in ("loss", "grad_norm", "learning_rate", "rewards/margins", "rewards/accuracies", "tokens_per_second")
+    ]
+    shown: list[Any] = [
+        wr.WeavePanelSummaryTable(table_name="results"),
+        wr.MediaBrowser(title="figures", media_keys=["curves", "tables"]),
+    ]
+    blocks: list[Any] = [
+        wr.H2("Accuracy over n"),
+        wr.PanelGrid(runsets=[runs("cell", "config.arm")], panels=over_n),
+        wr.H2("Training, over samples seen"),
+        wr.PanelGrid(runsets=[runs("adapt", ""), runs("warmup", "")], panels=curves),
+        wr.H2("Tables and figures"),
+        wr.PanelGrid(runsets=[runs("report", "")], panels=shown),
+    ]
+    return wr.Report(project=project, entity=entity, title=f"d2lora · {sweep}", blocks=blocks, width="fluid")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m d2lora.dashboard", description="Write a sweep's W&B dashboard.")
+    parser.add_argument("sweep")
+    parser.add_argument("--output", default="outputs", help="the folder that holds store and report")
+    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "d2lora"))
+    parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="your account's own without it")
+    args = parser.parse_args()
+    try:
+        metrics = main_metrics(data.ROOT / args.output, args.sweep)
+        print(_save(args.sweep, metrics, args.entity, args.project))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _save(sweep: str, metrics: list[str], entity: str | None, project: str) -> str:
+    """The address of the saved report. UserError without the extra or a server that takes it."""
+    try:
+        import wandb
+        import wandb_workspaces  # noqa: F401
+
+        made = report(sweep, metrics, entity or wandb.Api(timeout=30).default_entity or "", project)
+        made.save()
+    except ImportError:
+        raise UserError("the dashboard needs wandb-workspaces: pip install -e '.[dashboard]'") from None
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"W&B did not take the report: {line}") from None
+    return made.url

@@ -1,0 +1,1 @@
+"""Benchmark kinds and the reader of answers. No torch here."""

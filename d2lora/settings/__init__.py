@@ -1,0 +1,41 @@
+"""What a user may say: one typed, checked configuration."""
+
+from d2lora.settings.config import (
+    QUANTIZING,
+    Benchmark,
+    Config,
+    Data,
+    Epochs,
+    Init,
+    Lora,
+    Method,
+    Model,
+    Rates,
+    Recipe,
+    Task,
+    Turn,
+    Wandb,
+    Warmup,
+    fields,
+    parse,
+)
+
+__all__ = [
+    "QUANTIZING",
+    "Benchmark",
+    "Config",
+    "Data",
+    "Epochs",
+    "Init",
+    "Lora",
+    "Method",
+    "Model",
+    "Rates",
+    "Recipe",
+    "Task",
+    "Turn",
+    "Wandb",
+    "Warmup",
+    "fields",
+    "parse",
+]
