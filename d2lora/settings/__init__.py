@@ -1,27 +1,15 @@
-"""What a user may say: one typed, checked configuration."""
+"""What a user may say: one typed, checked configuration. docs/extending.md says how to add a choice."""
 
-from d2lora.settings.config import (
-    QUANTIZING,
-    Benchmark,
-    Config,
-    Data,
-    Epochs,
-    Init,
-    Lora,
-    Method,
-    Model,
-    Rates,
-    Recipe,
-    Task,
-    Turn,
-    Wandb,
-    Warmup,
-    fields,
-    parse,
-)
+from d2lora.settings.config import Config, Wandb, parse
+from d2lora.settings.inits import QUANTIZING, Init
+from d2lora.settings.methods import Method
+from d2lora.settings.recipe import Epochs, Lora, Rates, Recipe
+from d2lora.settings.tasks import Benchmark, Data, Model, Prompt, Task, Turn, Warmup
+from d2lora.settings.values import Amount, PathText, Positive, Rate, Seed, Template, Text, Value, fields
 
 __all__ = [
     "QUANTIZING",
+    "Amount",
     "Benchmark",
     "Config",
     "Data",
@@ -30,10 +18,18 @@ __all__ = [
     "Lora",
     "Method",
     "Model",
+    "PathText",
+    "Positive",
+    "Prompt",
+    "Rate",
     "Rates",
     "Recipe",
+    "Seed",
     "Task",
+    "Template",
+    "Text",
     "Turn",
+    "Value",
     "Wandb",
     "Warmup",
     "fields",

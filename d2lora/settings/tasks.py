@@ -1,0 +1,108 @@
+"""Data sets, the base model, benchmarks, the task of phase 2 and the warm-up of phase 1."""
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
+
+from d2lora.settings.values import PathText, Positive, Strict, Template, Text, Value
+
+
+class Data(Strict):
+    """Rows: a data set on the Hub (name and revision) or local files (a folder with <split>.jsonl and the like, or a file)."""
+
+    path: PathText
+    name: Text | None = None  # the Hub's configuration; of a local folder, a folder in it
+    file: Text | None = None  # one file of the data set, where it has no splits
+    split: Text = "train"
+    revision: Text | None = None
+    where: dict[Text, list[Value]] = Field(default={})  # column -> values to keep
+    hold_out: Annotated[StrictInt, Field(ge=0)] = 0  # rows set aside by split_seed before anything else
+    part: Literal["rest", "held_out"] = "rest"
+    empty: Literal["refuse", "leave_out"] = "refuse"  # rows with nothing where a text should be
+
+    @model_validator(mode="after")
+    def _held_out_of_something(self) -> "Data":
+        if self.part == "held_out" and not self.hold_out:
+            raise ValueError("part=held_out needs hold_out, the number of rows that are set aside")
+        return self
+
+
+class Model(Strict):
+    name: Text
+    path: PathText  # a Hub name or a local folder
+    revision: Text | None = None
+    # An installed package that carries the weights as GGUF; a name with dots would import its parent.
+    gguf_package: Annotated[Text, Field(pattern=r"^\w+$")] | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: StrictBool = False
+    thinking: StrictBool = False  # whether it thinks before it answers, where its chat template leaves that open
+
+
+class Benchmark(Strict):
+    """One test: rows, a prompt, and how an answer is scored."""
+
+    data: Data
+    kind: Literal["number", "exact", "rouge", "choice"]
+    prompt: Template
+    gold: Template  # the reference answer, or a column with a list of them; choice: the label of the right choice
+    choices: Text | None = None  # choice: dotted path of the list of texts, and of their labels
+    labels: Text | None = None
+    chat: StrictBool = True
+    max_new_tokens: Positive = 512
+    limit: Positive | None = None  # the first rows only
+
+    @model_validator(mode="after")
+    def _choice_has_choices(self) -> "Benchmark":
+        if self.kind == "choice" and not (self.choices and self.labels):
+            raise ValueError("kind choice needs choices and labels, the paths of two lists")
+        return self
+
+
+class Turn(Strict):
+    """A turn of a prompt."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Template
+
+
+# Tagged, so that an error is about the form that was meant.
+Prompt = Annotated[
+    Annotated[Template, Tag("prompt-text")] | Annotated[list[Turn], Field(min_length=1), Tag("prompt-turns")],
+    Discriminator(lambda value: "prompt-turns" if isinstance(value, list) else "prompt-text"),
+]
+
+
+class Task(Strict):
+    """Phase 2: what to adapt to, and the benchmarks that judge it."""
+
+    name: Text
+    data: Data
+    # A text, or turns (a system turn, history); null where the answers' columns hold conversations with the prompt in them.
+    prompt: Prompt | None
+    prefix: Template = ""  # the start of the assistant's turn that is given, e.g. the steps before the fork of a pair
+    chosen: Template
+    rejected: Template | None = None
+    full_chosen: Template | None = None  # the whole remaining answer, where chosen is only its next step
+    full_rejected: Template | None = None
+    continuation: Literal["step", "rest"] = "step"
+    rendered: StrictBool = False  # rows carry the model's own tokens already: no template is applied
+    benchmark: dict[Text, Benchmark] = Field(default={})
+    lm_eval: list[Text] = Field(default=[])  # names of lm-evaluation-harness's own tasks
+
+    @property
+    def templates(self) -> list[str]:
+        """All templates of columns."""
+        prompt = [self.prompt] if isinstance(self.prompt, str) else [turn.content for turn in self.prompt or []]
+        answers = (self.prefix, self.chosen, self.rejected, self.full_chosen, self.full_rejected)
+        return [*prompt, *filter(None, answers)]
+
+
+class Warmup(Strict):
+    """Phase 1: general data in conversations; the loss is on every assistant turn."""
+
+    name: Text
+    data: Data
+    messages: Text = "chosen"  # the column that holds a conversation
+    tools: Text = "tools"  # the column that holds the tools it may use, where rows have one
+    rendered: StrictBool = False  # the column holds texts that a chat template has made already
+    epochs: Positive = 1
