@@ -1,4 +1,4 @@
-"""Cells -> stages, each once. What a stage is, what its key covers, and in which order a grid does them. No torch here.
+"""Cells -> stages, each once, and in which order a grid does them. No torch here.
 
     contamination (one a pair of test and training set)
     flips (one a bfloat16 base and benchmark)
@@ -9,67 +9,47 @@ a warm-up knows no n, method or task and serves the whole grid; the base's evalu
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 
-from d2lora import data
-from d2lora.data import overlap
-from d2lora.settings import QUANTIZING, Benchmark, Config, Task, Warmup, fields
+from d2lora.keys import canonical, digest  # noqa: F401
+from d2lora.settings import Config, amount  # noqa: F401
 
-# Raised by hand when a stage's code changes what it computes: tests/test_golden.py fails where results move and these do not.
-VERSIONS = {"contamination": 2, "flips": 1, "prepare": 2, "warmup": 2, "adapt": 2, "evaluate": 4}
+# until all have moved
+from d2lora.stages import (
+    VERSIONS,  # noqa: F401
+    Stage,
+    adapt,
+    contamination,
+    evaluate,
+    flips,
+    prepare,
+    warmup,
+)
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.contamination import ContaminationSpec
+from d2lora.stages.evaluate import EvaluateSpec
+from d2lora.stages.flips import FlipsSpec
+from d2lora.stages.prepare import PrepareSpec
+from d2lora.stages.warmup import WarmupSpec
 
-FLIP_ITEMS = 200  # of a benchmark's, the first: batch 1 is slow
+pairs, sources = contamination.pairs, prepare.sources
 
 
-def canonical(value: object) -> str:
-    """JSON with one spelling per value; TypeError or ValueError for what JSON can't carry exactly."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    if json.loads(text) != value:
-        raise ValueError(f"JSON does not carry {value!r} exactly")
-    return text
-
-
-def digest(value: object, digits: int = 20) -> str:
-    """The first hex digits of a JSON value's SHA-256: the name of what is kept by its content."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:digits]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A unit of work. `label` and `samples` are for people: no part of the key."""
-
-    name: str
-    spec: dict
-    parent: "Stage | None" = None
-    label: str = field(default="", compare=False)
-    samples: int | None = field(
-        default=0, compare=False
-    )  # rows x epochs to be seen; None where the data set's size isn't known yet
-
-    @functools.cached_property
-    def key(self) -> str:
-        """20 hex digits of SHA-256 over name, version, spec and the parent's key."""
-        parent = self.parent.key if self.parent else None
-        return digest({"stage": self.name, "version": VERSIONS[self.name], "spec": self.spec, "parent": parent})
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+def benchmarks(config: Config) -> list[str]:
+    return [*config.task.benchmark, *config.task.lm_eval]
 
 
 @dataclass(frozen=True)
 class Chain:
     """The stages of one cell, in order."""
 
-    warmup: Stage | None
-    adapt: Stage | None
-    evaluations: tuple[Stage, ...]
-    contamination: tuple[Stage, ...] = ()
-    prepare: Stage | None = None
-    flips: tuple[Stage, ...] = ()
+    warmup: Stage[WarmupSpec] | None
+    adapt: Stage[AdaptSpec] | None
+    evaluations: tuple[Stage[EvaluateSpec], ...]
+    contamination: tuple[Stage[ContaminationSpec], ...] = ()
+    prepare: Stage[PrepareSpec] | None = None
+    flips: tuple[Stage[FlipsSpec], ...] = ()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -78,7 +58,12 @@ class Chain:
     @property
     def results(self) -> tuple[Stage, ...]:
         """The stages that the cell's result comes from: checks of data and base change none."""
-        return tuple(s for s in (self.prepare, self.warmup, self.adapt) if s) + self.evaluations
+        return self.trainings + self.evaluations
+
+    @property
+    def trainings(self) -> tuple[Stage, ...]:
+        """The stages that make an adapter, in order."""
+        return tuple(stage for stage in (self.prepare, self.warmup, self.adapt) if stage)
 
     @property
     def adapter(self) -> Stage | None:
@@ -87,219 +72,12 @@ class Chain:
 
 
 def chain(config: Config) -> Chain:
-    """The stages of a cell. UserError for a data set or model that is not where the config says."""
-    prepare = _prepare(config) if _is_prepared(config) else None
-    warmup = _warmup(config, prepare) if config.m != 0 else None
-    adapt = _adapt(config, warmup or prepare) if config.n != 0 else None
-    evaluations = tuple(_evaluations(config, adapt or warmup or prepare))
-    checks = tuple(map(_contamination, pairs(config)))
-    return Chain(warmup, adapt, evaluations, checks, prepare, tuple(_flips(config)))
-
-
-def _is_prepared(config: Config) -> bool:
-    """Whether the cell's adapter starts from a preparation.
-
-    D2LoRA(0, 0) is the base, however it would have started; but with LoftQ it is a quantized base with its adapter.
-    """
-    return config.init.prepared and (config.m != 0 or config.n != 0 or config.init.name in QUANTIZING)
-
-
-def sources(config: Config) -> dict[str, data.Data]:
-    """The data sets that a cell reads, by their keys: it needs none of a phase that it has not."""
-    read = {"task.data": config.task.data} if config.n != 0 else {}
-    if config.m != 0 or (_is_prepared(config) and config.init.data == "general"):
-        read["warmup.data"] = config.warmup.data
-    return read | {f"benchmark {name}": b.data for name, b in config.task.benchmark.items()}
-
-
-def _prepare(config: Config) -> Stage:
-    """What an initialization computes: shared by all cells whose base, LoRA settings and data are these."""
-    init = config.init
-    looked_at = _prepare_data(config) if init.data else {}
-    spec = looked_at | {
-        "model": data.model_identity(config.model),
-        "init": init.model_dump(exclude_none=True),
-        "lora": config.recipe.lora.model_dump(),
-        "libraries": _versions("peft"),
-    }
-    label = f"preparation of {init.name}"
-    if init.random:
-        spec["seed"] = config.seed
-        label += _seed(config)
-    return Stage("prepare", spec, label=label, samples=looked_at.get("samples", 0))
-
-
-def _prepare_data(config: Config) -> dict:
-    """The rows an initialization looks at: the first of the warm-up's order, or of the cell's own n rows."""
-    init, task, w = config.init, config.task, config.warmup
-    limits = {"data_seed": config.data_seed, "max_length": config.recipe.max_length}
-    if init.data == "general":
-        return limits | {
-            "data": data.identity(w.data, config.split_seed),
-            **_reading(w),
-            "samples": init.samples,
-        }
-    samples = init.samples if config.n == "all" else min(init.samples or 0, int(config.n))
-    return limits | {"data": data.identity(task.data, config.split_seed), "task": _rendering(task), "samples": samples}
-
-
-def _training(config: Config, phase: str, epochs: int) -> dict:
-    """What of the recipe changes a training's result beyond rounding."""
-    recipe = config.recipe.model_dump(
-        include={"lora", "schedule", "lr_warmup_ratio", "weight_decay", "max_grad_norm", "batch", "max_length"}
-    )
-    shared = {
-        "model": data.model_identity(config.model),
-        "init": config.init.model_dump(exclude_none=True),
-        "seed": config.seed,
-        "data_seed": config.data_seed,
-    }
-    if config.recipe.lora.dropout:  # which units it drops depends on how the batch is laid out
-        recipe |= config.recipe.model_dump(include={"packing", "micro_batch", "attention"})
-    return shared | recipe | {"lr": getattr(config.recipe.lr, phase), "epochs": epochs, "libraries": _versions("trl")}
-
-
-def _versions(*packages: str) -> dict:
-    """Versions of packages whose releases have changed results (TRL's ORPO loss, lm-eval's tasks)."""
-    return {p: version(p) for p in packages}
-
-
-def _warmup(config: Config, parent: Stage | None) -> Stage:
-    w = config.warmup
-    spec = _training(config, "warmup", w.epochs) | {
-        "data": data.identity(w.data, config.split_seed),
-        **_reading(w),
-        "m": config.m,
-    }
-    return Stage(
-        "warmup",
-        spec,
-        parent,
-        label=f"warm-up m={amount(config.m)} of {w.name}{_seed(config)}",
-        samples=_samples(config, w.data, config.m, w.epochs),
-    )
-
-
-def _adapt(config: Config, parent: Stage | None) -> Stage:
-    task, method = config.task, config.method
-    spec = _training(config, method.name, method.epochs)
-    spec |= {"data": data.identity(task.data, config.split_seed), "n": config.n, "task": _rendering(task)}
-    spec |= {"method": method.model_dump(exclude_none=True)}
-    label = f"{method.name} D2LoRA({amount(config.m)}, {amount(config.n)}) on {task.name}{_seed(config)}"
-    return Stage("adapt", spec, parent, label, _samples(config, task.data, config.n, method.epochs))
-
-
-def _rendering(task: Task) -> dict:
-    """What of a task turns its rows into texts."""
-    return task.model_dump(
-        include={"prompt", "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "continuation"}
-    ) | task.model_dump(include={"rendered"}, exclude_defaults=True)
-
-
-def _reading(warmup: Warmup) -> dict:
-    """What of a warm-up turns its rows into conversations."""
-    return {"messages": warmup.messages} | warmup.model_dump(include={"tools", "rendered"}, exclude_defaults=True)
-
-
-def _evaluations(config: Config, parent: Stage | None) -> Iterable[Stage]:
-    model = {} if parent else {"model": data.model_identity(config.model)}
-    whose = parent.label if parent else f"base {config.model.name}"
-    for name, benchmark in config.task.benchmark.items():
-        scored = benchmark.model_dump(exclude={"data"}) | {"data": data.identity(benchmark.data, config.split_seed)}
-        yield Stage("evaluate", {"benchmark": scored, **model}, parent, f"{name} of {whose}")
-    for name in config.task.lm_eval:
-        yield Stage(
-            "evaluate", {"lm_eval": name, "libraries": _versions("lm-eval"), **model}, parent, f"{name} of {whose}"
-        )
-
-
-def _flips(config: Config) -> Iterable[Stage]:
-    """Of a bfloat16 model, the base's evaluations alone and in batches: one each for all cells."""
-    if config.model.dtype != "bfloat16":
-        return
-    batches = [1, max(2, config.recipe.eval_batch)]
-    for stage in _evaluations(config, None):
-        spec = stage.spec | {"batches": batches, "items": FLIP_ITEMS, "evaluation": VERSIONS["evaluate"]}
-        yield Stage("flips", spec, label=f"{stage.label} at batch {batches[0]} and {batches[1]}")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A test set and a training set of either phase, whole: the pair is the same for all n and m."""
-
-    benchmark: Benchmark
-    rows: data.Data
-    columns: tuple[str, ...]  # of the training set
-    templates: tuple[str, ...]  # what makes its texts of them
-    split_seed: int
-    name: str  # for people: "training set / benchmark"
-
-    @property
-    def question(self) -> list[str]:
-        return sorted(fields(self.benchmark.prompt))
-
-    @property
-    def answer(self) -> list[str]:
-        return sorted(fields(self.benchmark.gold))
-
-
-def pairs(config: Config) -> list[Pair]:
-    """What a cell trains on or is prepared with, against what judges it. lm-evaluation-harness's own tasks are not read, so not checked."""
-    trained: list[tuple[str, data.Data, tuple[str, ...], tuple[str, ...]]] = []
-    read = sources(config)
-    if "warmup.data" in read:
-        trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,), ()))
-    if "task.data" in read:
-        trained.append((config.task.name, config.task.data, tuple(data.columns(config.task)), _trained(config.task)))
-    return [
-        Pair(benchmark, rows, columns, templates, config.split_seed, f"{name} / {test}")
-        for name, rows, columns, templates in trained
-        for test, benchmark in config.task.benchmark.items()
-    ]
-
-
-def _trained(task: Task) -> tuple[str, ...]:
-    """The templates of the texts that a task teaches: its prompt (each turn), and whole answers as they follow the prefix."""
-    answers = (task.full_chosen or task.chosen, task.full_rejected or task.rejected)
-    turns = [turn.content for turn in task.prompt] if isinstance(task.prompt, list) else [task.prompt or ""]
-    return (*filter(None, turns), *(f"{task.prefix} {answer}".strip() for answer in answers if answer))
-
-
-def _contamination(pair: Pair) -> Stage:
-    test = {
-        "data": data.identity(pair.benchmark.data, pair.split_seed),
-        "question": pair.question,
-        "answer": pair.answer,
-        "prompt": pair.benchmark.prompt,
-        "gold": pair.benchmark.gold,
-    }
-    train = {
-        "data": data.identity(pair.rows, pair.split_seed),
-        "columns": list(pair.columns),
-        "templates": list(pair.templates),
-    }
-    spec = {"test": test, "train": train, "ngram": overlap.NGRAM}
-    return Stage("contamination", spec, label=f"contamination of {pair.name}")
-
-
-def benchmarks(config: Config) -> list[str]:
-    """The names of a cell's benchmarks, in the order of its chain's evaluations."""
-    return [*config.task.benchmark, *config.task.lm_eval]
-
-
-def _samples(config: Config, source: data.Data, wanted: int | str, epochs: int) -> int | None:
-    if wanted != "all":
-        return int(wanted) * epochs
-    return len(data.rows(source, config.split_seed)) * epochs if data.local(source.path) else None
-
-
-def amount(value: int | str) -> str:
-    """40000 -> 40k, as the paper writes its sizes."""
-    return f"{value // 1000}k" if isinstance(value, int) and value >= 1000 and value % 1000 == 0 else str(value)
-
-
-def _seed(config: Config) -> str:
-    return f" s{config.seed}" if config.seed else ""
+    """Return the stages of a cell. UserError for a data set or model that is not where the config says."""
+    start = prepare.stage(config)
+    first = warmup.stage(config, start)
+    second = adapt.stage(config, first or start)
+    evaluations = tuple(evaluate.stages(config, second or first or start))
+    return Chain(first, second, evaluations, contamination.stages(config), start, tuple(flips.stages(config)))
 
 
 # --- a grid --------------------------------------------------------------------------------------------------------
@@ -335,14 +113,8 @@ class Job:
 
     @property
     def cost(self) -> float:
-        """Relative length: samples, a preference pair as two and DPO's reference as a half; an evaluation as 1,000 samples."""
-        per = {"sft": 1.0, "dpo": 2.5, "orpo": 2.0}
-        trained = sum(
-            (10**6 if s.samples is None else s.samples) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0)
-            for s in self.stages
-            if s.name in ("prepare", "warmup", "adapt")
-        )
-        return trained + 1_000 * sum(s.name in ("evaluate", "flips") for s in self.stages)
+        """Relative length, a sample that is trained on as 1."""
+        return sum(stage.cost for stage in self.stages)
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
@@ -366,27 +138,22 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
     """
     taken = set(done)
     checks = [job for cell in cells if (job := _job(cell, cell.chain.contamination, taken)).stages]
-    flips = [job for cell in cells if (job := _job(cell, cell.chain.flips, taken)).stages]
-    prepares = _alone(cells, "prepare", taken)
-    first = [*_alone(cells, "warmup", taken), *flips, *checks]
+    flip_jobs = [job for cell in cells if (job := _job(cell, cell.chain.flips, taken)).stages]
+    prepares = _alone([(cell, cell.chain.prepare) for cell in cells], taken)
+    first = [*_alone([(cell, cell.chain.warmup) for cell in cells], taken), *flip_jobs, *checks]
     second: list[Job] = []
     last: list[Job] = []
     for cell in cells:
         job = _job(cell, cell.chain.stages, taken)
         if job.stages:
-            elsewhere = any(s.name == "adapt" and s.key not in done for s in job.waits_for)
+            elsewhere = any(isinstance(s.spec, AdaptSpec) and s.key not in done for s in job.waits_for)
             (last if elsewhere else second if cell.chain.warmup else first).append(job)
     return [sorted(jobs, key=lambda job: -job.cost) for jobs in (prepares, first, second, last)]
 
 
-def _alone(cells: list[Cell], name: str, taken: set[str]) -> list[Job]:
-    """Jobs of the preparations or warm-ups that are left, one each; without evaluations, for which others would wait."""
-    jobs = []
-    for cell in cells:
-        stage: Stage | None = getattr(cell.chain, name)
-        if stage and stage.key not in taken:
-            jobs.append(_job(cell, (stage,), taken))
-    return jobs
+def _alone(stages_of: Iterable[tuple[Cell, Stage | None]], taken: set[str]) -> list[Job]:
+    """Return jobs of the preparations or warm-ups that are left, one each; without evaluations, for which others would wait."""
+    return [_job(cell, (stage,), taken) for cell, stage in stages_of if stage and stage.key not in taken]
 
 
 def _job(cell: Cell, wanted: Iterable[Stage], taken: set[str]) -> Job:

@@ -9,9 +9,7 @@ Correctness rests on one rename; the lock only saves waste. A file system withou
 """
 
 import argparse
-import contextlib
 import json
-import os
 import secrets
 import shutil
 import sys
@@ -19,20 +17,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from d2lora import data, plan
+from d2lora import data
 from d2lora.errors import UserError
-from d2lora.plan import VERSIONS, Stage
+from d2lora.keys import digest
+from d2lora.outputs import Outputs, lock, sync
+from d2lora.stages import VERSIONS, Stage
 
 
 class Store:
     """The records under one output folder."""
 
     def __init__(self, output: Path) -> None:
-        self.folder = output / "store"
+        self.outputs = Outputs(output)
+        self.folder = self.outputs.store
 
     def place(self, stage: Stage) -> Path:
         """The folder of a stage's record."""
-        return self.folder / stage.name / stage.key
+        return self.outputs.record(stage.kind, stage.key)
 
     def done(self, stage: Stage) -> bool:
         """Whether the stage's record is published."""
@@ -48,7 +49,7 @@ class Store:
             return found
         if self.place(stage).exists() and not self.done(stage):
             raise UserError(f"{self.place(stage)}: not a record's folder, and a record is to go there: move it away")
-        with lock(self.folder / ".locks" / f"{stage.key}.lock"):
+        with lock(self.outputs.lock(stage.key)):
             return self.record(stage) or self._publish(stage, work)
 
     def _publish(self, stage: Stage, work: Callable[[Path], dict]) -> dict:
@@ -81,25 +82,6 @@ class Store:
         return found
 
 
-@contextlib.contextmanager
-def lock(file: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks; without them the rename alone decides."""
-    from filelock import FileLock
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Without a soft lock in its place: that one outlives a killed process on another node.
-    held = FileLock(file, fallback_to_soft=False)
-    try:
-        held.acquire()
-    except (NotImplementedError, OSError):  # no locks here (or a disk that fails, which the writing will say)
-        yield
-        return
-    try:
-        yield
-    finally:
-        held.release()
-
-
 def read_record(place: Path) -> dict | None:
     """The record in a stage's folder, which is named by its key; None if there is none.
 
@@ -125,39 +107,7 @@ def read_record(place: Path) -> dict | None:
 
 def _digest(record: dict) -> str:
     """SHA-256 of a record without its own digest."""
-    return plan.digest({k: v for k, v in record.items() if k != "digest"}, 64)
-
-
-def cached(file: Path, make: Callable[[], Any]) -> Any:
-    """The value in a JSON file, made by one process and written if there is none that can be read. For what can be made again."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads(file.read_text())
-    with lock(file.with_suffix(".lock")):
-        with contextlib.suppress(FileNotFoundError, ValueError):  # another process was making it
-            return json.loads(file.read_text())
-        value = make()
-        write_json(file, value)
-    return value
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: object) -> None:
-    """A JSON file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    with temporary.open("x") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    return digest({k: v for k, v in record.items() if k != "digest"}, 64)
 
 
 # --- upkeep --------------------------------------------------------------------------------------------------------
@@ -186,11 +136,11 @@ def _faults(place: Path) -> Iterator[str]:
         yield str(error)
         return
     assert record is not None, "its file is there"
-    for name, digest in record["files"].items():
+    for name, content in record["files"].items():
         file = place / name
         if not file.is_file():
             yield f"{file}: missing"
-        elif data.digest(file) != digest:
+        elif data.digest(file) != content:
             yield f"{file}: not what was published"
     parent = record["parent"]
     if parent and not any((output / parent / "record.json").is_file() for output in place.parent.parent.iterdir()):

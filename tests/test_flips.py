@@ -9,8 +9,9 @@ import made
 import pytest
 from doing import do, only
 
-from d2lora import flips, pipeline, plan, report
+from d2lora import pipeline, plan, report
 from d2lora.command import summary
+from d2lora.stages import flips
 from d2lora.store import Store, garbage
 
 BF16 = ["model.dtype=bfloat16", "recipe.eval_batch=8"]

@@ -15,7 +15,6 @@ from unittest import mock
 import composing
 import pytest
 
-from d2lora import plan
 from d2lora.plan import Cell
 from d2lora.store import Store
 
@@ -69,7 +68,7 @@ def python(*arguments: str) -> str:
 
 def compose(overrides: str, output: Path = SHIPPED) -> Cell:
     """The cell that the current code composes, with the keys that it gives where the store's packages are installed."""
-    with mock.patch.object(plan, "version", MADE_WITH.__getitem__):
+    with mock.patch("d2lora.stages.stage.version", MADE_WITH.__getitem__):
         return composing.cell(*shlex.split(overrides), f"output={output}")
 
 

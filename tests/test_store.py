@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from d2lora.errors import UserError
+from d2lora.outputs import cached, write_json
 from d2lora.plan import Stage
-from d2lora.store import Store, cached, check, garbage, write_json
+from d2lora.store import Store, check, garbage
 
 STAGE = Stage("adapt", {"n": 1})
 

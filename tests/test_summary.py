@@ -7,8 +7,9 @@ import pytest
 
 from d2lora import pipeline
 from d2lora.command import summary
+from d2lora.outputs import write_json
 from d2lora.plan import Cell, Chain, Stage
-from d2lora.store import Store, write_json
+from d2lora.store import Store
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ import made
 import psutil
 import pytest
 
-from d2lora import flips
 from d2lora.data import overlap
 from d2lora.mirror import runs as mirrored
 from d2lora.mirror import sender
 from d2lora.plan import Stage
+from d2lora.stages import flips
 from d2lora.store import Store
 
 ROOT = Path(__file__).parent.parent

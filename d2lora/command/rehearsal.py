@@ -24,8 +24,8 @@ from d2lora.data.files import Row, listed
 from d2lora.data.pairs import EQUAL
 from d2lora.data.tokens import BAD, FITS, LONG
 from d2lora.errors import UserError
+from d2lora.outputs import cached
 from d2lora.settings import Benchmark, Config, Data, Model, Task, Warmup
-from d2lora.store import cached
 
 Make = Callable[[Any, Row], dict]  # tokenizer, row -> example
 

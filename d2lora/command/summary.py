@@ -5,9 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from d2lora import flips, plan
+from d2lora import plan
 from d2lora.data import overlap
 from d2lora.plan import Cell, Stage
+from d2lora.stages import flips
 from d2lora.store import Store
 
 

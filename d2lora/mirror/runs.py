@@ -20,9 +20,10 @@ from typing import Any
 from d2lora import data, plan
 from d2lora.errors import UserError
 from d2lora.mirror.sender import Run, disabled, flush, hush, is_offline
+from d2lora.outputs import cached, write_json
 from d2lora.plan import Cell, Stage
 from d2lora.settings import Config
-from d2lora.store import Store, cached, write_json
+from d2lora.store import Store
 
 _at_work: ContextVar[Run | None] = ContextVar("at_work", default=None)  # the run of the stage at work
 

@@ -3,8 +3,9 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from d2lora import flips, plan
+from d2lora import plan
 from d2lora.report.rows import Point, Records
+from d2lora.stages import flips
 
 
 def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dict, str]]:

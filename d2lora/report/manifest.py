@@ -12,8 +12,8 @@ from pathlib import Path
 
 from d2lora import plan
 from d2lora.errors import UserError
+from d2lora.outputs import lock, write_json
 from d2lora.plan import Cell
-from d2lora.store import lock, write_json
 
 
 def write_manifest(output: Path, cells: list[Cell]) -> None:

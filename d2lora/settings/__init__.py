@@ -5,7 +5,7 @@ from d2lora.settings.inits import QUANTIZING, Init
 from d2lora.settings.methods import Method
 from d2lora.settings.recipe import Epochs, Lora, Rates, Recipe
 from d2lora.settings.tasks import Benchmark, Data, Model, Prompt, Task, Turn, Warmup
-from d2lora.settings.values import Amount, PathText, Positive, Rate, Seed, Template, Text, Value, fields
+from d2lora.settings.values import Amount, PathText, Positive, Rate, Seed, Template, Text, Value, amount, fields
 
 __all__ = [
     "QUANTIZING",
@@ -32,6 +32,7 @@ __all__ = [
     "Value",
     "Wandb",
     "Warmup",
+    "amount",
     "fields",
     "parse",
 ]

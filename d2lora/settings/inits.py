@@ -49,6 +49,10 @@ class Init(Strict):
         return self.name not in ("lora", "gaussian", "orthogonal", "multilora")
 
     @property
+    def quantizes(self) -> bool:
+        return self.name in QUANTIZING
+
+    @property
     def random(self) -> bool:
         """Whether the preparation draws random numbers."""
         return self.name in ("pissa_niter_16", "lora_ga")

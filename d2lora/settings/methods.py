@@ -21,3 +21,11 @@ class Method(Strict):
         if wanted != given:
             raise ValueError(f"{self.name} takes {', '.join(sorted(wanted)) or 'none'} of beta, reference, nll")
         return self
+
+    @property
+    def cost(self) -> float:
+        return {"sft": 1.0, "dpo": 2.5, "orpo": 2.0}[self.name]
+
+    @property
+    def needs_pairs(self) -> bool:
+        return self.name != "sft"

@@ -85,3 +85,8 @@ Positive = Annotated[StrictInt, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+
+
+def amount(value: int | str) -> str:
+    """Return 40k for 40000, as the paper writes its sizes."""
+    return f"{value // 1000}k" if isinstance(value, int) and value >= 1000 and value % 1000 == 0 else str(value)

@@ -19,8 +19,8 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from d2lora.data import REFERENCE_BLOCK, longest, sequences
 from d2lora.layouts import packing, proof
+from d2lora.outputs import cached
 from d2lora.plan import digest
-from d2lora.store import cached
 
 
 @dataclass

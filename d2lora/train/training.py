@@ -20,8 +20,8 @@ from d2lora.data import Subset, sequences, sft_examples
 from d2lora.layouts import families, proof
 from d2lora.layouts.packing import Layout
 from d2lora.mirror import runs
+from d2lora.outputs import sync, write_json
 from d2lora.settings import Recipe
-from d2lora.store import sync, write_json
 from d2lora.train.trainers import METHODS, Packer
 
 Progress = Callable[[int, int], None]

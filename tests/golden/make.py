@@ -1,7 +1,7 @@
 """Golden values: what keys and numbers the code gave when they were last looked at. tests/test_golden.py compares.
 
 python tests/golden/make.py keys      after a change that was meant to move keys
-python tests/golden/make.py numbers   after a change that was meant to move results: raise d2lora.plan.VERSIONS first
+python tests/golden/make.py numbers   after a change that was meant to move results: raise the stage's VERSION first
 """
 
 import json
@@ -26,8 +26,10 @@ import torch  # noqa: E402
 from doing import do, only, save_tiny  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from d2lora import plan, store  # noqa: E402
-from d2lora.plan import Chain, Stage  # noqa: E402
+from d2lora import store  # noqa: E402
+from d2lora.keys import digest  # noqa: E402
+from d2lora.plan import Chain  # noqa: E402
+from d2lora.stages import VERSIONS, Stage  # noqa: E402
 
 _PAPER = ["scale=paper", "n=1000"]
 _TITLE = ["task=lab_title", "n=200"]
@@ -126,8 +128,8 @@ def named(chain: Chain) -> dict[str, Stage]:
     """The stages of a cell by names that no label is part of: "adapt", "evaluate", "evaluate 2"."""
     found: dict[str, Stage] = {}
     for stage in chain.stages:
-        count = sum(s.name == stage.name for s in found.values())
-        found[f"{stage.name} {count + 1}" if count else stage.name] = stage
+        count = sum(s.kind == stage.kind for s in found.values())
+        found[f"{stage.kind} {count + 1}" if count else stage.kind] = stage
     return found
 
 
@@ -143,13 +145,13 @@ def pinned(package: str) -> str:
 def key_of(stage: Stage) -> dict[str, str]:
     """A stage's key and a short digest of each thing it is made of, so that a difference can be named."""
     parent = stage.parent.key if stage.parent else None
-    parts = {"VERSIONS": plan.VERSIONS[stage.name], "parent": parent, **stage.spec}
-    return {"key": stage.key} | {name: plan.digest(value, 6) for name, value in parts.items()}
+    parts = {"VERSIONS": VERSIONS[stage.kind], "parent": parent, **stage.spec.content()}
+    return {"key": stage.key} | {name: digest(value, 6) for name, value in parts.items()}
 
 
 def keys(names: list[str]) -> dict:
     """{cell: {stage: key_of}} as the present code gives them."""
-    with mock.patch.object(plan, "version", pinned):
+    with mock.patch("d2lora.stages.stage.version", pinned):
         return {
             name: {stage: key_of(s) for stage, s in named(composing.cell(*KEYS[name]).chain).items()} for name in names
         }
@@ -162,7 +164,7 @@ def numbers(name: str, tiny: Path, output: Path) -> dict:
     """{stage: its numbers} of one cell, done now. `versions` are those of the stages that they come from."""
     model = [] if name.startswith("lab") else [f"model.path={tiny}"]
     cell = composing.cell(*model, f"output={output}", *NUMBERS[name])
-    wanted = {n: s for n, s in named(cell.chain).items() if s.name != "contamination" or name == "lab title"}
+    wanted = {n: s for n, s in named(cell.chain).items() if s.kind != "contamination" or name == "lab title"}
     done = do(only(cell, *wanted.values()))
     return {n: {"versions": _versions(s)} | _rounded(_measured(done, s)) for n, s in wanted.items()}
 
@@ -178,13 +180,13 @@ def _rounded(value: Any) -> Any:
 
 def _versions(stage: Stage) -> dict[str, int]:
     above = _versions(stage.parent) if stage.parent else {}
-    return above | {stage.name: plan.VERSIONS[stage.name]}
+    return above | {stage.kind: VERSIONS[stage.kind]}
 
 
 def _measured(done: store.Store, stage: Stage) -> dict:
     record, place = done.record(stage), done.place(stage)
     metrics = record["metrics"]
-    if stage.name in ("contamination", "evaluate"):
+    if stage.kind in ("contamination", "evaluate"):
         found = {name: metric["value"] for name, metric in metrics.items()}
         items = [json.loads(line) for line in (place / "items.jsonl").read_text().splitlines()]
         likelihoods = [x for item in items for x in item.get("loglikelihoods", [])]
@@ -268,7 +270,9 @@ def make_numbers() -> None:
     golden = read("numbers") if (FOLDER / "numbers.json").exists() else {}
     lines = [line for name in golden if name in found for line in unexplained(name, golden[name], found[name])]
     if lines:
-        advice = "raise the first of these stages in d2lora.plan.VERSIONS, or find the fault (of a cell with other settings: "
+        advice = (
+            "raise the first of these stages in the stage's VERSION, or find the fault (of a cell with other settings: "
+        )
         sys.exit("\n".join([*lines, advice + "delete it from numbers.json)"]))
     write("numbers", found)
 

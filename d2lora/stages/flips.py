@@ -5,10 +5,65 @@ A batch's shape decides in which order products are added up. In bfloat16 that i
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from d2lora.settings import Config
+from d2lora.stages import evaluate
+from d2lora.stages.evaluate import EvaluateSpec
+from d2lora.stages.run import Run
+from d2lora.stages.stage import Identity, Stage
+
+FLIP_ITEMS = 200  # of a benchmark's, the first: batch 1 is slow
 
 
-def compare(alone: list[dict], together: list[dict], metrics: list[str]) -> tuple[dict, list[dict]]:
+@dataclass(frozen=True)
+class FlipsSpec(EvaluateSpec):
+    """An evaluation of the base at two batch sizes."""
+
+    batches: tuple[int, int] = (1, 2)
+    items: int = FLIP_ITEMS
+
+    KIND: ClassVar[str] = "flips"
+    VERSION: ClassVar[int] = 1
+
+    def content(self) -> Identity:
+        own = {"batches": list(self.batches), "items": self.items, "evaluation": EvaluateSpec.VERSION}
+        return super().content() | own
+
+
+def stages(config: Config) -> Iterator[Stage[FlipsSpec]]:
+    """Yield, of a bfloat16 model, the base's evaluations alone and in batches: one each for all cells."""
+    if config.model.dtype != "bfloat16":
+        return
+    batches = (1, max(2, config.recipe.eval_batch))
+    for stage in evaluate.stages(config, None):
+        spec = FlipsSpec(**vars(stage.spec), batches=batches, items=FLIP_ITEMS)
+        label = f"{stage.label} at batch {batches[0]} and {batches[1]}"
+        yield Stage(spec, label=label, subject=stage.subject)
+
+
+def work(run: Run[FlipsSpec]) -> dict[str, Any]:
+    """Evaluate the base at both batch sizes, and keep the items that differ."""
+    spec, evaluations = run.stage.spec, []
+    for number, batch in enumerate(spec.batches):
+        half = lambda done, total, before=number: run.progress(before * total + done, 2 * total)  # noqa: E731
+        evaluations.append(evaluate.scored(run, run.base.model, batch, half, spec.items))
+    (metrics, some, alone), (_, others, together) = evaluations
+    measured, differing = compare(some, others, list(metrics))
+    run.write_items(differing)
+    return {
+        "benchmark": run.stage.subject,
+        "base": run.config.model.name,
+        "batches": [alone, together],
+        "metrics": measured,
+    }
+
+
+def compare(
+    alone: list[dict[str, Any]], together: list[dict[str, Any]], metrics: list[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Metrics {name: {value, stderr, items}} and the items that differ, of the same items evaluated at two batch sizes.
 
     `answers_flipped` and `<metric>_flipped` are shares of items, `<metric>_difference` the second score minus the first.

@@ -1,0 +1,17 @@
+"""Names by content: canonical JSON and its hash."""
+
+import hashlib
+import json
+
+
+def canonical(value: object) -> str:
+    """Return JSON with one spelling per value; TypeError or ValueError for what JSON can't carry exactly."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    if json.loads(text) != value:
+        raise ValueError(f"JSON does not carry {value!r} exactly")
+    return text
+
+
+def digest(value: object, digits: int = 20) -> str:
+    """Return the first hex digits of a JSON value's SHA-256."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:digits]

@@ -1,0 +1,154 @@
+"""Where things lie in an output folder, files that are there whole or not at all, and locks.
+
+store/<kind>/<key>/   records           checkpoints/<key>/   of trainings that were stopped
+manifests/<sweep>     planned grids     reference/<policy>/  log-probabilities of DPO's reference
+failed/<key>          why stages failed fingerprints/, proofs/, models/   what is remembered and can be made again
+report/               tables, figures   progress/<key>, wandb/, hydra/
+"""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2lora.settings import Config
+
+ROOT = Path(
+    __file__
+).parent.parent  # the project's folder: relative paths are meant from here, wherever a command is typed
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The layout of one output folder."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, config: Config) -> "Outputs":
+        """Return the output folder of a cell."""
+        return cls.at(config.output)
+
+    @classmethod
+    def at(cls, folder: str) -> "Outputs":
+        """Return the output folder of a text: ~ is a home, and a relative path is meant from the project's folder."""
+        return cls(ROOT / Path(folder).expanduser())
+
+    @property
+    def store(self) -> Path:
+        """The records, <kind>/<key>/."""
+        return self.root / "store"
+
+    def record(self, kind: str, key: str) -> Path:
+        """Return the folder of a stage's record."""
+        return self.store / kind / key
+
+    def lock(self, key: str) -> Path:
+        """Return the file that a worker locks while it does a stage."""
+        return self.store / ".locks" / f"{key}.lock"
+
+    @property
+    def manifests(self) -> Path:
+        """The manifests of all sweeps."""
+        return self.root / "manifests"
+
+    def manifest(self, sweep: str) -> Path:
+        """Return the file of a sweep's manifest."""
+        return self.manifests / f"{sweep}.json"
+
+    def failed(self, key: str) -> Path:
+        """Return the file that says why a stage failed."""
+        return self.root / "failed" / f"{key}.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints of trainings that were stopped, a folder a stage."""
+        return self.root / "checkpoints"
+
+    @property
+    def references(self) -> Path:
+        """The log-probabilities of DPO's references, a folder a policy."""
+        return self.root / "reference"
+
+    def fingerprint(self, name: str) -> Path:
+        """Return the file of something remembered about data, a model, or both."""
+        return self.root / "fingerprints" / f"{name}.json"
+
+    @property
+    def proofs(self) -> Path:
+        """What was shown to be exact, a file a model (layouts.proof.Memory)."""
+        return self.root / "proofs"
+
+    @property
+    def models(self) -> Path:
+        """GGUF weights as safetensors."""
+        return self.root / "models"
+
+    def progress(self, key: str) -> Path:
+        """Return the file in which a worker notes how far a stage is."""
+        return self.root / "progress" / key
+
+    @property
+    def report(self) -> Path:
+        """The tables, figures and the page."""
+        return self.root / "report"
+
+    @property
+    def wandb(self) -> Path:
+        """The runs of Weights & Biases."""
+        return self.root / "wandb"
+
+
+@contextlib.contextmanager
+def lock(file: Path) -> Iterator[None]:
+    """Let one process at a time inside; without locks on this file system all of them, and the rename alone decides."""
+    from filelock import FileLock
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # No soft lock as a fallback: it would outlive a killed process on another node.
+    file_lock = FileLock(file, fallback_to_soft=False)
+    try:
+        file_lock.acquire()
+    except (NotImplementedError, OSError):  # no locks here (or a disk that fails, which the writing will say)
+        yield
+        return
+    try:
+        yield
+    finally:
+        file_lock.release()
+
+
+def cached(file: Path, make: Callable[[], Any]) -> Any:
+    """Return the value in a JSON file, made by one process and written if no readable one is there. For what can be made again."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads(file.read_text())
+    with lock(file.with_suffix(".lock")):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # another process was making it
+            return json.loads(file.read_text())
+        value = make()
+        write_json(file, value)
+    return value
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    with temporary.open("x") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

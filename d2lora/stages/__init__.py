@@ -1,0 +1,21 @@
+"""The kinds of stages, one file each: what its key covers (Spec, VERSION), which of them a cell has, and the work."""
+
+from collections.abc import Callable
+from typing import Any
+
+from d2lora.stages import adapt, contamination, evaluate, flips, prepare, warmup
+from d2lora.stages.run import Run
+from d2lora.stages.stage import Spec, Stage
+
+# Every kind with its work, in the order in which plans list them.
+KINDS: dict[type[Spec], Callable[[Run[Any]], dict[str, Any]]] = {
+    contamination.ContaminationSpec: contamination.work,
+    flips.FlipsSpec: flips.work,
+    prepare.PrepareSpec: prepare.work,
+    warmup.WarmupSpec: warmup.work,
+    adapt.AdaptSpec: adapt.work,
+    evaluate.EvaluateSpec: evaluate.work,
+}
+VERSIONS = {spec.KIND: spec.VERSION for spec in KINDS}
+
+__all__ = ["KINDS", "VERSIONS", "Run", "Spec", "Stage"]

@@ -1,0 +1,114 @@
+"""The check of a test set against a training set: one a pair, whole, whatever n and m are."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from d2lora import data
+from d2lora.data import overlap
+from d2lora.settings import Benchmark, Config, Data, Task, fields
+from d2lora.stages import prepare
+from d2lora.stages.run import Run
+from d2lora.stages.stage import Identity, Spec, Stage
+
+
+@dataclass(frozen=True)
+class ContaminationSpec(Spec):
+    """Both sets, and what makes texts of their rows."""
+
+    test: Identity
+    train: Identity
+    ngram: int = overlap.NGRAM
+
+    KIND: ClassVar[str] = "contamination"
+    VERSION: ClassVar[int] = 2
+
+    def content(self) -> Identity:
+        return {"test": self.test, "train": self.train, "ngram": self.ngram}
+
+    def cost(self, samples: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A test set and a training set of either phase. `name` is for people: "training set / benchmark"."""
+
+    benchmark: Benchmark
+    rows: Data
+    columns: tuple[str, ...]  # of the training set
+    templates: tuple[str, ...]  # what makes its texts of them
+    split_seed: int
+    name: str
+
+    @property
+    def question(self) -> list[str]:
+        return sorted(fields(self.benchmark.prompt))
+
+    @property
+    def answer(self) -> list[str]:
+        return sorted(fields(self.benchmark.gold))
+
+    @property
+    def spec(self) -> ContaminationSpec:
+        test = {
+            "data": data.identity(self.benchmark.data, self.split_seed),
+            "question": self.question,
+            "answer": self.answer,
+            "prompt": self.benchmark.prompt,
+            "gold": self.benchmark.gold,
+        }
+        train = {
+            "data": data.identity(self.rows, self.split_seed),
+            "columns": list(self.columns),
+            "templates": list(self.templates),
+        }
+        return ContaminationSpec(test, train)
+
+
+def stages(config: Config) -> tuple[Stage[ContaminationSpec], ...]:
+    """Return a cell's checks."""
+    return tuple(Stage(pair.spec, label=f"contamination of {pair.name}", subject=pair.name) for pair in pairs(config))
+
+
+def pairs(config: Config) -> list[Pair]:
+    """Return what a cell trains on or is prepared with, against what judges it.
+
+    lm-evaluation-harness's own tasks are not read, so not checked.
+    """
+    trained: list[tuple[str, Data, tuple[str, ...], tuple[str, ...]]] = []
+    read = prepare.sources(config)
+    if "warmup.data" in read:
+        trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,), ()))
+    if "task.data" in read:
+        trained.append((config.task.name, config.task.data, tuple(data.columns(config.task)), _trained(config.task)))
+    return [
+        Pair(benchmark, rows, columns, templates, config.split_seed, f"{name} / {test}")
+        for name, rows, columns, templates in trained
+        for test, benchmark in config.task.benchmark.items()
+    ]
+
+
+def _trained(task: Task) -> tuple[str, ...]:
+    """Return the templates of the texts that a task teaches: its prompt (each turn), and whole answers as they follow the prefix."""
+    answers = (task.full_chosen or task.chosen, task.full_rejected or task.rejected)
+    turns = [turn.content for turn in task.prompt] if isinstance(task.prompt, list) else [task.prompt or ""]
+    return (*filter(None, turns), *(f"{task.prefix} {answer}".strip() for answer in answers if answer))
+
+
+def work(run: Run[ContaminationSpec]) -> dict[str, Any]:
+    """Find the test items that the training set contains; items.jsonl names them."""
+    pair = next(pair for pair in pairs(run.config) if pair.spec == run.stage.spec)
+    tests, rows = (run.rows(source) for source in (pair.benchmark.data, pair.rows))
+    items = overlap.overlap(
+        tests,
+        pair.question,
+        pair.answer,
+        rows,
+        list(pair.columns),
+        run.progress,
+        prompt=pair.benchmark.prompt,
+        gold=pair.benchmark.gold,
+        trained=pair.templates,
+    )
+    run.write_items(items)
+    return {"pair": pair.name, "metrics": overlap.shares(items, len(tests)), "data": {"rows": len(rows)}}

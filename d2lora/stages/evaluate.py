@@ -1,0 +1,81 @@
+"""The evaluation of an adapter, or of the base, on one benchmark."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from d2lora import data
+from d2lora.settings import Config
+from d2lora.stages.run import Progress, Run, in_memory
+from d2lora.stages.stage import Identity, Spec, Stage, versions
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+
+@dataclass(frozen=True)
+class EvaluateSpec(Spec):
+    """A benchmark of ours, or a task of lm-evaluation-harness; of the base itself also the model."""
+
+    benchmark: Identity | None = None
+    lm_eval: str | None = None
+    libraries: Identity | None = None
+    model: Identity | None = None
+
+    KIND: ClassVar[str] = "evaluate"
+    VERSION: ClassVar[int] = 4
+
+    def content(self) -> Identity:
+        parts = {name: getattr(self, name) for name in ("benchmark", "lm_eval", "libraries", "model")}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def cost(self, samples: int) -> float:
+        return 1_000
+
+
+def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
+    """Yield the evaluations of an adapter, or without a parent of the base: it knows no seed or recipe."""
+    model = None if parent else data.model_identity(config.model)
+    whose = parent.label if parent else f"base {config.model.name}"
+    for name, benchmark in config.task.benchmark.items():
+        scored = benchmark.model_dump(exclude={"data"}) | {"data": data.identity(benchmark.data, config.split_seed)}
+        yield Stage(EvaluateSpec(benchmark=scored, model=model), parent, f"{name} of {whose}", subject=name)
+    for name in config.task.lm_eval:
+        spec = EvaluateSpec(lm_eval=name, libraries=versions("lm-eval"), model=model)
+        yield Stage(spec, parent, f"{name} of {whose}", subject=name)
+
+
+def work(run: Run[EvaluateSpec]) -> dict[str, Any]:
+    """Evaluate, and keep every item."""
+    from d2lora.adapters import attach
+    from d2lora.evaluate import harness
+
+    adapter = run.parent / "adapter" if run.parent else None
+    parent = run.stage.parent
+    init = parent.spec.init.name if parent else "lora"  # type: ignore[attr-defined]
+    with attach.trained(run.base, adapter, init) as (tested, changes):
+        metrics, items, batch = scored(run, tested, run.config.recipe.eval_batch, run.progress)
+    run.write_items(items)
+    result = {"benchmark": run.stage.subject, "metrics": metrics, "eval_batch": batch}
+    counted = harness.counts(items)
+    return result | ({"counts": counted} if counted else {}) | ({"adapter_changes_logits": changes} if adapter else {})
+
+
+def scored(
+    run: Run[Any], tested: "Module", batch: int, progress: Progress, limit: int | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Return a benchmark's metrics, its items (the first `limit`), and the batch that memory and the model had them done in."""
+    from d2lora.evaluate import harness
+    from d2lora.layouts import proof
+
+    name, base = run.stage.subject, run.base
+    benchmark = None if run.stage.spec.lm_eval else run.config.task.benchmark[name]
+    template = base.tokenizer.chat_template is not None
+    task = harness.task_of(name, benchmark, run.rows(benchmark.data), template) if benchmark else name
+    chat = benchmark.chat and template if benchmark else False
+    proofs = proof.Memory(run.outputs.proofs, data.model_identity(run.config.model))
+
+    def attempt(size: int) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+        return harness.evaluate(base, tested, task, chat, size, progress, proofs, limit)
+
+    return in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)

@@ -1,0 +1,105 @@
+"""What an initialization computes from the base's weights or from rows: shared by all cells whose base, LoRA settings and rows are these."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from d2lora import data
+from d2lora.outputs import cached
+from d2lora.settings import Config, Data, Init, Lora
+from d2lora.stages import rows
+from d2lora.stages.run import Run
+from d2lora.stages.stage import Identity, Spec, Stage, versions
+
+
+@dataclass(frozen=True)
+class PrepareSpec(Spec):
+    """The base, the initialization, and the rows that it looks at (`rows` is empty where it looks at none)."""
+
+    model: Identity
+    init: Init
+    lora: Lora
+    libraries: Identity
+    rows: Identity
+    seed: int | None  # None where nothing random is drawn
+
+    KIND: ClassVar[str] = "prepare"
+    VERSION: ClassVar[int] = 2
+
+    def content(self) -> Identity:
+        own = {"model": self.model, "init": self.init.model_dump(exclude_none=True), "lora": self.lora.model_dump()}
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return self.rows | own | {"libraries": self.libraries} | seed
+
+
+def is_prepared(config: Config) -> bool:
+    """Tell whether the cell's adapter starts from a preparation.
+
+    D2LoRA(0, 0) is the base, however it would have started; but with LoftQ it is a quantized base with its adapter.
+    """
+    return config.init.prepared and (config.m != 0 or config.n != 0 or config.init.quantizes)
+
+
+def sources(config: Config) -> dict[str, Data]:
+    """Return the data sets that a cell reads, by their keys: it needs none of a phase that it has not."""
+    read = {"task.data": config.task.data} if config.n != 0 else {}
+    if config.m != 0 or (is_prepared(config) and config.init.data == "general"):
+        read["warmup.data"] = config.warmup.data
+    return read | {f"benchmark {name}": b.data for name, b in config.task.benchmark.items()}
+
+
+def stage(config: Config) -> Stage[PrepareSpec] | None:
+    """Return a cell's preparation, if it has one."""
+    if not is_prepared(config):
+        return None
+    init = config.init
+    spec = PrepareSpec(
+        model=data.model_identity(config.model),
+        init=init,
+        lora=config.recipe.lora,
+        libraries=versions("peft"),
+        rows=_rows(config) if init.data else {},
+        seed=config.seed if init.random else None,
+    )
+    label = f"preparation of {init.name}" + (rows.seed_text(config) if init.random else "")
+    return Stage(spec, label=label, samples=spec.rows.get("samples", 0))
+
+
+def _rows(config: Config) -> Identity:
+    """Return the rows that an initialization looks at: the first of the warm-up's order, or of the cell's own n rows."""
+    init, warmup = config.init, config.warmup
+    limits = {"data_seed": config.data_seed, "max_length": config.recipe.max_length}
+    if init.data == "general":
+        identity = {"data": data.identity(warmup.data, config.split_seed), **rows.reading(warmup)}
+        return limits | identity | {"samples": init.samples}
+    samples = init.samples if config.n == "all" else min(init.samples or 0, int(config.n))
+    identity = {"data": data.identity(config.task.data, config.split_seed), "task": rows.rendering(config.task)}
+    return limits | identity | {"samples": samples}
+
+
+def work(run: Run[PrepareSpec]) -> dict[str, Any]:
+    """Start an adapter as the initialization does, and save it."""
+    from d2lora.adapters import attach, coverage, inits
+
+    spec = run.stage.spec
+    subset = _drawn(run)
+    attach.check_round_trip(run.base, spec.content(), run.outputs.proofs)
+    with attach.adapter(run.base, spec.content(), None) as wrapped:
+        reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
+        sequences = [s for e in data.sft_examples(subset.examples) for s in data.sequences(e)]
+        inits.prepare(wrapped, spec.content(), sequences, run.progress)
+        saved = attach.save(run.base, wrapped, run.folder)
+    # LoftQ's too was prepared on the base itself; what is trained from it starts on the quantized one.
+    attach.check_saved(run.base, saved, run.folder, "lora")
+    return {"metrics": {"samples_seen": len(subset.rows)}, "data": subset.counts(), "coverage": reached}
+
+
+def _drawn(run: Run[PrepareSpec]) -> data.Subset:
+    config, spec = run.config, run.stage.spec
+    if config.init.data is None:
+        return data.Subset([], [], [])
+    amount, max_length = spec.rows["samples"], spec.rows["max_length"]
+    if config.init.data == "general":
+        return rows.general(run, amount, max_length)
+    # With n=all there may be fewer rows than init.samples. A preparation is the same for all methods.
+    return rows.task(run, amount, max_length, preference=False, at_most=config.n == "all")

@@ -1,0 +1,130 @@
+"""What a stage's work is given, and the record that it leaves."""
+
+import contextlib
+import functools
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from d2lora import data
+from d2lora.errors import UserError
+from d2lora.keys import digest
+from d2lora.outputs import Outputs, cached
+from d2lora.settings import Config, Data
+from d2lora.stages.stage import S, Stage
+
+if TYPE_CHECKING:
+    from d2lora.base import Base
+
+Progress = Callable[[int, int], None]  # steps done, steps in all
+T = TypeVar("T")
+
+
+@dataclass
+class Run(Generic[S]):
+    """A stage of a cell at work; `folder` is where its files go. The base is loaded when it is first asked for."""
+
+    config: Config
+    stage: Stage[S]
+    folder: Path
+    progress: Progress
+    load_seconds: float = 0.0
+
+    @property
+    def outputs(self) -> Outputs:
+        return Outputs.of(self.config)
+
+    @property
+    def parent(self) -> Path | None:
+        """The folder of the parent's record."""
+        parent = self.stage.parent
+        return self.outputs.record(parent.kind, parent.key) if parent else None
+
+    @functools.cached_property
+    def base(self) -> "Base":
+        """The base model, loaded once a process; its threads are the recipe's."""
+        start = time.monotonic()
+        base = _base(self.config, self.outputs)
+        self.load_seconds = time.monotonic() - start
+        return base
+
+    def rows(self, source: Data) -> list[data.Row]:
+        """Return a data set's rows. UserError if they are not what this name and revision held when records here were made.
+
+        A local file enters the keys by its content. The Hub's `main` may move: then the records would mix two data sets.
+        """
+        rows, identity = data.rows(source, self.config.split_seed), data.identity(source, self.config.split_seed)
+        if "content" not in identity:
+            now = {"rows": len(rows), "sha256": data.fingerprint(rows)}
+            known = cached(self.outputs.fingerprint(digest(identity)), lambda: identity | now)
+            if known["sha256"] != now["sha256"]:
+                raise UserError(
+                    f"data.path={source.path}: revision {source.revision} has {now['rows']:,} rows that are not the "
+                    f"{known['rows']:,} that records in {self.outputs.root} were made from: pin data.revision to a commit, or "
+                    "give another output"
+                )
+        return rows
+
+    def write_items(self, items: list[dict[str, Any]]) -> None:
+        """Write items.jsonl, an item a line."""
+        with (self.folder / "items.jsonl").open("w") as file:
+            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+def _base(config: Config, outputs: Outputs) -> "Base":
+    with _uncollected():
+        import torch  # late: torch and its friends take many seconds to import, and a check of the data needs none of them
+
+        from d2lora.base import load_base
+
+        if config.recipe.threads:
+            torch.set_num_threads(config.recipe.threads)
+        base = load_base(config.model, outputs.models)
+    if commit := getattr(base.model.config, "_commit_hash", None):
+        _same_commit(config, outputs, commit)
+    return base
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Turn garbage collection off inside: imported objects are never garbage, scanning them only costs time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _same_commit(config: Config, outputs: Outputs, commit: str) -> None:
+    """Raise UserError if a model of the Hub is not the commit that records here were made with: its `main` may have moved."""
+    identity = data.model_identity(config.model)
+    known = cached(outputs.fingerprint(digest(identity)), lambda: identity | {"commit": commit})
+    if known["commit"] != commit:
+        raise UserError(
+            f"model.path={config.model.path}: revision {config.model.revision} is {commit} now, and records in {outputs.root} were "
+            f"made with {known['commit']}: give that as model.revision, or another output"
+        )
+
+
+def in_memory(attempt: Callable[[int], T], smaller: Callable[[int], int], key: str, size: int) -> T:
+    """Return attempt(size), tried with a smaller size as often as memory runs out. UserError with advice when 1 is too much."""
+    import torch
+
+    while True:
+        try:
+            return attempt(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise UserError(
+                    f"{key}=1: out of memory: try recipe.gradient_checkpointing=true, a smaller recipe.max_length or a larger GPU"
+                ) from None
+        size = smaller(size)  # outside of except: the error's frames hold the memory
+        torch.cuda.empty_cache()
+        print(f"out of memory: again with {key}={size}", file=sys.stderr)

@@ -1,0 +1,95 @@
+"""A share of a grid: stage after stage, each published or its failure written down."""
+
+import contextlib
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from d2lora import data
+from d2lora.errors import UserError
+from d2lora.mirror import runs
+from d2lora.outputs import Outputs, write_json
+from d2lora.plan import Cell, Chain
+from d2lora.provenance import peak_memory_mb, provenance, reset_peak_memory
+from d2lora.settings import Config
+from d2lora.stages import KINDS, Run, Stage
+from d2lora.stages.run import Progress
+from d2lora.store import Store
+
+
+def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progress]) -> list[Stage]:
+    """Do the cell's stages that `config.job` names (all without it), in order. Returns those that failed or were blocked.
+
+    A failure is written to <output>/failed and blocks what depends on it, nothing else.
+    """
+    wanted = set(config.job) if config.job is not None else None
+    unknown = (wanted or set()) - {s.key for s in cell.chain.stages}
+    if unknown:
+        raise UserError(
+            f"job={','.join(sorted(unknown))}: not a stage of this cell: the code or the data changed since the sweep was planned; start it again"
+        )
+    lost: list[Stage] = []
+    for stage in cell.chain.stages:
+        if wanted is not None and stage.key not in wanted:
+            continue
+        if stage.parent and not store.done(stage.parent):
+            lost.append(stage)
+            continue
+        try:
+            do_stage(config, cell.chain, stage, store, watch(stage))
+            store.outputs.failed(stage.key).unlink(missing_ok=True)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
+            write_failure(store.outputs, stage.key, stage.label, error)
+            lost.append(stage)
+    runs.cell(cell, store)
+    runs.flush(config)
+    return lost
+
+
+def do_stage(config: Config, chain: Chain, stage: Stage, store: Store, progress: Progress) -> dict[str, Any]:
+    """Return the record of one stage of the cell; does it if nobody has. Its parent must be done."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        mirror.enter_context(runs.stage(config, chain, stage, store))
+        return _record(Run(config, stage, folder, progress))
+
+    with contextlib.ExitStack() as mirror:  # left once the record is published: that is what is mirrored
+        record = store.ensure(stage, work)
+    shutil.rmtree(store.outputs.checkpoints / stage.key, ignore_errors=True)
+    return record
+
+
+def _record(run: Run[Any]) -> dict[str, Any]:
+    """Do a stage's work; its record: the result, and where the numbers came from."""
+    stage, started, clock = run.stage, datetime.now(UTC), time.monotonic()
+    reset_peak_memory()
+    result = KINDS[type(stage.spec)](run)
+    files = {str(f.relative_to(run.folder)): data.digest(f) for f in sorted(run.folder.rglob("*")) if f.is_file()}
+    return {
+        "key": stage.key,
+        "stage": stage.kind,
+        "label": stage.label,
+        "version": stage.spec.VERSION,
+        "spec": stage.spec.content(),
+        "parent": stage.parent.key if stage.parent else None,
+        **result,
+        "files": files,
+        "provenance": provenance() | {"started": started.isoformat(timespec="seconds")},
+        "seconds": round(time.monotonic() - clock - run.load_seconds, 3),
+        "load_seconds": round(run.load_seconds, 3),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+def write_failure(outputs: Outputs, key: str, label: str, error: BaseException) -> None:
+    """Leave <output>/failed/<key>.json: what failed, why, and the traceback."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    text = "".join(traceback.format_exception(error))
+    write_json(outputs.failed(key), {"key": key, "label": label, "error": kind + line, "traceback": text})
