@@ -2,24 +2,32 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab test test-all test-gpu lint clean
+.PHONY: lab help test quick test-all test-gpu lint fix clean
 
-lab: .venv/ready
+lab: .venv/ready ## run the lab's grid and print its table (what `make` alone does)
 	$(BIN)/python run.py -cn lab
 
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quick: .venv/ready-dev lint ## lint and the tests that need no torch and start nothing: under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/unit
+
 # Two workers on two cores; each test's stages set their own threads.
-test: .venv/ready-dev .wandb-server/ready lint
+test: .venv/ready-dev .wandb-server/ready lint ## lint and all tests but the slow ones: under 15 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
-# With the tests that take minutes: joblib, submitit and ray.
-test-all: .venv/ready-dev .wandb-server/ready lint
+test-all: .venv/ready-dev .wandb-server/ready lint ## the slow ones too: joblib, submitit and ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# On a machine with a GPU, and torch for it.
-test-gpu: .venv/ready-dev
+test-gpu: .venv/ready-dev ## the tests for a machine with a GPU, and torch for it
 	$(BIN)/python -m pytest -m gpu
 
-lint: .venv/ready-dev
+fix: .venv/ready-dev ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: .venv/ready-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -41,5 +49,5 @@ lint: .venv/ready-dev
 	.wandb-server/bin/pip install --quiet openwandb==0.5.25 || echo "no W&B-compatible server: its tests are skipped"
 	touch $@
 
-clean:
+clean: ## remove the environments
 	rm -rf .venv .wandb-server

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
+import composing
 import numpy as np
 
 from d2lora.plan import Cell, Stage, benchmarks, chain
@@ -36,6 +37,12 @@ def cells(config: Config, **axes: Iterable) -> list[Cell]:
         grid = [{**point, key: value} for point in grid for value in values]
     made = (config.model_copy(update=point) for point in grid)
     return list({c.id: c for c in (Cell(m, chain(m)) for m in made)}.values())
+
+
+def grid(*overrides: str, methods: Iterable[str] = ("sft",), **axes: Iterable) -> list[Cell]:
+    """Compose a small grid: grid("scale=paper", methods=["sft", "dpo"], n=[0, 1000])."""
+    bases = [composing.cell("sweep=mine", f"method={method}", *overrides).config for method in methods]
+    return [cell for base in bases for cell in cells(base, **axes)]
 
 
 def gain(cell: Cell) -> float:

@@ -1,4 +1,4 @@
-"""Golden values: what keys and numbers the code gave when they were last looked at. tests/test_golden.py compares.
+"""Golden values: what keys and numbers the code gave when they were last looked at. tests/train/test_golden.py compares.
 
 python tests/golden/make.py keys      after a change that was meant to move keys
 python tests/golden/make.py numbers   after a change that was meant to move results: raise the stage's VERSION first

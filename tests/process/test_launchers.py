@@ -22,7 +22,7 @@ from d2lora.command import cli, grid
 from d2lora.plan import Job
 from d2lora.store import Store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = ["method.epochs=1", "task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
 # In every worker: the stage of n = 5 is killed by the system, that of n = 6 calls sys.exit, that of n = 7 raises.
 HARM = """

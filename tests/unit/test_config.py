@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from d2lora.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GROUPS = ["model", "task", "method", "init", "warmup", "recipe", "scale"]
 # What needs a folder of the user's.
 DATA_ROOT = {"math_local", "local", "laptop"}

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.settings import Init
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SWEEPS = [f.stem for f in sorted((ROOT / "sweeps").glob("*.yaml"))]
 
 
@@ -176,6 +178,12 @@ def test_a_sweep_that_names_its_workers_takes_any_launcher(launcher: str, run) -
     if launcher.startswith("submitit"):
         pytest.importorskip("submitit")
     assert run("-cn", "lab", f"hydra/launcher={launcher}", "dry_run=true").stdout.startswith("sweep lab: 30 cells, ")
+
+
+def test_planning_a_grid_loads_no_scipy_or_matplotlib() -> None:
+    code = "import sys, d2lora.command.cli, d2lora.command.grid, d2lora.report; print({'scipy', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_every_benchmark_belongs_to_a_task(cell) -> None:

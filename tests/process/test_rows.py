@@ -13,7 +13,7 @@ from d2lora.command import cli, rehearsal
 from d2lora.errors import UserError
 from d2lora.settings import Task
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_upkeep_of_a_damaged_output_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "manifests").mkdir()
     (tmp_path / "manifests" / "lab.json").write_text("{")
     command = [sys.executable, "-m", "d2lora.store", "gc", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert str(tmp_path) in done.stderr
@@ -231,9 +231,7 @@ def test_gc_lists_what_nothing_needs_before_it_frees_it(output: Path) -> None:
 
     def gc(*more: str) -> str:
         command = [sys.executable, "-m", "d2lora.store", "gc", "--output", str(output), *more]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
-        ).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
 
     assert "3 entries could be freed" in gc()
     assert loose.exists()

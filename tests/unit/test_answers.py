@@ -14,7 +14,7 @@ from d2lora import data
 from d2lora.scoring.answers import exact_text, final_number, gold_number, last_boxed, rouge, same_number, same_text
 from d2lora.settings import Data
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 
 CASES = [
     (r"The answer is \boxed{18}.", 18),
@@ -77,7 +77,7 @@ def table(file: Path) -> list[tuple[str, Fraction | None]]:
         return [(r["text"], None if r["right"] == "none" else Fraction(r["right"])) for r in csv.DictReader(lines)]
 
 
-OWN = table(Path(__file__).with_name("answers.csv"))
+OWN = table(Path(__file__).parents[1] / "answers.csv")
 assert len(OWN) > 300
 
 

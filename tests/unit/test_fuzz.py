@@ -16,7 +16,7 @@ from d2lora.command import cli
 from d2lora.errors import UserError
 from d2lora.settings import config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FEW_AT_A_TIME = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 

@@ -7,7 +7,7 @@ from golden import make
 
 from d2lora import plan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # What needs a folder or weights of the user's.
 ELSEWHERE = {"math_local", "laptop", "local", "smollm2"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import made
 import numpy as np
 import pytest
-from test_report import grid
+from made import grid
 
 from d2lora import report
 from d2lora.report import figures, page

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import families
 from configurations import configurations

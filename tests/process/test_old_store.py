@@ -18,8 +18,8 @@ import pytest
 from d2lora.plan import Cell
 from d2lora.store import Store
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = Path(__file__).parent / "old_store"
+ROOT = Path(__file__).parents[2]
+SHIPPED = Path(__file__).parents[1] / "old_store"
 MADE_WITH = {"peft": "0.21.2", "trl": "1.16.0"}  # the versions that keys carry
 same_packages = pytest.mark.skipif(
     any(version(package) != made_with for package, made_with in MADE_WITH.items()),

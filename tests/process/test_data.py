@@ -12,7 +12,7 @@ from d2lora import data
 from d2lora.errors import UserError
 from d2lora.settings import Benchmark, Data, Model, Task
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real rows in ../shared/data")
 

@@ -11,7 +11,7 @@ from d2lora.command import cli
 from d2lora.errors import UserError
 from d2lora.scoring import answers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real rows in ../shared/data")
 
@@ -190,8 +190,7 @@ def test_gold_answers_are_read_as_their_data_sets_write_them(paper) -> None:
     rows = data.rows(benchmark["gsm8k"].data)
     assert [answers.final_number(benchmark["gsm8k"].gold.format(**row)) for row in rows] == [4, 1200]
     docs = data.rows(benchmark["arc_easy"].data)
-    from d2lora.evaluate import harness
-
+    harness = pytest.importorskip("d2lora.evaluate.harness", reason="this one test of the folder needs torch")
     task = harness.task_of("arc_easy", benchmark["arc_easy"], docs, template=True)
     assert [task.doc_to_choice(d)[task.doc_to_target(d)] for d in task.test_docs()] == ["iron", "wood"]
 

@@ -19,7 +19,7 @@ from d2lora.evaluate import harness
 from d2lora.layouts import proof
 from d2lora.settings import Benchmark, Data, Model, Task
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from d2lora.report import manifest
 from d2lora.settings import fields
 from d2lora.store import Store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUESTION = "A train leaves Bonn at 9:30 with 120 people; how many of them are still on it in Rome, if 40 left in Genoa?"
 ANSWER = "At first there are 120 people on the train, and 40 of them leave it in Genoa, so 80 are left in Rome. #### 80"
 TESTS = [

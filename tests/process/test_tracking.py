@@ -29,7 +29,7 @@ from d2lora.plan import Stage
 from d2lora.stages import flips
 from d2lora.store import Store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CORE = Path(importlib.util.find_spec("wandb").origin).parent / "bin/wandb-core"
 KEY = "local" + 40 * "0"  # of the right form; openwandb's documented local key
 SMALL = ["task.benchmark.lab_math.limit=4", "~task.benchmark.lab_facts"]

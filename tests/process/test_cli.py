@@ -16,7 +16,7 @@ from d2lora.command import cli
 from d2lora.errors import UserError
 from d2lora.store import Store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = ["task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
 COLUMNS = (
     "cell_id sweep model task method init warmup recipe lr reference m n seed benchmark metric value stderr items "

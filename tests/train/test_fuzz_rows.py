@@ -31,7 +31,7 @@ def seen(text: str) -> bool:
     return any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text)
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MANY = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 FILES = itertools.count()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import made
 import pytest
-from test_report import grid
+from made import grid
 
 from d2lora import report
 from d2lora.errors import UserError
@@ -96,7 +96,7 @@ def test_gc_frees_nothing_while_a_damaged_manifest_is_there(tmp_path: Path) -> N
     made.publish(tmp_path, grid(n=[200], m=[0]))
     (tmp_path / "manifests" / "mine.json").rename(tmp_path / "manifests" / "mine.json.damaged")
     command = [sys.executable, "-m", "d2lora.store", "gc", "--yes", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "remove it" in done.stderr
     assert list((tmp_path / "store").glob("adapt/*/record.json"))
