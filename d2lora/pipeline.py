@@ -167,7 +167,7 @@ def _general_rows(config, stage, base, amount: int | str) -> data.Subset:
 
 
 def _task_rows(config, stage, base, amount: int | str) -> data.Subset:
-    preference = stage.name == "adapt" and config.method.name != "sft"  # a preparation is the same for all methods
+    preference = stage.name == "adapt" and config.method.needs_pairs  # a preparation is the same for all methods
     make = functools.partial(data.pair_example, base.tokenizer, config.task, preference=preference)
     rows = _rows(config, config.task.data)
     at_most = stage.name == "prepare" and config.n == "all"  # which may be fewer rows than init.samples

@@ -145,18 +145,14 @@ def _prepare_data(config: Config) -> dict:
 
 def _training(config: Config, phase: str, epochs: int) -> dict:
     """What of the recipe changes a training's result beyond rounding."""
-    recipe = config.recipe.model_dump(
-        include={"lora", "schedule", "lr_warmup_ratio", "weight_decay", "max_grad_norm", "batch", "max_length"}
-    )
     shared = {
         "model": data.model_identity(config.model),
         "init": config.init.model_dump(exclude_none=True),
         "seed": config.seed,
         "data_seed": config.data_seed,
     }
-    if config.recipe.lora.dropout:  # which units it drops depends on how the batch is laid out
-        recipe |= config.recipe.model_dump(include={"packing", "micro_batch", "attention"})
-    return shared | recipe | {"lr": getattr(config.recipe.lr, phase), "epochs": epochs, "libraries": _versions("trl")}
+    own = {"lr": config.recipe.rate(phase), "epochs": epochs, "libraries": _versions("trl")}
+    return shared | config.recipe.in_key() | own
 
 
 def _versions(*packages: str) -> dict:
@@ -336,9 +332,8 @@ class Job:
     @property
     def cost(self) -> float:
         """Relative length: samples, a preference pair as two and DPO's reference as a half; an evaluation as 1,000 samples."""
-        per = {"sft": 1.0, "dpo": 2.5, "orpo": 2.0}
         trained = sum(
-            (10**6 if s.samples is None else s.samples) * (per[s.spec["method"]["name"]] if s.name == "adapt" else 1.0)
+            (10**6 if s.samples is None else s.samples) * (self.cell.config.method.cost if s.name == "adapt" else 1.0)
             for s in self.stages
             if s.name in ("prepare", "warmup", "adapt")
         )
