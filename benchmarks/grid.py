@@ -52,13 +52,13 @@ def plain_cell(method: str, m: int, n: int) -> dict:
             tokenizer,
             _warmup_rows(config, tokenizer),
             config,
-            config.recipe.lr.warmup,
+            config.recipe.rate("warmup"),
             config.warmup.epochs,
         )
     seconds["warm-up"] = _lap(clock)
     clock = time.monotonic()
     if n:
-        rate = getattr(config.recipe.lr, method)
+        rate = config.recipe.rate(method)
         model = _plain_train(
             method, model, tokenizer, _task_rows(config, tokenizer), config, rate, config.method.epochs
         )

@@ -63,12 +63,13 @@ class Counter:
 def ours(base, drawn, spec, recipe, folder: Path) -> dict:
     from d2lora.adapters import attach
     from d2lora.layouts import proof
-    from d2lora.train import trainers, training
+    from d2lora.train import training
+    from d2lora.train.dpo import PackedDPOTrainer
 
     with attach.adapter(base, spec, None) as wrapped:
         counter = Counter(base.model.base_model)
-        reference, choose, spent = trainers.DPO.add_reference, proof.choose, []
-        trainers.DPO.add_reference = lambda *a, **k: timed(reference, spent, *a, **k)
+        reference, choose, spent = PackedDPOTrainer.before_training, proof.choose, []
+        PackedDPOTrainer.before_training = lambda *a, **k: timed(reference, spent, *a, **k)
         proof.choose = lambda *a, **k: timed(
             choose, spent, *a, **k
         )  # once a model: beside the reference, which is once a policy
@@ -119,7 +120,7 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
         {**e, "length": max(len(e["chosen_ids"]), len(e["rejected_ids"])) + len(e["prompt_ids"])}
         for e in drawn.examples
     ]
-    settings = training._arguments(spec, recipe, folder, 1) | {"beta": spec["method"]["beta"]}
+    settings = training.arguments(training.Settings.of(spec), recipe, folder, 1) | {"beta": spec["method"]["beta"]}
     settings |= {"max_length": None if dpo else spec["max_length"]}
     if best:
         settings |= {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}

@@ -96,7 +96,7 @@ def check_inputs(config: Config, seen: set[str]) -> None:
             seen.add(name)
 
     if config.n != 0:
-        preference = config.method.name != "sft"
+        preference = config.method.needs_pairs
         check = lambda: data.check_task(config.task, config.n, config.split_seed, preference)  # noqa: E731
         once(f"{config.task} {config.n} {preference}", check)
     if config.m != 0:
@@ -113,7 +113,7 @@ def check_inputs(config: Config, seen: set[str]) -> None:
     once(f"lm_eval {names}", lambda: data.check_lm_eval(names))
     once(str(config.model), lambda: data.check_model(config.model))
     drawn = config.model_dump(include={"model", "task", "warmup", "n", "m", "init", "data_seed", "split_seed"})
-    drawn |= {"max_length": config.recipe.max_length, "preference": config.method.name != "sft"}
+    drawn |= {"max_length": config.recipe.max_length, "preference": config.method.needs_pairs}
     once(str(drawn), lambda: rehearsal.check(config, pipeline.output(config)))
 
 

@@ -103,7 +103,7 @@ def remember() -> None:
 
 
 def _task_draw(config: Config, source: Source) -> Draw:
-    task, preference = config.task, config.method.name != "sft"
+    task, preference = config.task, config.method.needs_pairs
     what = {"task": task.model_dump(exclude={"name", "data", "benchmark", "lm_eval"})}
     make = functools.partial(_pair, task=task)
     draw = _draw(config, source, task.data, f"task/{config.data_seed}", what, make)

@@ -219,7 +219,7 @@ def _flat(cell: Cell) -> dict:
     """What one filters and groups by at the top; the resolved config below; the ids of the stages' runs."""
     c = cell.config
     named = {k: getattr(c, k).name for k in ("method", "task", "model", "init", "warmup", "recipe")}
-    sizes = {"m": c.m, "n": c.n, "seed": c.seed, "arm": _arm(c.m), "lr": getattr(c.recipe.lr, c.method.name)}
+    sizes = {"m": c.m, "n": c.n, "seed": c.seed, "arm": _arm(c.m), "lr": c.recipe.rate(c.method.name)}
     evaluations = dict(zip(plan.benchmarks(c), (s.key for s in cell.chain.evaluations), strict=True))
     trained = {s.name: s.key for s in (cell.chain.warmup, cell.chain.adapt) if s}
     whole = c.model_dump(exclude={"output", "data_root", "dry_run", "skip_invalid", "job"})

@@ -2,22 +2,27 @@
 
 from d2lora.settings.config import Config, Wandb, parse
 from d2lora.settings.inits import QUANTIZING, Init
-from d2lora.settings.methods import Method
-from d2lora.settings.recipe import Epochs, Lora, Rates, Recipe
+from d2lora.settings.methods import METHOD_NAMES, METHODS, Dpo, Method, Orpo, Sft, method_of
+from d2lora.settings.recipe import Epochs, Lora, Machine, Rates, Recipe, Training
 from d2lora.settings.tasks import Benchmark, Data, Model, Prompt, Task, Turn, Warmup
 from d2lora.settings.values import Amount, PathText, Positive, Rate, Seed, Template, Text, Value, amount, fields
 
 __all__ = [
+    "METHODS",
+    "METHOD_NAMES",
     "QUANTIZING",
     "Amount",
     "Benchmark",
     "Config",
     "Data",
+    "Dpo",
     "Epochs",
     "Init",
     "Lora",
+    "Machine",
     "Method",
     "Model",
+    "Orpo",
     "PathText",
     "Positive",
     "Prompt",
@@ -25,14 +30,17 @@ __all__ = [
     "Rates",
     "Recipe",
     "Seed",
+    "Sft",
     "Task",
     "Template",
     "Text",
+    "Training",
     "Turn",
     "Value",
     "Wandb",
     "Warmup",
     "amount",
     "fields",
+    "method_of",
     "parse",
 ]

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, StrictBool, ValidationError, model_valida
 
 from d2lora.errors import UserError
 from d2lora.settings.inits import QUANTIZING, Init
-from d2lora.settings.methods import Method
+from d2lora.settings.methods import METHOD_NAMES, Method, method_of
 from d2lora.settings.recipe import Recipe
 from d2lora.settings.tasks import Model, Task, Warmup
 from d2lora.settings.values import Amount, PathText, Seed, Strict, Text
@@ -67,7 +67,7 @@ class Config(Strict):
             raise ValueError(f"recipe.lora.r={lora.r}: must be a multiple of {parts} with init={name}")
         if self.init.data == "task" and self.n == 0 and self.m != 0:
             raise ValueError("init.data=task: n=0 leaves no task rows to look at: use init.data=general")
-        if name in QUANTIZING and self.method.reference == "base":
+        if name in QUANTIZING and self.method.base_is_reference:
             raise ValueError(f"method.reference=base: with init={name} the base is a quantized one: use warm_start")
         if name in QUANTIZING and lora.target_modules != "all-linear":  # other layers would stay as they are
             raise ValueError(
@@ -78,9 +78,10 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _pairs_where_needed(self) -> "Config":
-        if self.method.name != "sft" and self.task.rejected is None:
+        if self.method.needs_pairs and self.task.rejected is None:
+            able = " or ".join(f"method={name}" for name in METHOD_NAMES if not method_of(name).needs_pairs)
             raise ValueError(
-                f"method={self.method.name} needs rejected answers and task={self.task.name} has none: use method=sft"
+                f"method={self.method.name} needs rejected answers and task={self.task.name} has none: use {able}"
             )
         return self
 
@@ -93,15 +94,30 @@ def parse(values: dict) -> Config:
         raise UserError("; ".join(_line(problem) for problem in error.errors())) from None
 
 
+# The settings that are one of several classes, by name: each name's class.
+_CLASSES: dict[str, dict[str, type[BaseModel]]] = {"method": {name: method_of(name) for name in METHOD_NAMES}}
+
+
 def _line(problem: Any) -> str:
+    """Tell a problem of pydantic's as key=value and what is allowed."""
+    loc, choice, allowed = problem["loc"], "", ""
+    classes = _CLASSES.get(loc[0], {}) if loc else {}
+    if len(loc) > 1 and loc[1] in classes:  # pydantic names the class that was meant between a setting and its fields
+        choice, loc = loc[1], (loc[0], *loc[2:])
+        others = [name for name in classes[choice].model_fields if name != "name"]
+        allowed = f" with {loc[0]}={choice}, which takes {', '.join(others)}"
     key = ".".join(
-        str(part) for part in problem["loc"] if not str(part).startswith(("literal", "constrained-", "prompt-"))
+        str(part) for part in loc if not str(part).startswith(("literal", "constrained-", "prompt-", "[key]"))
     )
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"{key}: there is no such key"
+        return f"{key}: there is no such key{allowed}"
     if problem["type"] == "missing":
         return f"{key}: missing"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.name: missing"
+    if problem["type"] == "union_tag_invalid":
+        return f"{key}.name={problem['ctx']['tag']}: one of {', '.join(classes)}"
     if isinstance(problem["input"], BaseModel | dict):
         return f"{key}: {text}" if key else text
     return f"{key}={problem['input']}: {text[0].lower() + text[1:]}"

@@ -1,10 +1,34 @@
-"""How both phases are trained, and on what part of the machine."""
+"""How both phases are trained, in two types: what a stage's key holds (Training), and what it does not (Machine)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import AfterValidator, Field, StrictBool, model_validator
 
+from d2lora.settings.methods import METHOD_NAMES, method_of
 from d2lora.settings.values import Positive, Rate, Strict, Text
+
+WARMUP = "warmup"  # phase 1, beside phase 2's methods
+
+_T = TypeVar("_T")
+
+
+def _by_phase(values: dict[str, _T]) -> dict[str, _T]:
+    """Return a value for the warm-up and for each method, in that order; a method may take that of one it is like."""
+    phases = (WARMUP, *METHOD_NAMES)
+    unknown = [phase for phase in values if phase not in phases]
+    if unknown:
+        raise ValueError(f"there is no {', '.join(unknown)}: {', '.join(phases)}")
+    like = {name: method_of(name).rates_like for name in METHOD_NAMES}
+    all_values = {name: values[other] for name, other in like.items() if other in values} | values
+    missing = [phase for phase in phases if phase not in all_values]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    return {phase: all_values[phase] for phase in phases}
+
+
+Rates = Annotated[dict[str, Rate], AfterValidator(_by_phase)]
+
+Epochs = Annotated[dict[str, Positive], AfterValidator(_by_phase)]
 
 
 class Lora(Strict):
@@ -14,26 +38,12 @@ class Lora(Strict):
     target_modules: Text | list[Text] = "all-linear"
 
 
-class Rates(Strict):
-    warmup: Rate
-    sft: Rate
-    dpo: Rate
-    orpo: Rate
+class Training(Strict):
+    """What of a recipe changes a training's result."""
 
-
-class Epochs(Strict):
-    warmup: Positive
-    sft: Positive
-    dpo: Positive
-    orpo: Positive
-
-
-class Recipe(Strict):
-    """How both phases are trained, and on what part of the machine."""
-
-    name: Text
+    name: Text  # for people: in no key
     lora: Lora
-    lr: Rates
+    lr: Rates  # of each phase, of which a key holds its own
     epochs: Epochs  # what the method and warmup groups take theirs from
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -41,7 +51,15 @@ class Recipe(Strict):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     batch: Positive
     max_length: Positive
-    # From here on nothing changes a result beyond rounding, so nothing of it is part of a key (with dropout, the first three are).
+
+    def rate(self, phase: str) -> float:
+        """Return the learning rate of a phase: "warmup" or a method's name."""
+        return self.lr[phase]
+
+
+class Machine(Strict):
+    """What of a recipe changes no result beyond rounding, and so is in no key; but see Recipe.in_key for dropout."""
+
     micro_batch: Positive
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
     attention: Literal["sdpa", "flex_attention"] = "sdpa"  # eager would add a packed batch's mask, not apply it
@@ -50,8 +68,27 @@ class Recipe(Strict):
     threads: Positive | None = None
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
 
+
+# pydantic lists the fields of the last base first: Training's come first where a recipe is shown.
+class Recipe(Machine, Training):
+    """A recipe as users write it: the settings of Training and of Machine side by side."""
+
     @model_validator(mode="after")
     def _micro_batch_divides_batch(self) -> "Recipe":
         if self.batch % self.micro_batch:
             raise ValueError(f"batch={self.batch} must be a multiple of micro_batch={self.micro_batch}")
         return self
+
+    @property
+    def machine(self) -> Machine:
+        """The part that is in no key."""
+        return Machine(**{name: getattr(self, name) for name in Machine.model_fields})
+
+    def in_key(self) -> dict[str, Any]:
+        """Return the settings that a training's key holds beside its phase's own learning rate and epochs.
+
+        With dropout the layout is among them: which units it drops depends on how a batch is laid out.
+        """
+        shared = self.model_dump(include=set(Training.model_fields) - {"name", "lr", "epochs"})
+        layout = self.model_dump(include={"packing", "micro_batch", "attention"}) if self.lora.dropout else {}
+        return shared | layout

@@ -45,5 +45,4 @@ def work(run: Run[AdaptSpec]) -> dict[str, Any]:
     """Train on the task's rows."""
     spec = run.stage.spec
     subset = rows.task(run, spec.n, spec.max_length, preference=spec.method.needs_pairs)
-    of_base = getattr(spec.method, "reference", None) == "base"
-    return training.train(run, subset, training.reference_folder(run, of_base, spec.VERSION))
+    return training.train(run, subset, training.reference_folder(run, spec.method.base_is_reference, spec.VERSION))

@@ -56,7 +56,7 @@ def shared(config: Config, phase: str, epochs: int, source: data.Data) -> dict[s
         "seed": config.seed,
         "data_seed": config.data_seed,
         "layout": layout,
-        "lr": getattr(recipe.lr, phase),
+        "lr": recipe.rate(phase),
         "epochs": epochs,
         "libraries": versions("trl"),
         "data": data.identity(source, config.split_seed),

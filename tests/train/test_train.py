@@ -20,9 +20,11 @@ from d2lora.adapters import attach
 from d2lora.base import _loaded, load_base
 from d2lora.plan import Cell
 from d2lora.report.manifest import write_manifest
-from d2lora.settings import Model
+from d2lora.settings import METHODS, Model, method_of
 from d2lora.store import Store
-from d2lora.train import trainers, training
+from d2lora.train import training
+from d2lora.train.methods import OBJECTIVES
+from d2lora.train.sft import PackedSFTTrainer
 
 TINY = [
     "recipe.lr.sft=1e-2",
@@ -245,11 +247,15 @@ def failed(cell: Cell) -> str:
     return json.loads(pipeline.failure(cell.config, lost[0]).read_text())["error"]
 
 
+def test_each_method_has_an_objective() -> None:
+    assert tuple(OBJECTIVES) == METHODS
+
+
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
 def test_a_loss_that_is_no_number_stops_the_stage_and_says_where(make, method: str, packing: str, monkeypatch) -> None:
     cell = make(f"method={method}", "n=24", "recipe.micro_batch=4", f"recipe.packing={packing}", "method.epochs=1")
-    trainer, batches = trainers.METHODS[method][0], []
+    trainer, batches = OBJECTIVES[method_of(method)].trainer, []
     plain = trainer.compute_loss
 
     def compute_loss(self, *args, **more):
@@ -266,13 +272,13 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_says_where(make, method: s
 
 
 def test_weights_that_are_no_number_after_the_last_step_are_not_published(make, monkeypatch) -> None:
-    plain = trainers.SFT.train
+    plain = PackedSFTTrainer.train
 
     def trained(self, **more):
         plain(self, **more)
         next(p for p in self.model.parameters() if p.requires_grad).data[0] = float("nan")
 
-    monkeypatch.setattr(trainers.SFT, "train", trained)
+    monkeypatch.setattr(PackedSFTTrainer, "train", trained)
     assert "weights that are no number" in failed(make("n=8", "method.epochs=1"))
 
 

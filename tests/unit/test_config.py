@@ -7,6 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf.errors import OmegaConfBaseException
 
 from d2lora.errors import UserError
+from d2lora.settings import METHOD_NAMES, METHODS, Machine, Orpo, Recipe, Training, method_of
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ["model", "task", "method", "init", "warmup", "recipe", "scale"]
@@ -33,9 +34,9 @@ def test_the_paper_s_scale_has_table_2_s_settings(cell) -> None:
         c = cell("scale=paper", f"method={method}", "m=40000").config
         assert (c.model.name, c.task.name, c.warmup.name) == ("llama-3.1-8b-instruct", "math", "mix40k")
         assert (c.recipe.lora.r, c.recipe.lora.alpha, c.recipe.schedule) == (16, 16, "cosine")
-        assert (c.recipe.lr.warmup, c.warmup.epochs) == (1e-7, 1)
-        assert (getattr(c.recipe.lr, method), c.method.epochs) == (1e-6, epochs)
-        assert c.method.beta == (None if method == "sft" else 0.1)
+        assert (c.recipe.rate("warmup"), c.warmup.epochs) == (1e-7, 1)
+        assert (c.recipe.rate(method), c.method.epochs) == (1e-6, epochs)
+        assert getattr(c.method, "beta", None) == (None if method == "sft" else 0.1)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,13 @@ def test_the_paper_s_scale_has_table_2_s_settings(cell) -> None:
         (["+recipe.bach=4"], ["recipe.bach", "no such key"]),
         (["method=dpo", "method.reference=policy"], ["method.reference=policy", "warm_start"]),
         (["method=dpo", "task=lab_title"], ["method=dpo", "lab-title", "rejected", "sft"]),
-        (["method=sft", "+method.beta=0.1"], ["sft", "beta"]),
+        (["method=sft", "+method.beta=0.1"], ["method.beta: there is no such key", "method=sft", "takes epochs"]),
+        (["method=dpo", "~method.reference"], ["method.reference: missing"]),
+        (["method=dpo", "method.beta=null"], ["method.beta=None"]),
+        (["method.name=ppo"], ["method.name=ppo: one of sft, dpo, orpo"]),
+        (["~method.name"], ["method.name: missing"]),
+        (["+recipe.lr.ppo=1"], ["recipe.lr: there is no ppo: warmup, sft, dpo, orpo"]),
+        (["~recipe.lr.dpo"], ["recipe.lr: missing dpo"]),
         (["task.prompt={question"], ["task.prompt", "{column}"]),
         (["task.data.path=nowhere"], ["nowhere", "neither"]),
         (["task.data.path=owner/name"], ["owner/name", "revision"]),
@@ -89,3 +96,27 @@ def test_what_is_said_of_data_root_can_be_typed(cell) -> None:
     for override in said:
         value = OverridesParser.create().parse_override(os.path.expandvars(override)).value()
         assert Path(value).is_absolute()
+
+
+def test_a_method_may_take_its_rate_from_one_it_is_like(cell, monkeypatch) -> None:
+    monkeypatch.setattr(Orpo, "rates_like", "dpo")
+    lr = cell("~recipe.lr.orpo", "method=orpo").config.recipe.lr
+    assert lr["orpo"] == lr["dpo"]
+
+
+def test_each_method_carries_its_facts() -> None:
+    assert METHOD_NAMES == tuple(f.default for f in (m.model_fields["name"] for m in METHODS)) == ("sft", "dpo", "orpo")
+    assert [m.label for m in METHODS] == ["SFT", "DPO", "ORPO"]
+    assert len({m.colour for m in METHODS}) == len({m.marker for m in METHODS}) == len(METHODS)
+    assert all(method_of(name).model_fields["name"].default == name for name in METHOD_NAMES)
+
+
+def test_a_recipe_is_what_is_in_the_key_and_what_is_not(cell) -> None:
+    recipe = cell().config.recipe
+    assert set(Recipe.model_fields) == set(Training.model_fields) | set(Machine.model_fields)
+    assert not set(Training.model_fields) & set(Machine.model_fields)
+    assert not set(recipe.in_key()) & set(Machine.model_fields)
+    dropout = cell("recipe.lora.dropout=0.1").config.recipe
+    assert set(dropout.in_key()) - set(recipe.in_key()) == {"packing", "micro_batch", "attention"}
+    assert type(recipe.machine) is Machine
+    assert recipe.machine.model_dump().items() <= recipe.model_dump().items()

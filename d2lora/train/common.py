@@ -1,0 +1,144 @@
+"""What the trainers of all methods share: the collator, the finite check, and weighing over the effective batch.
+
+Losses and optimizers are TRL's. Ours is which tokens go through the model (layouts/packing.py), and that neither packing nor the
+micro-batch changes a result by more than rounding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import pad
+from transformers import Trainer, TrainingArguments
+from trl.trainer.utils import FusedCausalLMOutput
+
+from d2lora.data import Subset, sequences
+from d2lora.layouts import packing
+from d2lora.settings.methods import BaseMethod
+
+# The classes below are put before one of TRL's trainers; a type checker is to see Trainer's methods behind super().
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+Example = dict[
+    str, Any
+]  # token ids by name: input_ids and labels, or prompt_ids, chosen_ids and rejected_ids; and its row
+Batch = dict[str, Any]  # what Packer makes of examples
+
+M = TypeVar("M", bound=BaseMethod)
+
+
+@dataclass(frozen=True)
+class Objective(Generic[M]):
+    """How a method trains: TRL's classes with our changes, and what they are told beyond what all methods share."""
+
+    method: M
+
+    trainer: ClassVar[type["PackedTrainer"]]
+    config: ClassVar[type[TrainingArguments]]
+
+    @property
+    def prompt_loss(self) -> bool:
+        """Tell whether tokens of the prompt are predicted too."""
+        return False
+
+    def examples(self, drawn: Subset) -> list[Example]:
+        """Return the examples of a training set, one a row."""
+        return drawn.examples
+
+    def arguments(self, max_length: int) -> dict[str, Any]:
+        """Return arguments of `config`. None may have TRL cut a sequence: data.subset has left out what does not fit."""
+        raise NotImplementedError
+
+    def trainer_arguments(self, drawn: Subset, reference: Path | None) -> dict[str, Any]:
+        """Return what `trainer` takes beyond what TRL's takes."""
+        return {}
+
+
+@dataclass
+class Packer:
+    """The collator: token ids of a micro-batch -> packing.pack, and what TRL's trainers count by.
+
+    `hidden` is the width of the model. The layout is chosen once a trainer is there to prove it with.
+    """
+
+    hidden: int
+    layout: packing.Layout
+    prompt_loss: bool = False
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        texts = [text for e in examples for text in sequences(e)]
+        packed = packing.pack(texts, self.layout, self.hidden, self.prompt_loss)
+        used = torch.cat([rows["sequence"].flatten() >= 0 for rows in packed["passes"]])
+        batch: Batch = {"packed": packed, "attention_mask": used[None]}
+        batch["rows"] = [e["row"] for e in examples if "row" in e]
+        if "labels" in texts[0]:
+            batch["labels"] = pad(packed["target"][None], (1, 0), value=-100)
+        for key in ("ref_chosen_logps", "ref_rejected_logps"):
+            if key in examples[0]:
+                batch[key] = torch.tensor([e[key] for e in examples])
+        return batch
+
+
+class PackedTrainer(_Trainer):
+    """A trainer on Packer's batches; stops at the first loss that is no number, and names its rows of the data set."""
+
+    data_collator: Packer
+    model: PeftModel
+
+    def before_training(self, tolerance: float) -> None:
+        """Do what comes before the first step, in the proven layout: a token is within `tolerance` nats of a plain pass."""
+
+    def counted(self) -> dict[str, int]:
+        """Return what a record is to say of this training beyond its losses."""
+        return {}
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        step, rows = self.state.global_step + 1, ", ".join(map(str, inputs["rows"]))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step}, on rows {rows} of the data set: lower the learning rate or look at them"
+            )
+        return loss
+
+    def log_probs(self, model: torch.nn.Module, packed: packing.Packed) -> FusedCausalLMOutput:
+        """Return what the model says of a batch's predicted tokens, in the layout of the collator."""
+        return packing.log_probs(model, packed, self.data_collator.layout)
+
+
+class WholeBatchTrainer(PackedTrainer):
+    """Weighs each micro-batch by its share of the effective batch's pairs (and ORPO's NLL by its share of tokens).
+
+    TRL averages per micro-batch and Trainer averages those: not the same when an epoch's last micro-batch is smaller,
+    and for ORPO's token-averaged NLL never the same.
+    """
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.micro_batches = len(batches)
+        self.batch_pairs = sum(self.pairs(b) for b in batches)
+        self.batch_tokens = sum(self.nll_tokens(b) for b in batches)
+        return batches, None
+
+    def share(self, of: int | torch.Tensor, total: int | torch.Tensor) -> float:
+        """Return what to multiply a micro-batch's mean with, so that Trainer's division by the micro-batches gives the mean over all."""
+        return float(of) / float(total) * self.micro_batches if self.model.training else 1.0
+
+    @staticmethod
+    def pairs(batch: Batch) -> int:
+        """Count the pairs of a micro-batch."""
+        return len(batch["packed"]["lengths"]) // 2
+
+    def nll_tokens(self, batch: Batch) -> int:
+        """Count the tokens of a micro-batch that an NLL beside the preference loss averages over."""
+        return 0

@@ -1,0 +1,16 @@
+"""Which objective trains which method."""
+
+from typing import Any
+
+from d2lora.settings.methods import BaseMethod, Dpo, Orpo, Sft
+from d2lora.train.common import Objective
+from d2lora.train.dpo import DpoObjective
+from d2lora.train.orpo import OrpoObjective
+from d2lora.train.sft import SftObjective
+
+OBJECTIVES: dict[type[BaseMethod], type[Objective[Any]]] = {Sft: SftObjective, Dpo: DpoObjective, Orpo: OrpoObjective}
+
+
+def objective(method: BaseMethod) -> Objective[Any]:
+    """Return how a method is trained, as its settings say."""
+    return OBJECTIVES[type(method)](method)
