@@ -10,6 +10,7 @@ import numpy as np
 
 from d2lora.plan import Cell, Stage, benchmarks, chain
 from d2lora.report.manifest import write_manifest
+from d2lora.scoring import KINDS
 from d2lora.settings import Config
 from d2lora.store import Store
 
@@ -21,12 +22,7 @@ PROVENANCE = {
     "started": "2026-01-01T00:00:00+00:00",
     "threads": 1,
 }
-METRICS = {
-    "number": ["accuracy"],
-    "exact": ["accuracy"],
-    "choice": ["acc", "acc_norm"],
-    "rouge": ["rouge1", "rouge2", "rougeL", "rougeLsum"],
-}
+METRICS = {kind.name: kind.metrics for kind in KINDS}
 
 
 def cells(config: Config, **axes: Iterable) -> list[Cell]:
