@@ -43,7 +43,7 @@ def prepare(rows: str | None, pairs: int, method: str):
         cell = cli.cell(compose("config", overrides=[f"method={method}", f"n={pairs}", *real, *keep]))
     base = load_base(cell.config.model, ROOT / "outputs" / "models")
     make = functools.partial(data.pair_example, base.tokenizer, cell.config.task)
-    spec = cell.chain.adapt.spec | {"epochs": 1, "lr": 1e-5}
+    spec = cell.chain.adapt.spec.content() | {"epochs": 1, "lr": 1e-5}
     drawn = data.subset(data.rows(cell.config.task.data), make, pairs, spec["max_length"], "task/0")
     return base, drawn, spec, cell.config.recipe
 

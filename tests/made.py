@@ -9,8 +9,10 @@ from unittest import mock
 import composing
 import numpy as np
 
-from d2lora.plan import Cell, Stage, benchmarks, chain
+from d2lora.plan import Cell, chain
+from d2lora.stages import Stage
 from d2lora.report.manifest import write_manifest
+from d2lora.scoring import KINDS
 from d2lora.settings import Config
 from d2lora.store import Store
 
@@ -22,12 +24,7 @@ PROVENANCE = {
     "started": "2026-01-01T00:00:00+00:00",
     "threads": 1,
 }
-METRICS = {
-    "number": ["accuracy"],
-    "exact": ["accuracy"],
-    "choice": ["acc", "acc_norm"],
-    "rouge": ["rouge1", "rouge2", "rougeL", "rougeLsum"],
-}
+METRICS = {kind.name: kind.metrics for kind in KINDS}
 
 
 def cells(config: Config, **axes: Iterable) -> list[Cell]:
@@ -66,27 +63,25 @@ def publish(
     write_manifest(output, grid)
     with mock.patch("d2lora.store.sync"):  # thousands of files that need not outlive a power cut
         for cell in grid:
-            names = dict(zip((s.key for s in cell.chain.evaluations), benchmarks(cell.config), strict=True))
-            names |= dict(zip((s.key for s in cell.chain.flips), benchmarks(cell.config), strict=False))
             for stage in cell.chain.stages:
                 if not missing(stage):
-                    store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, names.get(s.key), items, ability, text, provenance, more))  # fmt: skip # noqa: B023
+                    store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, s.subject, items, ability, text, provenance, more))  # fmt: skip # noqa: B023
 
 
 def _record(folder, stage, cell, benchmark, items, ability, text, provenance, more) -> dict:
-    record = {"key": stage.key, "stage": stage.name, "label": stage.label, "version": 1, "spec": stage.spec}
+    record = {"key": stage.key, "stage": stage.kind, "label": stage.label, "version": 1, "spec": stage.spec.content()}
     record |= {"parent": stage.parent.key if stage.parent else None, "provenance": provenance(stage)}
     record |= {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0}
-    if stage.name == "contamination":
+    if stage.kind == "contamination":
         return record | {"metrics": {"exact": {"value": 0.0, "items": items}}, "data": {"rows": 100}}
-    if stage.name == "flips":
+    if stage.kind == "flips":
         scored = METRICS[cell.config.task.benchmark[benchmark].kind]
         names = ["answers_flipped", *(f"{m}_{k}" for m in scored for k in ("flipped", "difference"))]
         found = {m: {"value": 0.031 if m.endswith("flipped") else 0.004, "stderr": 0.01, "items": 200} for m in names}
-        facts = {"benchmark": benchmark, "base": cell.config.model.name, "batches": stage.spec["batches"]}
+        facts = {"benchmark": benchmark, "base": cell.config.model.name, "batches": list(stage.spec.batches)}
         return record | facts | {"metrics": found}
-    if stage.name != "evaluate":
-        n = stage.spec.get("n", stage.spec.get("m"))
+    if stage.kind != "evaluate":
+        n = stage.spec.content().get("n", stage.spec.content().get("m"))
         samples = 6970 if n == "all" else n
         return record | {"metrics": {"samples_seen": samples}, "data": {"samples": samples, "misfits": 0}}
     kind = cell.config.task.benchmark[benchmark].kind

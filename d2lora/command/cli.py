@@ -133,8 +133,8 @@ def _harness_tasks(config: Config) -> list[str]:
     if config.dry_run or not config.task.lm_eval:
         return []
     store = Store(pipeline.output(config))
-    left = (s for s in plan.chain(config).evaluations if "lm_eval" in s.spec and not store.done(s))
-    return [s.spec["lm_eval"] for s in left]
+    left = (s for s in plan.chain(config).evaluations if s.spec.lm_eval and not store.done(s))
+    return [s.spec.lm_eval for s in left]
 
 
 def coverage(cells: Iterable[Cell]) -> list[str]:

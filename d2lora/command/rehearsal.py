@@ -228,7 +228,7 @@ def _refuse_bad(draw: Draw, fates: list[str], name: str) -> None:
 
 def _items_fit(config: Config, name: str, benchmark: Benchmark, source: Source, output: Path, context: int) -> None:
     """UserError naming the test items that the model can't take with their answers."""
-    room = context - (0 if benchmark.kind == "choice" else benchmark.max_new_tokens)
+    room = context - (benchmark.max_new_tokens if benchmark.scoring.generates else 0)
     what = {"benchmark": benchmark.model_dump(exclude={"data"}), "room": room}
     read = lambda: data.rows(benchmark.data, config.split_seed)[: benchmark.limit]  # noqa: E731
     make = functools.partial(_item, benchmark=benchmark, room=room)

@@ -70,13 +70,13 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # `python -m d2lora.store check` names it; an estimate can do without
         measured[kind].append(seconds / max(record.get("metrics", {}).get("samples_seen", 1), 1))
-    if any(_kind(s.name, s.spec) not in measured for s in left):
+    if any(_kind(s.kind, s.spec.content()) not in measured for s in left):
         return "an unknown time: nothing like it was measured here yet"
     if any(s.samples is None for s in left):
         return "an unknown time: n or m is all of a data set that is not read yet"
     seconds = 0.0
     for stage in left:
-        times = measured[_kind(stage.name, stage.spec)]
+        times = measured[_kind(stage.kind, stage.spec.content())]
         seconds += sum(times) / len(times) * (stage.samples or 1)
     seconds = seconds / workers + 20  # imports
     text = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
@@ -142,7 +142,7 @@ def _passed_over(cell: Cell, store: Store) -> Iterable[str]:
         counts = (store.record(stage) or {}).get("data", {})
         reasons = {"too long": counts.get("misfits", 0)} | counts.get("left_out", {})
         if told := ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items() if count):
-            others = "" if "all" in (stage.spec.get("m"), stage.spec.get("n")) else ", others taken"
+            others = "" if "all" in (getattr(stage.spec, "m", 0), getattr(stage.spec, "n", 0)) else ", others taken"
             yield f"  {stage.name}: rows passed over ({told}){others}"
 
 

@@ -1,6 +1,7 @@
 """Rows of a benchmark -> what is asked and what it is scored against, and the checks that all of it is there."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
@@ -8,12 +9,12 @@ from d2lora.data.conversations import written
 from d2lora.data.sources import Row, need, need_braces, rows
 from d2lora.data.texts import NotText, field, fill, is_blank, shown, text_of
 from d2lora.errors import UserError
-from d2lora.scoring import answers
+from d2lora.scoring import Generated
 from d2lora.settings import Benchmark, fields
 
 
 class _Unscorable(Exception):
-    """What keeps a row from being asked or scored: the problem, and the row's own value of it."""
+    """What keeps a row from being asked or scored: the problem, which rows can share, and the row's value for its {}."""
 
     def __init__(self, problem: str, value: str = "") -> None:
         super().__init__(problem)
@@ -21,36 +22,37 @@ class _Unscorable(Exception):
 
 
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
-    """UserError unless the benchmark's rows have its columns, and those that are asked can be scored."""
-    found = rows(benchmark.data, split_seed)
-    paths = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
-    columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | paths)
-    need(found[: benchmark.limit], benchmark.data, *columns, empty=True)
+    """Read a benchmark's rows and check them. UserError unless they have its columns, and those that are asked can be scored."""
+    read = rows(benchmark.data, split_seed)
+    asked = read[: benchmark.limit]
+    lists = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
+    columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | lists)
+    need(asked, benchmark.data, *columns, empty=True)
     for template in (benchmark.prompt, benchmark.gold):
-        need_braces(template, found, benchmark.data.path)
-    check_items(benchmark, found[: benchmark.limit])
+        need_braces(template, read, benchmark.data.path)
+    check_items(benchmark, asked)
 
 
-def check_items(benchmark: Benchmark, found: list[Row]) -> None:
-    """UserError naming all rows that can't be asked or scored, those with one problem together."""
+def check_items(benchmark: Benchmark, asked: Sequence[Row]) -> None:
+    """Check that rows can be asked and scored. UserError naming all that can't, those with one problem together."""
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for index, row in enumerate(found):
+    for index, row in enumerate(asked):
         try:
             _check(benchmark, row)
         except _Unscorable as error:
             bad[error.problem].append((getattr(row, "number", index + 1), error.value))
     if bad:
-        lines = "; ".join(_line(problem, of_it, len(found)) for problem, of_it in bad.items())
+        lines = "; ".join(_line(problem, numbered, len(asked)) for problem, numbered in bad.items())
         raise UserError(f"data.path={benchmark.data.path}: {lines}")
 
 
-def _line(problem: str, found: list[tuple[int, str]], total: int) -> str:
+def _line(problem: str, numbered: list[tuple[int, str]], total: int) -> str:
     """ "row 2: ..." or "rows 2, 5, 9 and 63 more (66 of 488): ...", with the values of the first three."""
-    numbers = ", ".join(str(number) for number, _ in found[:3])
-    more = f" and {len(found) - 3:,} more" if len(found) > 3 else ""
-    several = f" ({len(found):,} of {total:,})" if len(found) > 1 else ""
-    values = ", ".join(dict.fromkeys(value for _, value in found[:3]))
-    return f"row{'s'[: len(found) > 1]} {numbers}{more}{several}: {_with(problem, values)}"
+    numbers = ", ".join(str(number) for number, _ in numbered[:3])
+    more = f" and {len(numbered) - 3:,} more" if len(numbered) > 3 else ""
+    several = f" ({len(numbered):,} of {total:,})" if len(numbered) > 1 else ""
+    values = ", ".join(dict.fromkeys(value for _, value in numbered[:3]))
+    return f"row{'s'[: len(numbered) > 1]} {numbers}{more}{several}: {_with(problem, values)}"
 
 
 def _with(problem: str, value: str) -> str:
@@ -60,28 +62,20 @@ def _with(problem: str, value: str) -> str:
 
 
 def _check(benchmark: Benchmark, row: Row) -> None:
-    """_Unscorable unless a row has a prompt, and golds that an answer can be compared with."""
+    """_Unscorable unless a row has a prompt, and what an answer is compared with."""
     if is_blank(_filled("prompt", benchmark.prompt, row)):
         raise _Unscorable("the prompt is blank")
-    if benchmark.kind == "choice":
+    kind = benchmark.scoring
+    if not isinstance(kind, Generated):
         right(benchmark, row)
         return
     for gold in _golds(benchmark, row):
-        if is_blank(gold) or (benchmark.kind == "exact" and not answers.exact_text(gold)):
-            raise _Unscorable("the gold answer is blank")
-        if benchmark.kind == "rouge" and not answers.rouge_reads(gold):
-            raise _Unscorable(
-                "the gold answer {} has no Latin letter and no digit, and ROUGE reads nothing else (kind: exact compares texts)",
-                shown(gold),
-            )
-        if benchmark.kind == "number" and answers.gold_number(gold) is None:
-            raise _Unscorable(
-                "the gold answer {} is not a number, or not a single sure one (kind: exact compares texts)",
-                shown(gold),
-            )
+        if problem := "the gold answer is blank" if is_blank(gold) else kind.problem(gold):
+            raise _Unscorable(problem, shown(gold))
 
 
 def _filled(name: str, template: str, row: Row) -> str:
+    """A template with the row's texts in it; _Unscorable where a value is none."""
     try:
         for column in (column for _, column, _, _ in Formatter().parse(template) if column is not None):
             if isinstance(value := field(column, row), str) and written(value) is not None:
@@ -103,7 +97,7 @@ def _line_of(template: str) -> str:
 
 
 def golds(benchmark: Benchmark, row: Row) -> list[str]:
-    """The golds of a row: one, or one for each element where the template's only field is a list of texts."""
+    """Read the golds of a row: one, or one for each element where the template's only field is a list of texts."""
     try:
         return _golds(benchmark, row)
     except _Unscorable as error:
@@ -147,21 +141,13 @@ def _is_text(value: Any) -> bool:
 # --- choices -------------------------------------------------------------------------------------------------------
 
 
-def at(row: Row, path: str | None) -> Any:
-    """The value of a dotted path in a row; None if there is none."""
-    value: Any = row
-    for part in (path or "").split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
 def choices(benchmark: Benchmark, row: Row) -> list[str]:
-    """The texts that a row offers."""
+    """Read the texts that a row offers."""
     return _texts(row, benchmark.choices)
 
 
 def right(benchmark: Benchmark, row: Row) -> int:
-    """The place of the right choice. _Unscorable if the row does not say."""
+    """Find the index of the right choice. _Unscorable if the row does not say."""
     offered, labels = _texts(row, benchmark.choices), _texts(row, benchmark.labels)
     if len(offered) != len(labels):
         raise _Unscorable("{}", f"{len(offered)} {benchmark.choices}, but {len(labels)} {benchmark.labels}")
@@ -173,16 +159,24 @@ def right(benchmark: Benchmark, row: Row) -> int:
 
 def _texts(row: Row, path: str | None) -> list[str]:
     """The texts of a list of a row: not blank, each once."""
-    found = at(row, path)
-    if not isinstance(found, list):
+    values = _at(row, path)
+    if not isinstance(values, list):
         raise _Unscorable(f"no list {path}")
-    if not found:
+    if not values:
         raise _Unscorable(f"the list {path} is empty")
-    if others := [value for value in found if not _is_text(value)]:
+    if others := [value for value in values if not _is_text(value)]:
         raise _Unscorable(f"{path} holds what is no text: {{}}", shown(others[0]))
-    texts = [text_of(value) for value in found]
+    texts = [text_of(value) for value in values]
     if any(map(is_blank, texts)):
         raise _Unscorable(f"{path} holds a blank text")
     if twice := [text for text in texts if [other.strip() for other in texts].count(text.strip()) > 1]:
         raise _Unscorable(f"{path} holds {{}} more than once", shown(twice[0]))
     return texts
+
+
+def _at(row: Row, path: str | None) -> Any:
+    """The value of a dotted path in a row; None if there is none."""
+    value: Any = row
+    for part in (path or "").split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

@@ -69,11 +69,11 @@ def _about(config: Config, chain: plan.Chain, stage: Stage) -> dict:
     trained = stage if stage.name in ("prepare", "warmup", "adapt") else stage.parent
     name, tags = _who(config, trained)
     if stage.name == "evaluate":
-        name.insert(0, plan.benchmarks(config)[chain.evaluations.index(stage)])
+        name.insert(0, stage.subject)
     elif stage is not trained:
         name, tags = [stage.label], []
     facts = {"stage": stage.name, "key": stage.key, "parent": stage.parent and stage.parent.key, "label": stage.label}
-    return {"name": " · ".join(name), "tags": tags, "config": stage.spec | facts}
+    return {"name": " · ".join(name), "tags": tags, "config": stage.spec.content() | facts}
 
 
 def _who(config: Config, trained: Stage | None) -> tuple[list[str], list[str]]:
@@ -149,9 +149,9 @@ def _lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
 
     An input is given by content, not by name: runs can be uploaded in any order, and W&B takes equal content for one version.
     """
-    inputs = [_adapter(stage.parent, store) if stage.parent else None, _note("base", config.model.name, stage.spec)]
+    inputs = [_adapter(stage.parent, store) if stage.parent else None, _note("base", config.model.name, stage.spec.content())]
     sources = {"warmup": config.warmup.name, "adapt": config.task.name}
-    inputs += [_note("dataset", sources[stage.name], stage.spec)] if stage.name in sources else []
+    inputs += [_note("dataset", sources[stage.name], stage.spec.content())] if stage.name in sources else []
     for artifact in filter(None, inputs):
         # run.use_artifact() waits for the server, and refuses to work offline; this is what it does otherwise.
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
@@ -166,7 +166,7 @@ def _adapter(stage: Stage, store: Store) -> Any:
     folder = store.place(stage) / "adapter"
     if not folder.is_dir():
         return None
-    artifact = wandb.Artifact(f"{stage.name}-{stage.key}", "model", description=stage.label, metadata=stage.spec)
+    artifact = wandb.Artifact(f"{stage.name}-{stage.key}", "model", description=stage.label, metadata=stage.spec.content())
     for file in sorted(folder.iterdir()):
         artifact.add_file(str(file), policy="immutable")
     return artifact

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from d2lora import plan, stats
 from d2lora.errors import UserError
 from d2lora.report.manifest import read_manifest, sweeps
+from d2lora.scoring import shown_metrics
 from d2lora.settings import QUANTIZING
 from d2lora.store import read_record
 
@@ -301,14 +302,13 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
 
 
 def main_metrics(manifest: dict, records: Records) -> dict[str, list[str]]:
-    """Each benchmark's metrics to show: its first, of ROUGE all; [""] while it has no result."""
+    """Each benchmark's metrics to show; [""] while it has no result."""
     found: dict[str, list[str]] = {}
     for cell in manifest["cells"]:
         for benchmark, key in cell["stages"]["evaluate"].items():
             metrics = found.setdefault(benchmark, [])
             if not metrics and (record := records.get("evaluate", key)):
-                first, *others = record["metrics"]
-                metrics += [first, *(m for m in others if m.startswith("rouge"))]
+                metrics += shown_metrics(list(record["metrics"]))
     return {benchmark: metrics or [""] for benchmark, metrics in found.items()}
 
 

@@ -1,1 +1,30 @@
-"""Benchmark kinds and the reader of answers. No torch here."""
+"""Benchmark kinds and the reader of answers. No torch here.
+
+To add a kind, write a file like `exact.py` and list it in `KINDS`.
+"""
+
+from collections.abc import Sequence
+
+from d2lora.scoring.choice import CHOICE
+from d2lora.scoring.exact import EXACT
+from d2lora.scoring.kinds import Generated, Kind, MultipleChoice
+from d2lora.scoring.number import NUMBER
+from d2lora.scoring.rouge import ROUGE
+
+__all__ = ["KINDS", "Generated", "Kind", "MultipleChoice", "kind_named", "shown_metrics"]
+
+KINDS: tuple[Kind, ...] = (NUMBER, EXACT, ROUGE, CHOICE)
+
+
+def kind_named(name: str) -> Kind:
+    """Return the benchmark kind of this name. KeyError if there is none."""
+    return {kind.name: kind for kind in KINDS}[name]
+
+
+def shown_metrics(metrics: Sequence[str]) -> list[str]:
+    """Choose what a report shows of an evaluation's metrics: the first, and all of a family that is read together (ROUGE).
+
+    Tasks of lm-evaluation-harness have no kind, so a metric's family is told by its name.
+    """
+    families = tuple(kind.family for kind in KINDS if kind.family)
+    return [*metrics[:1], *(metric for metric in metrics[1:] if metric.startswith(families))]

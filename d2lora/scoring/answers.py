@@ -1,6 +1,5 @@
 """Finding the final answer of a text, and scoring it against a gold. Pure functions; docs/answers.md says how."""
 
-import functools
 import re
 import unicodedata
 from fractions import Fraction
@@ -163,20 +162,3 @@ def _unwrapped(text: str) -> str:
 def same_text(answer: str, gold: str) -> bool:
     """Whether two texts are the same answer (`exact_text`); an empty one is none."""
     return exact_text(answer) == exact_text(gold) != ""
-
-
-@functools.cache
-def _scorer():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
-
-
-def rouge_reads(text: str) -> bool:
-    """Whether rouge-score sees a word in a text: it reads a-z and 0-9 only, and gives all else 0, the identical answer too."""
-    return re.search("[a-z0-9]", text.lower()) is not None
-
-
-def rouge(answer: str, gold: str) -> dict[str, float]:
-    """ROUGE-1, -2, -L and -Lsum F-measures (rouge-score, Porter stemming on), each in 0..1."""
-    return {name: score.fmeasure for name, score in _scorer().score(gold, answer.strip()).items()}

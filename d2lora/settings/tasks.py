@@ -1,9 +1,10 @@
 """Data sets, the base model, benchmarks, the task of phase 2 and the warm-up of phase 1."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
 
+from d2lora.scoring import KINDS, Kind, kind_named
 from d2lora.settings.values import PathText, Positive, Strict, Template, Text, Value
 
 
@@ -38,11 +39,19 @@ class Model(Strict):
     thinking: StrictBool = False  # whether it thinks before it answers, where its chat template leaves that open
 
 
+def _kind_name(value: Any) -> Any:
+    """The name of a benchmark kind; refused with the names that there are."""
+    *others, last = [repr(kind.name) for kind in KINDS]
+    if value not in [kind.name for kind in KINDS]:
+        raise ValueError(f"Input should be {', '.join(others)} or {last}")
+    return value
+
+
 class Benchmark(Strict):
     """One test: rows, a prompt, and how an answer is scored."""
 
     data: Data
-    kind: Literal["number", "exact", "rouge", "choice"]
+    kind: Annotated[str, BeforeValidator(_kind_name)]
     prompt: Template
     gold: Template  # the reference answer, or a column with a list of them; choice: the label of the right choice
     choices: Text | None = None  # choice: dotted path of the list of texts, and of their labels
@@ -51,10 +60,16 @@ class Benchmark(Strict):
     max_new_tokens: Positive = 512
     limit: Positive | None = None  # the first rows only
 
+    @property
+    def scoring(self) -> Kind:
+        """How answers are scored, by `kind`."""
+        return kind_named(self.kind)
+
     @model_validator(mode="after")
-    def _choice_has_choices(self) -> "Benchmark":
-        if self.kind == "choice" and not (self.choices and self.labels):
-            raise ValueError("kind choice needs choices and labels, the paths of two lists")
+    def _kind_has_its_fields(self) -> "Benchmark":
+        needs = self.scoring.needs
+        if not all(getattr(self, name) for name in needs):
+            raise ValueError(f"kind {self.kind} needs {' and '.join(needs)}, the paths of two lists")
         return self
 
 

@@ -6,16 +6,36 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from d2lora.errors import UserError
 from d2lora.outputs import cached, write_json
-from d2lora.plan import Stage
+from d2lora.stages import Spec, Stage
 from d2lora.store import Store, check, garbage
 
-STAGE = Stage("adapt", {"n": 1})
+
+
+@dataclass(frozen=True)
+class AdaptSpec(Spec):
+    """The least that a spec can be."""
+
+    n: int
+    KIND: ClassVar[str] = "adapt"
+    VERSION: ClassVar[int] = 1
+
+    def content(self) -> dict:
+        return {"n": self.n}
+
+
+class EvaluateSpec(AdaptSpec):
+    KIND: ClassVar[str] = "evaluate"
+
+
+STAGE = Stage(AdaptSpec(1))
 
 
 def record(folder: Path) -> dict:
@@ -153,7 +173,7 @@ def test_a_file_system_without_locks_waits_for_nobody(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    stage, store = Stage("adapt", {"n": 1}), Store(tmp_path)
+    stage, store = STAGE, Store(tmp_path)
     lock = tmp_path / "store" / ".locks" / f"{stage.key}.lock"
     lock.parent.mkdir(parents=True)
     lock.write_text("4711\nanother-node\n")  # of a job that was killed there
@@ -176,7 +196,7 @@ def output(tmp_path: Path) -> Path:
     """A store with a parent and its child, both named by a manifest, and a third that no manifest names."""
     import hashlib
 
-    child, other = Stage("evaluate", {"b": 1}, STAGE), Stage("adapt", {"n": 2})
+    child, other = Stage(EvaluateSpec(1), STAGE), Stage(AdaptSpec(2))
     for stage in (STAGE, child, other):
 
         def work(folder: Path, stage=stage) -> dict:
@@ -222,7 +242,7 @@ def test_gc_lists_what_nothing_needs_before_it_frees_it(output: Path) -> None:
 
     (output / "store" / "adapt" / f".{'0' * 20}-abc").mkdir()
     (output / "checkpoints" / STAGE.key).mkdir(parents=True)
-    loose = Store(output).place(Stage("adapt", {"n": 2}))
+    loose = Store(output).place(Stage(AdaptSpec(2)))
     assert {why for _, why in garbage(output)} == {
         "in no sweep's manifest",
         "left by a worker that was stopped",

@@ -1,5 +1,6 @@
 """What a sweep says of itself, from a store with made-up records."""
 
+import dataclasses
 from pathlib import Path
 
 import made
@@ -8,7 +9,8 @@ import pytest
 from d2lora import pipeline
 from d2lora.command import summary
 from d2lora.outputs import write_json
-from d2lora.plan import Cell, Chain, Stage
+from d2lora.plan import Cell, Chain
+from d2lora.stages import Stage
 from d2lora.store import Store
 
 
@@ -60,7 +62,7 @@ def test_how_long_is_said_from_what_was_measured_before(grid, tmp_path: Path) ->
 def test_all_of_a_data_set_on_the_hub_takes_an_unknown_time(grid, tmp_path: Path) -> None:
     store, ten = Store(tmp_path), grid[1]
     made.publish(tmp_path, [ten])
-    adapt = Stage("adapt", ten.chain.adapt.spec | {"n": "all"}, samples=None)
+    adapt = Stage(dataclasses.replace(ten.chain.adapt.spec, n="all"), samples=None)
     every = Cell(ten.config, Chain(None, adapt, ten.chain.evaluations))
     assert told(summary.plan_text([every], store)).startswith("about an unknown time: n or m is all")
 

@@ -90,23 +90,23 @@ def _trained_as_table_2_says(cell: Cell) -> None:
     trained = [s for s in (cell.chain.warmup, cell.chain.adapt) if s]
     assert len(trained) == (cell.config.m != 0) + (cell.config.n != 0)
     for stage in trained:
-        assert stage.spec["model"]["path"] == "meta-llama/Llama-3.1-8B-Instruct"
-        assert (stage.spec["lora"]["r"], stage.spec["lora"]["alpha"]) == (16, 16)
-        assert stage.spec["schedule"] == "cosine"
+        assert stage.spec.model["path"] == "meta-llama/Llama-3.1-8B-Instruct"
+        assert (stage.spec.lora.r, stage.spec.lora.alpha) == (16, 16)
+        assert stage.spec.schedule == "cosine"
     if warmup := cell.chain.warmup:
-        assert (warmup.spec["lr"], warmup.spec["epochs"], warmup.spec["m"]) == (1e-7, 1, 40_000)
-        assert warmup.spec["data"]["path"] == "mlabonne/orpo-dpo-mix-40k"
+        assert (warmup.spec.lr, warmup.spec.epochs, warmup.spec.m) == (1e-7, 1, 40_000)
+        assert warmup.spec.data["path"] == "mlabonne/orpo-dpo-mix-40k"
     if adapt := cell.chain.adapt:
-        assert (adapt.spec["lr"], adapt.spec["epochs"]) == (
+        assert (adapt.spec.lr, adapt.spec.epochs) == (
             1e-6,
             {"sft": 3, "dpo": 4, "orpo": 4}[cell.config.method.name],
         )
-        assert adapt.spec["method"].get("beta") == (None if cell.config.method.name == "sft" else 0.1)
-        assert adapt.spec["n"] == cell.config.n
+        assert getattr(adapt.spec.method, "beta", None) == (None if cell.config.method.name == "sft" else 0.1)
+        assert adapt.spec.n == cell.config.n
 
 
 def _judged_as_section_3_says(cell: Cell) -> None:
-    names = dict(zip(plan.benchmarks(cell.config), (s.spec["benchmark"] for s in cell.chain.evaluations), strict=True))
+    names = {s.subject: s.spec.benchmark for s in cell.chain.evaluations}
     assert names["arc_easy"]["kind"] == "choice"
     if cell.config.task.name == "title":
         assert (names["econ_titles"]["kind"], names["econ_titles"]["data"]["hold_out"]) == ("rouge", 100)

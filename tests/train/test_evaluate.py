@@ -22,6 +22,7 @@ from d2lora.command import fetch
 from d2lora.errors import UserError
 from d2lora.evaluate import harness
 from d2lora.layouts import proof
+from d2lora.scoring import kind_named
 from d2lora.settings import Benchmark, Data, Model
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(1, 5)]
@@ -254,10 +255,10 @@ def test_the_best_of_several_golds_counts(base, kind: str) -> None:
     docs = list(task.test_docs())
     scores = [task.process_results(doc, [said]) for doc in docs]
     assert [set(s.values()) for s in scores] == [{1.0}, {0.0}]
-    assert set(scores[0]) == set(harness.METRICS[kind])
+    assert set(scores[0]) == set(kind_named(kind).metrics)
     metrics, items = run(loaded, task)
     assert items[0]["gold"] == f"20 | {said} | 7"
-    assert list(metrics) == harness.METRICS[kind]
+    assert tuple(metrics) == kind_named(kind).metrics
 
 
 def test_exact_answers_are_right_or_wrong_by_their_text(base) -> None:

@@ -79,7 +79,7 @@ def test_its_key_has_model_benchmark_and_batches_and_no_other_has_it(cell) -> No
 
 def test_an_eval_batch_of_one_is_held_against_two(cell) -> None:
     found = cell("n=0", "model.dtype=bfloat16", "recipe.eval_batch=1").chain.flips
-    assert [s.spec["batches"] for s in found] == [[1, 2]] * 2
+    assert [s.spec.batches for s in found] == [(1, 2)] * 2
 
 
 def test_it_stands_in_the_first_batch_with_the_base_s_evaluations(cell) -> None:
@@ -138,7 +138,7 @@ def test_the_shares_are_those_of_two_evaluations(cell, tmp_path: Path) -> None:
 
 
 def test_only_the_first_items_are_asked(cell, tiny: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(plan, "FLIP_ITEMS", 5)
+    monkeypatch.setattr(flips, "FLIP_ITEMS", 5)
     short = ["task.benchmark.lab_math.max_new_tokens=2", "task.benchmark.lab_math.limit=3", f"model.path={tiny}"]
     this = cell("n=0", "m=0", *BF16, *short, f"output={tmp_path}")
     store = do(only(this, *this.chain.flips))

@@ -84,7 +84,7 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
     stages = [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]
     plain, counts = logits(base.model), []
     for stage in stages:
-        with attach.adapter(base, cell.chain.adapt.spec, store.place(stage)) as wrapped:
+        with attach.adapter(base, cell.chain.adapt.spec.content(), store.place(stage)) as wrapped:
             counts.append(parameters(wrapped))
             continued = logits(wrapped)
             with wrapped.disable_adapter():
@@ -93,7 +93,7 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
         assert (anyone - continued).abs().max() < 1e-4, stage.name
         moved = (continued - plain).abs().max()
         assert moved < 1e-4 if stage.name == "prepare" else moved > 1e-4, stage.name
-    with attach.adapter(base, cell.chain.adapt.spec, None) as wrapped:
+    with attach.adapter(base, cell.chain.adapt.spec.content(), None) as wrapped:
         assert (logits(wrapped) - plain).abs().max() < 1e-4, "at step 0 it is the base"
         counts.append(parameters(wrapped) if init != "eva" else counts[0])
     assert len(set(counts)) == 1, "the same parameters are trained from start to end"
@@ -106,7 +106,7 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
 def test_adding_dpo_s_reference_changes_the_policy_by_nothing(make, init: str) -> None:
     cell = make(f"init={init}", "method=dpo", m=8)
     store, base = train(cell), of(cell)
-    with attach.adapter(base, cell.chain.adapt.spec, store.place(cell.chain.warmup)) as wrapped:
+    with attach.adapter(base, cell.chain.adapt.spec.content(), store.place(cell.chain.warmup)) as wrapped:
         before, trained = logits(wrapped), {n for n, p in wrapped.named_parameters() if p.requires_grad}
         wrapped.add_adapter("ref", wrapped.peft_config["default"])  # as TRL does
         wrapped.delete_adapter("ref")
@@ -148,7 +148,7 @@ def test_dpo_s_reference_is_what_the_config_says(
     with contextlib.ExitStack() as stack:
         if init == "loftq":
             start = store.place(cell.chain.adapt.parent)
-            policy = stack.enter_context(attach.adapter(base, cell.chain.adapt.spec, start))
+            policy = stack.enter_context(attach.adapter(base, cell.chain.adapt.spec.content(), start))
         elif m and reference == "warm_start":
             policy = original(tiny, store.place(cell.chain.warmup))
         else:
@@ -162,7 +162,7 @@ def test_on_a_bfloat16_base_it_starts_as_the_base_bit_for_bit(make, init: str) -
     cell = make(f"init={init}", "model.dtype=bfloat16")
     store, base = train(cell), of(cell)
     place = store.place(cell.chain.prepare) if cell.chain.prepare else None
-    with attach.adapter(base, cell.chain.adapt.spec, place) as wrapped:
+    with attach.adapter(base, cell.chain.adapt.spec.content(), place) as wrapped:
         assert torch.equal(logits(wrapped), logits(base.model))
         assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
     tensors = load_file(store.place(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
@@ -177,7 +177,7 @@ def started(make, init: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch
     cell = make(f"init={init}")
     store, base = train(cell), of(cell)
     place = store.place(cell.chain.prepare) if cell.chain.prepare else None
-    with attach.adapter(base, cell.chain.adapt.spec, place) as wrapped:
+    with attach.adapter(base, cell.chain.adapt.spec.content(), place) as wrapped:
         found = inits.layers(wrapped)
         assert len(found) == LAYERS
         for name, layer in found.items():
@@ -279,7 +279,7 @@ def test_olora_is_orthonormal(make) -> None:
 def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> None:
     cell = make("init=multilora", "init.modules=2")
     store, base = train(cell), of(cell)
-    with attach.adapter(base, cell.chain.adapt.spec, None) as wrapped:
+    with attach.adapter(base, cell.chain.adapt.spec.content(), None) as wrapped:
         for layer in inits.layers(wrapped).values():
             assert not layer.lora_scale["default"].any()
             assert layer.lora_scale["default"].shape == (2, layer.out_features)
@@ -526,7 +526,7 @@ def test_a_preparation_never_sees_rows_that_the_cell_does_not_have(make) -> None
     store = train(cell)
     prepared, adapted = (store.record(s)["data"] for s in (cell.chain.prepare, cell.chain.adapt))
     assert prepared == adapted, "its own 8 rows"
-    assert cell.chain.prepare.spec["samples"] == 8
+    assert cell.chain.prepare.spec.rows["samples"] == 8
 
 
 def test_a_preparation_looks_at_all_rows_where_the_task_has_fewer_than_it_takes(make, tmp_path: Path) -> None:
@@ -607,7 +607,7 @@ def test_loftq_is_nearer_to_the_base_than_the_quantized_base_is(loftq) -> None:
     cell = loftq()
     store, base = train(cell), of(cell)
     weights = {name: m.weight.detach().clone() for name, m in base.model.named_modules() if hasattr(m, "weight")}
-    with attach.adapter(base, cell.chain.adapt.spec, store.place(cell.chain.prepare)) as wrapped:
+    with attach.adapter(base, cell.chain.adapt.spec.content(), store.place(cell.chain.prepare)) as wrapped:
         for name, layer in inits.layers(wrapped).items():
             W, Q = weights[name.removeprefix("base_model.model.")], layer.get_base_layer().weight
             assert 0 < (W - Q - layer.get_delta_weight("default")).norm() < (W - Q).norm() < 0.2 * W.norm(), name
@@ -620,7 +620,7 @@ def test_loftq_continues_on_its_quantized_base(loftq, tiny: Path, method: str, m
     store, base = train(cell), of(cell)
     before = logits(base.model)
     for stage in [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]:
-        with attach.adapter(base, cell.chain.adapt.spec, store.place(stage)) as wrapped:
+        with attach.adapter(base, cell.chain.adapt.spec.content(), store.place(stage)) as wrapped:
             continued = logits(wrapped)
         with attach.trained(base, store.place(stage) / "adapter", "loftq") as (tested, _):
             assert (logits(tested) - continued).abs().max() < 1e-4

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from d2lora import data, pipeline, report
+from d2lora import data, pipeline, provenance, report
 from d2lora.adapters import attach
 from d2lora.base import _loaded, load_base
 from d2lora.plan import Cell
@@ -285,23 +285,23 @@ def test_weights_that_are_no_number_after_the_last_step_are_not_published(make, 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux can reset a process's peak")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a GPU, torch says it")
 def test_a_stage_s_peak_memory_on_a_cpu_is_its_own() -> None:
-    pipeline._reset_peak_memory()
-    before, large = pipeline._peak_memory_mb(), b"x" * 300 * 2**20
-    during = pipeline._peak_memory_mb()
+    provenance.reset_peak_memory()
+    before, large = provenance.peak_memory_mb(), b"x" * 300 * 2**20
+    during = provenance.peak_memory_mb()
     del large
-    pipeline._reset_peak_memory()
+    provenance.reset_peak_memory()
     assert during > before + 250
-    assert pipeline._peak_memory_mb() < during - 250
+    assert provenance.peak_memory_mb() < during - 250
 
 
 @pytest.mark.parametrize(("system", "unit"), [("linux", 2**10), ("darwin", 1)])
 def test_where_the_system_has_no_proc_the_peak_is_the_process_s(monkeypatch, tmp_path: Path, system: str, unit) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(pipeline, "_PROC", tmp_path / "none")
+    monkeypatch.setattr(provenance, "_PROC", tmp_path / "none")
     monkeypatch.setattr("sys.platform", system)
     monkeypatch.setattr("resource.getrusage", lambda who: type("Usage", (), {"ru_maxrss": 3 * 2**30 // unit}))
-    pipeline._reset_peak_memory()
-    assert pipeline._peak_memory_mb() == 3 * 2**10
+    provenance.reset_peak_memory()
+    assert provenance.peak_memory_mb() == 3 * 2**10
 
 
 def test_a_record_says_where_its_numbers_came_from(make) -> None:
@@ -309,7 +309,7 @@ def test_a_record_says_where_its_numbers_came_from(make) -> None:
     store, records = finish(only(cell, *cell.chain.stages))
     for stage in cell.chain.stages:
         record = store.record(stage)
-        assert record["spec"] == stage.spec
+        assert record["spec"] == stage.spec.content()
         assert record["parent"] == (stage.parent.key if stage.parent else None)
         assert {"packages", "python", "git", "hardware", "threads", "started"} <= set(record["provenance"])
         assert record["seconds"] > 0

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2lora import data
-from d2lora.scoring.answers import exact_text, final_number, gold_number, last_boxed, rouge, same_number, same_text
-from d2lora.settings import Data
+from d2lora.scoring import KINDS, Generated, shown_metrics
+from d2lora.scoring.answers import exact_text, final_number, gold_number, last_boxed, same_number, same_text
+from d2lora.scoring.rouge import rouge
+from d2lora.settings import Benchmark, Data
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -266,3 +268,23 @@ def test_a_power_in_words_that_is_not_read_leaves_no_other_number(text: str) -> 
     assert final_number(text) is None
     assert gold_number(text) is None
     assert same_number(text, text)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if isinstance(kind, Generated)], ids=lambda kind: kind.name)
+def test_a_kind_gives_its_metrics_and_the_best_gold_counts(kind: Generated) -> None:
+    right, wrong = kind.score("18 eggs", ["7", "18 eggs"]), kind.score("18 eggs", ["7"])
+    assert (tuple(right), tuple(wrong)) == (kind.metrics, kind.metrics)
+    assert (set(right.values()), set(wrong.values())) == ({1.0}, {0.0})
+    assert kind.problem("18 eggs") is None
+
+
+def test_a_report_shows_the_first_metric_and_all_of_rouge() -> None:
+    shown = {kind.name: tuple(shown_metrics(kind.metrics)) for kind in KINDS}
+    rouge_ = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    assert shown == {"number": ("accuracy",), "exact": ("accuracy",), "rouge": rouge_, "choice": ("acc",)}
+    assert shown_metrics(["bleu", "bleu_max", "rouge1_max"]) == ["bleu", "rouge1_max"], "a task of the harness"
+
+
+def test_a_kind_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match="Input should be 'number', 'exact', 'rouge' or 'choice'"):
+        Benchmark(data=Data(path="x"), kind="bleu", prompt="{q}", gold="{a}")

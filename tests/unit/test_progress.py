@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from d2lora.command import progress
-from d2lora.plan import Stage
+from d2lora.stages import Stage
+from d2lora.stages.evaluate import EvaluateSpec
 
 
 class Terminal(io.StringIO):
@@ -17,7 +18,7 @@ class Terminal(io.StringIO):
 
 
 def stage(label: str) -> Stage:
-    return Stage("adapt", {"label": label}, None, label=label)
+    return Stage(EvaluateSpec(lm_eval=label), None, label=label)
 
 
 def wait_for(text: str, err: io.StringIO) -> None:

@@ -1,0 +1,81 @@
+"""A benchmark of ours, or one that lm-evaluation-harness brings, as the harness's task."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+
+from d2lora import data
+from d2lora.data.files import Row
+from d2lora.data.texts import fill
+from d2lora.scoring import Generated
+from d2lora.settings import Benchmark
+
+_FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
+
+
+def task_of(name: str, benchmark: Benchmark, rows: Sequence[Row], template: bool) -> ConfigurableTask:
+    """Make the harness's task of a benchmark file over its rows. UserError if a row can't be asked or scored.
+
+    Where the base has no chat `template`, a chat's prompt ends in a newline, as data.rendered_prompt has it in training.
+    """
+    rows = rows[: benchmark.limit]
+    data.check_items(benchmark, rows)
+    end = "\n" if benchmark.chat and not template else ""
+    kind = benchmark.scoring
+    config = {
+        "task": name,
+        # Numbers of rows only: a table would refuse columns whose values differ in type, and turn 1 into 1.0.
+        "custom_dataset": lambda **_: {"test": Dataset.from_list([{"row": i} for i in range(len(rows))])},
+        "test_split": "test",
+        "doc_to_text": lambda doc: fill(benchmark.prompt, rows[doc["row"]]) + end,
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in kind.metrics],
+        "num_fewshot": 0,
+    }
+    config |= _generation(benchmark, kind, rows) if isinstance(kind, Generated) else _choices(benchmark, rows)
+    with quiet():
+        return ConfigurableTask(config=config)
+
+
+def _choices(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_choice": lambda doc: data.choices(benchmark, rows[doc["row"]]),
+        "doc_to_target": lambda doc: data.right(benchmark, rows[doc["row"]]),
+    }
+
+
+def _generation(benchmark: Benchmark, kind: Generated, rows: Sequence[Row]) -> dict[str, Any]:
+    golds = [data.golds(benchmark, row) for row in rows]
+    return {
+        "output_type": "generate_until",
+        "doc_to_target": lambda doc: " | ".join(golds[doc["row"]]),
+        "process_results": lambda doc, results: kind.score(results[0], golds[doc["row"]]),
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": benchmark.max_new_tokens},
+    }
+
+
+def harness_task(name: str) -> ConfigurableTask:
+    """Load the harness's own task of this name."""
+    from lm_eval.tasks import get_task_dict
+
+    task = get_task_dict([name], data.harness())[name]
+    task.set_fewshot_seed(_FEWSHOT_SEED)  # the harness does so only at its own front door
+    return task
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the harness, which logs much about itself: what matters of it is in our records."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
