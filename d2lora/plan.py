@@ -346,8 +346,11 @@ class Job:
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """Equal cells once, in order."""
-    return list({cell.id: cell for cell in cells}.values())
+    """Equal cells once, in order: the first of them."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.id, cell)
+    return list(first.values())
 
 
 def stages(cells: Iterable[Cell]) -> list[Stage]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from d2lora import data, pipeline, plan
 from d2lora.adapters import attach, inits
 from d2lora.base import Base, load_base
-from d2lora.command import cli
+from d2lora.command import preflight
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Stage
 from d2lora.store import Store
@@ -570,9 +570,9 @@ def test_preparations_go_first_and_what_needs_them_is_not_started_without(cell) 
 
 
 def test_loftq_without_bitsandbytes_is_refused_before_anything_is_loaded(cell, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="init=loftq: needs bitsandbytes"):
-        cli.check_inputs(cell("init=loftq").config, set())
+        preflight.check_inputs(cell("init=loftq").config, set())
 
 
 def test_loftq_has_no_base_for_a_reference(cell) -> None:
@@ -582,7 +582,7 @@ def test_loftq_has_no_base_for_a_reference(cell) -> None:
 
 def test_too_few_general_rows_are_refused_before_anything_is_loaded(cell) -> None:
     with pytest.raises(UserError, match=r"init.samples=90000: warmup=lab has 44,000 rows"):
-        cli.check_inputs(cell("init=eva", "init.data=general", "init.samples=90000").config, set())
+        preflight.check_inputs(cell("init=eva", "init.data=general", "init.samples=90000").config, set())
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
             record = json.loads(file.read_text())
             kind, seconds = _kind(record["stage"], record["spec"]), record["seconds"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # `python -m d2lora.store check` names it; an estimate can do without
+            continue  # `python -m d2lora check` names it; an estimate can do without
         measured[kind].append(seconds / max(record.get("metrics", {}).get("samples_seen", 1), 1))
     if any(_kind(s.name, s.spec) not in measured for s in left):
         return "an unknown time: nothing like it was measured here yet"
