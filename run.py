@@ -8,20 +8,19 @@ ROOT = Path(__file__).resolve().parent
 # Launchers' workers import hydra_plugins and d2lora from here, wherever the command was typed.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-os.environ.setdefault(
-    "HYDRA_FULL_ERROR", "1"
-)  # errors come to d2lora.command.cli.guard, which shows what is ours in one line
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to guard, which shows what is ours in one line
 
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from d2lora.command import cli  # noqa: E402
+from d2lora.command.guard import guard  # noqa: E402
+from d2lora.command.job import job  # noqa: E402
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(config: DictConfig) -> int:
-    return cli.job(config)
+    return job(config)
 
 
 if __name__ == "__main__":
-    cli.guard(main)
+    guard(main)

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from d2lora.adapters import attach, coverage
 from d2lora.base import Base, _load
-from d2lora.command import cli
+from d2lora.command import grid
 from d2lora.data import Subset
 from d2lora.errors import UserError
 from d2lora.layouts import proof
@@ -106,7 +106,7 @@ def pairs(count: int = 8) -> list[dict[str, list[int]]]:
 def recipe() -> Recipe:
     """The default recipe, with batches of four examples in two micro-batches."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return cli.cell(compose("config", overrides=["recipe.batch=4", "recipe.micro_batch=2"])).config.recipe
+        return grid.cell_of(compose("config", overrides=["recipe.batch=4", "recipe.micro_batch=2"])).config.recipe
 
 
 def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:

@@ -86,13 +86,13 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
     from hydra import compose, initialize_config_dir
 
     from d2lora.adapters import attach
-    from d2lora.command import cli
+    from d2lora.command import grid
     from d2lora.data import Subset
     from d2lora.train import training
 
     settings = {"batch": args.batch, "micro_batch": args.micro, **how}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        recipe = cli.cell(compose("config", [f"recipe.{k}={v}" for k, v in settings.items()])).config.recipe
+        recipe = grid.cell_of(compose("config", [f"recipe.{k}={v}" for k, v in settings.items()])).config.recipe
     spec = {
         "method": METHODS[method], "batch": args.batch, "epochs": 1, "lr": 1e-6, "schedule": "cosine", "lr_warmup_ratio": 0.0,
         "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "max_length": 2048, "model": {"dtype": dtype()},

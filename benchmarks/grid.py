@@ -36,11 +36,13 @@ def plain_cell(method: str, m: int, n: int) -> dict:
     from hydra import compose, initialize_config_dir
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from d2lora.command import cli
+    from d2lora.command import grid
 
     torch.set_num_threads(1)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = cli.cell(compose("config", overrides=[f"method={method}", f"m={m}", f"n={n}", CONTINUATION])).config
+        config = grid.cell_of(
+            compose("config", overrides=[f"method={method}", f"m={m}", f"n={n}", CONTINUATION])
+        ).config
     tokenizer = AutoTokenizer.from_pretrained(ROOT / config.model.path)
     model = AutoModelForCausalLM.from_pretrained(ROOT / config.model.path)
     seconds = {"start-up": _lap(clock)}

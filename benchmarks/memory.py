@@ -25,8 +25,8 @@ def main() -> None:
     import psutil
     from hydra import compose, initialize_config_dir
 
-    from d2lora import pipeline
-    from d2lora.command import cli
+    from d2lora import worker
+    from d2lora.command import grid
     from d2lora.store import Store
 
     axes = itertools.product(range(args.cells), ("sft", "dpo", "orpo"), (0, 16))
@@ -34,8 +34,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for seed, method, m in itertools.islice(axes, args.cells):
             overrides = [f"seed={seed}", f"method={method}", f"m={m}", "n=16", f"output={folder}", *FEW_ITEMS]
-            this = cli.cell(compose("config", overrides))
-            if pipeline.do(this.config, this, Store(Path(folder)), lambda stage: lambda done, total: None):
+            this = grid.cell_of(compose("config", overrides))
+            if worker.do(this.config, this, Store(Path(folder)), lambda stage: lambda done, total: None):
                 raise SystemExit("a cell failed")
             seen.append(psutil.Process().memory_info().rss / 2**20)
             if len(seen) % 5 == 0:

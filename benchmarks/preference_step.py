@@ -34,13 +34,13 @@ def prepare(rows: str | None, pairs: int, method: str):
 
     from d2lora import data
     from d2lora.base import load_base
-    from d2lora.command import cli
+    from d2lora.command import grid
 
     torch.set_num_threads(1)
     real = ["scale=laptop", "task.data.path=" + rows, f"data_root={rows}", "recipe.max_length=1024"] if rows else []
     keep = [f"recipe.batch={BATCH}", f"recipe.micro_batch={4 if rows else 8}", "~task.benchmark"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cell = cli.cell(compose("config", overrides=[f"method={method}", f"n={pairs}", *real, *keep]))
+        cell = grid.cell_of(compose("config", overrides=[f"method={method}", f"n={pairs}", *real, *keep]))
     base = load_base(cell.config.model, ROOT / "outputs" / "models")
     make = functools.partial(data.pair_example, base.tokenizer, cell.config.task)
     spec = cell.chain.adapt.spec.content() | {"epochs": 1, "lr": 1e-5}

@@ -26,12 +26,12 @@ def make(output: Path) -> None:
     import made
     from hydra import compose, initialize_config_dir
 
-    from d2lora.command import cli
+    from d2lora.command.grid import cell_of
 
     grid = []
     for method in ("sft", "dpo", "orpo"):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = cli.cell(compose("config", overrides=["scale=paper", f"method={method}", "sweep=large"])).config
+            config = cell_of(compose("config", overrides=["scale=paper", f"method={method}", "sweep=large"])).config
         grid += made.cells(config, **AXES)
     made.publish(output, grid, ITEMS, text=lambda i: f"{WORDS * 4}So the answer is \\boxed{{{i}}}.")
 

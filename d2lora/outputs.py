@@ -22,6 +22,11 @@ ROOT = Path(
 ).parent.parent  # the project's folder: relative paths are meant from here, wherever a command is typed
 
 
+def project_path(typed: str) -> Path:
+    """Return the folder that a typed path means: `~` is the home folder, and a relative path starts in the project's folder."""
+    return ROOT / Path(typed).expanduser()
+
+
 @dataclass(frozen=True)
 class Outputs:
     """The layout of one output folder."""
@@ -35,8 +40,8 @@ class Outputs:
 
     @classmethod
     def at(cls, folder: str) -> "Outputs":
-        """Return the output folder of a text: ~ is a home, and a relative path is meant from the project's folder."""
-        return cls(ROOT / Path(folder).expanduser())
+        """Return the output folder that a typed path means."""
+        return cls(project_path(folder))
 
     @property
     def store(self) -> Path:

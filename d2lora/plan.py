@@ -12,12 +12,9 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from d2lora.keys import canonical, digest  # noqa: F401
-from d2lora.settings import Config, amount  # noqa: F401
-
-# until all have moved
+from d2lora.keys import digest
+from d2lora.settings import Config
 from d2lora.stages import (
-    VERSIONS,  # noqa: F401
     Stage,
     adapt,
     contamination,
@@ -32,12 +29,6 @@ from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.flips import FlipsSpec
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.warmup import WarmupSpec
-
-pairs, sources = contamination.pairs, prepare.sources
-
-
-def benchmarks(config: Config) -> list[str]:
-    return [*config.task.benchmark, *config.task.lm_eval]
 
 
 @dataclass(frozen=True)
@@ -118,8 +109,11 @@ class Job:
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """Equal cells once, in order."""
-    return list({cell.id: cell for cell in cells}.values())
+    """Equal cells once, in order: the first of them."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.id, cell)
+    return list(first.values())
 
 
 def stages(cells: Iterable[Cell]) -> list[Stage]:

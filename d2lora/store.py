@@ -5,14 +5,12 @@
 
 Correctness rests on one rename; the lock only saves waste. A file system without locks costs double work, never damage.
 
-`python -m d2lora.store check` verifies the store; `gc` lists what no sweep's manifest names any more, and `gc --yes` frees it.
+`python -m d2lora check` verifies the store; `python -m d2lora gc` lists what no sweep's manifest names any more, and `gc --yes` frees it.
 """
 
-import argparse
 import json
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +113,7 @@ def _digest(record: dict) -> str:
 
 def check(output: Path) -> Iterator[str]:
     """What is wrong in the store under `output`, a line each: damage, edits, missing or foreign files, what a kill left."""
-    for place in _entries(output):
+    for place in entries(output):
         if place.name.startswith("."):
             yield f"{place}: unfinished: left by a worker that was stopped, or at work now"
         elif place.parent.name not in VERSIONS or not (place / "record.json").is_file():
@@ -124,7 +122,8 @@ def check(output: Path) -> Iterator[str]:
             yield from _faults(place)
 
 
-def _entries(output: Path) -> list[Path]:
+def entries(output: Path) -> list[Path]:
+    """What lies in the store's folders, records or not."""
     stages = (f for f in (output / "store").glob("*") if f.name != ".locks")
     return sorted(place for stage in stages for place in (stage.iterdir() if stage.is_dir() else [stage]))
 
@@ -156,7 +155,7 @@ def garbage(output: Path) -> Iterator[tuple[Path, str]]:
         raise UserError(f"{file}: what only this manifest names would be freed too: remove it if that is right")
     manifests = [json.loads(f.read_text()) for f in (output / "manifests").glob("*.json")]
     named = {key for m in manifests for cell in m["cells"] + m.get("earlier", []) for key in _strings(cell["stages"])}
-    for place in _entries(output):
+    for place in entries(output):
         if place.name.startswith("."):
             if not _locked(output, place.name[1:].split("-")[0]):
                 yield place, "left by a worker that was stopped"
@@ -189,47 +188,7 @@ def _locked(output: Path, key: str) -> bool:
         return True
 
 
-def _size(place: Path) -> int:
-    return sum(f.stat().st_size for f in [place, *place.rglob("*")] if f.is_file())
+if __name__ == "__main__":  # as it was typed before `python -m d2lora check|gc`, and goes on working
+    from d2lora.__main__ import old_store
 
-
-def _remove(place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place)
-    else:
-        place.unlink()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m d2lora.store", description="Verify the store, or free what nothing needs."
-    )
-    parser.add_argument("action", choices=["check", "gc"])
-    parser.add_argument("--yes", action="store_true", help="gc: free what it lists")
-    parser.add_argument("--output", default="outputs", help="the folder that holds store and manifests")
-    args = parser.parse_args()
-    output = data.ROOT / Path(args.output).expanduser()
-    try:
-        _act(args, output)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except (OSError, ValueError, KeyError) as error:  # a damaged manifest, a folder that can't be read or freed
-        sys.exit(f"error: {output}: {type(error).__name__}: {error}")
-
-
-def _act(args: argparse.Namespace, output: Path) -> None:
-    if args.action == "check":
-        faults = list(check(output))
-        print("\n".join([*faults, f"{len(_entries(output))} entries, {len(faults)} of them to look at"]))
-        sys.exit(1 if faults else 0)
-    found = list(garbage(output))
-    for place, why in found:
-        print(f"{_size(place) / 1e6:8.1f} MB  {place}: {why}")
-        if args.yes:
-            _remove(place)
-    total = f"{len(found)} entries"
-    print(f"freed {total}" if args.yes else f"{total} could be freed: gc --yes")
-
-
-if __name__ == "__main__":
-    main()
+    old_store()

@@ -18,7 +18,7 @@ class SweepsOnThePath(SearchPathPlugin):
 
 
 class GridSweeper(Sweeper):
-    """Plans the whole grid before anything runs: see d2lora.command.grid."""
+    """Plans the whole grid before anything runs: see d2lora.command.launch."""
 
     def __init__(self, params: DictConfig | ListConfig | None = None) -> None:
         self.params = OmegaConf.to_container(params) if params else {}
@@ -26,15 +26,15 @@ class GridSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from hydra.core.plugins import Plugins
 
-        self.config, self.context = config, hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.grid_config, self.loader = config, hydra_context.config_loader
+        self.hydra_launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from d2lora.command.grid import sweep
+        from d2lora.command.launch import sweep
 
-        sweep(self.config, self.context.config_loader, self.launcher, self.params, arguments)
+        sweep(self.grid_config, self.loader, self.hydra_launcher, self.params, arguments)
 
 
 ConfigStore.instance().store(

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from d2lora import plan
-from d2lora.command import cli
+from d2lora.command import grid
 from d2lora.plan import Cell
 from d2lora.settings import Config
 
@@ -27,4 +27,4 @@ def cell(*overrides: str, name: str = "config", folder: str = "conf") -> Cell:
 def _config(name: str, folder: str, *overrides: str) -> Config:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / folder), version_base="1.3"):
-        return cli.cell(compose(name, overrides=list(overrides))).config
+        return grid.cell_of(compose(name, overrides=list(overrides))).config

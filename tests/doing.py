@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2lora import data, pipeline
-from d2lora.plan import Cell, Stage
+from d2lora import data, worker
+from d2lora.outputs import Outputs
+from d2lora.plan import Cell
+from d2lora.stages import Stage
 from d2lora.store import Store
 
 
@@ -35,9 +37,9 @@ def save_tiny(folder: Path) -> Path:
 def do(cell: Cell, progress: Callable[[int, int], None] = lambda done, total: None) -> Store:
     """The store with the cell's stages done; of the checks of its data and base those that `only` names. What failed is shown."""
     cell = cell if cell.config.job is not None else only(cell, *cell.chain.results)
-    store = Store(pipeline.output(cell.config))
-    lost = pipeline.do(cell.config, cell, store, lambda stage: progress)
-    assert not lost, [f.read_text() for f in (pipeline.output(cell.config) / "failed").glob("*")]
+    store = Store(Outputs.of(cell.config).root)
+    lost = worker.do(cell.config, cell, store, lambda stage: progress)
+    assert not lost, [f.read_text() for f in (Outputs.of(cell.config).root / "failed").glob("*")]
     return store
 
 
@@ -53,5 +55,5 @@ def alone(cell: Cell) -> Cell:
 
 def adapter(cell: Cell) -> dict[str, torch.Tensor]:
     """The weights that the cell has trained."""
-    place = Store(pipeline.output(cell.config)).place(cell.chain.adapter)
+    place = Store(Outputs.of(cell.config).root).place(cell.chain.adapter)
     return load_file(place / "adapter" / "adapter_model.safetensors")

@@ -10,10 +10,10 @@ import composing
 import numpy as np
 
 from d2lora.plan import Cell, chain
-from d2lora.stages import Stage
 from d2lora.report.manifest import write_manifest
 from d2lora.scoring import KINDS
 from d2lora.settings import Config
+from d2lora.stages import Stage
 from d2lora.store import Store
 
 PROVENANCE = {
@@ -65,7 +65,7 @@ def publish(
         for cell in grid:
             for stage in cell.chain.stages:
                 if not missing(stage):
-                    store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, s.subject, items, ability, text, provenance, more))  # fmt: skip # noqa: B023
+                    store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, s.subject, items, ability, text, provenance, more))  # fmt: skip
 
 
 def _record(folder, stage, cell, benchmark, items, ability, text, provenance, more) -> dict:

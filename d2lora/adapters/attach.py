@@ -21,9 +21,9 @@ from d2lora import data
 from d2lora.adapters import coverage, inits
 from d2lora.base import Base
 from d2lora.errors import UserError
+from d2lora.keys import digest
 from d2lora.layouts import families, proof
 from d2lora.outputs import write_json
-from d2lora.plan import digest
 from d2lora.settings import Model
 
 

@@ -1,14 +1,12 @@
-"""Download what cells need, for clusters whose nodes are offline: `python -m d2lora.fetch` with run.py's overrides.
+"""Download what cells need, for clusters whose nodes are offline: `python -m d2lora fetch` with run.py's overrides.
 
 Afterwards run.py finds everything in the Hub's cache (HF_HOME) with HF_HUB_OFFLINE=1.
 """
 
-import argparse
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -19,20 +17,15 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from d2lora import data, plan
-from d2lora.command import cli, grid
+from d2lora.command import grid
 from d2lora.errors import UserError
 from d2lora.settings import Config, Model
-
-_HELP = """python -m d2lora.fetch [-cn SWEEP] [--config-dir FOLDER] [OVERRIDE ...]
-
-Downloads the model and data sets that `python run.py` with the same overrides needs, for example
-  python -m d2lora.fetch scale=paper m=0,40000
-  python -m d2lora.fetch -cn table3"""
+from d2lora.stages import prepare
 
 
 def fetch(config: Config) -> Iterable[str]:
     """Download each data set and the model of a config, yielding a line for each. UserError for what can't be had."""
-    for key, source in plan.sources(config).items():
+    for key, source in prepare.sources(config).items():
         rows = data.rows(source, config.split_seed)
         yield f"{key}: {source.path}, {len(rows):,} rows"
     for name in config.task.lm_eval:
@@ -53,8 +46,7 @@ def _fetch_lm_eval(name: str) -> None:
 
 @functools.cache
 def _fetch_model(model: Model) -> str:
-    place = data.model_files(model)
-    if place is not None:
+    if data.model_files(model) is not None:
         return f"{model.name} is on this machine"
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"] + (["*.py"] if model.trust_remote_code else [])
     try:
@@ -64,32 +56,23 @@ def _fetch_model(model: Model) -> str:
     return f"{model.path}@{model.revision}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows how")
+def configs(overrides: Sequence[str], name: str = "config", folder: Path | None = None) -> list[Config]:
+    """The configs of the cells that run.py makes of the same command line, one of those that read the same.
 
-
-def configs(arguments: list[str]) -> list[Config]:
-    """The configs of the cells that run.py makes of the same command line, one of those that read the same."""
-    parser = _Parser(prog="d2lora.fetch", add_help=False)
-    parser.add_argument("-cn", "--config-name", default="config")
-    parser.add_argument("-cd", "--config-dir", type=Path)
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("overrides", nargs="*")
-    given = parser.parse_intermixed_args(arguments)
+    `name` is the primary config's (-cn), `folder` one of the user's own configs (--config-dir).
+    """
     sys.path.insert(0, str(data.ROOT))  # for hydra_plugins
-    if given.config_dir:
-        _search(given.config_dir)
-    hydra = [o for o in given.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    if folder:
+        _search(folder)
+    hydra = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
     with initialize_config_dir(str(data.ROOT / "conf"), version_base="1.3"):
-        whole = compose(given.config_name, hydra, return_hydra_config=True)
+        whole = compose(name, hydra, return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
         params = OmegaConf.to_container(whole.hydra.sweeper.get("params") or OmegaConf.create({}))
-        overrides = grid.expand(
-            OverridesParser.create(config_loader=loader), params, [o for o in given.overrides if o not in hydra]
-        )
-        cells = grid.valid_cells(grid.Composer(whole, loader), overrides, check=lambda config, seen: None)
-    read = [(plan.sources(c.config), c.config.task.lm_eval, c.config.model) for c in cells]
+        parser = OverridesParser.create(config_loader=loader)
+        axes = grid.expand(parser, params, [o for o in overrides if o not in hydra])
+        cells = plan.unique(grid.valid_cells(grid.Composer(whole, loader), axes, check=lambda config, passed: None))
+    read = [(prepare.sources(c.config), c.config.task.lm_eval, c.config.model) for c in cells]
     return list({str(r): c.config for r, c in zip(read, cells, strict=True)}.values())
 
 
@@ -105,17 +88,11 @@ def _search(folder: Path) -> None:
     Plugins.instance().register(ConfigDir)
 
 
-def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(_HELP)
-        return
-    cli.guard(lambda: _fetch_all(sys.argv[1:]))
-
-
-def _fetch_all(arguments: list[str]) -> None:
-    seen: set[str] = set()
-    for config in configs(arguments):
+def fetch_all(overrides: Sequence[str], name: str = "config", folder: Path | None = None) -> None:
+    """Download what the cells of a command line need, and print a line for each data set and model once."""
+    told: set[str] = set()
+    for config in configs(overrides, name, folder):
         for line in fetch(config):
-            if line not in seen:
+            if line not in told:
                 print(line, flush=True)
-                seen.add(line)
+                told.add(line)

@@ -19,13 +19,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d2lora import data, plan
+from d2lora import data
 from d2lora.data.files import Row, listed
 from d2lora.data.pairs import EQUAL
 from d2lora.data.tokens import BAD, FITS, LONG
 from d2lora.errors import UserError
+from d2lora.keys import digest
 from d2lora.outputs import cached
 from d2lora.settings import Benchmark, Config, Data, Model, Task, Warmup
+from d2lora.stages import prepare
 
 Make = Callable[[Any, Row], dict]  # tokenizer, row -> example
 
@@ -76,7 +78,7 @@ def check(config: Config, output: Path) -> None:
     if config.m != 0:
         draw = _general_draw(config, source)
         _enough(draw, config.m, source, output, config.warmup.data, f"m={config.m}: warmup={config.warmup.name}")
-    if config.init.data == "general" and config.m == 0 and "warmup.data" in plan.sources(config):
+    if config.init.data == "general" and config.m == 0 and "warmup.data" in prepare.sources(config):
         draw, wanted = _general_draw(config, source), config.init.samples or 0
         _enough(draw, wanted, source, output, config.warmup.data, f"init.samples={wanted}: warmup={config.warmup.name}")
 
@@ -135,7 +137,7 @@ def _key(source: Source, rows: Data, split_seed: int, what: dict) -> str:
         "thinking": source.thinking,
         "code": _code(),
     }
-    return plan.digest(spec | what | {"transformers": version("transformers")})
+    return digest(spec | what | {"transformers": version("transformers")})
 
 
 @functools.cache
@@ -169,7 +171,7 @@ def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> dict:
 
 def _enough(draw: Draw, wanted: int | str, source: Source, output: Path, rows: Data, name: str) -> None:
     """UserError unless `wanted` rows can be used and none on the way to them is broken."""
-    file = output / "fingerprints" / f"{plan.digest([draw.key, wanted, draw.preference])}.json"
+    file = output / "fingerprints" / f"{digest([draw.key, wanted, draw.preference])}.json"
     if _known(file) or (fates := _until(draw, wanted, source)) is None:
         return
     _refuse_bad(draw, fates, f"{name}: data.path={rows.path}")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from d2lora import plan
 from d2lora.data import overlap
-from d2lora.plan import Cell, Stage
-from d2lora.stages import flips
+from d2lora.keys import canonical
+from d2lora.plan import Cell
+from d2lora.stages import Stage, flips
 from d2lora.store import Store
 
 
@@ -21,7 +22,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable
         f"sweep {cells[0].config.sweep}: {len(cells)} cell{'s'[: len(cells) > 1]}, {len(stages)} stages, {len(stages) - len(left)} done, {len(left)} to do"
     ]
     for name in ("contamination", "flips", "prepare", "warmup", "adapt", "evaluate"):
-        these = [s for s in stages if s.name == name]
+        these = [s for s in stages if s.kind == name]
         if these:
             shared = sum(used[s.key] > 1 for s in these)
             done = sum(store.done(s) for s in these)
@@ -47,7 +48,7 @@ def coverage_text(model: str, targets: str | list[str], found: dict) -> str:
 def _samples(name: str, these: list[Stage], cells: list[Cell]) -> str:
     if name in ("contamination", "flips", "prepare", "evaluate"):
         return ""
-    every = [s for c in cells for s in c.chain.stages if s.name == name]
+    every = [s for c in cells for s in c.chain.stages if s.kind == name]
     if any(s.samples is None for s in every):
         return "; samples known once the data set is read (n or m is all)"
     once, apart = (sum(s.samples or 0 for s in group) for group in (these, every))
@@ -56,7 +57,7 @@ def _samples(name: str, these: list[Stage], cells: list[Cell]) -> str:
 
 def _cell_line(cell: Cell, store: Store) -> str:
     chain = cell.chain
-    marks = [f"{s.name} {s.key[:8]}{' (done)' if store.done(s) else ''}" for s in chain.stages]
+    marks = [f"{s.kind} {s.key[:8]}{' (done)' if store.done(s) else ''}" for s in chain.stages]
     return f"{cell.id}: {', '.join(marks)}"
 
 
@@ -68,7 +69,7 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
             record = json.loads(file.read_text())
             kind, seconds = _kind(record["stage"], record["spec"]), record["seconds"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # `python -m d2lora.store check` names it; an estimate can do without
+            continue  # `python -m d2lora check` names it; an estimate can do without
         measured[kind].append(seconds / max(record.get("metrics", {}).get("samples_seen", 1), 1))
     if any(_kind(s.kind, s.spec.content()) not in measured for s in left):
         return "an unknown time: nothing like it was measured here yet"
@@ -86,13 +87,13 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
 def _kind(name: str, spec: dict) -> tuple:
     """What a stage's time a sample depends on most: kind, method and model; of an evaluation, its benchmark."""
     if name == "contamination":
-        return name, plan.canonical(spec["train"])
+        return name, canonical(spec["train"])
     if name == "evaluate":
-        return name, plan.canonical(spec.get("benchmark", spec.get("lm_eval")))
+        return name, canonical(spec.get("benchmark", spec.get("lm_eval")))
     if name == "flips":
-        return name, plan.canonical([spec.get("benchmark", spec.get("lm_eval")), spec["model"]])
+        return name, canonical([spec.get("benchmark", spec.get("lm_eval")), spec["model"]])
     kind = spec["init"]["name"] if name == "prepare" else spec.get("method", {}).get("name")
-    return name, kind, plan.canonical(spec["model"])
+    return name, kind, canonical(spec["model"])
 
 
 def progress_text(cells: list[Cell], store: Store) -> str:
@@ -117,7 +118,8 @@ def _failed(stage: Stage, store: Store) -> bool:
 def cell_text(cell: Cell, store: Store) -> str:
     """A single cell's results."""
     lines = [cell.id]
-    for name, stage in zip(plan.benchmarks(cell.config), cell.chain.evaluations, strict=True):
+    for stage in cell.chain.evaluations:
+        name = stage.subject
         record = store.record(stage)
         for metric, r in (record["metrics"] if record else {}).items():
             lines.append(f"  {name} {metric}: {100 * r['value']:.2f} % ± {196 * r['stderr']:.2f} ({r['items']} items)")
@@ -126,13 +128,15 @@ def cell_text(cell: Cell, store: Store) -> str:
         elif cut := record.get("counts", {}).get("cut"):
             items = max(r["items"] for r in record["metrics"].values())
             lines.append(f"  {name}: {cut} of {items} answers stopped at max_new_tokens, before an end of their own")
-    for name, stage in zip(plan.benchmarks(cell.config), cell.chain.flips, strict=False):
-        record = store.record(stage)
-        lines.append(f"  {flips.text(record) if record else f'{name} of the base at two batch sizes: missing'}")
-    for pair, stage in zip(plan.pairs(cell.config), cell.chain.contamination, strict=True):
-        record = store.record(stage)
-        found = overlap.shares_text(pair.name, record["metrics"]) if record else f"{pair.name}: missing"
-        lines.append(f"  test items in the training set, {found}")
+    for check in cell.chain.flips:
+        record = store.record(check)
+        lines.append(
+            f"  {flips.text(record) if record else f'{check.subject} of the base at two batch sizes: missing'}"
+        )
+    for against in cell.chain.contamination:
+        record = store.record(against)
+        shares = overlap.shares_text(against.subject, record["metrics"]) if record else f"{against.subject}: missing"
+        lines.append(f"  test items in the training set, {shares}")
     return "\n".join([*lines, *_passed_over(cell, store)])
 
 
@@ -143,7 +147,7 @@ def _passed_over(cell: Cell, store: Store) -> Iterable[str]:
         reasons = {"too long": counts.get("misfits", 0)} | counts.get("left_out", {})
         if told := ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items() if count):
             others = "" if "all" in (getattr(stage.spec, "m", 0), getattr(stage.spec, "n", 0)) else ", others taken"
-            yield f"  {stage.name}: rows passed over ({told}){others}"
+            yield f"  {stage.kind}: rows passed over ({told}){others}"
 
 
 def failures_text(output: Path, lost: Iterable[Stage]) -> str:

@@ -19,10 +19,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from d2lora.data import longest
 from d2lora.errors import UserError
+from d2lora.keys import digest
 from d2lora.layouts import families, packing
 from d2lora.layouts.packing import Layout
 from d2lora.outputs import write_json
-from d2lora.plan import digest
 
 EXACT = 1e-3  # nats a token, in float32
 _NOISE = 3.0  # times the noise that was measured, in bfloat16 ...

@@ -1,16 +1,12 @@
 """A sweep's dashboard in W&B: accuracy over n, the loss curves, the tables and figures, as a W&B report.
 
-`python -m d2lora.dashboard SWEEP` writes it with wandb-workspaces (the extra `dashboard`) and prints its address.
+`python -m d2lora dashboard SWEEP` writes it with wandb-workspaces (the extra `dashboard`) and prints its address.
 """
 
-import argparse
 import csv
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from d2lora import data
 from d2lora.errors import UserError
 
 
@@ -57,19 +53,12 @@ def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
     return wr.Report(project=project, entity=entity, title=f"d2lora · {sweep}", blocks=blocks, width="fluid")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m d2lora.dashboard", description="Write a sweep's W&B dashboard.")
-    parser.add_argument("sweep")
-    parser.add_argument("--output", default="outputs", help="the folder that holds store and report")
-    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "d2lora"))
-    parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="your account's own without it")
-    args = parser.parse_args()
-    try:
-        metrics = main_metrics(data.ROOT / args.output, args.sweep)
-        print(_save(args.sweep, metrics, args.entity, args.project))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def write(output: Path, sweep: str, entity: str | None, project: str) -> str:
+    """The address of a sweep's dashboard, written to W&B anew; its report lies in `output`.
+
+    UserError for a sweep without results, without the extra, or for a server that does not take it.
+    """
+    return _save(sweep, main_metrics(output, sweep), entity, project)
 
 
 def _save(sweep: str, metrics: list[str], entity: str | None, project: str) -> str:

@@ -19,10 +19,12 @@ from typing import Any
 
 from d2lora import data, plan
 from d2lora.errors import UserError
+from d2lora.keys import digest
 from d2lora.mirror.sender import Run, disabled, flush, hush, is_offline
 from d2lora.outputs import cached, write_json
-from d2lora.plan import Cell, Stage
-from d2lora.settings import Config
+from d2lora.plan import Cell
+from d2lora.settings import Config, amount
+from d2lora.stages import Stage
 from d2lora.store import Store
 
 _at_work: ContextVar[Run | None] = ContextVar("at_work", default=None)  # the run of the stage at work
@@ -37,7 +39,7 @@ def stage(config: Config, chain: plan.Chain, stage: Stage, store: Store) -> Iter
         yield
         return
     about = _about(config, chain, stage)
-    run = Run(config, store.folder.parent, id=stage.key, job_type=stage.name, **about)
+    run = Run(config, store.folder.parent, id=stage.key, job_type=stage.kind, **about)
     run.do(_define_axes)
     token = _at_work.set(run)
     try:
@@ -66,13 +68,13 @@ def log(values: dict[str, float], samples_seen: int) -> None:
 
 def _about(config: Config, chain: plan.Chain, stage: Stage) -> dict:
     """Name, tags and config of a stage's run: from what the stage depends on, for it may serve many cells."""
-    trained = stage if stage.name in ("prepare", "warmup", "adapt") else stage.parent
+    trained = stage if stage.kind in ("prepare", "warmup", "adapt") else stage.parent
     name, tags = _who(config, trained)
-    if stage.name == "evaluate":
+    if stage.kind == "evaluate":
         name.insert(0, stage.subject)
     elif stage is not trained:
         name, tags = [stage.label], []
-    facts = {"stage": stage.name, "key": stage.key, "parent": stage.parent and stage.parent.key, "label": stage.label}
+    facts = {"stage": stage.kind, "key": stage.key, "parent": stage.parent and stage.parent.key, "label": stage.label}
     return {"name": " · ".join(name), "tags": tags, "config": stage.spec.content() | facts}
 
 
@@ -80,9 +82,9 @@ def _who(config: Config, trained: Stage | None) -> tuple[list[str], list[str]]:
     """How an adapter is called, in parts, and its tags. None is the base itself."""
     if trained is None:
         return [f"base {config.model.name}"], ["base"]
-    m, n = config.m, config.n if trained.name == "adapt" else 0
-    what = {"adapt": config.method.name, "warmup": "warm-up"}.get(trained.name, trained.name)
-    return [what, f"D2LoRA({plan.amount(m)}, {plan.amount(n)})", f"s{config.seed}"], [what, config.init.name, _arm(m)]
+    m, n = config.m, config.n if trained.kind == "adapt" else 0
+    what = {"adapt": config.method.name, "warmup": "warm-up"}.get(trained.kind, trained.kind)
+    return [what, f"D2LoRA({amount(m)}, {amount(n)})", f"s{config.seed}"], [what, config.init.name, _arm(m)]
 
 
 def _arm(m: int | str) -> str:
@@ -149,9 +151,12 @@ def _lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
 
     An input is given by content, not by name: runs can be uploaded in any order, and W&B takes equal content for one version.
     """
-    inputs = [_adapter(stage.parent, store) if stage.parent else None, _note("base", config.model.name, stage.spec.content())]
+    inputs = [
+        _adapter(stage.parent, store) if stage.parent else None,
+        _note("base", config.model.name, stage.spec.content()),
+    ]
     sources = {"warmup": config.warmup.name, "adapt": config.task.name}
-    inputs += [_note("dataset", sources[stage.name], stage.spec.content())] if stage.name in sources else []
+    inputs += [_note("dataset", sources[stage.kind], stage.spec.content())] if stage.kind in sources else []
     for artifact in filter(None, inputs):
         # run.use_artifact() waits for the server, and refuses to work offline; this is what it does otherwise.
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
@@ -166,7 +171,9 @@ def _adapter(stage: Stage, store: Store) -> Any:
     folder = store.place(stage) / "adapter"
     if not folder.is_dir():
         return None
-    artifact = wandb.Artifact(f"{stage.name}-{stage.key}", "model", description=stage.label, metadata=stage.spec.content())
+    artifact = wandb.Artifact(
+        f"{stage.kind}-{stage.key}", "model", description=stage.label, metadata=stage.spec.content()
+    )
     for file in sorted(folder.iterdir()):
         artifact.add_file(str(file), policy="immutable")
     return artifact
@@ -198,11 +205,11 @@ def cell(cell: Cell, store: Store) -> None:
     results: dict[str, Any] = {}
     for stage, record in records.items():
         assert record is not None
-        results |= {f"{stage.name}_seconds": results.get(f"{stage.name}_seconds", 0.0) + record["seconds"]}
+        results |= {f"{stage.kind}_seconds": results.get(f"{stage.kind}_seconds", 0.0) + record["seconds"]}
         if stage in cell.chain.evaluations:
             results |= _results(record, _items(store.place(stage)))
     c = cell.config
-    name = f"{c.method.name} · D2LoRA({plan.amount(c.m)}, {plan.amount(c.n)}) · s{c.seed}"
+    name = f"{c.method.name} · D2LoRA({amount(c.m)}, {amount(c.n)}) · s{c.seed}"
     about = {"name": name, "job_type": "cell", "config": _flat(cell), "tags": [c.method.name, c.init.name, _arm(c.m)]}
     fill = functools.partial(_fill_cell, cell=cell, results=results)
     _log_once(f"cell-{_digest(cell.id, c.sweep)}", results, c, store.folder.parent, fill, **about)
@@ -210,7 +217,7 @@ def cell(cell: Cell, store: Store) -> None:
 
 def _fill_cell(run: Any, cell: Cell, results: dict) -> None:
     url = None if run.offline else run.url  # offline the ids find the stages too
-    links = [(s.label or s.name, s.key) for s in cell.chain.results]
+    links = [(s.label or s.kind, s.key) for s in cell.chain.results]
     run.notes = "\n".join(f"- [{t}]({url.rsplit('/', 1)[0]}/{key})" if url else f"- {t}: {key}" for t, key in links)
     run.summary.update(results)
 
@@ -220,8 +227,8 @@ def _flat(cell: Cell) -> dict:
     c = cell.config
     named = {k: getattr(c, k).name for k in ("method", "task", "model", "init", "warmup", "recipe")}
     sizes = {"m": c.m, "n": c.n, "seed": c.seed, "arm": _arm(c.m), "lr": c.recipe.rate(c.method.name)}
-    evaluations = dict(zip(plan.benchmarks(c), (s.key for s in cell.chain.evaluations), strict=True))
-    trained = {s.name: s.key for s in (cell.chain.warmup, cell.chain.adapt) if s}
+    evaluations = {s.subject: s.key for s in cell.chain.evaluations}
+    trained = {s.kind: s.key for s in (cell.chain.warmup, cell.chain.adapt) if s}
     whole = c.model_dump(exclude={"output", "data_root", "dry_run", "skip_invalid", "job"})
     return named | sizes | {"cell": cell.id, "stages": trained | {"evaluate": evaluations}, "config": _public(whole)}
 
@@ -326,4 +333,4 @@ def _log_once(run_id: str, content: object, whose: Config, output: Path, fill: C
 
 
 def _digest(*parts: object) -> str:
-    return plan.digest(list(parts))
+    return digest(list(parts))

@@ -1,6 +1,6 @@
 """Tables, figures and the page of finished work, from manifests and records alone: no log, never W&B.
 
-`python -m d2lora.report [SWEEP ...]` writes them for the named sweeps, or for all, into <output>/report/.
+`python -m d2lora report [SWEEP ...]` writes them for the named sweeps, or for all, into <output>/report/.
 """
 
 from collections.abc import Iterable

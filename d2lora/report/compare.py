@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from d2lora import plan, stats
+from d2lora import stats
 from d2lora.report.rows import Point, differing
-from d2lora.settings import QUANTIZING
+from d2lora.settings import QUANTIZING, amount
 
 ALPHA = 0.05
 _BASE = ("", "", "")
@@ -36,7 +36,7 @@ class Comparison:
     @property
     def label(self) -> str:
         names = ", ".join(m.upper() for m in self.methods)
-        return f"{names} m={plan.amount(self.d2lora.m)} n={plan.amount(self.d2lora.n)} {self.where}".strip()
+        return f"{names} m={amount(self.d2lora.m)} n={amount(self.d2lora.n)} {self.where}".strip()
 
 
 def comparisons(points: Iterable[Point]) -> dict[Point, Comparison]:

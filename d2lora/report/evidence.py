@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from d2lora import plan
+from d2lora.keys import canonical
 from d2lora.report.rows import Point, Records
 from d2lora.stages import flips
 
@@ -114,7 +114,7 @@ def _fingerprints(found: list[tuple[dict, str]]) -> Iterator[str]:
         spec = record["spec"]
         source = spec.get("benchmark", spec).get("data")
         if source is not None:
-            sets[record["stage"], name][plan.canonical(source)] += 1
+            sets[record["stage"], name][canonical(source)] += 1
     for (stage, name), prints in sorted(sets.items()):
         if len(prints) > 1:
             yield f"Records of {stage} on {name} read different data under that name ({len(prints)} fingerprints)."

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2lora import plan
 from d2lora.report import paper
 from d2lora.report.paper import Artefact
 from d2lora.report.rows import LABELS, Point, size
 from d2lora.report.tables import METHODS, Line, Table
+from d2lora.settings import amount
 
 WIDTH, HEIGHT = 3.3, 2.2  # inches: a column of a two-column paper; each panel's height
 # Okabe and Ito's, told apart by everyone; in grey by lightness and markers.
@@ -158,7 +158,7 @@ def _draw_panel(axis, panel: Panel) -> None:
         _draw_curve(axis, curve, panel)
     ticks = sorted({x for c in panel.curves for x, _ in c.points})
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
-    axis.set_xticks(ticks, [plan.amount(x) for x in ticks], rotation=45 if _crowded(ticks) else 0)
+    axis.set_xticks(ticks, [amount(x) for x in ticks], rotation=45 if _crowded(ticks) else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
 
 

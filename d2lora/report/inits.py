@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from d2lora import plan, stats
+from d2lora import stats
 from d2lora.report import figures, tables
 from d2lora.report.compare import ALPHA, Comparison, compared, counterpart, places, seeds_text
 from d2lora.report.rows import Point, Records, differing, size
+from d2lora.settings import amount
 
 CAPTION = "Initializations: scores in %, differences to init=lora in points on the same items"
 PLAIN = "lora"
@@ -104,7 +105,7 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _texts(row: Row, labels: list[str], benchmarks: list[str]) -> list[str]:
     texts = [row.init, *(getattr(row, k) or "-" for k in labels)]
-    texts += [row.method.upper(), plan.amount(row.m), plan.amount(row.n)]
+    texts += [row.method.upper(), amount(row.m), amount(row.n)]
     for benchmark in benchmarks:
         point, against = row.points.get(benchmark), row.against.get(benchmark)
         texts.append(tables.percent(point.value) or "missing" if point else "-")
@@ -162,7 +163,7 @@ def _figure(rows: list[Row], pyplot):
         for base in (b for b in bases if (b.model, b.task) in {(r.model, r.task) for r in panel}):
             if (point := base.points.get(benchmark)) and point.value is not None:
                 axis.axhline(100 * point.value, color="grey", linestyle=":", linewidth=0.8, label="base", zorder=0)
-        axis.set(title=f"{benchmark}, n={plan.amount(n)} {here}".strip(), ylabel="%")
+        axis.set(title=f"{benchmark}, n={amount(n)} {here}".strip(), ylabel="%")
         axis.grid(axis="y", alpha=0.3, linewidth=0.5)
     axes[-1, 0].set_xticks(range(len(inits)), inits, rotation=30, ha="right")
     handles: dict = {}

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2lora import plan
 from d2lora.errors import UserError
 from d2lora.outputs import lock, write_json
 from d2lora.plan import Cell
@@ -54,10 +53,10 @@ def _write(output: Path, sweep: str, cells: list[dict], earlier: list[dict]) -> 
 def _entry(cell: Cell) -> dict:
     config = cell.config.model_dump(exclude={"output", "dry_run", "skip_invalid", "job", "data_root"})
     chain = cell.chain
-    evaluations = dict(zip(plan.benchmarks(cell.config), (s.key for s in chain.evaluations), strict=True))
-    trained = {name: stage and stage.key for name in ("prepare", "warmup", "adapt") for stage in [getattr(chain, name)]}
-    checks = {pair.name: s.key for pair, s in zip(plan.pairs(cell.config), chain.contamination, strict=True)}
-    flips = {name: s.key for name, s in zip(evaluations, chain.flips, strict=False)}  # of a bfloat16 model only
+    evaluations = {s.subject: s.key for s in chain.evaluations}
+    trained = dict.fromkeys(("prepare", "warmup", "adapt")) | {s.kind: s.key for s in chain.trainings}
+    checks = {s.subject: s.key for s in chain.contamination}
+    flips = {s.subject: s.key for s in chain.flips}  # of a bfloat16 model only
     stages = {**trained, "evaluate": evaluations, "contamination": checks} | ({"flips": flips} if flips else {})
     return {"id": cell.id, "config": config, "stages": stages}
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from d2lora import plan
+from d2lora.keys import canonical, digest
 from d2lora.report import evidence, inits, paper, tables
 from d2lora.report.artefacts import Shown, Sweep
 from d2lora.report.compare import Comparison
@@ -138,13 +138,13 @@ class _Data:
             "data": record.get("data"),
             "metrics": {k: v for k, v in record["metrics"].items() if k != "log"},
             "spec": spec,
-            "environment": self.environments.setdefault(plan.canonical(made), len(self.environments)),
+            "environment": self.environments.setdefault(canonical(made), len(self.environments)),
         }
 
 
 def fingerprint(value: object) -> str:
     """Twelve digits that tell one value from another."""
-    return plan.digest(value, 12)
+    return digest(value, 12)
 
 
 def _point(p: Point) -> dict:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from d2lora import plan, stats
+from d2lora import stats
 from d2lora.errors import UserError
+from d2lora.keys import canonical
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.scoring import shown_metrics
-from d2lora.settings import QUANTIZING
+from d2lora.settings import QUANTIZING, amount
 from d2lora.store import read_record
 
 COLUMNS = [
@@ -238,7 +239,7 @@ class Point:
 
     @property
     def arm(self) -> str:
-        return "LoRA" if self.m == 0 else f"D2LoRA({plan.amount(self.m)}, n)"
+        return "LoRA" if self.m == 0 else f"D2LoRA({amount(self.m)}, n)"
 
     @property
     def is_base(self) -> bool:
@@ -292,7 +293,7 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
     if record and point.metric in record["metrics"]:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
         spec = record["spec"]
-        point.tested.add(plan.canonical(spec.get("benchmark") or spec.get("lm_eval")))
+        point.tested.add(canonical(spec.get("benchmark") or spec.get("lm_eval")))
         if len(point.tested) > 1:
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from d2lora import plan
 from d2lora.report.rows import MACHINE, flat, size
+from d2lora.settings import amount
 
 # What a reader of the paper's Table 2 looks for, in its order: (row, key of the config).
 _ROWS = (
@@ -72,4 +72,4 @@ def _text(value: Any) -> str:
 
 
 def _ran(configs: list[dict], axis: str) -> str:
-    return ", ".join(plan.amount(v) for v in sorted({c[axis] for c in configs}, key=size))
+    return ", ".join(amount(v) for v in sorted({c[axis] for c in configs}, key=size))

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from d2lora import plan
 from d2lora.report import paper
 from d2lora.report.compare import Comparison, comparisons, seeds_text, verdict
 from d2lora.report.rows import LABELS, Point, differing, size
+from d2lora.settings import amount
 
 METHODS = ("sft", "dpo", "orpo")
 MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
@@ -96,7 +96,7 @@ def column_name(table: Table, n: int | str) -> str:
     """n=1k; n=all with the number of samples that its records have."""
     samples = sorted({p.samples for p in table.points if p.n == n and p.samples is not None})
     true = f" ({', '.join(f'{s:,}' for s in samples)})" if n == "all" and samples else ""
-    return f"n={plan.amount(n)}{true}"
+    return f"n={amount(n)}{true}"
 
 
 def percent(value: float | None, digits: int = 2, sign: str = "") -> str:

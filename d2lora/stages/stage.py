@@ -51,10 +51,6 @@ class Stage(Generic[S]):
     def kind(self) -> str:
         return self.spec.KIND
 
-    @property
-    def name(self) -> str:
-        return self.kind
-
     @functools.cached_property
     def key(self) -> str:
         """20 hex digits of SHA-256 over kind, version, spec and the parent's key."""

@@ -3,17 +3,22 @@
 import csv
 import json
 import re
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import made
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from d2lora import __main__ as entry
 from d2lora import data
-from d2lora.command import cli
+from d2lora.command import preflight
 from d2lora.errors import UserError
+from d2lora.outputs import project_path
 from d2lora.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -135,11 +140,10 @@ def test_the_lab_sweep_is_table_3_at_a_tenth(run) -> None:
     assert {int(c[2]) for c in cells} == {0, 100, 200, 500, 1000}
     assert {int(c[1]) > 0 for c in cells} == {False, True}
     assert "without sharing" in text
+    assert "all-linear adapts 87 % of lab's weights" in text
 
 
 def test_a_dry_run_loads_no_torch(run, tmp_path: Path) -> None:
-    import subprocess
-
     code = (
         f"import runpy, sys; sys.argv = ['run.py', '-cn', 'lab', 'dry_run=true', 'output={tmp_path / 'out'}']\n"
         f"try: runpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')\n"
@@ -187,9 +191,9 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
 )  # fmt: skip
 def test_cells_of_the_same_rows_but_other_columns_are_each_checked(cell, good: list[str], bad: list[str]) -> None:
     seen: set[str] = set()
-    cli.check_inputs(cell(*good).config, seen)
+    preflight.check_inputs(cell(*good).config, seen)
     with pytest.raises(UserError, match="missing column nope"):
-        cli.check_inputs(cell(*bad).config, seen)
+        preflight.check_inputs(cell(*bad).config, seen)
 
 
 @pytest.mark.parametrize("grid", [[], ["-m"]])
@@ -263,8 +267,78 @@ def test_the_readme_s_own_task_benchmark_and_warm_up_run(run, tmp_path: Path) ->
     assert "capitals: rougeLsum" in text
 
 
+@pytest.mark.parametrize(
+    ("new", "old", "code", "words"),
+    [
+        ("report nosuch", "d2lora.report nosuch", 2, "sweep=nosuch: no such sweep was started here (there: mine)"),
+        ("check", "d2lora.store check", 1, "/out/store/adapt/foreign: foreign: not a record's folder"),
+        ("gc", "d2lora.store gc", 0, "/out/store/adapt/foreign: in no sweep's manifest"),
+        ("dashboard mine", "d2lora.dashboard mine", 2, "/out/report/results.csv: python run.py -cn mine"),
+    ],
+)
+def test_each_command_and_its_old_spelling_find_the_output_in_the_home_folder(
+    run, tmp_path: Path, monkeypatch, new: str, old: str, code: int, words: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "out" / "store" / "adapt" / "foreign").mkdir(parents=True)
+    (tmp_path / "out" / "manifests").mkdir()
+    (tmp_path / "out" / "manifests" / "mine.json").write_text('{"cells": []}')
+    module, *arguments = old.split()
+    done = [
+        run(*new.split(), "--output=~/out", module="d2lora", code=code),
+        run(*arguments, "--output", "~/out", module=module, code=code),
+    ]
+    assert all(words in d.stdout + d.stderr for d in done), done
+    assert (done[0].stdout, done[0].stderr) == (done[1].stdout, done[1].stderr)
+
+
+def test_a_path_of_a_config_is_expanded_as_those_of_the_command_line(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert OmegaConf.create({"a": "${project:~/x}", "b": "${project:x}"}) == {"a": "/home/me/x", "b": str(ROOT / "x")}
+    assert str(project_path("~/x")) == "/home/me/x"
+
+
+def test_help_lists_the_commands_and_a_wrong_one_is_one_line(capsys) -> None:
+    for words, code in (["--help"], 0), (["nosuch"], 2), ([], 2), (["gc", "--nope"], 2):
+        with pytest.raises(SystemExit) as end:
+            entry.main(arguments=words)
+        told = capsys.readouterr()
+        assert end.value.code == code
+        if code:
+            assert "--help" in one_line(told.err)
+        else:
+            assert all(f"\n  {name} " in told.out for name in entry.COMMANDS)
+
+
+def test_who_reads_only_the_head_gets_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), "n=4", "dry_run=true", f"output={tmp_path / 'out'}"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert started.stdout
+    assert started.stderr
+    started.stdout.close()
+    assert (started.stderr.read(), started.wait()) == ("", 141)
+    started.stderr.close()
+
+
+def test_a_check_is_remembered_by_all_that_it_reads(cell, monkeypatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    for module, name in [(data, "check_task"), (data, "check_warmup"), (data, "check_benchmark")]:
+        monkeypatch.setattr(module, name, lambda *given, name=name: asked.append(name))
+    for name in ("check", "check_items"):
+        monkeypatch.setattr(preflight.rehearsal, name, lambda *given, name=name: asked.append(name))
+    passed: preflight.Passed = set()
+    first = ["n=8", "m=8", "init=eva", "init.data=general", f"output={tmp_path}"]
+    preflight.check(cell(*first).config, passed)
+    once = Counter(asked)
+    assert once == {"check_task": 1, "check_warmup": 2, "check_benchmark": 2, "check": 1, "check_items": 1}
+    preflight.check(cell(*first, "seed=1", "recipe.lr.sft=1").config, passed)
+    assert Counter(asked) == once, "nothing that is read differs"
+    preflight.check(cell(*first, "split_seed=1").config, passed)
+    assert Counter(asked) == {name: 2 * count for name, count in once.items()}
+
+
 def test_fetch_takes_the_same_overrides(run, tmp_path: Path) -> None:
-    text = run("-cn", "lab", "m=0", module="d2lora.fetch").stdout
+    text = run("fetch", "-cn", "lab", "m=0", module="d2lora").stdout
     assert "task.data: d2lora/lab/data/math, 11,000 rows" in text
     assert "model: lab is on this machine" in text
     assert "warmup.data" not in text
@@ -290,18 +364,16 @@ def test_the_harness_is_asked_for_the_names_of_what_is_still_to_do_only(cell, tm
     asked: list[str] = []
     monkeypatch.setattr(data, "check_lm_eval", asked.extend)
     given = ["n=8", "+task.lm_eval=[hellaswag,piqa]", f"output={tmp_path}"]
-    cli.check_inputs(cell(*given, "dry_run=true").config, set())
+    preflight.check_inputs(cell(*given, "dry_run=true").config, set())
     assert asked == []
     done = cell(*given)
     stage = next(s for s in done.chain.evaluations if s.spec.lm_eval == "hellaswag")
     Store(tmp_path).ensure(stage, lambda folder: {"key": stage.key})
-    cli.check_inputs(done.config, set())
+    preflight.check_inputs(done.config, set())
     assert asked == ["piqa"]
 
 
 def test_the_report_can_be_made_again(finished, tmp_path: Path) -> None:
-    import subprocess
-
     finished(["n=0", "sweep=mine"], ["n=4", "sweep=mine"])
     command = [sys.executable, "-m", "d2lora.report", "--output", str(tmp_path / "out")]
     done = subprocess.run([*command, "mine"], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2lora import pipeline, plan
+from d2lora import plan, worker
 from d2lora.command import summary
 from d2lora.data import overlap, texts
+from d2lora.outputs import Outputs
 from d2lora.report import manifest
 from d2lora.settings import fields
+from d2lora.stages import VERSIONS, contamination
 from d2lora.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -289,10 +291,12 @@ def test_one_stage_a_pair_serves_all_methods_sizes_and_seeds(cell) -> None:
         for n in (0, 8, 1000)
     ]
     names = {
-        pair.name: s.key for c in grid for pair, s in zip(plan.pairs(c.config), c.chain.contamination, strict=True)
+        pair.name: s.key
+        for c in grid
+        for pair, s in zip(contamination.pairs(c.config), c.chain.contamination, strict=True)
     }
     assert set(names) == {f"{train} / {test}" for train in ("lab", "lab-math") for test in ("lab_math", "lab_facts")}
-    checks = [s for s in plan.stages(grid) if s.name == "contamination"]
+    checks = [s for s in plan.stages(grid) if s.kind == "contamination"]
     assert {s.key for s in checks} == set(names.values())
     assert len(checks) == 4
     assert all(s.parent is None for s in checks)
@@ -321,12 +325,12 @@ def test_another_test_or_training_set_is_another_pair(cell) -> None:
 def test_checks_end_the_first_batch_of_a_grid_and_a_finished_one_is_none(cell) -> None:
     grid = [cell(f"m={m}", f"n={n}") for m in (8, 0) for n in (0, 8, 16)]
     prepares, first, second, last = (
-        [{s.name == "contamination" for s in job.stages} for job in jobs] for jobs in plan.batches(grid, set())
+        [{s.kind == "contamination" for s in job.stages} for job in jobs] for jobs in plan.batches(grid, set())
     )
     assert first[-2:] == [{True}, {True}]
     assert all(kind == {False} for kind in prepares + first[:-2] + second)
     assert last == []
-    checks = {s.key for s in plan.stages(grid) if s.name == "contamination"}
+    checks = {s.key for s in plan.stages(grid) if s.kind == "contamination"}
     again = plan.batches(grid, checks)
     assert all(s.key not in checks for batch in again for job in batch for s in job.stages)
 
@@ -356,16 +360,16 @@ def planted(cell, tmp_path: Path, tiny: Path):
 
 
 def do(planted, *names: str) -> tuple[Store, list]:
-    keys = [s.key for s in planted.chain.stages if s.name in names]
+    keys = [s.key for s in planted.chain.stages if s.kind in names]
     config = planted.config.model_copy(update={"job": keys})
-    store = Store(pipeline.output(config))
-    return store, pipeline.do(config, planted, store, lambda stage: lambda done, total: None)
+    store = Store(Outputs.of(config).root)
+    return store, worker.do(config, planted, store, lambda stage: lambda done, total: None)
 
 
 def test_a_record_names_what_was_found_and_where(planted) -> None:
     store, lost = do(planted, "contamination")
     assert not lost
-    stages = dict(zip((p.name for p in plan.pairs(planted.config)), planted.chain.contamination, strict=True))
+    stages = dict(zip((p.name for p in contamination.pairs(planted.config)), planted.chain.contamination, strict=True))
     record = store.record(stages["lab-math / lab_math"])
     assert record["metrics"]["exact"] == {"value": 0.5, "stderr": 0.0, "items": 2}
     assert record["data"] == {"rows": 4}
@@ -382,12 +386,13 @@ def test_a_check_needs_no_torch_and_is_not_done_twice(planted, tmp_path: Path) -
 import json, sys
 from pathlib import Path
 from d2lora.settings import config
-from d2lora import pipeline, plan
+from d2lora import plan, worker
+from d2lora.outputs import Outputs
 from d2lora.store import Store
 c = config.parse(json.loads(Path({str(tmp_path / "config.json")!r}).read_text()))
 cell = plan.Cell(c, plan.chain(c))
 c = c.model_copy(update={{"job": [s.key for s in cell.chain.contamination]}})
-assert not pipeline.do(c, cell, Store(pipeline.output(c)), lambda stage: lambda done, total: None)
+assert not worker.do(c, cell, Store(Outputs.of(c).root), lambda stage: lambda done, total: None)
 print("torch" in sys.modules)
 """
     again = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True) for _ in range(2)]
@@ -405,15 +410,15 @@ def test_a_check_that_fails_or_finds_everything_holds_nothing_up(planted, monkey
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(overlap, "overlap", fail)
-    store, lost = do(planted, *plan.VERSIONS)
+    store, lost = do(planted, *VERSIONS)
     assert {s.key for s in lost} == {s.key for s in planted.chain.contamination}
     assert all(store.done(s) for s in planted.chain.results)
     monkeypatch.undo()
-    assert do(planted, *plan.VERSIONS)[1] == []
+    assert do(planted, *VERSIONS)[1] == []
 
 
 def test_a_manifest_names_the_checks_of_a_cell_by_their_pair(planted) -> None:
-    output = pipeline.output(planted.config)
+    output = Outputs.of(planted.config).root
     manifest.add_to_manifest(output, planted)
     (entry,) = manifest.read_manifest(output, "adhoc")["cells"]
     assert entry["stages"]["contamination"] == {

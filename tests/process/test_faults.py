@@ -13,9 +13,10 @@ import pytest
 import torch
 from doing import adapter, alone, do
 
-from d2lora import data, pipeline
+from d2lora import data, worker
 from d2lora.base import Base, load_base
 from d2lora.layouts import packing
+from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.store import Store
 
@@ -55,10 +56,10 @@ def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, me
     assert metrics["resumed"]["step"] == 6
     assert metrics["steps"] == 12
     assert (
-        metrics["first_loss"] == Store(pipeline.output(calm.config)).record(calm.chain.adapt)["metrics"]["first_loss"]
+        metrics["first_loss"] == Store(Outputs.of(calm.config).root).record(calm.chain.adapt)["metrics"]["first_loss"]
     )
     assert_equal(calm, broken)
-    assert not list((pipeline.output(broken.config) / "checkpoints").iterdir()), "no longer needed"
+    assert not list((Outputs.of(broken.config).root / "checkpoints").iterdir()), "no longer needed"
 
 
 def test_a_checkpoint_cut_short_is_not_taken_up(make) -> None:
@@ -70,7 +71,7 @@ def test_a_checkpoint_cut_short_is_not_taken_up(make) -> None:
     do(calm)
     with pytest.raises(KeyboardInterrupt):
         do(broken, interrupt)
-    latest = pipeline.output(broken.config) / "checkpoints" / broken.chain.adapt.key / "checkpoint-6"
+    latest = Outputs.of(broken.config).root / "checkpoints" / broken.chain.adapt.key / "checkpoint-6"
     (latest / "whole.json").unlink()
     (latest / "adapter_model.safetensors").write_bytes(b"cut")
     assert do(broken).record(broken.chain.adapt)["metrics"]["resumed"]["step"] == 5
@@ -86,7 +87,7 @@ def test_another_process_publishes_the_same_files(make, tiny: Path, tmp_path: Pa
         subprocess.run(
             [*command, *SMALL, "n=8", "method.epochs=1", keys], env=os.environ | {"PYTHONHASHSEED": seed}, check=True
         )
-        found.append(Store(pipeline.output(this.config)).record(this.chain.adapt)["files"])
+        found.append(Store(Outputs.of(this.config).root).record(this.chain.adapt)["files"])
     assert found[0] == found[1]
 
 
@@ -102,12 +103,12 @@ def test_kill_9_in_the_middle_of_a_training(make, tiny: Path, tmp_path: Path) ->
         *SMALL,
     ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        marks = pipeline.output(killed.config) / "checkpoints"
+        marks = Outputs.of(killed.config).root / "checkpoints"
         deadline = time.monotonic() + 120
         while not list(marks.glob("*/checkpoint-3/whole.json")) and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
-    store = Store(pipeline.output(killed.config))
+    store = Store(Outputs.of(killed.config).root)
     assert not store.done(killed.chain.adapt)
     assert do(killed).record(killed.chain.adapt)["metrics"]["resumed"]["step"] >= 3
     assert_equal(calm, killed)
@@ -159,10 +160,10 @@ def test_out_of_memory_at_micro_batch_1_fails_with_advice(make, monkeypatch) -> 
 
     monkeypatch.setattr(packing, "pack", pack)
     cell = make("full")
-    store = Store(pipeline.output(cell.config))
-    lost = pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
-    assert [s.name for s in lost] == ["adapt"]
-    told = json.loads((pipeline.output(cell.config) / "failed" / f"{lost[0].key}.json").read_text())["error"]
+    store = Store(Outputs.of(cell.config).root)
+    lost = worker.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+    assert [s.kind for s in lost] == ["adapt"]
+    told = json.loads((Outputs.of(cell.config).root / "failed" / f"{lost[0].key}.json").read_text())["error"]
     assert "recipe.micro_batch=1: out of memory: try recipe.gradient_checkpointing=true" in told
 
 
@@ -176,8 +177,8 @@ def test_a_data_set_that_changed_under_its_name_stops_with_an_explanation(make, 
     do(make("out", *hub, "seed=1"))
     rows[3]["chosen"] = "moved"
     cell = make("out", *hub, "seed=2")
-    lost = pipeline.do(cell.config, cell, Store(pipeline.output(cell.config)), lambda stage: lambda done, total: None)
-    told = json.loads((pipeline.output(cell.config) / "failed" / f"{lost[0].key}.json").read_text())["error"]
+    lost = worker.do(cell.config, cell, Store(Outputs.of(cell.config).root), lambda stage: lambda done, total: None)
+    told = json.loads((Outputs.of(cell.config).root / "failed" / f"{lost[0].key}.json").read_text())["error"]
     assert "data.path=someone/pairs: revision main has 60 rows that are not the 60 that records in" in told
     assert "pin data.revision to a commit" in told
 
@@ -198,8 +199,8 @@ def test_a_model_whose_revision_has_moved_is_refused(make, monkeypatch) -> None:
     do(make("out", "seed=1"))
     commit = "b" * 40
     cell = make("out", "seed=2")
-    lost = pipeline.do(cell.config, cell, Store(pipeline.output(cell.config)), lambda stage: lambda done, total: None)
-    told = json.loads((pipeline.output(cell.config) / "failed" / f"{lost[0].key}.json").read_text())["error"]
+    lost = worker.do(cell.config, cell, Store(Outputs.of(cell.config).root), lambda stage: lambda done, total: None)
+    told = json.loads((Outputs.of(cell.config).root / "failed" / f"{lost[0].key}.json").read_text())["error"]
     assert f"is {'b' * 40} now, and records in" in told
     assert f"were made with {'a' * 40}" in told
 
@@ -213,9 +214,9 @@ def test_a_disk_that_fails_is_one_line_and_loses_nothing(make, monkeypatch, numb
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        store = Store(pipeline.output(cell.config))
+        store = Store(Outputs.of(cell.config).root)
         with pytest.raises(OSError, match=os.strerror(number)):  # not even the failure could be written
-            pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+            worker.do(cell.config, cell, store, lambda stage: lambda done, total: None)
     assert not store.done(cell.chain.adapt)
     assert do(cell).done(cell.chain.adapt)
 

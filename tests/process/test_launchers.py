@@ -18,7 +18,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from d2lora.command import cli, grid
+from d2lora.command import launchers
+from d2lora.command.job import share
+from d2lora.command.launch import launch_batch, launch_once
 from d2lora.plan import Job
 from d2lora.store import Store
 
@@ -188,7 +190,7 @@ def test_what_died_is_tried_once_more(cell, tmp_path: Path, together: bool, besi
     for job in jobs:  # what an earlier sweep left begun is not begun by this one
         place = store.place(job.stages[0])
         place.with_name(f".{place.name}-old").mkdir(parents=True)
-    grid._launch(launch, jobs, store, together)
+    launch_batch(launch, jobs, store, together)
     assert launch.waves == waves
     assert [store.done(job.stages[0]) for job in jobs] == [True, False, True, True]
     assert [f.stem for f in (tmp_path / "out" / "failed").iterdir()] == [jobs[1].stages[0].key]
@@ -199,9 +201,21 @@ def test_a_launcher_that_never_began_kills_nobody(cell, tmp_path: Path, capsys) 
     jobs, store = [Job(c, (c.chain.adapt,)) for c in cells], Store(tmp_path / "out")
     place = store.place(jobs[0].stages[0])
     place.with_name(f".{place.name}-old").mkdir(parents=True)
-    grid._launch(lambda wave: "no such partition", jobs, store, together=True)
+    launch_batch(lambda wave: "no such partition", jobs, store, apart=True)
     assert "the launcher stopped: no such partition" in capsys.readouterr().err
     assert not (tmp_path / "out" / "failed").exists()
+
+
+def test_what_a_launcher_needs_is_known_by_its_class() -> None:
+    def known(target: str, **settings: int) -> tuple[bool, int]:
+        config = OmegaConf.create({"hydra": {"launcher": {"_target_": target, **settings}}})
+        return launchers.launcher_of(config).apart, launchers.launcher_of(config).count(config)
+
+    submitit = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
+    assert known("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", n_jobs=3) == (False, 3)
+    assert known("JoblibLauncher", n_jobs=-1) == (False, os.cpu_count())
+    assert known(f"{submitit}.LocalLauncher") == known(f"{submitit}.SlurmLauncher") == (True, 1)
+    assert known("hydra._internal.core_plugins.basic_launcher.BasicLauncher") == (False, 1)
 
 
 def test_a_sibling_that_ends_while_it_is_looked_at_is_no_error(monkeypatch) -> None:
@@ -209,7 +223,7 @@ def test_a_sibling_that_ends_while_it_is_looked_at_is_no_error(monkeypatch) -> N
         def cmdline(self):
             raise psutil.ZombieProcess(1)
 
-    assert grid._command(Zombie()) == []
+    assert launchers.command_line(Zombie()) == []
 
 
 def test_a_job_that_can_t_begin_says_so_where_the_summary_looks(cell, tmp_path: Path) -> None:
@@ -217,7 +231,7 @@ def test_a_job_that_can_t_begin_says_so_where_the_summary_looks(cell, tmp_path: 
     cell()  # clears Hydra's state
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", overrides=["n=4", "job=[abc]", f"output={tmp_path / 'out'}"])
-    assert cli._share(config) == 1
+    assert share(config) == 1
     told = json.loads((tmp_path / "out" / "failed" / "abc.json").read_text())["error"]
     assert "job=abc: not a stage of this cell" in told
 
@@ -229,14 +243,14 @@ def test_a_stopped_launcher_is_not_followed_while_slurm_still_has_its_jobs(tmp_p
     squeue.write_text(f'#!/bin/sh\nn=$(cat {left}); [ "$n" = 0 ] || {{ echo $n; echo $((n - 1)) > {left}; }}\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(grid, "_SLURM_SECONDS", 0)
+    monkeypatch.setattr(launchers, "SLURM_SECONDS", 0)
 
     class Broken:
         def launch(self, overrides, initial_job_idx):
             raise RuntimeError("a job timed out")
 
     config = OmegaConf.create({"hydra": {"launcher": {"_target_": "SlurmLauncher"}, "job": {"name": "d2lora-mine"}}})
-    assert grid._launch_once(Broken(), config, []) == "RuntimeError: a job timed out"
+    assert launch_once(Broken(), config, []) == "RuntimeError: a job timed out"
     assert left.read_text().strip() == "0"
 
 
@@ -249,7 +263,7 @@ def test_keys_that_look_like_numbers_reach_their_job_as_text() -> None:
 
     stages = [SimpleNamespace(key=key) for key in keys]
     job = SimpleNamespace(cell=SimpleNamespace(overrides=("n=4",)), stages=stages)
-    assert grid._launch_once(Launcher(), OmegaConf.create({}), [job]) is None
+    assert launch_once(Launcher(), OmegaConf.create({}), [job]) is None
     assert OverridesParser.create().parse_override(given[0][-1]).value() == keys
 
 

@@ -26,7 +26,7 @@ def test_another_grid_of_the_same_name_loses_no_result_and_no_adapter(tmp_path: 
     first, second = grid(n=[100], m=[0]), grid(n=[200], m=[0])
     lost = grid(n=[500], m=[0])
     made.publish(tmp_path, first)
-    made.publish(tmp_path, lost, missing=lambda stage: stage.name == "evaluate")
+    made.publish(tmp_path, lost, missing=lambda stage: stage.kind == "evaluate")
     made.publish(tmp_path, second)
     text = report.finish(tmp_path, "mine")
     assert "n=200" in text

@@ -87,7 +87,7 @@ def manifest(sweep: str) -> list[dict]:
 def test_every_stage_is_done(sweep: str, cells: dict[str, str]) -> None:
     composed = {name: compose(overrides) for name, overrides in cells.items()}
     left = [
-        f"{name}: {stage.name}: {stage.key} ({stage.label})"
+        f"{name}: {stage.kind}: {stage.key} ({stage.label})"
         for name, cell in composed.items()
         for stage in cell.chain.stages
         if not Store(SHIPPED).done(stage)

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from d2lora import data
-from d2lora.command import cli, rehearsal
+from d2lora.command import preflight, rehearsal
 from d2lora.errors import UserError
 from d2lora.settings import Task
 
@@ -213,7 +213,7 @@ def check(cell, tmp_path: Path):
         given = []
         for number, (key, found) in enumerate(rows.items()):
             given.append(f"{key}={write(tmp_path / f'{number}.jsonl', found)}")
-        cli.check(cell(f"output={tmp_path / 'out'}", *given, *overrides).config, set())
+        preflight.check(cell(f"output={tmp_path / 'out'}", *given, *overrides).config, set())
 
     return checked
 

@@ -18,7 +18,6 @@ from d2lora.stages import Spec, Stage
 from d2lora.store import Store, check, garbage
 
 
-
 @dataclass(frozen=True)
 class AdaptSpec(Spec):
     """The least that a spec can be."""

@@ -6,9 +6,8 @@ from pathlib import Path
 import made
 import pytest
 
-from d2lora import pipeline
 from d2lora.command import summary
-from d2lora.outputs import write_json
+from d2lora.outputs import Outputs, write_json
 from d2lora.plan import Cell, Chain
 from d2lora.stages import Stage
 from d2lora.store import Store
@@ -29,7 +28,7 @@ def test_the_sweep_s_line_counts_done_running_left_and_failed(grid, tmp_path: Pa
         (store.place(stage).parent).mkdir(exist_ok=True)
         (store.place(stage).parent / f".{stage.key}-abc").mkdir()
     assert summary.progress_text(grid, store) == f"mine: {mine} of {total} stages done, 2 running, 6 left, 0 failed"
-    write_json(pipeline.failure(ten.config, ten.chain.adapt), {"error": "x"})
+    write_json(Outputs.of(ten.config).failed(ten.chain.adapt.key), {"error": "x"})
     assert summary.progress_text(grid, store) == f"mine: {mine} of {total} stages done, 1 running, 6 left, 1 failed"
 
 

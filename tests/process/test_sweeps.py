@@ -1,5 +1,6 @@
 """Every sweep, planned in this process: its cells against the paper's grids, their stages against its Table 2."""
 
+import dataclasses
 import functools
 import itertools
 import subprocess
@@ -14,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from d2lora import plan
-from d2lora.command.grid import Composer, expand
+from d2lora.command.grid import Composer, expand, values_without_cells
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.settings import Init
@@ -161,6 +162,30 @@ def test_a_key_on_the_command_line_replaces_it_in_every_grid_of_a_union() -> Non
     assert {(c.config.method.name, c.config.n) for c in cells("paper", "n=300", "m=0")} == {
         ("sft", 300), ("dpo", 300), ("orpo", 300)
     }  # fmt: skip
+
+
+def test_values_that_make_no_cells_of_their_own_are_named_and_the_first_is_used(cell) -> None:
+    def composed(*axes: list[str]) -> list[Cell]:
+        return [dataclasses.replace(cell(*o), overrides=o) for o in itertools.product(*axes)]
+
+    both = composed(["n=0", "n=8"], ["recipe.micro_batch=4", "recipe.micro_batch=8", "recipe.micro_batch=2"])
+    assert [c.config.recipe.micro_batch for c in plan.unique(both)] == [4, 4]
+    assert values_without_cells(both) == [
+        "recipe.micro_batch=8,2: no result depends on it, so its cells are those of recipe.micro_batch=4, which is used"
+    ]
+    assert values_without_cells(composed(["n=0", "n=8"], ["init=lora", "init=gaussian"])) == [], "it matters for n=8"
+    assert values_without_cells(composed(["n=8"], ["recipe.micro_batch=4"])) == []
+
+
+def test_a_grid_without_cells_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"^seed=range\(1,1\): .* the grid has no cells$"):
+        expand(OverridesParser.create(), {"n": "1,2"}, ["seed=range(1,1)"])
+
+
+def test_a_key_may_be_added_to_a_grid_as_to_a_single_cell() -> None:
+    assert expand(OverridesParser.create(), {"n": "1,2"}, ["++n=7"]) == [("++n=7",)]
+    (only,) = cells("lab", "n=4", "m=0", "method=sft", "++model.revision=main")
+    assert only.config.model.revision == "main"
 
 
 @pytest.mark.parametrize("params", [[], ["n=1"], [{"n": 1}, None]])

@@ -25,8 +25,7 @@ import pytest
 from d2lora.data import overlap
 from d2lora.mirror import runs as mirrored
 from d2lora.mirror import sender
-from d2lora.plan import Stage
-from d2lora.stages import flips
+from d2lora.stages import Stage, flips
 from d2lora.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -321,7 +320,7 @@ def mirror(this, stage: Stage, record: dict, items: list[dict]) -> dict:
 
     def work(folder: Path) -> dict:
         (folder / "items.jsonl").write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
-        return {"key": stage.key, "stage": stage.name, "seconds": 1.0, "peak_memory_mb": 1.0} | record
+        return {"key": stage.key, "stage": stage.kind, "seconds": 1.0, "peak_memory_mb": 1.0} | record
 
     with mirrored.stage(this.config, this.chain, stage, store):
         store.ensure(stage, work)

@@ -9,8 +9,9 @@ import made
 import pytest
 from doing import do, only
 
-from d2lora import pipeline, plan, report
+from d2lora import plan, report
 from d2lora.command import summary
+from d2lora.outputs import Outputs
 from d2lora.stages import flips
 from d2lora.store import Store, garbage
 
@@ -58,7 +59,7 @@ def test_only_a_bfloat16_model_has_it_and_one_serves_the_grid(cell) -> None:
         for m in (0, 8)
         for n in (0, 8)
     ]
-    stages = [s for s in plan.stages(grid) if s.name == "flips"]
+    stages = [s for s in plan.stages(grid) if s.kind == "flips"]
     assert [s.label for s in stages] == [f"{b} of base lab at batch 1 and 8" for b in ("lab_math", "lab_facts")]
     assert all(s.parent is None for s in stages)
     assert not cell("m=8", "n=8").chain.flips
@@ -88,7 +89,7 @@ def test_it_stands_in_the_first_batch_with_the_base_s_evaluations(cell) -> None:
     base = next(c for c in grid if (c.config.m, c.config.n) == (0, 0))
     assert {where[s.key] for s in (*base.chain.flips, *base.chain.evaluations)} == {1}
     jobs = [job.stages for batch in plan.batches(grid, set()) for job in batch]
-    assert [{s.name for s in stages} for stages in jobs if any(s.name == "flips" for s in stages)] == [{"flips"}]
+    assert [{s.kind for s in stages} for stages in jobs if any(s.kind == "flips" for s in stages)] == [{"flips"}]
 
 
 def test_a_grid_does_it_once_and_says_it_under_its_table(run, tiny: Path, tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_the_shares_are_those_of_two_evaluations(cell, tmp_path: Path) -> None:
         return cell(f"recipe.eval_batch={batch}", "task.benchmark.lab_facts.limit=4", *short, *facts)
 
     def items(this, stage) -> list[dict]:
-        return [json.loads(line) for line in (Store(pipeline.output(this.config)).place(stage) / "items.jsonl").open()]
+        return [json.loads(line) for line in (Store(Outputs.of(this.config).root).place(stage) / "items.jsonl").open()]
 
     eight, one = base(8), base(1)
     store = do(only(eight, *eight.chain.stages))

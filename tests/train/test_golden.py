@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from golden import make
 
-from d2lora import plan
+from d2lora.stages import VERSIONS
 
 ROOT = Path(__file__).parents[2]
 # What needs a folder or weights of the user's.
@@ -64,7 +64,7 @@ def test_numbers_are_what_they_were(cell: str, tiny: Path, tmp_path: Path) -> No
         [
             *lines,
             "Either it is a fault, or records made before are no longer right: then raise the first of these stages in",
-            f"d2lora.plan.VERSIONS and run: python tests/golden/make.py numbers keys.{make.different_packages()}",
+            f"d2lora.VERSIONS and run: python tests/golden/make.py numbers keys.{make.different_packages()}",
         ]
     )
 
@@ -77,6 +77,6 @@ def test_numbers_that_move_under_the_same_version_are_not_written() -> None:
     found["evaluate"]["loglikelihoods"] += 1
     assert [line.split(": ")[1] for line in make.unexplained("sft", golden, found)] == ["adapt", "evaluate"]
     for stage in ("adapt", "evaluate"):
-        found[stage]["versions"] = found[stage]["versions"] | {"adapt": plan.VERSIONS["adapt"] + 1}
+        found[stage]["versions"] = found[stage]["versions"] | {"adapt": VERSIONS["adapt"] + 1}
     assert make.unexplained("sft", golden, found) == []
     assert [stage for stage, _ in make.moved("sft", golden, found)] == ["adapt", "evaluate"]

@@ -13,8 +13,9 @@ import torch
 from doing import adapter, alone, do
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2lora import data, pipeline
+from d2lora import data
 from d2lora.base import memory_mb
+from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.store import Store
 
@@ -54,7 +55,7 @@ def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def items(cell: Cell, benchmark: str) -> list[dict]:
-    store = Store(pipeline.output(cell.config))
+    store = Store(Outputs.of(cell.config).root)
     stage = next(s for s in cell.chain.evaluations if store.record(s)["benchmark"] == benchmark)
     return [json.loads(line) for line in (store.place(stage) / "items.jsonl").read_text().splitlines()]
 
@@ -76,7 +77,7 @@ def test_in_float32_a_gpu_trains_and_answers_as_a_cpu(make, on_cpu: Path, method
     there = make(str(on_cpu), f"method={method}")
     assert there.chain.adapt.key == cell.chain.adapt.key
     assert apart(adapter(cell), adapter(there)) < 0.02
-    expected = Store(pipeline.output(there.config)).record(there.chain.adapt)["metrics"]["first_loss"]
+    expected = Store(Outputs.of(there.config).root).record(there.chain.adapt)["metrics"]["first_loss"]
     assert record["metrics"]["first_loss"] == pytest.approx(expected, rel=1e-4)
     assert record["provenance"]["hardware"]["gpu"] == torch.cuda.get_device_name()
     assert 0 < record["peak_memory_mb"] < torch.cuda.get_device_properties(0).total_memory / 2**20

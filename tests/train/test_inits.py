@@ -17,12 +17,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from d2lora import data, pipeline, plan
+from d2lora import data, plan
 from d2lora.adapters import attach, inits
 from d2lora.base import Base, load_base
-from d2lora.command import cli
+from d2lora.command import preflight
 from d2lora.errors import UserError
-from d2lora.plan import Cell, Stage
+from d2lora.outputs import Outputs
+from d2lora.plan import Cell
+from d2lora.stages import Run, Stage, rows, training, worker
 from d2lora.store import Store
 
 R = 4
@@ -60,7 +62,7 @@ def train(cell: Cell) -> Store:
 
 
 def of(cell: Cell) -> Base:
-    return load_base(cell.config.model, pipeline.output(cell.config))
+    return load_base(cell.config.model, Outputs.of(cell.config).root)
 
 
 @torch.inference_mode()
@@ -90,9 +92,9 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
             with wrapped.disable_adapter():
                 assert torch.equal(logits(wrapped), plain), "without its adapter it is the base"
         anyone = logits(original(tiny, store.place(stage)))
-        assert (anyone - continued).abs().max() < 1e-4, stage.name
+        assert (anyone - continued).abs().max() < 1e-4, stage.kind
         moved = (continued - plain).abs().max()
-        assert moved < 1e-4 if stage.name == "prepare" else moved > 1e-4, stage.name
+        assert moved < 1e-4 if stage.kind == "prepare" else moved > 1e-4, stage.kind
     with attach.adapter(base, cell.chain.adapt.spec.content(), None) as wrapped:
         assert (logits(wrapped) - plain).abs().max() < 1e-4, "at step 0 it is the base"
         counts.append(parameters(wrapped) if init != "eva" else counts[0])
@@ -114,11 +116,18 @@ def test_adding_dpo_s_reference_changes_the_policy_by_nothing(make, init: str) -
         assert {n for n, p in wrapped.named_parameters() if p.requires_grad} == trained
 
 
+def running(cell: Cell, stage: Stage) -> Run:
+    """A stage as its work is given it."""
+    return Run(cell.config, stage, Path(), lambda done, total: None)
+
+
 def reference_values(cell: Cell) -> tuple[list, torch.Tensor]:
     """The log-probabilities that DPO's reference gave the cell's pairs, and the pairs' examples."""
-    folder = pipeline._reference(cell.config, cell.chain.adapt)
+    run = running(cell, cell.chain.adapt)
+    method = cell.config.method
+    folder = training.reference_folder(run, method.base_is_reference, run.stage.spec.VERSION)
     values = [value for file in sorted(folder.glob("*.json")) for value in json.loads(file.read_text())]
-    return values, pipeline._task_rows(cell.config, cell.chain.adapt, of(cell), 8)
+    return values, rows.task(run, 8, run.stage.spec.max_length, preference=True)
 
 
 @torch.inference_mode()
@@ -141,7 +150,7 @@ def test_dpo_s_reference_is_what_the_config_says(
     if (init, reference) == ("loftq", "base"):
         pytest.skip("refused")
     # A training of its own, with a reference of its own: all that start as the base would share one.
-    monkeypatch.setattr(pipeline, "_reference", lambda config, stage: tmp_path)
+    monkeypatch.setattr(training, "reference_folder", lambda *asked: tmp_path)
     cell = make(f"init={init}", "method=dpo", f"method.reference={reference}", "method.beta=0.2", m=m)
     store, base = train(cell), of(cell)
     values, drawn = reference_values(cell)
@@ -295,8 +304,10 @@ def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> No
 
 def looked_at(cell: Cell, samples: int = 8) -> list[dict]:
     """The rows that a preparation saw."""
-    draw = pipeline._general_rows if cell.config.init.data == "general" else pipeline._task_rows
-    return data.sft_examples(draw(cell.config, cell.chain.prepare, of(cell), samples).examples)
+    run, length = running(cell, cell.chain.prepare), cell.config.recipe.max_length
+    if cell.config.init.data == "general":
+        return data.sft_examples(rows.general(run, samples, length).examples)
+    return data.sft_examples(rows.task(run, samples, length, preference=False).examples)
 
 
 def inputs_of_layers(cell: Cell, answers_only: bool) -> list[dict[str, torch.Tensor]]:
@@ -403,7 +414,7 @@ def test_a_preparation_that_is_interrupted_leaves_nothing_to_those_after_it(make
     linear = [m for m in of(cell).model.modules() if isinstance(m, torch.nn.Linear)]
     fresh, before = prepared("fresh"), [set(vars(m)) for m in linear]
     config = cell.config.model_copy(update={"job": [cell.chain.prepare.key]})
-    assert pipeline.do(config, cell, Store(pipeline.output(config)), lambda stage: interrupt) == [cell.chain.prepare]
+    assert worker.do(config, cell, Store(Outputs.of(config).root), lambda stage: interrupt) == [cell.chain.prepare]
     assert not any(m._forward_hooks or m._backward_hooks for m in linear)
     assert [set(vars(m)) for m in linear] == before
     after = prepared("after")
@@ -415,13 +426,13 @@ def test_a_preparation_that_is_interrupted_leaves_nothing_to_those_after_it(make
 
 def failure(cell: Cell) -> str:
     """What the preparation's failure says; the base is whole afterwards."""
-    store = Store(pipeline.output(cell.config))
-    lost = pipeline.do(cell.config, cell, store, lambda stage: lambda done, total: None)
+    store = Store(Outputs.of(cell.config).root)
+    lost = worker.do(cell.config, cell, store, lambda stage: lambda done, total: None)
     stage: Stage = cell.chain.prepare
     assert stage in lost
     of(cell).check()
     assert not inits.layers(of(cell).model)
-    return json.loads(pipeline.failure(cell.config, stage).read_text())["error"]
+    return json.loads(Outputs.of(cell.config).failed(stage.key).read_text())["error"]
 
 
 def test_a_layer_that_eva_has_no_directions_for_is_an_error(make, tmp_path: Path, monkeypatch) -> None:
@@ -563,16 +574,16 @@ def test_preparations_go_first_and_what_needs_them_is_not_started_without(cell) 
             inside = any(stage in job.stages and stage.parent in job.stages for jobs in batches for job in jobs)
             assert stage.parent is None or inside or where[stage.parent.key] < where[stage.key]
     blocked = [j for jobs in batches[1:] for j in jobs if j.cell.config.init.name == "pissa" and j.waits_for]
-    assert {s.name for j in blocked for s in j.waits_for} == {"prepare", "warmup"}
+    assert {s.kind for j in blocked for s in j.waits_for} == {"prepare", "warmup"}
 
 
 # --- LoftQ: starts from another base -------------------------------------------------------------------------------
 
 
 def test_loftq_without_bitsandbytes_is_refused_before_anything_is_loaded(cell, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="init=loftq: needs bitsandbytes"):
-        cli.check_inputs(cell("init=loftq").config, set())
+        preflight.check_inputs(cell("init=loftq").config, set())
 
 
 def test_loftq_has_no_base_for_a_reference(cell) -> None:
@@ -582,7 +593,7 @@ def test_loftq_has_no_base_for_a_reference(cell) -> None:
 
 def test_too_few_general_rows_are_refused_before_anything_is_loaded(cell) -> None:
     with pytest.raises(UserError, match=r"init.samples=90000: warmup=lab has 44,000 rows"):
-        cli.check_inputs(cell("init=eva", "init.data=general", "init.samples=90000").config, set())
+        preflight.check_inputs(cell("init=eva", "init.data=general", "init.samples=90000").config, set())
 
 
 @pytest.fixture

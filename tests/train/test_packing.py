@@ -20,11 +20,12 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from preference_step import orpo_row
 
-from d2lora import data
+from d2lora import data, worker
 from d2lora.base import Base, _loaded
 from d2lora.data import Subset, sft_examples
 from d2lora.layouts import packing
 from d2lora.layouts.families import Reach, Snapshot
+from d2lora.outputs import Outputs
 from d2lora.train import training
 
 STEPS, BATCH = 50, 4
@@ -212,7 +213,6 @@ def test_flex_attention_gives_the_same_log_probabilities(tiny, pairs) -> None:
 
 def test_the_reference_is_computed_once_for_nested_sizes_and_seeds(cell, tiny, tmp_path) -> None:
     """n = 20 then n = 30, another seed, another method setting: each pair of the order once."""
-    from d2lora import pipeline
     from d2lora.store import Store
 
     computed = []
@@ -224,8 +224,8 @@ def test_the_reference_is_computed_once_for_nested_sizes_and_seeds(cell, tiny, t
         ["n=30", "method.reference=base"],
     ):
         this = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", *more)
-        store = Store(pipeline.output(this.config))
-        pipeline.run(this.config, this.chain, this.chain.adapt, store, lambda done, total: None)
+        store = Store(Outputs.of(this.config).root)
+        worker.do_stage(this.config, this.chain, this.chain.adapt, store, lambda done, total: None)
         metrics = store.record(this.chain.adapt)["metrics"]
         assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
         computed.append(metrics["reference_pairs_computed"])
@@ -234,17 +234,16 @@ def test_the_reference_is_computed_once_for_nested_sizes_and_seeds(cell, tiny, t
 
 
 def test_a_reference_remembered_wrongly_is_noticed(cell, tiny, tmp_path) -> None:
-    from d2lora import pipeline
     from d2lora.store import Store
 
     this = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", "n=20")
-    store = Store(pipeline.output(this.config))
-    pipeline.run(this.config, this.chain, this.chain.adapt, store, lambda done, total: None)
+    store = Store(Outputs.of(this.config).root)
+    worker.do_stage(this.config, this.chain, this.chain.adapt, store, lambda done, total: None)
     for file in (tmp_path / "reference").rglob("*.json"):
         file.write_text(json.dumps([[a - 1, b] for a, b in json.loads(file.read_text())]))
     other = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", "n=20", "seed=1")
     with pytest.raises(RuntimeError, match="DPO's reference is not the warm_start model"):
-        pipeline.run(other.config, other.chain, other.chain.adapt, store, lambda done, total: None)
+        worker.do_stage(other.config, other.chain, other.chain.adapt, store, lambda done, total: None)
     _loaded.clear()
 
 

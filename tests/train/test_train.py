@@ -15,9 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from d2lora import data, pipeline, provenance, report
+from d2lora import data, provenance, report, worker
 from d2lora.adapters import attach
 from d2lora.base import _loaded, load_base
+from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.report.manifest import write_manifest
 from d2lora.settings import METHODS, Model, method_of
@@ -44,7 +45,7 @@ def make(cell, tiny: Path, tmp_path: Path):
 
 def finish(cell: Cell) -> tuple[Store, dict[str, dict]]:
     store = do(cell)
-    return store, {s.name: record for s in cell.chain.stages if (record := store.record(s))}
+    return store, {s.kind: record for s in cell.chain.stages if (record := store.record(s))}
 
 
 def trained(cell: Cell) -> dict:
@@ -242,9 +243,9 @@ def test_a_machine_with_several_gpus_trains_on_one(make, packing: str, monkeypat
 def failed(cell: Cell) -> str:
     """Why the cell's only failed stage failed."""
     cell = only(cell, *cell.chain.results)
-    lost = pipeline.do(cell.config, cell, Store(pipeline.output(cell.config)), lambda stage: lambda done, total: None)
+    lost = worker.do(cell.config, cell, Store(Outputs.of(cell.config).root), lambda stage: lambda done, total: None)
     assert lost[0] is cell.chain.adapt
-    return json.loads(pipeline.failure(cell.config, lost[0]).read_text())["error"]
+    return json.loads(Outputs.of(cell.config).failed(lost[0].key).read_text())["error"]
 
 
 def test_each_method_has_an_objective() -> None:
@@ -345,8 +346,8 @@ def test_an_adapter_that_bfloat16_rounds_away_is_applied_and_the_table_says_what
     assert "no GPU here: lab runs in bfloat16 on the CPU, slowly" in capsys.readouterr().err
     assert any(w.any() for name, w in adapter(cell).items() if "lora_B" in name)
     assert records["evaluate"]["adapter_changes_logits"] is False
-    write_manifest(pipeline.output(cell.config), [cell])
-    text = report.finish(pipeline.output(cell.config), cell.config.sweep, draw=False)
+    write_manifest(Outputs.of(cell.config).root, [cell])
+    text = report.finish(Outputs.of(cell.config).root, cell.config.sweep, draw=False)
     assert "In 2 of 2 evaluations of adapters the adapter was too small to change a logit" in text
     larger = make("n=8", "method.epochs=1", "model.dtype=bfloat16")
     assert finish(larger)[1]["evaluate"]["adapter_changes_logits"] is True

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from d2lora import plan
-from d2lora.command import cli
+from d2lora.command import grid
+from d2lora.command.guard import guard
 from d2lora.errors import UserError
 from d2lora.settings import Benchmark, Config, parse
 
@@ -152,11 +153,11 @@ def test_whatever_is_typed_gives_a_plan_or_one_line(
     def typed() -> int:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cli.cell(compose("config", overrides=["n=8", "m=8", f"{sign}{key}={value}"]))
+            grid.cell_of(compose("config", overrides=["n=8", "m=8", f"{sign}{key}={value}"]))
         return 0
 
     with pytest.raises(SystemExit) as end:
-        cli.guard(typed)
+        guard(typed)
     told = capsys.readouterr().err
     assert end.value.code in (0, 2)
     assert (len(told.splitlines()) == 1 and told.startswith("error: ")) if end.value.code else told == ""

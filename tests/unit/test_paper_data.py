@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from d2lora import data
-from d2lora.command import cli
+from d2lora.command import preflight
 from d2lora.errors import UserError
 from d2lora.scoring import answers
 
@@ -125,12 +125,12 @@ def tokenizer():
 
 @pytest.mark.parametrize(("task", "n"), [("math", 2), ("title", 50)])
 def test_the_paper_s_tasks_read_their_data_sets(paper, task: str, n: int) -> None:
-    cli.check_inputs(paper(task, f"n={n}", "m=100"), set())
-    cli.check_inputs(paper(task, "n=all", "m=all"), set())
+    preflight.check_inputs(paper(task, f"n={n}", "m=100"), set())
+    preflight.check_inputs(paper(task, "n=all", "m=all"), set())
     with pytest.raises(UserError, match=rf"n={n + 1}: task={task} has {n} rows"):
-        cli.check_inputs(paper(task, f"n={n + 1}"), set())
+        preflight.check_inputs(paper(task, f"n={n + 1}"), set())
     with pytest.raises(UserError, match=r"m=101: warmup=mix40k has 100 rows"):
-        cli.check_inputs(paper(task, f"n={n}", "m=101"), set())
+        preflight.check_inputs(paper(task, f"n={n}", "m=101"), set())
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_paper_s_tasks_read_their_data_sets(paper, task: str, n: int) -> Non
 def test_a_column_that_a_data_set_lacks_is_named(paper, hub: Path, place: str, task: str, column: str) -> None:
     write(hub, place, [{k: v for k, v in row.items() if k != column} for row in LAYOUTS[place]])
     with pytest.raises(UserError, match=rf"{place.split('/')[0]}: missing column {column}; it has "):
-        cli.check_inputs(paper(task, "n=1", "m=1"), set())
+        preflight.check_inputs(paper(task, "n=1", "m=1"), set())
 
 
 def test_a_pair_s_ids_begin_with_one_bos_and_end_with_eos_only_where_the_solution_does(paper, tokenizer) -> None:
@@ -274,7 +274,7 @@ def real(cell):
 
 @needs_shared
 def test_the_real_rows_have_the_columns_of_the_hub_s_data_sets(real) -> None:
-    cli.check_inputs(real, set())
+    preflight.check_inputs(real, set())
     assert set(PAIRS[0]) <= set(data.rows(real.task.data)[0])
     assert set(MIX[0]) <= set(data.rows(real.warmup.data)[0])
     assert set(ARC[0]) <= set(data.rows(real.task.benchmark["arc_easy"].data)[0])

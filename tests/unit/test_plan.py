@@ -1,6 +1,8 @@
 import pytest
 
 from d2lora import plan
+from d2lora.keys import canonical
+from d2lora.settings import amount
 
 GRID = [(method, m, n) for method in ("sft", "dpo", "orpo") for m in (0, 4000) for n in (0, 100, 1000)]
 
@@ -83,7 +85,7 @@ def test_keys_carry_no_path(cell, tmp_path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1: "a"}, (1, 2), {"a": {1, 2}}])
 def test_a_value_that_json_cannot_carry_is_an_error(value) -> None:
     with pytest.raises((ValueError, TypeError)):
-        plan.canonical(value)
+        canonical(value)
 
 
 def test_the_batches_do_each_stage_once_and_leave_nothing_waiting(grid) -> None:
@@ -101,14 +103,14 @@ def test_the_batches_do_each_stage_once_and_leave_nothing_waiting(grid) -> None:
 
 
 def test_nobody_waits_for_the_evaluation_of_a_warm_up(grid) -> None:
-    jobs = [[s.name for s in job.stages] for batch in plan.batches(grid, set()) for job in batch]
+    jobs = [[s.kind for s in job.stages] for batch in plan.batches(grid, set()) for job in batch]
     assert ["warmup"] in jobs
     assert not any("warmup" in names and len(names) > 1 for names in jobs)
 
 
 def test_what_is_done_is_not_planned_again(grid) -> None:
     assert not any(plan.batches(grid, {s.key for s in plan.stages(grid)}))
-    some = {s.key for s in plan.stages(grid) if s.name == "warmup"}
+    some = {s.key for s in plan.stages(grid) if s.kind == "warmup"}
     assert all(s.key not in some for batch in plan.batches(grid, some) for job in batch for s in job.stages)
 
 
@@ -117,4 +119,4 @@ def test_equal_cells_are_one_cell(cell) -> None:
 
 
 def test_large_amounts_are_written_as_the_paper_does() -> None:
-    assert [plan.amount(x) for x in (0, 500, 1000, 40000, 44218, "all")] == ["0", "500", "1k", "40k", "44218", "all"]
+    assert [amount(x) for x in (0, 500, 1000, 40000, 44218, "all")] == ["0", "500", "1k", "40k", "44218", "all"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2lora.command import progress
+from d2lora.command import terminal
 from d2lora.stages import Stage
 from d2lora.stages.evaluate import EvaluateSpec
 
@@ -33,10 +33,10 @@ def test_a_terminal_shows_the_sweep_s_line_and_how_far_each_worker_is(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", err := Terminal())
     one, two, silent = map(stage, ("one", "two", "silent"))
-    with progress.Note(tmp_path) as here, progress.Note(tmp_path) as there:
+    with terminal.Note(tmp_path) as here, terminal.Note(tmp_path) as there:
         here.stage(one)(3, 10)
         there.stage(two)(1, 2)
-        with progress.board(lambda: "two at work", lambda: [one, two, silent], tmp_path, every=0.01):
+        with terminal.board(lambda: "two at work", lambda: [one, two, silent], tmp_path, every=0.01):
             for text in ("two at work", "one:  30%", "3/10", "two:  50%"):
                 wait_for(text, err)
             (tmp_path / "progress" / one.key).write_text("5 1")  # being written
@@ -50,9 +50,9 @@ def test_a_terminal_shows_the_sweep_s_line_and_how_far_each_worker_is(
 def test_where_nobody_looks_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", err := io.StringIO())
     with (
-        progress.board(lambda: "line", lambda: [stage("one")], tmp_path, every=0.01),
-        progress.Note(tmp_path) as note,
-        progress.Bar() as bar,
+        terminal.board(lambda: "line", lambda: [stage("one")], tmp_path, every=0.01),
+        terminal.Note(tmp_path) as note,
+        terminal.Bar() as bar,
     ):
         for watch in (note, bar):
             watch.stage(stage("one"))(3, 10)
@@ -62,5 +62,5 @@ def test_where_nobody_looks_nothing_is_shown(tmp_path: Path, monkeypatch: pytest
 
 def test_a_worker_whose_disk_is_full_works_on(tmp_path: Path) -> None:
     (tmp_path / "progress").write_text("a file where the folder should be")
-    with progress.Note(tmp_path) as note:
+    with terminal.Note(tmp_path) as note:
         note.stage(stage("one"))(3, 10)

@@ -12,7 +12,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would hide ours, w
 
 from tqdm import tqdm
 
-from d2lora.plan import Stage
+from d2lora.stages import Stage
 
 _BARS = 8  # shown at once, of a sweep's stages at work
 

@@ -1,0 +1,68 @@
+"""Hydra's task function: a cell that was typed, or a worker's share of a grid."""
+
+import contextlib
+import sys
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from d2lora import worker
+from d2lora.command import preflight, rehearsal, summary, terminal
+from d2lora.command.grid import cell_of
+from d2lora.command.guard import one_line, reader_may_leave, refuse
+from d2lora.errors import UserError
+from d2lora.outputs import Outputs
+from d2lora.plan import Cell
+from d2lora.report import manifest
+from d2lora.store import Store
+
+
+def job(config: DictConfig) -> int:
+    """Do a cell typed by hand and exit with its code, or do a worker's share of a grid and return how many stages it lost."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return share(config)
+    # What guard would make of these two, as Hydra prints a line of its own for each exception that it sees.
+    with reader_may_leave():
+        try:
+            sys.exit(one_cell(cell_of(config)))
+        except (UserError, OmegaConfBaseException) as error:
+            sys.exit(refuse(error))
+
+
+def one_cell(cell: Cell) -> int:
+    """Do all stages of a cell and print its results; a dry run prints its plan. Returns the exit code."""
+    output = Outputs.of(cell.config).root
+    store = Store(output)
+    preflight.check(cell.config, set())
+    rehearsal.remember()
+    if cell.config.dry_run:
+        print(summary.plan_text([cell], store, notes=preflight.coverage([cell])))
+        return 0
+    manifest.add_to_manifest(output, cell)
+    with terminal.Bar() as bar:
+        lost = worker.do(cell.config, cell, store, bar.stage)
+    print(summary.cell_text(cell, store))
+    print(summary.failures_text(output, lost), end="", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def share(config: DictConfig) -> int:
+    """Do a worker's share of a grid; returns how many of its stages are lost.
+
+    Nothing but Ctrl-C may leave it as an exception: some launchers then drop the other jobs.
+    """
+    try:
+        cell = cell_of(config)
+        output = Outputs.of(cell.config).root
+        with terminal.Note(output) as note:
+            return len(worker.do(cell.config, cell, Store(output), note.stage))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if config.job:  # else the reason would lie in a launcher's log that nobody names
+            with contextlib.suppress(OSError):
+                worker.write_failure(Outputs.at(config.output), config.job[0], "a job", error)
+        print(f"error: {one_line(error) if isinstance(error, Exception) else error!r}", file=sys.stderr)
+        return 1
