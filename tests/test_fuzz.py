@@ -1,6 +1,7 @@
 """Whatever a user types for a key gives a plan or one clear line: never a traceback, never something written."""
 
 import copy
+import typing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from d2lora import plan
 from d2lora.command import cli
 from d2lora.errors import UserError
-from d2lora.settings import config
+from d2lora.settings import Benchmark, config
 
 ROOT = Path(__file__).parent.parent
 FEW_AT_A_TIME = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -53,12 +54,13 @@ def schema(model=config.Config, before: tuple[str, ...] = ()) -> set[tuple[str, 
     for name, info in model.model_fields.items():
         inner = info.annotation
         if name == "benchmark":
-            inner, before_inner = config.Benchmark, (*before, name, "lab_math")
+            inner, before_inner = Benchmark, (*before, name, "lab_math")
         else:
             before_inner = (*before, name)
         found.add((*before, name))
-        if isinstance(inner, type) and issubclass(inner, config.BaseModel):
-            found |= schema(inner, before_inner)
+        for kind in typing.get_args(inner) or (inner,):  # a method is one of several classes
+            if isinstance(kind, type) and issubclass(kind, config.BaseModel):
+                found |= schema(kind, before_inner)
     return found
 
 
