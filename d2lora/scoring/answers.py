@@ -1,4 +1,4 @@
-"""Finding the final answer of a text, and scoring it against a gold. Pure functions; docs/answers.md says how."""
+"""Find the final answer of a text, and compare it with a gold. Pure functions; docs/answers.md says how."""
 
 import re
 import unicodedata
@@ -15,26 +15,26 @@ _BETWEEN = re.compile(r"\\(?:text|mbox|mathrm|quad|,|;| |\(|\)|\[|\])|[$\s{}*]+"
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that a solution ends on; None if there is none, or no single sure one.
+    """Read the number that a solution ends on; None if there is none, or no single sure one.
 
     The last \\boxed{...} counts; without one the last line after "####" (GSM8K's gold answers), then what follows the last
     "answer is" or "Answer:", then the last number of the text. Units, currency, %, and LaTeX around it are no part of it.
     """
-    found = _number(text)
-    return found.value if found else None
+    number = _number(text)
+    return number.value if number else None
 
 
 def gold_number(text: str) -> Fraction | None:
-    """The number of a gold; None also for a phrase that a box would give another number: "18 eggs in 3 days"."""
-    found = final_number(text)
-    if found is None or "\n" in text or len(text) > _PHRASE or _boxes(text) or _marked(text):
-        return found
+    """Read the number of a gold; None also for a phrase that a box would give another number: "18 eggs in 3 days"."""
+    value = final_number(text)
+    if value is None or "\n" in text or len(text) > _PHRASE or _boxes(text) or _marked(text):
+        return value
     boxed = numbers.read(re.sub(r"^\s*-\s", "", text), "box")
-    return found if boxed is None or boxed.value == found else None
+    return value if boxed is None or boxed.value == value else None
 
 
 def same_number(answer: str, gold: str) -> bool:
-    """Whether two texts end on equal numbers (d2lora.numbers.Number says when); without numbers, whether they are the same text."""
+    """Compare the numbers that two texts end on (`numbers.Number` says when they are equal); without any, their texts."""
     given, wanted = _number(answer), _number(gold)
     if given is None and wanted is None:
         return exact_text(answer) == exact_text(gold) != ""
@@ -42,9 +42,8 @@ def same_number(answer: str, gold: str) -> bool:
 
 
 def _number(text: str) -> Number | None:
-    found = _boxes(text)
-    if found:
-        return _boxed_number(text, found)
+    if boxes := _boxes(text):
+        return _boxed_number(text, boxes)
     for marked, where in _marked(text):
         if numbers.holds(marked):
             return numbers.read(marked, where)
@@ -53,45 +52,45 @@ def _number(text: str) -> Number | None:
 
 def _marked(text: str) -> list[tuple[str, numbers.Where]]:
     """What the marks of final answers announce, the surest first."""
-    found: list[tuple[str, numbers.Where]] = []
+    marked: list[tuple[str, numbers.Where]] = []
     if hashes := list(_HASHES.finditer(text)):
         line = text[hashes[-1].end() :].split("\n", 1)[0]
         if not line[:1].isalpha() or numbers.opens(line):  # "#### Step 2: add" is a heading
-            found.append((line, "line"))
+            marked.append((line, "line"))
     if said := list(_ANSWER.finditer(text)):
-        found.append((text[said[-1].end() :], "sentence"))
-    return found
+        marked.append((text[said[-1].end() :], "sentence"))
+    return marked
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """Start, end and content of all complete \\boxed{...} that are not empty, braces inside balanced, in order."""
-    found, opened = [], []
+    boxes, opened = [], []
     for match in _BRACES.finditer(text):
         if match[0][0] == "\\" and len(match[0]) == 2:
             continue
         if match[0] != "}":
             opened.append(match)
         elif opened and (start := opened.pop())[0] != "{" and text[start.end() : match.start()].strip():
-            found.append((start.start(), match.end(), text[start.end() : match.start()]))
-    return sorted(found)
+            boxes.append((start.start(), match.end(), text[start.end() : match.start()]))
+    return sorted(boxes)
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete \\boxed{...} that is not empty, braces inside it balanced."""
-    found = _boxes(text)
-    return found[-1][2] if found else None
+    """Return the content of the last complete \\boxed{...} that is not empty, braces inside it balanced."""
+    boxes = _boxes(text)
+    return boxes[-1][2] if boxes else None
 
 
-def _boxed_number(text: str, found: list[tuple[int, int, str]]) -> Number | None:
+def _boxed_number(text: str, boxes: list[tuple[int, int, str]]) -> Number | None:
     """The number of the last box; None where another number is offered beside it: "\\boxed{18} or \\boxed{20}"."""
-    start, end, content = found[-1]
+    start, end, content = boxes[-1]
     value = numbers.read(content, "box")
-    if len(found) > 1 and found[-2][1] <= start:
-        between = _BETWEEN.sub(" ", text[found[-2][1] : start]).strip().lower()
+    if len(boxes) > 1 and boxes[-2][1] <= start:
+        between = _BETWEEN.sub(" ", text[boxes[-2][1] : start]).strip().lower()
         offered = between in (",", ";", "/", "&", "and", ", and") or _has_or(between)
-        if offered and numbers.read(found[-2][2], "box") != value:
+        if offered and numbers.read(boxes[-2][2], "box") != value:
             return None
-    begin = max(start - 40, found[-2][1] if len(found) > 1 else 0)
+    begin = max(start - 40, boxes[-2][1] if len(boxes) > 1 else 0)
     before, after = (_BETWEEN.sub(" ", t).strip().lower() for t in (text[begin:start], text[end : end + 40]))
     if re.search(r"\d\W{0,2}\s(?:[a-z]+\s){0,2}or$", before) or re.match(
         r"(?:,\s)?or\s(?:[a-z]+\s){0,2}[^a-z]{0,2}\d", after
@@ -122,7 +121,7 @@ _LATEX = [
 
 
 def exact_text(text: str) -> str:
-    """The final answer as a text in which case, spaces and wrapping do not count.
+    """Read the final answer as a text in which case, spaces and wrapping do not count.
 
     It is the last \\boxed{...}, else the rest of the line after the last "####", else of the last line with "answer is" or
     "Answer:", else the whole text. Then: Unicode NFKC (superscripts as ^), lower case (casefold), LaTeX's \\left, \\right,
@@ -134,11 +133,11 @@ def exact_text(text: str) -> str:
         marks = list(_HASHES.finditer(text)) or list(_ANSWER.finditer(text))
         boxed = text[marks[-1].end() :].strip().split("\n", 1)[0] if marks else text
         boxed = boxed if boxed.strip() else text
-    found = _SUPERSCRIPTS.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), boxed)
-    found = unicodedata.normalize("NFKC", found).casefold()
+    plain = _SUPERSCRIPTS.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), boxed)
+    plain = unicodedata.normalize("NFKC", plain).casefold()
     for pattern, by in _LATEX:
-        found = pattern.sub(by, found)
-    return _unwrapped(found)
+        plain = pattern.sub(by, plain)
+    return _unwrapped(plain)
 
 
 def _unwrapped(text: str) -> str:
@@ -160,5 +159,5 @@ def _unwrapped(text: str) -> str:
 
 
 def same_text(answer: str, gold: str) -> bool:
-    """Whether two texts are the same answer (`exact_text`); an empty one is none."""
+    """Compare two texts as answers (`exact_text`); an empty one is none."""
     return exact_text(answer) == exact_text(gold) != ""

@@ -35,30 +35,30 @@ class _Run:
 
 
 def _runs(tokens: list[Token], where: Where) -> list[_Run]:
-    found: list[_Run] = []
+    runs: list[_Run] = []
     current: list[Token] = []
     start = sentence = depth = 0
-    for place, token in enumerate([*tokens, Token("end", "")]):
+    for index, token in enumerate([*tokens, Token("end", "")]):
         kept = token.kind in ("number", "unclear", "letter", "command", "unit") or (
-            token.kind == "op" and _belongs(tokens, place, depth, bool(current), where)
+            token.kind == "op" and _belongs(tokens, index, depth, bool(current), where)
         )
         opens_aside = token.text == "(" and token.space and current and current[-1].kind in ("number", "unit")
         if current and (not kept or opens_aside):
-            found.append(_Run(current, start, place, sentence))
+            runs.append(_Run(current, start, index, sentence))
             current, depth = [], 0
         if kept:
-            start = start if current else place
+            start = start if current else index
             current.append(token)
             depth += (token.text in "([{") - (token.text in ")]}") if token.kind == "op" else 0
         sentence += token.kind == "end"
-    return found
+    return runs
 
 
-def _belongs(tokens: list[Token], place: int, depth: int, within: bool, where: Where) -> bool:
+def _belongs(tokens: list[Token], index: int, depth: int, within: bool, where: Where) -> bool:
     """Whether an operator is part of an expression, not of the sentence."""
-    token = tokens[place]
-    before = tokens[place - 1] if place else None
-    after = tokens[place + 1] if place + 1 < len(tokens) else None
+    token = tokens[index]
+    before = tokens[index - 1] if index else None
+    after = tokens[index + 1] if index + 1 < len(tokens) else None
     value = before is not None and (
         before.kind in ("number", "unclear", "letter", "unit", "command") or before.text in (")", "]", "}", "%", "!")
     )
@@ -96,14 +96,14 @@ def _trimmed(tokens: list[Token], after: Token | None) -> list[Token]:
     """Without brackets that are closed or opened outside, Markdown's stars, and a dash before words."""
     opened: list[int] = []
     lone = set()
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token.kind == "op" and token.text in "([{":
-            opened.append(place)
+            opened.append(index)
         elif token.kind == "op" and token.text in ")]}":
             if opened:
                 opened.pop()
             else:
-                lone.add(place)
+                lone.add(index)
     lone.update(opened)
     first, last = 0, len(tokens)
     while first < last and (first in lone or tokens[first].text in ("*", ",", ":", "/")):
@@ -157,7 +157,7 @@ def _value(run: _Run, tokens: list[Token], where: Where) -> Number | None:
 
 def _exclaimed(tokens: list[Token], after: Token | None) -> bool:
     """Whether the mark at the end of a run may be the sentence's: "18!", but not "5! * 3!" or "5!."."""
-    marks = [place for place, t in enumerate(tokens) if t.kind == "op" and t.text == "!"]
+    marks = [index for index, t in enumerate(tokens) if t.kind == "op" and t.text == "!"]
     if not marks or marks[-1] != len(tokens) - 1 or (after is not None and after.text in (".", ",", ")")):
         return False
     return marks == list(range(marks[0], len(tokens)))
@@ -201,10 +201,10 @@ def read(text: str, where: Where) -> Number | None:
         head, newline, rest = text.partition("\n")
         text = head + newline + _BULLET.sub("", rest)
     tokens = with_units(tokens_of(plain(text), where))
-    found = [run for run in _runs(tokens, where) if run.counts]
-    if not found:
+    counted = [run for run in _runs(tokens, where) if run.counts]
+    if not counted:
         return in_words(tokens, where)
-    chosen, other = (found[-1], found[-2:-1]) if where == "text" else (found[0], found[1:2])
+    chosen, other = (counted[-1], counted[-2:-1]) if where == "text" else (counted[0], counted[1:2])
     value = _value(chosen, tokens, where)
     for run in other:
         first, second = sorted((chosen, run), key=lambda r: r.start)

@@ -19,32 +19,32 @@ class Parser:
     """Evaluates an expression exactly: sums, products, fractions, mixed numbers, powers, exact roots, small factorials."""
 
     def __init__(self, tokens: list[Token]) -> None:
-        self.tokens, self.place, self.depth = tokens, 0, 0
+        self.tokens, self.index, self.depth = tokens, 0, 0
         self.rounded = self.rich = self.minus = False
 
     def value(self) -> Number:
         """The value of all tokens. NoNumber if they are none, or if "10-20" might be a range."""
         value = self.sum()
-        if self.place < len(self.tokens) or (self.minus and not self.rich):
+        if self.index < len(self.tokens) or (self.minus and not self.rich):
             raise NoNumber
         return Number(value, self.rounded)
 
     def at(self, *texts: str, ahead: int = 0) -> bool:
-        place = self.place + ahead
+        index = self.index + ahead
         return (
-            place < len(self.tokens)
-            and self.tokens[place].kind in ("op", "command")
-            and self.tokens[place].text in texts
+            index < len(self.tokens)
+            and self.tokens[index].kind in ("op", "command")
+            and self.tokens[index].text in texts
         )
 
     def kind(self, ahead: int = 0) -> str:
-        place = self.place + ahead
-        return self.tokens[place].kind if place < len(self.tokens) else ""
+        index = self.index + ahead
+        return self.tokens[index].kind if index < len(self.tokens) else ""
 
     def take(self, *texts: str) -> bool:
-        found = self.at(*texts)
-        self.place += found
-        return found
+        taken = self.at(*texts)
+        self.index += taken
+        return taken
 
     def need(self, text: str) -> None:
         if not self.take(text):
@@ -60,7 +60,7 @@ class Parser:
         while self.at("+", "-"):
             minus = self.at("-")
             self.minus = self.minus or minus
-            self.place += 1
+            self.index += 1
             total = self.bounded(total - self.product() if minus else total + self.product())
         self.depth -= 1
         return total
@@ -74,7 +74,7 @@ class Parser:
             elif self.at("/"):
                 if divided:  # 1/2/2023
                     raise NoNumber
-                self.place, divided = self.place + 1, True
+                self.index, divided = self.index + 1, True
                 value = self.quotient(value, self.signed(self.power))
             elif self.at("(", r"\sqrt") or (self.at(r"\frac") and not divided):  # 2(3), 2\sqrt{4}
                 if self.at(r"\frac"):  # a mixed number has been read already
@@ -89,17 +89,17 @@ class Parser:
 
     def mixed(self) -> Fraction:
         """A power, or a whole number with a proper fraction behind it: 2 1/2, 2\\frac{1}{2}."""
-        whole = self.place < len(self.tokens) and self.tokens[self.place].text.isdigit()
+        whole = self.index < len(self.tokens) and self.tokens[self.index].text.isdigit()
         value = self.power()
-        if not (whole and self.tokens[self.place - 1].text.isdigit()):
+        if not (whole and self.tokens[self.index - 1].text.isdigit()):
             return value
         if self.at(r"\frac"):
             part = self.power()
         elif self.kind() == "number" and self.at("/", ahead=1) and self.kind(2) == "number":
-            above, below = (self.tokens[self.place + i] for i in (0, 2))
+            above, below = (self.tokens[self.index + i] for i in (0, 2))
             if not (above.text.isdigit() and below.text.isdigit()):
                 raise NoNumber
-            self.place += 3
+            self.index += 3
             part = self.quotient(Fraction(above.text), Fraction(below.text))
         else:
             return value
@@ -110,16 +110,16 @@ class Parser:
     def power(self) -> Fraction:
         value = self.atom()
         while self.at("!", r"\factorial"):
-            self.place += 1
+            self.index += 1
             if self.at("!", r"\factorial") or value.denominator != 1 or not 0 <= value <= _FACTORIAL:
                 raise NoNumber
             self.rich, value = True, Fraction(math.factorial(int(value)))
         if self.take("^"):
             return self.raised(value)
         if self.take(r"\degree"):
-            self.place += self.place < len(self.tokens) and self.tokens[self.place].text in ("C", "F")
+            self.index += self.index < len(self.tokens) and self.tokens[self.index].text in ("C", "F")
         elif not self.take("%"):
-            self.place += self.kind() == "unit" and self.tokens[self.place].text in ORDINALS
+            self.index += self.kind() == "unit" and self.tokens[self.index].text in ORDINALS
         return value
 
     def raised(self, base: Fraction) -> Fraction:
@@ -139,9 +139,9 @@ class Parser:
 
     def atom(self) -> Fraction:
         if self.kind() == "number":
-            number = self.tokens[self.place].number
+            number = self.tokens[self.index].number
             assert number is not None
-            self.place += 1
+            self.index += 1
             self.rounded = self.rounded or number.rounded
             if self.at("_"):  # another base
                 raise NoNumber
@@ -164,11 +164,11 @@ class Parser:
     def argument(self) -> Fraction:
         """An argument of a command: in braces, or the next digit."""
         if self.kind() == "number":
-            token = self.tokens[self.place]
+            token = self.tokens[self.index]
             if not token.text.isdigit():
                 raise NoNumber
             rest = replace(token, text=token.text[1:], space=False, number=Number(Fraction(token.text[1:] or 0)))
-            self.tokens = [*self.tokens[: self.place], *([rest] if rest.text else []), *self.tokens[self.place + 1 :]]
+            self.tokens = [*self.tokens[: self.index], *([rest] if rest.text else []), *self.tokens[self.index + 1 :]]
             return Fraction(token.text[0])
         self.need("{")
         value = self.sum()

@@ -59,16 +59,16 @@ BEFORE_NUMBERS = {"rs", "usd", "eur", "gbp", "inr", "chf", "cad", "aud", "no", "
 
 
 def tokens_of(text: str, where: Where) -> list[Token]:
-    found: list[Token] = []
-    place, space, upright = 0, False, 0
-    while place < len(text):
-        match = _SCAN.match(text, place)
+    tokens: list[Token] = []
+    index, space, upright = 0, False, 0
+    while index < len(text):
+        match = _SCAN.match(text, index)
         assert match is not None, "any character is a token"
         kind, raw = str(match.lastgroup), match[0]
-        place = match.end()
+        index = match.end()
         if kind == "space":
-            if "\n" in raw and where != "box" and found and found[-1].kind != "end":
-                found.append(Token("end", "\n"))
+            if "\n" in raw and where != "box" and tokens and tokens[-1].kind != "end":
+                tokens.append(Token("end", "\n"))
             space = True
             continue
         if raw in (OPEN, CLOSE):
@@ -76,24 +76,24 @@ def tokens_of(text: str, where: Where) -> list[Token]:
             space = space or raw == OPEN
             continue
         if kind == "number":
-            token, place = _number(text, match.start(), raw, space)
+            token, index = _number(text, match.start(), raw, space)
         elif kind == "word":
-            token = _word(raw, space, upright > 0, text[place : place + 3])
+            token = _word(raw, space, upright > 0, text[index : index + 3])
         elif raw in (r"\then", "\\\\"):
             token = Token("break", raw)
-        elif raw in ".?" and (place == len(text) or text[place].isspace()) and where != "box":
+        elif raw in ".?" and (index == len(text) or text[index].isspace()) and where != "box":
             token = Token("end", raw, space)
         elif raw in "+-*/^!=<>()[]{}|:,%_\u2013":
             token = Token("op", raw, space)
         else:
             token = Token("command" if kind == "command" else "break", raw, space)
-        found.append(token)
+        tokens.append(token)
         space = False
-    return found
+    return tokens
 
 
 def _number(text: str, start: int, raw: str, space: bool) -> tuple[Token, int]:
-    """The token of a number that starts at a place, and where it ends."""
+    """The token of a number that starts at an index, and where it ends."""
     spaced = _SPACED.match(text, start)
     raw = spaced[0] if spaced and len(spaced[0]) > len(raw) else raw
     end, power = start + len(raw), 0
@@ -139,31 +139,31 @@ ORDINALS = {"st", "nd", "rd", "th"}
 
 def with_units(tokens: list[Token]) -> list[Token]:
     """The tokens with each unit behind a number as one, powers in words multiplied in, and "negative" as a sign."""
-    found: list[Token] = []
-    place = 0
-    while place < len(tokens):
-        token = tokens[place]
-        place += 1
-        before = found[-1] if found else None
+    joined: list[Token] = []
+    index = 0
+    while index < len(tokens):
+        token = tokens[index]
+        index += 1
+        before = joined[-1] if joined else None
         if token.kind == "number" and token.number:
-            token, place = _scaled(token, tokens, place)
-        elif _is_sign(token, before) and _starts(tokens, place):
-            token, tokens[place] = Token("op", "-", True), replace(tokens[place], space=False)
-        found.append(token)
+            token, index = _scaled(token, tokens, index)
+        elif _is_sign(token, before) and _starts(tokens, index):
+            token, tokens[index] = Token("op", "-", True), replace(tokens[index], space=False)
+        joined.append(token)
         if token.kind in ("number", "unclear") or token.text in (r"\degree", "%", ")", "}"):
-            end = _unit(tokens, place)
-            if end > place:
-                found.append(Token("unit", tokens[place].text, tokens[place].space))
+            end = _unit(tokens, index)
+            if end > index:
+                joined.append(Token("unit", tokens[index].text, tokens[index].space))
                 if (
-                    sum(t.kind == "word" for t in tokens[place:end]) > 1
+                    sum(t.kind == "word" for t in tokens[index:end]) > 1
                     and end < len(tokens)
                     and tokens[end].kind != "op"
                 ):
-                    found.append(Token("break", "words"))  # "13 pears make 25 fruits"
-                place = end
+                    joined.append(Token("break", "words"))  # "13 pears make 25 fruits"
+                index = end
         elif token.kind == "word":
-            place = _power_of_unit(tokens, place)
-    return found
+            index = _power_of_unit(tokens, index)
+    return joined
 
 
 def _is_sign(token: Token, before: Token | None) -> bool:
@@ -172,43 +172,43 @@ def _is_sign(token: Token, before: Token | None) -> bool:
     return token.kind == "word" and token.text.lower() in ("negative", "minus") and not within
 
 
-def _starts(tokens: list[Token], place: int) -> bool:
-    return place < len(tokens) and (tokens[place].kind == "number" or tokens[place].text == r"\frac")
+def _starts(tokens: list[Token], index: int) -> bool:
+    return index < len(tokens) and (tokens[index].kind == "number" or tokens[index].text == r"\frac")
 
 
-def _scaled(token: Token, tokens: list[Token], place: int) -> tuple[Token, int]:
+def _scaled(token: Token, tokens: list[Token], index: int) -> tuple[Token, int]:
     number = token.number
     assert number is not None
-    last = min(len(tokens), place + 2)
-    while place < last and tokens[place].kind == "word" and tokens[place].text.lower().removesuffix("s") in POWERS:
-        power = POWERS[tokens[place].text.lower().removesuffix("s")]
-        number, place = Number(number.value * 10**power, number.rounded), place + 1
-    return replace(token, number=number), place
+    last = min(len(tokens), index + 2)
+    while index < last and tokens[index].kind == "word" and tokens[index].text.lower().removesuffix("s") in POWERS:
+        power = POWERS[tokens[index].text.lower().removesuffix("s")]
+        number, index = Number(number.value * 10**power, number.rounded), index + 1
+    return replace(token, number=number), index
 
 
-def _unit(tokens: list[Token], place: int) -> int:
-    """Where the unit that starts at a place ends: "eggs", "cm^2", "km/h", "/hour", "-year"; the place itself if there is none."""
-    start = place
-    while place < len(tokens):
-        joined = tokens[place].text in ("/", "*", "-") and tokens[place].kind == "op" and place + 1 < len(tokens)
-        inner = place + 1 if joined and (tokens[place].text == "/" or not tokens[place + 1].space) else place
+def _unit(tokens: list[Token], index: int) -> int:
+    """Where the unit that starts at an index ends: "eggs", "cm^2", "km/h", "/hour", "-year"; the index itself if there is none."""
+    start = index
+    while index < len(tokens):
+        joined = tokens[index].text in ("/", "*", "-") and tokens[index].kind == "op" and index + 1 < len(tokens)
+        inner = index + 1 if joined and (tokens[index].text == "/" or not tokens[index + 1].space) else index
         if not (
             inner < len(tokens) and _is_unit(tokens[inner], behind_digits=inner == start and not tokens[inner].space)
         ):
             break
-        if inner > place and tokens[place].text == "-" and (tokens[place].space or tokens[inner].kind != "word"):
+        if inner > index and tokens[index].text == "-" and (tokens[index].space or tokens[inner].kind != "word"):
             break
-        if inner > place and tokens[place].text == "*" and start == place:
+        if inner > index and tokens[index].text == "*" and start == index:
             break
-        place = _power_of_unit(tokens, inner + 1)
-    if place > start and place < len(tokens):  # "5m+1" is algebra
-        behind = tokens[place]
-        letters = any(t.kind == "letter" for t in tokens[start:place])
+        index = _power_of_unit(tokens, inner + 1)
+    if index > start and index < len(tokens):  # "5m+1" is algebra
+        behind = tokens[index]
+        letters = any(t.kind == "letter" for t in tokens[start:index])
         if letters and (
             behind.text in ("+", "-", "*", "/", "^", "(", "_", "!") or behind.kind in ("letter", "number", "command")
         ):
             return start
-    return place
+    return index
 
 
 def _is_unit(token: Token, behind_digits: bool) -> bool:
@@ -220,12 +220,12 @@ def _is_unit(token: Token, behind_digits: bool) -> bool:
     return token.upright or not behind_digits or len(token.text) > 3 or token.text in _SHORT_UNITS
 
 
-def _power_of_unit(tokens: list[Token], place: int) -> int:
+def _power_of_unit(tokens: list[Token], index: int) -> int:
     """Behind a unit: where its power ends, "^2" or "^{-1}"."""
-    texts = [t.text for t in tokens[place : place + 5]]
+    texts = [t.text for t in tokens[index : index + 5]]
     if texts[:1] != ["^"]:
-        return place
+        return index
     for length in (2, 3, 4, 5):
         if re.fullmatch(r"\^(?:-?\d|\{-?\d\})", "".join(texts[:length])):
-            return place + length
-    return place
+            return index + length
+    return index

@@ -19,12 +19,12 @@ def in_words(tokens: list[Token], where: Where) -> Number | None:
     """The number of a text without digits: "twenty-one", "negative five", "two and a half"."""
     words = [t.text.lower() for t in tokens]
     runs: list[tuple[int, int]] = []
-    place = 0
-    while place < len(words):
-        end = _spelled_end(words, place)
-        if end > place:
-            runs.append((place, end))
-        place = max(end, place + 1)
+    index = 0
+    while index < len(words):
+        end = _spelled_end(words, index)
+        if end > index:
+            runs.append((index, end))
+        index = max(end, index + 1)
     if where == "text" and len(runs) > 1:  # a pronoun
         runs = [r for r in runs if words[r[0] : r[1]] != ["one"]] or runs
     if not runs:
@@ -46,28 +46,28 @@ def in_words(tokens: list[Token], where: Where) -> Number | None:
 
 def _outside(words: list[str], runs: list[tuple[int, int]]) -> set[str]:
     """The words that are in no number: not the "and" of "one hundred and five"."""
-    inside = {place for start, end in runs for place in range(start, end)}
-    return {word for place, word in enumerate(words) if place not in inside}
+    inside = {index for start, end in runs for index in range(start, end)}
+    return {word for index, word in enumerate(words) if index not in inside}
 
 
-def _spelled_end(words: list[str], place: int) -> int:
-    """Where the number in words that starts at a place ends."""
-    end = place
-    while place < len(words):
-        word = words[place]
-        if word in WORDS or (word in POWERS and (end == place or end > 0)):
-            place = end = place + 1
+def _spelled_end(words: list[str], index: int) -> int:
+    """Where the number in words that starts at an index ends."""
+    end = index
+    while index < len(words):
+        word = words[index]
+        if word in WORDS or (word in POWERS and (end == index or end > 0)):
+            index = end = index + 1
         elif (
             word in ("-", "and")
-            and end == place
-            and place
-            and words[place - 1] in (*WORDS, *POWERS)
-            and place + 1 < len(words)
+            and end == index
+            and index
+            and words[index - 1] in (*WORDS, *POWERS)
+            and index + 1 < len(words)
         ):
-            joins = words[place + 1] in WORDS and (word == "-" or words[place - 1] in POWERS)
+            joins = words[index + 1] in WORDS and (word == "-" or words[index - 1] in POWERS)
             if not joins:
                 break
-            place += 1
+            index += 1
         else:
             break
     return end
