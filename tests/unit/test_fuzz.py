@@ -10,11 +10,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from pydantic import BaseModel
 
 from d2lora import plan
 from d2lora.command import cli
 from d2lora.errors import UserError
-from d2lora.settings import config
+from d2lora.settings import Benchmark, Config, parse
 
 ROOT = Path(__file__).parents[2]
 FEW_AT_A_TIME = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -47,17 +48,17 @@ def paths(values: dict, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return found
 
 
-def schema(model=config.Config, before: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+def schema(model=Config, before: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
     """The places of all keys that the schema knows; a benchmark's under one name."""
     found = set()
     for name, info in model.model_fields.items():
         inner = info.annotation
         if name == "benchmark":
-            inner, before_inner = config.Benchmark, (*before, name, "lab_math")
+            inner, before_inner = Benchmark, (*before, name, "lab_math")
         else:
             before_inner = (*before, name)
         found.add((*before, name))
-        if isinstance(inner, type) and issubclass(inner, config.BaseModel):
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
             found |= schema(inner, before_inner)
     return found
 
@@ -114,7 +115,7 @@ def test_any_value_of_any_key_gives_a_plan_or_one_line(base: dict, changes: list
 def refusal(values: dict) -> str | None:
     """What is said against a config; None if it gives a plan."""
     try:
-        checked = config.parse(values)
+        checked = parse(values)
         assert plan.Cell(checked, plan.chain(checked)).id
     except UserError as error:
         return str(error)

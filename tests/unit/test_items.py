@@ -7,7 +7,7 @@ import pytest
 
 from d2lora import data
 from d2lora.errors import UserError
-from d2lora.settings import Benchmark, Data, config
+from d2lora.settings import Benchmark, Data, fields
 
 
 @pytest.fixture
@@ -105,9 +105,9 @@ def test_rows_with_other_problems_are_told_apart_in_one_line(check) -> None:
 def test_an_attribute_in_a_template_is_refused_with_what_is_meant() -> None:
     for template, meant in (("{answers.text}", "{answers[text]}"), ("{a[b].c}", "{a[b][c]}")):
         with pytest.raises(ValueError, match="names an attribute") as error:
-            config.fields(template)
+            fields(template)
         assert f"{meant} is meant" in str(error.value)
-    assert config.fields("{a[b.c]} {d:.2f}") == {"a", "d"}
+    assert fields("{a[b.c]} {d:.2f}") == {"a", "d"}
 
 
 CHOICE = {"kind": "choice", "gold": "{a}", "choices": "c.text", "labels": "c.label"}
