@@ -246,15 +246,30 @@ def test_inits_are_rows_and_seeds_are_folded(run, finished) -> None:
     assert "2 training seeds (0, 1), folded into each number" in text
 
 
-def readme_examples() -> dict[str, str]:
-    text = (ROOT / "README.md").read_text()
-    return dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", text, re.S))
+def write_examples(document: str, folder: Path) -> None:
+    """Write the files that a document shows into the folder, under the names that it gives them."""
+    text = (ROOT / document).read_text()
+    examples = re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", text, re.S)
+    assert examples
+    for name, content in examples:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def test_the_files_that_extending_shows_are_a_grid(run, tmp_path: Path) -> None:
+    write_examples("docs/extending.md", tmp_path)
+    rows = [{"thing": f"thing {i}", "colour": f"red {i}", "wrong": f"blue {i}"} for i in range(16)]
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
+    files = {"colours": rows[:12], "colours_test": rows[12:], "chats": [{"chosen": turns}] * 8}
+    (tmp_path / "my_data").mkdir()
+    for name, lines in files.items():
+        (tmp_path / "my_data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    text = run("--config-dir", "my_conf", "-cn", "sizes", "dry_run=true").stdout
+    assert text.startswith("sweep sizes: 8 cells, ")
 
 
 def test_the_readme_s_own_task_benchmark_and_warm_up_run(run, tmp_path: Path) -> None:
-    for name, content in readme_examples().items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
+    write_examples("README.md", tmp_path)
     rows = [{"country": f"Land{i}", "capital": f"City{i}", "wrong": f"Town{i}"} for i in range(24)]
     (tmp_path / "my_data").mkdir()
     for name, part in (("capitals", rows[:20]), ("capitals_test", rows[20:])):

@@ -237,8 +237,8 @@ def test_a_file_of_a_data_set_is_found_offline_where_the_hub_s_client_keeps_it(t
     (kept / "snapshots" / commit).mkdir(parents=True)
     (kept / "snapshots" / commit / "train.csv").write_text("title,abstract\nA,b\n")
     code = (
-        "from d2lora import data, config; "
-        f"print(data.rows(config.Data(path='someone/titles', file='train.csv', revision='{commit}')))"
+        "from d2lora import data, settings; "
+        f"print(data.rows(settings.Data(path='someone/titles', file='train.csv', revision='{commit}')))"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=data.ROOT)

@@ -91,7 +91,7 @@ def test_what_is_said_of_data_root_can_be_typed(cell) -> None:
     """A ~ can't: shells leave it as it is inside an argument, and Hydra's grammar refuses it."""
     with pytest.raises(UserError) as refused:
         cell("scale=laptop")
-    said = re.findall(r"data_root=[~$/]\S*", f"{refused.value}\n{(ROOT / 'README.md').read_text()}")
+    said = re.findall(r"data_root=[~$/]\S*", f"{refused.value}\n{(ROOT / 'docs' / 'running.md').read_text()}")
     assert len(said) >= 2
     for override in said:
         value = OverridesParser.create().parse_override(os.path.expandvars(override)).value()

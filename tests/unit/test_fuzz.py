@@ -17,7 +17,7 @@ from d2lora import plan
 from d2lora.command import grid
 from d2lora.command.guard import guard
 from d2lora.errors import UserError
-from d2lora.settings import Benchmark, config
+from d2lora.settings import Benchmark, Config, parse
 
 ROOT = Path(__file__).parents[2]
 FEW_AT_A_TIME = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -60,9 +60,8 @@ def schema(model=Config, before: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
         else:
             before_inner = (*before, name)
         found.add((*before, name))
-        for kind in typing.get_args(inner) or (inner,):  # a method is one of several classes
-            if isinstance(kind, type) and issubclass(kind, config.BaseModel):
-                found |= schema(kind, before_inner)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= schema(inner, before_inner)
     return found
 
 
