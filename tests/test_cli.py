@@ -294,7 +294,8 @@ def test_each_command_and_its_old_spelling_find_the_output_in_the_home_folder(
 
 def test_a_path_of_a_config_is_expanded_as_those_of_the_command_line(monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert OmegaConf.create({"a": "${project:~/x}", "b": "${project:x}"}) == {"a": "/home/me/x", "b": str(ROOT / "x")}
+    config = OmegaConf.create({"home": "~/x", "a": "${project:${home}}", "b": "${project:x}"})
+    assert (config.a, config.b) == ("/home/me/x", str(ROOT / "x"))
     assert str(project_path("~/x")) == "/home/me/x"
 
 
