@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from d2lora import __main__ as entry
 from d2lora import data
-from d2lora.command import preflight
+from d2lora.command import grid, preflight
+from d2lora.command.paths import project_path
 from d2lora.errors import UserError
 from d2lora.outputs import project_path
 from d2lora.store import Store
@@ -309,7 +310,9 @@ def test_each_command_and_its_old_spelling_find_the_output_in_the_home_folder(
 
 def test_a_path_of_a_config_is_expanded_as_those_of_the_command_line(monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert OmegaConf.create({"a": "${project:~/x}", "b": "${project:x}"}) == {"a": "/home/me/x", "b": str(ROOT / "x")}
+    assert grid, "it registers the resolver"
+    config = OmegaConf.create({"home": "~/x", "a": "${project:${home}}", "b": "${project:x}"})
+    assert (config.a, config.b) == ("/home/me/x", str(ROOT / "x"))
     assert str(project_path("~/x")) == "/home/me/x"
 
 
