@@ -494,7 +494,7 @@ def test_the_same_records_give_the_same_report(tmp_path: Path) -> None:
 
 
 def test_planning_a_grid_loads_no_scipy_or_matplotlib() -> None:
-    code = "import sys, d2lora.cli, d2lora.sweep, d2lora.report; print({'scipy', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
+    code = "import sys, d2lora.command.cli, d2lora.command.grid, d2lora.report; print({'scipy', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
 
