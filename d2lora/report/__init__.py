@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2lora.errors import UserError
+from d2lora.records import Records
 from d2lora.report import manifest
 
 if TYPE_CHECKING:
-    from d2lora.report import artefacts, rows
+    from d2lora.report import artefacts
 
 
 def finish(output: Path, sweep: str, draw: bool = True) -> str:
     """A sweep's tables as text, with results.csv written; if asked to draw, its files and the page too."""
     if draw:
         return write(output, [sweep])
-    from d2lora.report import artefacts, rows  # late: planning a grid needs none of it
+    from d2lora.report import artefacts, results  # late: planning a grid needs none of it
 
-    records = rows.Records(output)
-    file, damaged = rows.write_results(output, records)
+    records = Records(output)
+    file, damaged = results.write_results(output, records)
     return "\n\n".join([artefacts.text(_load(output, sweep, records)), *damaged, f"report: {file}"])
 
 
@@ -31,14 +32,14 @@ def write(output: Path, sweeps: Iterable[str]) -> str:
     Returns the named sweeps' tables as text, and a line for each sweep that is damaged. UserError for a sweep that was never
     started.
     """
-    from d2lora.report import artefacts, page, rows
+    from d2lora.report import artefacts, page, results
 
-    there = manifest.sweeps(output)
-    for name in set(sweeps) - set(there):
+    started = manifest.sweeps(output)
+    for name in set(sweeps) - set(started):
         manifest.read_manifest(output, name)
-    records = rows.Records(output)
-    _, damaged = rows.write_results(output, records)
-    loaded = {name: _load(output, name, records) for name in there}
+    records = Records(output)
+    _, damaged = results.write_results(output, records)
+    loaded = {name: _load(output, name, records) for name in started}
     parts = []
     for name in sweeps:
         if loaded[name].settings[1]:  # of a damaged sweep there is nothing to write
@@ -49,7 +50,7 @@ def write(output: Path, sweeps: Iterable[str]) -> str:
     return "\n\n".join([*parts, *damaged, f"report: {file}"])
 
 
-def _load(output: Path, name: str, records: "rows.Records") -> "artefacts.Sweep":
+def _load(output: Path, name: str, records: Records) -> "artefacts.Sweep":
     """A sweep's tables and panels; one that is damaged has none, and says why, so that it does not take the others along."""
     from d2lora.report import artefacts
 

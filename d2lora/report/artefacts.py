@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2lora.errors import UserError
-from d2lora.report import evidence, figures, inits, paper, rows, settings, tables
+from d2lora.records import Records, Score
+from d2lora.report import evidence, figures, formats, inits, paper, settings, tables
 from d2lora.report.figures import Panel
 from d2lora.report.manifest import read_manifest
+from d2lora.report.points import Point, points_of
 from d2lora.report.tables import Table
 
 
@@ -32,16 +34,16 @@ class Sweep:
     problem: str
     settings: tuple[list[str], list[list[str]]]
     shown: list[Shown]
-    contamination: dict[str, dict]
+    contamination: dict[str, dict[str, Score]]
     inits: list[inits.Row]
 
 
-def load(output: Path, name: str, records: rows.Records) -> Sweep:
+def load(output: Path, name: str, records: Records) -> Sweep:
     """A sweep's tables and panels from its manifest and records."""
     manifest = read_manifest(output, name)
-    cells = manifest["cells"]
+    cells = manifest.cells
     try:
-        points, problem = rows.points(manifest, records), ""
+        points, problem = points_of(manifest, records), ""
     except UserError as error:
         points, problem = [], str(error)
     shown = _shown(name, points, records) if points else []
@@ -49,7 +51,7 @@ def load(output: Path, name: str, records: rows.Records) -> Sweep:
     return Sweep(name, problem, settings.settings(cells), shown, contamination, inits.compare(points, records))
 
 
-def _shown(name: str, points: list[rows.Point], records: rows.Records) -> list[Shown]:
+def _shown(name: str, points: list[Point], records: Records) -> list[Shown]:
     own = tables.build(points)
     curves = [panel for t in own for panel in figures.panels(t, "all")]
     found = [Shown("table", f"Sweep {name}", own, curves, evidence.notes(points, records))]
@@ -66,7 +68,7 @@ def text(sweep: Sweep) -> str:
     if sweep.problem:
         return f"no table: {sweep.problem}"
     own = sweep.shown[0]
-    parts = [tables.text(t) for t in own.tables] + [f"note: {line}" for line in own.notes]
+    parts = [formats.text(t) for t in own.tables] + [f"note: {line}" for line in own.notes]
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(sweep.contamination)]))
 
 
@@ -78,16 +80,16 @@ def write(folder: Path, sweep: Sweep) -> None:
         inits.write(folder, sweep.inits)
     for shown in sweep.shown:
         if shown.name.startswith("table"):
-            (folder / f"{shown.name}.md").write_text(tables.markdown(shown.caption, shown.tables, shown.notes))
-            (folder / f"{shown.name}.tex").write_text(tables.latex(shown.caption, shown.tables, shown.notes))
-            (folder / f"{shown.name}.csv").write_text(tables.csv_text(shown.tables))
+            (folder / f"{shown.name}.md").write_text(formats.markdown(shown.caption, shown.tables, shown.notes))
+            (folder / f"{shown.name}.tex").write_text(formats.latex(shown.caption, shown.tables, shown.notes))
+            (folder / f"{shown.name}.csv").write_text(formats.csv_text(shown.tables))
         figures.draw(shown.panels, folder / ("curves" if shown.name == "table" else shown.name))
 
 
 def _write_settings(folder: Path, sweep: Sweep) -> None:
     head, lines = sweep.settings
     caption = f"Table 2: the settings that ran in sweep {sweep.name}"
-    escaped = [[tables.latex_text(c) for c in row] for row in lines]
-    (folder / "table2.md").write_text(f"# {caption}\n\n{tables.markdown_rows(head, lines)}\n")
-    (folder / "table2.tex").write_text(tables.latex_rows(caption, head, escaped) + "\n")
-    (folder / "table2.csv").write_text(tables.csv_rows(head, lines))
+    escaped = [[formats.latex_text(c) for c in row] for row in lines]
+    (folder / "table2.md").write_text(f"# {caption}\n\n{formats.markdown_rows(head, lines)}\n")
+    (folder / "table2.tex").write_text(formats.latex_rows(caption, head, escaped) + "\n")
+    (folder / "table2.csv").write_text(formats.csv_rows(head, lines))

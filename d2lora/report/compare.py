@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from d2lora import stats
-from d2lora.report.rows import Point, differing
-from d2lora.settings import QUANTIZING, amount
+from d2lora.report.looks import QUANTIZING
+from d2lora.report.points import Point, differing
+from d2lora.settings import amount
 
 ALPHA = 0.05
 _BASE = ("", "", "")

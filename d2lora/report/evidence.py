@@ -4,40 +4,40 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 from d2lora.keys import canonical
-from d2lora.report.rows import Point, Records
+from d2lora.records import ManifestCell, Provenance, Record, Records, Score
+from d2lora.report.points import Point
 from d2lora.stages import flips
 
 
-def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[dict, str]]:
+def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[Record, str]]:
     """The finished records behind points by key, each with the name that its data set goes by in the config."""
-    found = {}
+    named = {}
     for point in points:
         for run in point.runs.values():
             names = {"evaluate": point.benchmark, "adapt": point.task, "warmup": point.warmup, "prepare": point.init}
             for stage, name in names.items():
                 if record := records.get(stage, getattr(run, stage)):
-                    found[record["key"]] = record, name
-    return found
+                    named[record.key] = record, name
+    return named
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
     """What to know of a table's records: rows left out, what a bfloat16 model's batch does, adapters too small to act, answers without
     an end, and why they may not be comparable (versions of packages, hardware, data under one name, uncommitted code)."""
     points = list(points)
-    found = list(records_of(points, records).values())
-    made = [record.get("provenance", {}) for record, _ in found]
-    of_records = (note for check in (_unused, _rounded, _counts, _fingerprints) for note in check(found))
-    of_machines = (note for check in (_versions, _hardware, _code) for note in check(made))
+    named = list(records_of(points, records).values())
+    origins = [record.provenance for record, _ in named]
+    of_records = (note for check in (_unused, _rounded, _counts, _fingerprints) for note in check(named))
+    of_machines = (note for check in (_versions, _hardware, _code) for note in check(origins))
     return [*_flips(points, records), *of_records, *of_machines]
 
 
-def _unused(found: list[tuple[dict, str]]) -> Iterator[str]:
+def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
     """Rows that trainings passed over: those that do not fit, and those left out, by reason; of each data set the most."""
     most: dict[tuple[str, str], int] = {}
-    for record, name in found:
-        if record["stage"] in ("warmup", "adapt"):
-            counts = record.get("data", {})
-            reasons = {"too long (recipe.max_length)": counts.get("misfits", 0)} | counts.get("left_out", {})
+    for record, name in named:
+        if record.stage in ("warmup", "adapt"):
+            reasons = {"too long (recipe.max_length)": record.misfits} | record.passed_over
             for reason, count in reasons.items():
                 if count:
                     most[name, reason] = max(count, most.get((name, reason), 0))
@@ -54,13 +54,13 @@ def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:
                 shown[run.flips][point.metric] = None
     for key, metrics in shown.items():
         if record := records.get("flips", key):
-            yield f"{flips.text(record, metrics)}."
+            yield f"{flips.text(record.as_read(), metrics)}."
 
 
-def _rounded(found: list[tuple[dict, str]]) -> Iterator[str]:
+def _rounded(named: list[tuple[Record, str]]) -> Iterator[str]:
     """A learning rate of 1e-7 leaves an adapter that a bfloat16 base can round away: its result is the base's, not the method's."""
-    tested = [record for record, _ in found if "adapter_changes_logits" in record]
-    if away := sum(not record["adapter_changes_logits"] for record in tested):
+    tested = [record for record, _ in named if record.adapter_changes_logits is not None]
+    if away := sum(not record.adapter_changes_logits for record in tested):
         yield (
             f"In {away} of {len(tested)} evaluations of adapters the adapter was too small to change a logit of a probe: the base's "
             "dtype rounds it away (more steps, a larger recipe.lr, or model.dtype=float32)."
@@ -70,34 +70,34 @@ def _rounded(found: list[tuple[dict, str]]) -> Iterator[str]:
 _COUNTS = {"cut": "stopped at max_new_tokens, before an end of their own", "empty": "are empty"}
 
 
-def _counts(found: list[tuple[dict, str]]) -> Iterator[str]:
+def _counts(named: list[tuple[Record, str]]) -> Iterator[str]:
     """Answers that were never finished or say nothing are scored as they are: a low score may be theirs."""
-    groups: dict[str, list[dict]] = defaultdict(list)
-    for record, name in found:
-        if record.get("counts"):
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record, name in named:
+        if record.counts:
             groups[name].append(record)
     for name, records in sorted(groups.items()):
         for count, what in _COUNTS.items():
-            shares = [(r["counts"].get(count, 0), max(m["items"] for m in r["metrics"].values())) for r in records]
+            shares = [(r.counts.get(count, 0), r.items) for r in records]
             some, every = (sum(part) for part in zip(*shares, strict=True))
             if some:
                 most = f", in one evaluation {max(a / b for a, b in shares):.0%}" if len(shares) > 1 else ""
                 yield f"{some:,} of {every:,} answers to {name} ({some / every:.1%}{most}) {what}."
 
 
-def _versions(made: list[dict]) -> Iterator[str]:
+def _versions(origins: list[Provenance]) -> Iterator[str]:
     counts: dict[str, Counter] = defaultdict(Counter)
-    for one in made:
-        for package, version in ({"python": one.get("python")} | one.get("packages", {})).items():
+    for origin in origins:
+        for package, version in ({"python": origin.python} | origin.packages).items():
             counts[package][version] += 1
     for package, versions in sorted(counts.items()):
         if len(versions) > 1:
             yield f"Records were made with different versions of {package}: {_counted(versions)}."
 
 
-def _hardware(made: list[dict]) -> Iterator[str]:
+def _hardware(origins: list[Provenance]) -> Iterator[str]:
     """Another processor rounds otherwise, and training carries that on: noise of a size that nobody measured."""
-    parts = [one.get("hardware", {}) for one in made]
+    parts = [origin.hardware for origin in origins]
     names = Counter(h.get("gpu") or " ".join(h[k] for k in ("cpu", "simd") if h.get(k)) for h in parts)
     del names[""]  # not recorded
     if len(names) > 1:
@@ -108,41 +108,41 @@ def _counted(found: Counter) -> str:
     return ", ".join(f"{name} ({count} records)" for name, count in sorted(found.items(), key=str))
 
 
-def _fingerprints(found: list[tuple[dict, str]]) -> Iterator[str]:
+def _fingerprints(named: list[tuple[Record, str]]) -> Iterator[str]:
     sets: dict[tuple, Counter] = defaultdict(Counter)
-    for record, name in found:
-        spec = record["spec"]
+    for record, name in named:
+        spec = record.spec
         source = spec.get("benchmark", spec).get("data")
         if source is not None:
-            sets[record["stage"], name][canonical(source)] += 1
+            sets[record.stage, name][canonical(source)] += 1
     for (stage, name), prints in sorted(sets.items()):
         if len(prints) > 1:
             yield f"Records of {stage} on {name} read different data under that name ({len(prints)} fingerprints)."
 
 
-def _code(made: list[dict]) -> Iterator[str]:
-    states = Counter("unknown" if not one.get("git") else "dirty" if one["git"]["dirty"] else "clean" for one in made)
+def _code(origins: list[Provenance]) -> Iterator[str]:
+    states = Counter("unknown" if not o.git else "dirty" if o.git.dirty else "clean" for o in origins)
     if states["dirty"]:
-        yield f"{states['dirty']} of {len(made)} records were made with uncommitted changes in the code."
+        yield f"{states['dirty']} of {len(origins)} records were made with uncommitted changes in the code."
     if states["unknown"]:
-        yield f"{states['unknown']} of {len(made)} records were made outside a git checkout: their code is not known."
+        yield f"{states['unknown']} of {len(origins)} records were made outside a git checkout: their code is not known."
 
 
-def contamination(cells: Iterable[dict], records: Records) -> dict[str, dict]:
-    """Test items found in a training set: {"<training set> / <benchmark>": {measure: {"value": share, "items": N}}}."""
-    keys = {pair: key for c in cells for pair, key in c["stages"].get("contamination", {}).items()}
-    found = {pair: records.get("contamination", key) for pair, key in keys.items()}
-    return {pair: record["metrics"] for pair, record in sorted(found.items()) if record}
+def contamination(cells: Iterable[ManifestCell], records: Records) -> dict[str, dict[str, Score]]:
+    """Return test items found in a training set: {"<training set> / <benchmark>": {measure: share}}."""
+    keys = {pair: key for c in cells for pair, key in c.stages.contamination.items()}
+    checked = {pair: records.get("contamination", key) for pair, key in keys.items()}
+    return {pair: record.scores for pair, record in sorted(checked.items()) if record}
 
 
-def contamination_text(found: dict[str, dict]) -> str:
+def contamination_text(shares: dict[str, dict[str, Score]]) -> str:
     """The same as lines; empty where nothing was checked."""
-    if not found:
+    if not shares:
         return ""
     lines = [
         f"  {pair}: "
-        + ", ".join(f"{name} {100 * m['value']:.2f} %" for name, m in measures.items())
-        + f" of {max(m['items'] for m in measures.values())} items"
-        for pair, measures in found.items()
+        + ", ".join(f"{name} {100 * m.value:.2f} %" for name, m in measures.items())
+        + f" of {max(m.items for m in measures.values())} items"
+        for pair, measures in shares.items()
     ]
     return "\n".join(["test items found in a training set", *lines])

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.report import paper
+from d2lora.report.looks import COLOURS, MARKS, METHODS
 from d2lora.report.paper import Artefact
-from d2lora.report.rows import LABELS, Point, size
-from d2lora.report.tables import METHODS, Line, Table
+from d2lora.report.points import LABELS, Point, size
+from d2lora.report.tables import Line, Table
 from d2lora.settings import amount
 
 WIDTH, HEIGHT = 3.3, 2.2  # inches: a column of a two-column paper; each panel's height
-# Okabe and Ito's, told apart by everyone; in grey by lightness and markers.
-COLOURS = {"sft": "#0072b2", "dpo": "#d55e00", "orpo": "#009e73"}
-MARKS = {"sft": "o", "dpo": "s", "orpo": "^"}
 LORA, D2LORA = "#e69f00", "#00468b"
 _SHARED = ("model", "task", "init", "recipe")  # by a D2LoRA and the LoRA that it is compared with
 _TALLEST = 6  # panels in a column of a figure

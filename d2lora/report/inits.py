@@ -7,13 +7,14 @@ from pathlib import Path
 from statistics import mean
 
 from d2lora import stats
-from d2lora.report import figures, tables
+from d2lora.records import Records
+from d2lora.report import figures, formats
 from d2lora.report.compare import ALPHA, Comparison, compared, counterpart, places, seeds_text
-from d2lora.report.rows import Point, Records, differing, size
+from d2lora.report.looks import COLOURS, MARKS, METHODS, PLAIN
+from d2lora.report.points import Point, differing, size
 from d2lora.settings import amount
 
 CAPTION = "Initializations: scores in %, differences to init=lora in points on the same items"
-PLAIN = "lora"
 
 
 @dataclass
@@ -64,7 +65,7 @@ def _place(rows: Iterable[Row]) -> Callable[[Row], tuple]:
     labels = _labels(rows)
     order = {init: place for place, init in enumerate(dict.fromkeys(row.init for row in rows))}
     return lambda r: (
-        tables.METHODS.index(r.method), size(r.n), size(r.m), *(getattr(r, k) for k in labels), order[r.init]
+        METHODS.index(r.method), size(r.n), size(r.m), *(getattr(r, k) for k in labels), order[r.init]
     )  # fmt: skip
 
 
@@ -89,8 +90,8 @@ def _add_costs(row: Row, records: Records) -> None:
     prepared = [r for run in runs if (r := records.get("prepare", run.prepare))]
     trained = [r for run in runs for s in ("warmup", "adapt") if (r := records.get(s, getattr(run, s)))]
     if prepared:
-        row.prepare_seconds = mean(r["seconds"] for r in prepared)
-    row.peak_memory_mb = max((r["peak_memory_mb"] for r in [*prepared, *trained]), default=None)
+        row.prepare_seconds = mean(r.seconds for r in prepared)
+    row.peak_memory_mb = max((r.peak_memory_mb for r in [*prepared, *trained]), default=None)
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -108,11 +109,11 @@ def _texts(row: Row, labels: list[str], benchmarks: list[str]) -> list[str]:
     texts += [row.method.upper(), amount(row.m), amount(row.n)]
     for benchmark in benchmarks:
         point, against = row.points.get(benchmark), row.against.get(benchmark)
-        texts.append(tables.percent(point.value) or "missing" if point else "-")
-        texts.append(tables.bounds(point.interval) if point and point.interval else "")
+        texts.append(formats.percent(point.value) or "missing" if point else "-")
+        texts.append(formats.bounds(point.interval) if point and point.interval else "")
         star = "*" if against and against.beyond_chance else ""
-        texts.append(tables.percent(against.difference, sign="+") + star if against else "")
-        texts.append(tables.bounds(against.interval, "+") if against else "")
+        texts.append(formats.percent(against.difference, sign="+") + star if against else "")
+        texts.append(formats.bounds(against.interval, "+") if against else "")
     costs = (row.prepare_seconds, 1), (row.peak_memory_mb, 0)
     return texts + ["-" if value is None else f"{value:.{digits}f}" for value, digits in costs]
 
@@ -132,10 +133,10 @@ def write(folder: Path, rows: list[Row]) -> None:
     """inits.md, .tex and .csv, and the figure inits.png, .svg and .pdf."""
     head, texts = table(rows)
     listed = "\n".join(f"- {line}" for line in notes(rows))
-    (folder / "inits.md").write_text(f"# {CAPTION}\n\n{tables.markdown_rows(head, texts)}\n\n{listed}\n")
-    escaped = [[tables.latex_text(t) for t in row] for row in texts]
-    (folder / "inits.tex").write_text(tables.latex_rows(f"{CAPTION}. {' '.join(notes(rows))}", head, escaped) + "\n")
-    (folder / "inits.csv").write_text(tables.csv_rows(head, texts))
+    (folder / "inits.md").write_text(f"# {CAPTION}\n\n{formats.markdown_rows(head, texts)}\n\n{listed}\n")
+    escaped = [[formats.latex_text(t) for t in row] for row in texts]
+    (folder / "inits.tex").write_text(formats.latex_rows(f"{CAPTION}. {' '.join(notes(rows))}", head, escaped) + "\n")
+    (folder / "inits.csv").write_text(formats.csv_rows(head, texts))
     if any(p.scores for row in rows for p in row.points.values() if row.n != 0 or row.m != 0):
         figures.save(folder / "inits", functools.partial(_figure, rows))
 
@@ -186,8 +187,8 @@ def _draw(axis, rows: list[Row], benchmark: str, inits: list[str], shift: float)
         [y for _, y, _ in shown],
         yerr=[low, high],
         label=f"{method.upper()} {arm}",
-        color=figures.COLOURS[method],
-        marker=figures.MARKS[method],
+        color=COLOURS[method],
+        marker=MARKS[method],
         markerfacecolor="white" if rows[0].m == 0 else None,
         linestyle="none",
         markersize=3.5,

@@ -10,28 +10,31 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from d2lora.errors import UserError
 from d2lora.outputs import lock, write_json
 from d2lora.plan import Cell
+from d2lora.records import Manifest, ManifestCell, StageKeys, reason
 
 
 def write_manifest(output: Path, cells: list[Cell]) -> None:
     """The grid as planned: each cell's resolved config and the keys of its stages."""
     sweep, entries = cells[0].config.sweep, [_entry(c) for c in cells]
     with _held(output, sweep) as before:
-        _write(output, sweep, entries, [*before["earlier"], *before["cells"]])
+        _write(output, sweep, entries, [*before.earlier, *before.cells])
 
 
 def add_to_manifest(output: Path, cell: Cell) -> None:
     """A cell typed by hand joins its sweep's manifest."""
     sweep, entry = cell.config.sweep, _entry(cell)
     with _held(output, sweep) as before:
-        kept = [e for e in before["cells"] if e["id"] != cell.id]
-        _write(output, sweep, [*kept, entry], before["earlier"])
+        kept = [e for e in before.cells if e.id != cell.id]
+        _write(output, sweep, [*kept, entry], before.earlier)
 
 
 @contextlib.contextmanager
-def _held(output: Path, sweep: str) -> Iterator[dict]:
+def _held(output: Path, sweep: str) -> Iterator[Manifest]:
     """The sweep's manifest, or an empty one; meanwhile no other process writes it, so that no cell is lost."""
     file = _manifest(output, sweep)
     with lock(file.with_suffix(".lock")):
@@ -41,16 +44,17 @@ def _held(output: Path, sweep: str) -> Iterator[dict]:
             before, aside = None, file.with_name(f"{file.name}.damaged")
             file.replace(aside)
             print(f"{file}: damaged, so it begins anew; the old one is now {aside.name}", file=sys.stderr)
-        yield before or {"cells": [], "earlier": []}
+        yield before or Manifest(sweep=sweep, cells=[])
 
 
-def _write(output: Path, sweep: str, cells: list[dict], earlier: list[dict]) -> None:
-    now = {entry["id"] for entry in cells}
-    others = {entry["id"]: entry for entry in earlier if entry["id"] not in now}
-    write_json(_manifest(output, sweep), {"sweep": sweep, "cells": cells, "earlier": list(others.values())})
+def _write(output: Path, sweep: str, cells: list[ManifestCell], earlier: list[ManifestCell]) -> None:
+    now = {entry.id for entry in cells}
+    others = {entry.id: entry for entry in earlier if entry.id not in now}
+    whole = Manifest(sweep=sweep, cells=cells, earlier=list(others.values()))
+    write_json(_manifest(output, sweep), whole.as_read())
 
 
-def _entry(cell: Cell) -> dict:
+def _entry(cell: Cell) -> ManifestCell:
     config = cell.config.model_dump(exclude={"output", "dry_run", "skip_invalid", "job", "data_root"})
     chain = cell.chain
     evaluations = {s.subject: s.key for s in chain.evaluations}
@@ -58,7 +62,7 @@ def _entry(cell: Cell) -> dict:
     checks = {s.subject: s.key for s in chain.contamination}
     flips = {s.subject: s.key for s in chain.flips}  # of a bfloat16 model only
     stages = {**trained, "evaluate": evaluations, "contamination": checks} | ({"flips": flips} if flips else {})
-    return {"id": cell.id, "config": config, "stages": stages}
+    return ManifestCell(id=cell.id, config=config, stages=StageKeys.model_validate(stages))
 
 
 def _manifest(output: Path, sweep: str) -> Path:
@@ -70,16 +74,17 @@ def sweeps(output: Path) -> list[str]:
     return sorted(f.stem for f in (output / "manifests").glob("*.json"))
 
 
-def read_manifest(output: Path, sweep: str) -> dict:
+def read_manifest(output: Path, sweep: str) -> Manifest:
     """A sweep's manifest. UserError if there is none or it is damaged."""
     file = _manifest(output, sweep)
     try:
-        found = json.loads(file.read_text())
-        if not isinstance(found, dict) or "cells" not in found:
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict) or "cells" not in content:
             raise ValueError("no manifest")
-        return {"earlier": []} | found
+        return Manifest.model_validate({"sweep": sweep} | content)
     except FileNotFoundError:
-        there = ", ".join(sorted(f.stem for f in file.parent.glob("*.json"))) or "none"
-        raise UserError(f"sweep={sweep}: no such sweep was started here (there: {there})") from None
+        started = ", ".join(sweeps(output)) or "none"
+        raise UserError(f"sweep={sweep}: no such sweep was started here (there: {started})") from None
     except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}); start the sweep again to have it written anew") from None
+        what = reason(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"{file}: damaged ({what}); start the sweep again to have it written anew") from None

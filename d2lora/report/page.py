@@ -12,12 +12,13 @@ from importlib.resources import files
 import numpy as np
 
 from d2lora.keys import canonical, digest
-from d2lora.report import evidence, inits, paper, tables
+from d2lora.records import Record, Records, Score
+from d2lora.report import evidence, formats, inits, paper
 from d2lora.report.artefacts import Shown, Sweep
 from d2lora.report.compare import Comparison
 from d2lora.report.figures import Panel
-from d2lora.report.rows import Point, Records
-from d2lora.report.tables import Table
+from d2lora.report.points import Point
+from d2lora.report.tables import Table, column_name
 
 _ANSWER, _PROMPT = 600, 2000  # characters kept of a text
 _BUDGET, _FEWEST, _MOST = 5_000_000, 4, 24  # characters of all answers; sampled items a benchmark
@@ -64,7 +65,7 @@ class _Data:
             "name": sweep.name,
             "problem": sweep.problem,
             "settings": {"head": head, "rows": rows},
-            "contamination": sweep.contamination,
+            "contamination": {p: {m: s.as_read() for m, s in x.items()} for p, x in sweep.contamination.items()},
             "shown": shown,
             "inits": _inits(sweep.inits),
         }
@@ -75,7 +76,7 @@ class _Data:
         return {
             "name": shown.name,
             "caption": shown.caption,
-            "notes": [*([] if figure else tables.footnotes(shown.tables)), *shown.notes],
+            "notes": [*([] if figure else formats.footnotes(shown.tables)), *shown.notes],
             "verdicts": [t.verdict for t in shown.tables if figure and not said.issuperset(t.points) and t.pairs],
             "tables": [] if figure else [self._table(t) for t in shown.tables],
             "panels": [self._panel(p) for p in shown.panels],
@@ -84,11 +85,11 @@ class _Data:
     def _table(self, table: Table) -> dict:
         return {
             "title": table.title,
-            "columns": [tables.column_name(table, n) for n in table.columns],
+            "columns": [column_name(table, n) for n in table.columns],
             "verdict": table.verdict,
             "pairs": [
                 {"points": [self._place(p) for p, own in table.pairs.items() if own is c], "row": row}
-                for c, row in zip(table.unique_pairs, tables.pair_rows(table), strict=True)
+                for c, row in zip(table.unique_pairs, formats.pair_rows(table), strict=True)
             ],
             "lines": [
                 {"label": line.label, "cells": [self._cell(table, line.points.get(n)) for n in table.columns]}
@@ -124,21 +125,22 @@ class _Data:
     def _records(self) -> dict[str, dict]:
         return {key: self._record(r) for key, (r, _) in evidence.records_of(self.points, self.records).items()}
 
-    def _record(self, record: dict) -> dict:
-        made = dict(record.get("provenance", {}))
-        started = made.pop("started", "")
-        spec = {k: fingerprint(v) if k == "model" else v for k, v in record["spec"].items()}
+    def _record(self, record: Record) -> dict:
+        environment = record.provenance.as_read()
+        environment.pop("started", None)
+        spec = {k: fingerprint(v) if k == "model" else v for k, v in record.spec.items()}
+        metrics = {k: v.as_read() if isinstance(v, Score) else v for k, v in record.metrics.items() if k != "log"}
         return {
-            "stage": record["stage"],
-            "label": record["label"],
-            "version": record["version"],
-            "started": started,
-            "seconds": record["seconds"],
-            "peak_memory_mb": record["peak_memory_mb"],
-            "data": record.get("data"),
-            "metrics": {k: v for k, v in record["metrics"].items() if k != "log"},
+            "stage": record.stage,
+            "label": record.label,
+            "version": record.version,
+            "started": record.provenance.started,
+            "seconds": record.seconds,
+            "peak_memory_mb": record.peak_memory_mb,
+            "data": record.data,
+            "metrics": metrics,
             "spec": spec,
-            "environment": self.environments.setdefault(canonical(made), len(self.environments)),
+            "environment": self.environments.setdefault(canonical(environment), len(self.environments)),
         }
 
 

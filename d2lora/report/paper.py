@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
-from d2lora.report.rows import LABELS, Point
+from d2lora.report.points import LABELS, Point
 
 _ALL_TITLES = 7000  # Table 1's last column says 7k and can only mean all pairs that are not held out
 _WARMUPS = ("", "mix40k")  # none, and the paper's mix

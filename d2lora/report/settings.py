@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from d2lora.report.rows import MACHINE, flat, size
+from d2lora.records import ManifestCell
+from d2lora.report.points import MACHINE, flat, size
 from d2lora.settings import amount
 
 # What a reader of the paper's Table 2 looks for, in its order: (row, key of the config).
@@ -37,12 +38,12 @@ _ROWS = (
 _APART = ("n", "m", "seed", "sweep", "method.name", "recipe.name", "recipe.lr", "recipe.epochs", "model.path")
 
 
-def settings(cells: Iterable[dict]) -> tuple[list[str], list[list[str]]]:
+def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) of Table 2. A setting that the paper has no row for is shown where the columns differ in it."""
     columns: dict[tuple, list[dict]] = {}
     for cell in cells:
-        config = _values(cell["config"])
-        columns.setdefault(tuple(config.items()), []).append(cell["config"])
+        config = _values(cell.config)
+        columns.setdefault(tuple(config.items()), []).append(cell.config)
     values = [dict(column) for column in columns]
     named = {key for _, key in _ROWS} | {"method"}
     keys = dict.fromkeys(k for v in values for k in v if k not in named and len({w.get(k) for w in values}) > 1)

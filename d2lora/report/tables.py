@@ -1,25 +1,13 @@
-"""Tables as text, Markdown, LaTeX (booktabs) and CSV: rows are method and LoRA or D2LoRA, columns n."""
+"""Tables of a sweep: one a benchmark and metric; rows are method and LoRA or D2LoRA, columns n."""
 
-import csv
-import io
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from d2lora.report import paper
-from d2lora.report.compare import Comparison, comparisons, seeds_text, verdict
-from d2lora.report.rows import LABELS, Point, differing, size
+from d2lora.report.compare import Comparison, comparisons, verdict
+from d2lora.report.looks import METHODS
+from d2lora.report.points import Point, differing, size
 from d2lora.settings import amount
-
-METHODS = ("sft", "dpo", "orpo")
-MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
-_PAIR_HEAD = ["D2LoRA - LoRA", "difference", "95 % interval", "p", "p (Holm)", "detectable", "test", "seeds"]
-_CSV = [
-    *("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "seeds", "items", "value", "low", "high"),
-    *("paper", "to_paper", "difference", "difference_low", "difference_high", "p", "p_holm", "detectable", "test"),
-    *("beyond_chance", "evaluations"),
-]
 
 
 @dataclass
@@ -73,9 +61,9 @@ def _table(benchmark: str, metric: str, points: list[Point]) -> Table:
     for point in points:
         shown = [getattr(point, k) for k in labels]
         label = " ".join([point.method.upper(), point.arm, *filter(None, shown)])
-        place = (METHODS.index(point.method), size(point.m), label)
-        lines.setdefault(place, Line(label, point.method, point.m, {})).points[point.n] = point
-    ordered = [lines[place] for place in sorted(lines)]
+        order = (METHODS.index(point.method), size(point.m), label)
+        lines.setdefault(order, Line(label, point.method, point.m, {})).points[point.n] = point
+    ordered = [lines[order] for order in sorted(lines)]
     _fill_in_the_base(ordered)
     columns = sorted({p.n for p in points}, key=size)
     title = f"{benchmark}: {metric or 'no result yet'} in %"
@@ -97,231 +85,3 @@ def column_name(table: Table, n: int | str) -> str:
     samples = sorted({p.samples for p in table.points if p.n == n and p.samples is not None})
     true = f" ({', '.join(f'{s:,}' for s in samples)})" if n == "all" and samples else ""
     return f"n={amount(n)}{true}"
-
-
-def percent(value: float | None, digits: int = 2, sign: str = "") -> str:
-    return "" if value is None else f"{100 * value:{sign}.{digits}f}"
-
-
-def bounds(interval: tuple[float, float], sign: str = "") -> str:
-    return f"[{percent(interval[0], 1, sign)}, {percent(interval[1], 1, sign)}]"
-
-
-def _mark(table: Table, point: Point) -> str:
-    return "*" if point in table.pairs and table.pairs[point].beyond_chance else ""
-
-
-def _seeds_missing(point: Point) -> str:
-    return f" ({len(point.scores)} of {len(point.runs)} seeds)" if len(point.scores) < len(point.runs) else ""
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "<0.001"
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
-
-
-def text(table: Table) -> str:
-    """For the terminal; ± is half of the 95 % interval."""
-    head = ["", *(column_name(table, n) for n in table.columns)]
-    body = [[line.label, *(_text_entry(table, line.points.get(n)) for n in table.columns)] for line in table.lines]
-    parts = [f"{table.title}, ± half of its 95 % interval", *aligned([head, *body])]
-    if table.pairs:
-        parts += [MARK] * table.marked + [textwrap.fill(table.verdict, 110)]
-    elif seeds := {s for p in table.points for s in p.scores}:
-        parts.append(seeds_text(seeds))
-    return "\n".join(parts)
-
-
-def _text_entry(table: Table, point: Point | None) -> str:
-    if point is None:
-        return "-"
-    if not point.interval:
-        return "missing"
-    low, high = point.interval
-    mark = (_mark(table, point) or " ") if table.marked else ""
-    return f"{percent(point.value)} ± {percent((high - low) / 2)}{_seeds_missing(point)}{mark}"
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows as lines of columns, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = lambda row: (t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))  # noqa: E731
-    return ["  ".join(cells(row)).rstrip() for row in rows]
-
-
-# --- rows for Markdown and LaTeX -----------------------------------------------------------------------------------
-
-
-def _head(table: Table) -> list[str]:
-    return ["", *(column_name(table, n) for n in table.columns)]
-
-
-def _value_rows(table: Table) -> list[list[list[str]]]:
-    """For each line its rows: values, intervals, and where the paper has numbers those and the differences to them."""
-    groups = []
-    for line in table.lines:
-        points = [line.points.get(n) for n in table.columns]
-        rows = [
-            [
-                line.label,
-                *(
-                    "-"
-                    if p is None
-                    else percent(p.value) + _mark(table, p) + _seeds_missing(p)
-                    if p.scores
-                    else "missing"
-                    for p in points
-                ),
-            ],
-            ["95 % interval", *(bounds(p.interval) if p and p.interval else "" for p in points)],
-        ]
-        theirs = [paper.value(p) if p else None for p in points]
-        if any(v is not None for v in theirs):
-            ours = [p.value if p else None for p in points]
-            apart = [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
-            rows += [["paper", *map(percent, theirs)], ["ours - paper", *(percent(d, sign="+") for d in apart)]]
-        groups.append(rows)
-    return groups
-
-
-def pair_rows(table: Table) -> list[list[str]]:
-    """The comparisons of a table as rows of texts, in points."""
-    return [
-        [
-            c.label,
-            percent(c.difference, sign="+") + "*" * c.beyond_chance,
-            bounds(c.interval, "+"),
-            _p(c.p),
-            _p(c.adjusted),
-            percent(c.detectable, 1) if c.detectable else "no item differs",
-            c.test,
-            ", ".join(map(str, c.seeds)),
-        ]
-        for c in table.unique_pairs
-    ]
-
-
-def footnotes(tables: list[Table]) -> list[str]:
-    """What a reader must know of the numbers of tables that stand together."""
-    points = [p for t in tables for p in t.points]
-    seeds = {s for p in points for s in p.scores}
-    lines = [
-        "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
-    ]
-    if any(t.marked for t in tables):
-        lines.append(f"{MARK}.")
-    if seeds and not any(t.pairs for t in tables):
-        lines.append(seeds_text(seeds))
-    if any(p.metric.startswith("rouge") and paper.value(p) is not None for p in points):
-        lines.append("The paper does not say which ROUGE it has: its number stands beside each.")
-    if any(not p.scores for p in points):
-        lines.append("missing: planned, but there is no record; -: not part of this sweep.")
-    return lines
-
-
-# --- Markdown ------------------------------------------------------------------------------------------------------
-
-
-def markdown(caption: str, tables: list[Table], notes: list[str]) -> str:
-    """An artefact's tables with verdicts, comparisons and notes."""
-    parts = [f"# {caption}"]
-    for table in tables:
-        body = [row for rows in _value_rows(table) for row in rows]
-        parts += [f"## {table.title}", markdown_rows(_head(table), body), table.verdict]
-        if table.pairs:
-            parts.append(markdown_rows(_PAIR_HEAD, pair_rows(table)))
-    parts += [f"- {line}" for line in (*footnotes(tables), *notes)]
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown_rows(head: list[str], rows: list[list[str]]) -> str:
-    line = lambda cells: "| " + " | ".join(c.replace("|", r"\|").replace("*", r"\*") for c in cells) + " |"  # noqa: E731
-    return "\n".join([line(head), "| --- " + "| ---: " * (len(head) - 1) + "|", *map(line, rows)])
-
-
-# --- LaTeX ---------------------------------------------------------------------------------------------------------
-
-_ESCAPES = (
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {
-        "\\": r"\textbackslash{}",
-        "*": "$^{*}$",
-        "<": "$<$",
-        "±": r"$\pm$",
-    }
-)
-
-
-def latex_text(value: str) -> str:
-    """Text with LaTeX's special characters escaped."""
-    return "".join(_ESCAPES.get(c, c) for c in value)
-
-
-def latex(caption: str, tables: list[Table], notes: list[str]) -> str:
-    """A `table` for each benchmark and metric and one for its comparisons; needs the package booktabs."""
-    parts = ["% needs \\usepackage{booktabs}"]
-    for table in tables:
-        title = f"{caption} ({table.title}). {table.verdict} {' '.join([*footnotes(tables), *notes])}"
-        rows: list[list[str]] = []
-        for group in _value_rows(table):
-            rows += [group[0], *([rf"\scriptsize {latex_text(c)}" if c else "" for c in row] for row in group[1:])]
-        body = [[latex_text(c) if not c.startswith(r"\scriptsize") else c for c in row] for row in rows]
-        parts.append(latex_rows(title, _head(table), body))
-        if table.pairs:
-            pairs = [[latex_text(c) for c in row] for row in pair_rows(table)]
-            parts.append(latex_rows(f"D2LoRA minus LoRA, in points ({table.title})", _PAIR_HEAD, pairs))
-    return "\n\n".join(parts) + "\n"
-
-
-def latex_rows(caption: str, head: list[str], rows: list[list[str]]) -> str:
-    """A booktabs table of rows that are LaTeX already."""
-    lines = [
-        r"\begin{table}",
-        r"\centering\small",
-        rf"\caption{{{latex_text(caption)}}}",
-        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-        r"\toprule",
-        " & ".join(map(latex_text, head)) + r" \\",
-        r"\midrule",
-        *(" & ".join(row) + r" \\" for row in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines)
-
-
-# --- CSV -----------------------------------------------------------------------------------------------------------
-
-
-def csv_text(tables: list[Table]) -> str:
-    """One row a point, fractions with all digits; missing values are empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _CSV, lineterminator="\n")
-    writer.writeheader()
-    for table in tables:
-        writer.writerows(_csv_row(table, p) for p in table.points)
-    return out.getvalue()
-
-
-def _csv_row(table: Table, p: Point) -> dict:
-    theirs = paper.value(p)
-    low, high = p.interval or ("", "")
-    row = {k: getattr(p, k) for k in ("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "value")}
-    row |= {"low": low, "high": high, "paper": theirs, "seeds": " ".join(map(str, p.scores))}
-    row |= {"items": p.table.shape[1] if p.scores else "", "evaluations": " ".join(r.evaluate for r in p.runs.values())}
-    if theirs is not None and p.value is not None:
-        row["to_paper"] = p.value - theirs
-    if c := table.pairs.get(p):
-        row |= {"difference": c.difference, "p": c.p, "p_holm": c.adjusted, "detectable": c.detectable, "test": c.test}
-        row |= {"difference_low": c.interval[0], "difference_high": c.interval[1], "beyond_chance": c.beyond_chance}
-    return row
-
-
-def csv_rows(head: list[str], rows: list[list[str]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([head, *rows])
-    return out.getvalue()

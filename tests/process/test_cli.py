@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from d2lora import __main__ as entry
 from d2lora import data
 from d2lora.command import grid, preflight
-from d2lora.command.paths import project_path
 from d2lora.errors import UserError
 from d2lora.outputs import project_path
 from d2lora.store import Store

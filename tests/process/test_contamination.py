@@ -420,8 +420,8 @@ def test_a_check_that_fails_or_finds_everything_holds_nothing_up(planted, monkey
 def test_a_manifest_names_the_checks_of_a_cell_by_their_pair(planted) -> None:
     output = Outputs.of(planted.config).root
     manifest.add_to_manifest(output, planted)
-    (entry,) = manifest.read_manifest(output, "adhoc")["cells"]
-    assert entry["stages"]["contamination"] == {
+    (entry,) = manifest.read_manifest(output, "adhoc").cells
+    assert entry.stages.contamination == {
         f"{train} / {test}": stage.key
         for (train, test), stage in zip(
             [(t, b) for t in ("lab", "lab-math") for b in ("lab_math", "lab_facts")],

@@ -41,14 +41,14 @@ def test_a_cell_that_comes_back_is_in_the_table_again(tmp_path: Path) -> None:
     made.publish(tmp_path, second)
     manifest.write_manifest(tmp_path, [*first, *second])
     found = manifest.read_manifest(tmp_path, "mine")
-    assert (len(found["cells"]), found["earlier"]) == (len(first) + len(second), [])
+    assert (len(found.cells), found.earlier) == (len(first) + len(second), [])
 
 
 def test_a_single_cell_joins_the_grid(tmp_path: Path) -> None:
     (cell,) = grid(n=[200], m=[0])
     manifest.write_manifest(tmp_path, grid(n=[100], m=[0]))
     manifest.add_to_manifest(tmp_path, cell)
-    assert [e["config"]["n"] for e in manifest.read_manifest(tmp_path, "mine")["cells"]] == [100, 200]
+    assert [e.config["n"] for e in manifest.read_manifest(tmp_path, "mine").cells] == [100, 200]
     assert not Store(tmp_path).folder.exists()
 
 
@@ -56,8 +56,8 @@ def test_cells_that_start_at_once_all_join(tmp_path: Path) -> None:
     cells = grid(n=[100, 200, 300, 400], m=[0])
     with ThreadPoolExecutor(len(cells)) as pool:
         list(pool.map(lambda cell: manifest.add_to_manifest(tmp_path, cell), cells))
-    found = manifest.read_manifest(tmp_path, "mine")["cells"]
-    assert sorted(e["config"]["n"] for e in found) == [100, 200, 300, 400]
+    found = manifest.read_manifest(tmp_path, "mine").cells
+    assert sorted(e.config["n"] for e in found) == [100, 200, 300, 400]
 
 
 def test_a_cell_that_starts_beside_a_sweep_joins_it(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_cell_that_starts_beside_a_sweep_joins_it(tmp_path: Path) -> None:
         done.append(pool.submit(manifest.add_to_manifest, tmp_path, cell))
     assert [job.result() for job in done] == [None] * 4
     found = manifest.read_manifest(tmp_path, "mine")
-    assert sorted(e["config"]["n"] for e in found["cells"] + found["earlier"]) == [1, 100, 200, 300]
+    assert sorted(e.config["n"] for e in found.cells + found.earlier) == [1, 100, 200, 300]
 
 
 @pytest.mark.parametrize("harm", [lambda text: text[:-20], lambda text: "[]"])
@@ -83,7 +83,7 @@ def test_a_damaged_manifest_is_put_aside_and_begun_anew(tmp_path: Path, capsys, 
     manifest.add_to_manifest(tmp_path, cell) if alone else manifest.write_manifest(tmp_path, cells)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{file}: damaged" in line
-    assert [e["config"]["n"] for e in manifest.read_manifest(tmp_path, "mine")["cells"]] == [100]
+    assert [e.config["n"] for e in manifest.read_manifest(tmp_path, "mine").cells] == [100]
     aside = file.with_name("mine.json.damaged")
     assert aside.read_text() == harmed
     with pytest.raises(UserError, match=r"mine\.json\.damaged"):  # n=200 is finished work that only it names

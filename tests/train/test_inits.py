@@ -24,7 +24,8 @@ from d2lora.command import preflight
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
-from d2lora.stages import Run, Stage, rows, training, worker
+from d2lora import worker
+from d2lora.stages import Run, Stage, rows, training
 from d2lora.store import Store
 
 R = 4

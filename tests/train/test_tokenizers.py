@@ -251,7 +251,7 @@ def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(
 ) -> None:
     end, opening = FAMILIES[family]
     memory = proof.Memory(tmp_path, {})
-    lm = harness._Watched(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
+    model = lm.WatchedLM(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
     ids = tokenizer(f"{opening}Blue.{end}Red.{end}", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "Blue."
     if family == "qwen3":
@@ -263,8 +263,8 @@ def test_choices_are_asked_for_where_answers_are_learned(
     family: str, tokenizer, base, monkeypatch, tmp_path: Path
 ) -> None:
     asked = []
-    call = harness._Watched._model_call
-    monkeypatch.setattr(harness._Watched, "_model_call", lambda self, inps, *a, **k: asked.append(inps.tolist()[0]) or call(self, inps, *a, **k))  # fmt: skip
+    call = lm.WatchedLM._model_call
+    monkeypatch.setattr(lm.WatchedLM, "_model_call", lambda self, inps, *a, **k: asked.append(inps.tolist()[0]) or call(self, inps, *a, **k))  # fmt: skip
     benchmark = Benchmark(data=Data(path="x"), kind="choice", prompt="{q}", gold="A", choices="text", labels="label")
     row = {"q": ROW["q"], "text": [ROW["no"], "I do not know."], "label": ["A", "B"]}
     task = harness.task_of("t", benchmark, [row], template=True)

@@ -60,8 +60,9 @@ def schema(model=Config, before: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
         else:
             before_inner = (*before, name)
         found.add((*before, name))
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found |= schema(inner, before_inner)
+        for kind in typing.get_args(inner) or (inner,):  # a method is one of several classes
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= schema(kind, before_inner)
     return found
 
 

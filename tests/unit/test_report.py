@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from made import grid
 
-from d2lora import report
+from d2lora import records, report
 from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
-from d2lora.report import artefacts, compare, evidence, figures, paper, rows, tables
+from d2lora.records import Records
+from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables
+from d2lora.report.points import MACHINE, Point, points_of
 from d2lora.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +42,8 @@ def undrawn(monkeypatch) -> None:
     monkeypatch.setattr(figures, "save", lambda stem, make: [])
 
 
-def points(output: Path, sweep: str = "mine") -> list[rows.Point]:
-    return rows.points(report.manifest.read_manifest(output, sweep), rows.Records(output))
+def points(output: Path, sweep: str = "mine") -> list[Point]:
+    return points_of(report.manifest.read_manifest(output, sweep), Records(output))
 
 
 def read_csv(file: Path) -> list[dict]:
@@ -75,14 +77,14 @@ def test_latex_is_booktabs_and_escaped(table3: Path) -> None:
         for tabular in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.S):
             lines = [x for x in tabular[1].splitlines() if x.endswith(r"\\")]
             assert {len(re.findall(r"(?<!\\)&", x)) for x in lines} == {len(tabular[0]) - 1}
-    assert tables.latex_text("a_b 5% {x} \\") == r"a\_b 5\% \{x\} \textbackslash{}"
+    assert formats.latex_text("a_b 5% {x} \\") == r"a\_b 5\% \{x\} \textbackslash{}"
 
 
 def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numbers(table3: Path) -> None:
     folder = table3 / "report" / "mine"
     assert {f.stem for f in folder.glob("*.png")} == {"curves", "figure1", "figure2", "figure3"}
     assert (folder / "figure2.pdf").read_bytes().startswith(b"%PDF")
-    loaded = artefacts.load(table3, "mine", rows.Records(table3))
+    loaded = artefacts.load(table3, "mine", Records(table3))
     panels = {s.name: s.panels for s in loaded.shown}
     assert [len(panels[f"figure{i}"]) for i in (1, 2, 3)] == [1, 3, 3]
     assert [c.label for c in panels["figure1"][0].curves] == ["SFT LoRA", "DPO LoRA", "ORPO LoRA"]
@@ -96,7 +98,7 @@ def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None
     inits = ("lora", "gaussian", "milora")
     cells = [c for i in inits for c in grid(f"init={i}", methods=METHODS, n=[8, 16], m=[0, 8, 40])]
     made.publish(tmp_path, cells, items=8)
-    shown = artefacts.load(tmp_path, "mine", rows.Records(tmp_path)).shown[0]
+    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0]
     figure = figures._figure(shown.panels, pyplot)
     axes = figure.axes
     assert len({axis.get_title() for axis in axes}) == len(axes) == 2 * len(inits) * 2, "one a benchmark, init and m"
@@ -110,7 +112,7 @@ def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None
 def test_the_paper_s_curves_can_be_told_apart_too(table3: Path) -> None:
     from matplotlib import pyplot
 
-    shown = artefacts.load(table3, "mine", rows.Records(table3)).shown
+    shown = artefacts.load(table3, "mine", Records(table3)).shown
     for panels in [s.panels for s in shown if s.panels]:
         figure = figures._figure(panels, pyplot)
         for axis in figure.axes:
@@ -125,7 +127,7 @@ def test_lora_stands_beside_each_warmup_set_and_a_model_without_d2lora_alone(tmp
     ]
     cells += grid("scale=paper", "model=llama-3.2-1b", n=[0, 1000, 2000], m=[0])
     made.publish(tmp_path, list({c.id: c for c in cells}.values()), items=8)
-    found = artefacts.load(tmp_path, "mine", rows.Records(tmp_path)).shown[0].panels
+    found = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].panels
     assert {p.title: [c.label for c in p.curves] for p in found if p.title.startswith("gsm8k")} == {
         "gsm8k, llama-3.1-8b-instruct, mix40k": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
         "gsm8k, llama-3.1-8b-instruct, mix-math": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
@@ -165,7 +167,7 @@ def test_a_cell_that_is_not_the_paper_s_is_not_set_beside_its_number(
 
 def names(output: Path) -> list[str]:
     """What the report shows of a sweep: its own table and what it has of the paper's."""
-    return [s.name for s in artefacts.load(output, "mine", rows.Records(output)).shown]
+    return [s.name for s in artefacts.load(output, "mine", Records(output)).shown]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_figure_4_is_orpo_with_few_samples(tmp_path: Path) -> None:
     cells = grid("scale=paper", methods=("orpo",), n=[100, 200, 500, 1000], m=[0, 40000])
     made.publish(tmp_path, cells, items=20)
     assert names(tmp_path) == ["table", "figure4"]
-    shown = artefacts.load(tmp_path, "mine", rows.Records(tmp_path)).shown
+    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown
     assert [x for x, _ in shown[1].panels[0].curves[0].points] == [100, 200, 500, 1000]
 
 
@@ -271,7 +273,7 @@ def test_the_verdict_tells_a_gain_from_noise(tmp_path: Path, effect: float, bett
     assert "One training seed (0)" in table.verdict
     if better is not None:
         assert table.verdict.startswith(f"D2LoRA beats LoRA in {better} of 2 cells")
-    assert ("*" in tables.text(table)) == bool(beyond)
+    assert ("*" in formats.text(table)) == bool(beyond)
 
 
 def test_seed_luck_is_not_called_a_gain(tmp_path: Path) -> None:
@@ -303,7 +305,7 @@ def test_records_made_differently_are_pointed_out(tmp_path: Path) -> None:
     cells = grid(n=[0, 100], m=[0])
     other = made.PROVENANCE | {"packages": {"torch": "2.14.0", "trl": "1.16.0"}, "git": {"commit": "f", "dirty": True}}
     other["hardware"] = {"machine": "x86_64", "cpu": "EPYC 9654", "gpu": "NVIDIA H100"}
-    made.publish(tmp_path, cells, provenance=lambda stage: other if stage.kind == "adapt" else made.PROVENANCE)
+    made.publish(tmp_path, cells, provenance=lambda stage: other if stage.name == "adapt" else made.PROVENANCE)
     text = report.finish(tmp_path, "mine")
     assert "different versions of torch: 2.13.0 (4 records), 2.14.0 (1 records)" in text
     assert "on different hardware: EPYC 7551 AVX2 (4 records), NVIDIA H100 (1 records)." in text
@@ -342,13 +344,24 @@ def test_other_data_under_one_name_are_pointed_out_and_not_compared(tmp_path: Pa
 
 def test_contamination_is_shown_where_it_was_checked(tmp_path: Path) -> None:
     cells = grid(n=[100], m=[0])
-    made.publish(tmp_path, cells, missing=lambda stage: stage.kind == "contamination")
+    made.publish(tmp_path, cells, missing=lambda stage: stage.name == "contamination")
     assert "training set" not in report.finish(tmp_path, "mine", draw=False), "not done yet"
     made.publish(tmp_path, cells)
     assert "lab-math / lab_math: exact 0.00 % of 40 items" in report.finish(tmp_path, "mine", draw=False)
-    manifest = json.loads((tmp_path / "manifests" / "mine.json").read_text())
-    found = evidence.contamination(manifest["cells"], rows.Records(tmp_path))
-    assert found["lab-math / lab_math"] == {"exact": {"value": 0.0, "items": 40}}
+    cells_planned = report.manifest.read_manifest(tmp_path, "mine").cells
+    shares = evidence.contamination(cells_planned, Records(tmp_path))["lab-math / lab_math"]
+    assert {name: share.as_read() for name, share in shares.items()} == {"exact": {"value": 0.0, "items": 40}}
+
+
+def test_a_record_that_lacks_what_it_needs_is_named_in_one_line(tmp_path: Path) -> None:
+    (cell,) = grid(n=[0], m=[0])
+    made.publish(tmp_path, [cell], more=lambda stage: {"seconds": "long"})
+    folder = tmp_path / "store" / "evaluate" / cell.chain.evaluations[0].key
+    with pytest.raises(
+        UserError, match=r"record.json: not a record \(seconds\.\w+: .*\); move its folder away"
+    ) as error:
+        records.read(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_items_are_named(tmp_path: Path) -> None:
@@ -399,7 +412,7 @@ def test_initializations_are_rows_of_their_own(tmp_path: Path) -> None:
     cells = list({c.id: c for c in cells}.values())
     made.publish(tmp_path, cells)
     found = points(tmp_path)
-    text = tables.text(tables.build(found)[0])
+    text = formats.text(tables.build(found)[0])
     assert not re.search(r"SFT LoRA gaussian\s+-", text), "the base is one cell for all initializations"
     assert len(set(compare.comparisons(found).values())) == 8, "each D2LoRA is compared with LoRA of its initialization"
 
@@ -456,7 +469,7 @@ def test_sweeps_over_models_and_recipes_keep_their_rows_and_comparisons_apart(tm
     rows_ = [(r["initialization"], r["model"], r["recipe"], r["m"]) for r in body]
     assert len(rows_) == len(set(rows_)) == 16
     table = next(t for t in tables.build(points(tmp_path)) if t.title.startswith("lab_math"))
-    labels = [row[0] for row in tables.pair_rows(table)]
+    labels = [row[0] for row in formats.pair_rows(table)]
     assert len(labels) == len(set(labels)) == 8
     assert "SFT m=8 n=8 two gaussian laptop" in labels
 
@@ -505,7 +518,7 @@ def test_what_a_recipe_sets_is_shown_with_it_and_what_is_about_the_machine_is_no
         "micro_batch=4 eval_batch=7 attention=flex_attention gradient_checkpointing=true threads=2 checkpoint_minutes=1"
     )
     other = [f"recipe.{x}" for x in (*how.split(), "packing=padded")]
-    assert [x.split("=")[0] for x in other[:-1]] == list(rows.MACHINE)
+    assert [x.split("=")[0] for x in other[:-1]] == list(MACHINE)
     assert [c.id for c in grid(n=[8])] == [c.id for c in grid(*other, n=[8])], "in no stage's key"
     made.publish(tmp_path, grid(n=[8]) + grid(*other, n=[16]))
     assert {p.n for p in points(tmp_path)} == {8, 16}

@@ -1,0 +1,216 @@
+"""Records and manifests as typed objects, validated where they are read.
+
+A record is what a finished stage leaves (record.json). A manifest lists a sweep's cells with the keys of their stages. Keys that
+these types do not name are kept, and fields that older records lack have defaults.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from d2lora.errors import UserError
+from d2lora.store import read_record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Number = int | float  # as JSON has it: 1 stays 1
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    def as_read(self) -> dict[str, Any]:
+        """Return what was in the file, without the defaults."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Score(_Read):
+    """A metric over the items of an evaluation: a fraction with its standard error."""
+
+    value: Number
+    stderr: Number | None = None
+    items: int
+
+
+class Git(_Read):
+    """The commit that a stage ran from, and whether the code had uncommitted changes."""
+
+    commit: str
+    dirty: bool
+
+
+class Provenance(_Read):
+    """Where a record's numbers come from: versions, code, processor, time."""
+
+    packages: dict[str, str | None] = Field(default_factory=dict)
+    python: str | None = None
+    git: Git | None = None
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    started: str = ""
+    threads: int | None = None
+
+
+class Record(_Read):
+    """What a finished stage leaves: what it was asked (spec), what came out (metrics, files), and from where (provenance).
+
+    Times are in seconds, memory in MB. `metrics` of an evaluation, an overlap check or flips are Scores; of a training they are
+    losses, counts and the log.
+    """
+
+    key: str
+    stage: str
+    label: str = ""
+    version: int | None = None
+    spec: dict[str, Any]
+    parent: str | None = None
+    metrics: dict[str, Any]
+    data: dict[str, Any] | None = None  # rows taken and passed over
+    files: dict[str, str] = Field(default_factory=dict)  # SHA-256 by name
+    provenance: Provenance = Field(default_factory=Provenance)
+    seconds: Number
+    load_seconds: Number | None = None
+    peak_memory_mb: Number
+    digest: str | None = None
+    benchmark: str | None = None  # its name in the config
+    counts: dict[str, int] = Field(default_factory=dict)  # answers by what is wrong with them: cut, empty
+    eval_batch: int | None = None
+    adapter_changes_logits: bool | None = None  # None where there is no adapter to test
+    coverage: dict[str, Any] | None = None  # what an adapter reaches of the base
+    pair: str | None = None  # "<training set> / <benchmark>" of an overlap check
+    batches: list[int] | None = None  # of flips
+    base: str | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _scores(cls, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {k: Score.model_validate(v) if isinstance(v, dict) and "items" in v else v for k, v in metrics.items()}
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """Return the metrics that are Scores."""
+        return {name: metric for name, metric in self.metrics.items() if isinstance(metric, Score)}
+
+    @property
+    def items(self) -> int:
+        """Return how many items were scored."""
+        return max(score.items for score in self.scores.values())
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """Return the rows that a training passed over, by reason; its misfits are not in it."""
+        return (self.data or {}).get("left_out", {})
+
+    @property
+    def misfits(self) -> int:
+        """Return how many rows a training passed over as too long."""
+        return (self.data or {}).get("misfits", 0)
+
+
+class StageKeys(_Read):
+    """The keys of a cell's stages; of evaluations by benchmark, of overlap checks by pair."""
+
+    prepare: str | None = None
+    warmup: str | None = None
+    adapt: str | None = None
+    evaluate: dict[str, str]
+    contamination: dict[str, str] = Field(default_factory=dict)
+    flips: dict[str, str] = Field(default_factory=dict)  # of a bfloat16 model only
+
+    def trained(self) -> dict[str, str | None]:
+        """Return the keys of preparation, warm-up and adaptation by stage."""
+        return {"prepare": self.prepare, "warmup": self.warmup, "adapt": self.adapt}
+
+
+class ManifestCell(_Read):
+    """A cell as it was planned: its resolved config and the keys of its stages."""
+
+    id: str
+    config: dict[str, Any]
+    stages: StageKeys
+
+
+class Manifest(_Read):
+    """A sweep's cells; `earlier` are others that the sweep's name once had."""
+
+    sweep: str
+    cells: list[ManifestCell]
+    earlier: list[ManifestCell] = Field(default_factory=list)
+
+
+def reason(error: ValidationError) -> str:
+    """Return what does not fit, as one line: the first field and what is wrong with it."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def read(folder: Path) -> Record | None:
+    """Read the record in a stage's folder; None if there is none. UserError in one line if it is damaged or does not fit."""
+    content = read_record(folder)
+    if content is None:
+        return None
+    try:
+        return Record.model_validate(content)
+    except ValidationError as error:
+        raise UserError(
+            f"{folder / 'record.json'}: not a record ({reason(error)}); move its folder away to have it done again"
+        ) from None
+
+
+class Records:
+    """Records by stage name and key, and the items of evaluations, each read once."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / "store"
+        self._records: dict[tuple[str, str], Record] = {}
+        self._scores: dict[str, dict[str, np.ndarray]] = {}
+
+    def get(self, stage: str, key: str | None) -> Record | None:
+        """Return the record, None if the stage is not finished. UserError if it is damaged."""
+        if key is None:
+            return None
+        if (stage, key) not in self._records:
+            record = read(self.folder / stage / key)
+            if record is None:
+                return None
+            self._records[stage, key] = record
+        return self._records[stage, key]
+
+    def scores(self, key: str, metric: str) -> "np.ndarray":
+        """Return the metric of each item (items,) of a finished evaluation; metric "index" is the items' rows in their set.
+
+        UserError if the items are not those of the record.
+        """
+        if key not in self._scores:
+            record = self._records["evaluate", key]
+            self._scores[key] = _read_scores(self._file(key), record.scores)
+        return self._scores[key][metric]
+
+    def texts(self, key: str, lines: list[int]) -> list[dict]:
+        """Read whole items of a finished evaluation by their lines in its file."""
+        wanted = set(lines)
+        with self._file(key).open() as file:
+            items = {i: json.loads(line) for i, line in enumerate(file) if i in wanted}
+        return [items[i] for i in lines]
+
+    def _file(self, key: str) -> Path:
+        return self.folder / "evaluate" / key / "items.jsonl"
+
+
+def _read_scores(file: Path, metrics: dict[str, Score]) -> dict[str, "np.ndarray"]:
+    import numpy as np  # late: manifests are typed here too, and planning a grid needs no numpy
+
+    columns = ["index", *metrics]
+    try:
+        text = file.read_text().strip().replace("\n", ",")  # one call of the decoder a file: a third of the time
+        table = np.array([[item[c] for c in columns] for item in json.loads(f"[{text}]")], float)
+        table = table.reshape(-1, len(columns))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: not readable ({error!r}); move its folder away to have it done again") from None
+    scores = {c: table[:, i].astype(np.float32) for i, c in enumerate(columns)}
+    for metric, score in metrics.items():
+        if len(table) != score.items or abs(float(table[:, columns.index(metric)].mean()) - score.value) > 1e-6:
+            raise UserError(f"{file}: its items do not give the record's {metric}; move its folder away")
+    return scores

@@ -1,0 +1,115 @@
+"""results.csv: one row a cell, benchmark and metric, of all sweeps."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from d2lora.errors import UserError
+from d2lora.records import Manifest, Record, Records
+from d2lora.report.manifest import read_manifest, sweeps
+from d2lora.report.points import general
+
+COLUMNS = [
+    "cell_id",
+    "sweep",
+    "model",
+    "task",
+    "method",
+    "init",
+    "warmup",
+    "recipe",
+    "lr",
+    "reference",
+    "m",
+    "n",
+    "seed",
+    "benchmark",
+    "metric",
+    "value",
+    "stderr",
+    "items",
+    "cut",
+    "empty",
+    "eval_batch",
+    "train_seconds",
+    "eval_seconds",
+    "peak_memory_mb",
+    "stage_key",
+    "misfits",
+    "left_out",
+    "batch_flips",
+    "batch_difference",
+]
+_NO_SCORE = {"value": "", "stderr": "", "items": ""}
+
+
+def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
+    """One row a cell, benchmark and metric; a cell without its evaluation has one row with empty values.
+
+    Earlier cells of the sweep's name have rows where they are finished.
+    """
+    finished = (c for c in manifest.earlier if all(records.get("evaluate", k) for k in c.stages.evaluate.values()))
+    for cell in [*manifest.cells, *finished]:
+        c, stages = cell.config, cell.stages
+        trained = [r for name, key in stages.trained().items() if (r := records.get(name, key))]
+        rates = c["recipe"]["lr"]
+        common = {
+            "cell_id": cell.id,
+            "sweep": manifest.sweep,
+            **{k: c[k]["name"] for k in ("model", "task", "method", "init", "recipe")},
+            "warmup": c["warmup"]["name"] if general(c) else "",
+            "lr": rates[c["method"]["name"]] if stages.adapt else rates["warmup"] if stages.warmup else "",
+            "reference": c["method"].get("reference") or "",
+            **{k: c[k] for k in ("m", "n", "seed")},
+            **unused(trained),
+            "train_seconds": round(sum(r.seconds for r in trained if r.stage != "prepare"), 3),
+        }
+        for benchmark, key in stages.evaluate.items():
+            record = records.get("evaluate", key)
+            flips = records.get("flips", stages.flips.get(benchmark))
+            memory = max((r.peak_memory_mb for r in [*trained, record] if r), default="")
+            measured = {
+                "eval_seconds": record.seconds if record else "",
+                "peak_memory_mb": memory,
+                "stage_key": key,
+                "benchmark": benchmark,
+                "eval_batch": record.eval_batch if record and record.eval_batch is not None else "",
+                **{k: record.counts.get(k, "") if record else "" for k in ("cut", "empty")},
+            }
+            scores = {m: s.as_read() for m, s in record.scores.items()} if record else {"": _NO_SCORE}
+            for metric, score in scores.items():
+                yield common | measured | {"metric": metric, **score} | _batch(flips, metric)
+
+
+def _batch(flips: Record | None, metric: str) -> dict:
+    """The share of a bfloat16 base's answers that its batch turns, and what that does to the metric."""
+    scores = flips.scores if flips else {}
+    names = {"batch_flips": "answers_flipped", "batch_difference": f"{metric}_difference"}
+    return {column: scores[name].value for column, name in names.items() if name in scores}
+
+
+def unused(trained: list[Record]) -> dict[str, int | str]:
+    """How many rows a cell's trainings passed over: too long ones, and those left out by reason; empty without a training."""
+    counted = [r for r in trained if r.stage != "prepare" and r.data]
+    reasons: Counter[str] = Counter()
+    for record in counted:
+        reasons.update(record.passed_over)
+    left_out = "; ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
+    return {"misfits": sum(r.misfits for r in counted) if counted else "", "left_out": left_out}
+
+
+def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
+    """outputs/report/results.csv from all manifests; the file, and a line for each sweep that is not in it: damaged."""
+    file = output / "report" / "results.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    damaged = []
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS)
+        writer.writeheader()
+        for sweep in sweeps(output):
+            try:
+                writer.writerows(list(result_rows(read_manifest(output, sweep), records)))
+            except UserError as error:
+                damaged.append(f"sweep {sweep} is not in results.csv: {error}")
+    return file, damaged
