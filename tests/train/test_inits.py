@@ -17,14 +17,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from d2lora import data, plan
+from d2lora import data, plan, worker
 from d2lora.adapters import attach, inits
 from d2lora.base import Base, load_base
 from d2lora.command import preflight
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
-from d2lora import worker
 from d2lora.stages import Run, Stage, rows, training
 from d2lora.store import Store
 

@@ -17,6 +17,7 @@ from d2lora import data
 from d2lora.base import Base
 from d2lora.errors import UserError
 from d2lora.evaluate import harness
+from d2lora.evaluate.lm import WatchedLM
 from d2lora.layouts import proof
 from d2lora.layouts.families import Snapshot
 from d2lora.settings import Benchmark, Data, Task
@@ -251,7 +252,7 @@ def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(
 ) -> None:
     end, opening = FAMILIES[family]
     memory = proof.Memory(tmp_path, {})
-    model = lm.WatchedLM(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
+    lm = WatchedLM(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
     ids = tokenizer(f"{opening}Blue.{end}Red.{end}", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "Blue."
     if family == "qwen3":
@@ -263,8 +264,8 @@ def test_choices_are_asked_for_where_answers_are_learned(
     family: str, tokenizer, base, monkeypatch, tmp_path: Path
 ) -> None:
     asked = []
-    call = lm.WatchedLM._model_call
-    monkeypatch.setattr(lm.WatchedLM, "_model_call", lambda self, inps, *a, **k: asked.append(inps.tolist()[0]) or call(self, inps, *a, **k))  # fmt: skip
+    call = WatchedLM._model_call
+    monkeypatch.setattr(WatchedLM, "_model_call", lambda self, inps, *a, **k: asked.append(inps.tolist()[0]) or call(self, inps, *a, **k))  # fmt: skip
     benchmark = Benchmark(data=Data(path="x"), kind="choice", prompt="{q}", gold="A", choices="text", labels="label")
     row = {"q": ROW["q"], "text": [ROW["no"], "I do not know."], "label": ["A", "B"]}
     task = harness.task_of("t", benchmark, [row], template=True)
