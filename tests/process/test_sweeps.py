@@ -206,7 +206,7 @@ def test_a_sweep_that_names_its_workers_takes_any_launcher(launcher: str, run) -
 
 
 def test_planning_a_grid_loads_no_scipy_or_matplotlib() -> None:
-    code = "import sys, d2lora.command.cli, d2lora.command.grid, d2lora.report; print({'scipy', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
+    code = "import sys, d2lora.command.launch, d2lora.report; print({'scipy', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
 

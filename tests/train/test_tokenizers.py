@@ -252,7 +252,7 @@ def test_what_is_generated_is_read_up_to_its_end_and_behind_what_opens_it(
 ) -> None:
     end, opening = FAMILIES[family]
     memory = proof.Memory(tmp_path, {})
-    lm = WatchedLM(lambda done, total: None, True, base, memory, pretrained=base.model, tokenizer=tokenizer)
+    lm = WatchedLM(base, base.model, True, 1, lambda done, total: None, memory)
     ids = tokenizer(f"{opening}Blue.{end}Red.{end}", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "Blue."
     if family == "qwen3":

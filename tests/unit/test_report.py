@@ -305,7 +305,7 @@ def test_records_made_differently_are_pointed_out(tmp_path: Path) -> None:
     cells = grid(n=[0, 100], m=[0])
     other = made.PROVENANCE | {"packages": {"torch": "2.14.0", "trl": "1.16.0"}, "git": {"commit": "f", "dirty": True}}
     other["hardware"] = {"machine": "x86_64", "cpu": "EPYC 9654", "gpu": "NVIDIA H100"}
-    made.publish(tmp_path, cells, provenance=lambda stage: other if stage.name == "adapt" else made.PROVENANCE)
+    made.publish(tmp_path, cells, provenance=lambda stage: other if stage.kind == "adapt" else made.PROVENANCE)
     text = report.finish(tmp_path, "mine")
     assert "different versions of torch: 2.13.0 (4 records), 2.14.0 (1 records)" in text
     assert "on different hardware: EPYC 7551 AVX2 (4 records), NVIDIA H100 (1 records)." in text
@@ -344,7 +344,7 @@ def test_other_data_under_one_name_are_pointed_out_and_not_compared(tmp_path: Pa
 
 def test_contamination_is_shown_where_it_was_checked(tmp_path: Path) -> None:
     cells = grid(n=[100], m=[0])
-    made.publish(tmp_path, cells, missing=lambda stage: stage.name == "contamination")
+    made.publish(tmp_path, cells, missing=lambda stage: stage.kind == "contamination")
     assert "training set" not in report.finish(tmp_path, "mine", draw=False), "not done yet"
     made.publish(tmp_path, cells)
     assert "lab-math / lab_math: exact 0.00 % of 40 items" in report.finish(tmp_path, "mine", draw=False)
