@@ -13,7 +13,7 @@ from d2lora import data
 from d2lora.errors import UserError
 from d2lora.mirror import runs
 from d2lora.outputs import Outputs, write_json
-from d2lora.plan import Cell, Chain
+from d2lora.plan import Cell
 from d2lora.provenance import peak_memory_mb, provenance, reset_peak_memory
 from d2lora.settings import Config
 from d2lora.stages import KINDS, Run, Stage
@@ -40,7 +40,7 @@ def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progre
             lost.append(stage)
             continue
         try:
-            do_stage(config, cell.chain, stage, store, watch(stage))
+            do_stage(config, stage, store, watch(stage))
             store.outputs.failed(stage.key).unlink(missing_ok=True)
         except KeyboardInterrupt:
             raise
@@ -52,11 +52,11 @@ def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progre
     return lost
 
 
-def do_stage(config: Config, chain: Chain, stage: Stage, store: Store, progress: Progress) -> dict[str, Any]:
+def do_stage(config: Config, stage: Stage, store: Store, progress: Progress) -> dict[str, Any]:
     """Return the record of one stage of the cell; does it if nobody has. Its parent must be done."""
 
     def work(folder: Path) -> dict[str, Any]:
-        mirror.enter_context(runs.stage(config, chain, stage, store))
+        mirror.enter_context(runs.stage(config, stage, store))
         return _record(Run(config, stage, folder, progress))
 
     with contextlib.ExitStack() as mirror:  # left once the record is published: that is what is mirrored

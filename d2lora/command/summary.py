@@ -8,6 +8,7 @@ from pathlib import Path
 from d2lora import plan
 from d2lora.data import overlap
 from d2lora.keys import canonical
+from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.stages import Stage, flips
 from d2lora.store import Store
@@ -112,7 +113,7 @@ def at_work(cells: list[Cell], store: Store) -> list[Stage]:
 
 
 def _failed(stage: Stage, store: Store) -> bool:
-    return (store.folder.parent / "failed" / f"{stage.key}.json").exists()
+    return store.outputs.failed(stage.key).exists()
 
 
 def cell_text(cell: Cell, store: Store) -> str:
@@ -154,7 +155,7 @@ def failures_text(output: Path, lost: Iterable[Stage]) -> str:
     """What failed and why, and what that blocked."""
     lines = []
     for stage in lost:
-        file = output / "failed" / f"{stage.key}.json"
+        file = Outputs(output).failed(stage.key)
         if file.exists():
             lines.append(f"failed: {stage.label}: {json.loads(file.read_text())['error']} (traceback in {file})")
         else:

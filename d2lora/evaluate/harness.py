@@ -15,7 +15,7 @@ from d2lora.evaluate.lm import WatchedLM
 from d2lora.evaluate.task import harness_task, quiet, task_of
 from d2lora.layouts import proof
 
-__all__ = ["InMemory", "counts", "evaluate", "task_of"]
+__all__ = ["InMemory", "Questions", "counts", "evaluate", "task_of"]
 
 
 @dataclass(frozen=True)

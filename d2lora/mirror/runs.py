@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from d2lora import data, plan
+from d2lora import data
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.mirror.sender import Run, disabled, flush, hush, is_offline
@@ -33,12 +33,12 @@ _at_work: ContextVar[Run | None] = ContextVar("at_work", default=None)  # the ru
 
 
 @contextlib.contextmanager
-def stage(config: Config, chain: plan.Chain, stage: Stage, store: Store) -> Iterator[None]:
+def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
     """The run of a stage that does work. At the end it gets what the published record says, or is marked as failed."""
     if disabled(config):
         yield
         return
-    about = _about(config, chain, stage)
+    about = _about(config, stage)
     run = Run(config, store.folder.parent, id=stage.key, job_type=stage.kind, **about)
     run.do(_define_axes)
     token = _at_work.set(run)
@@ -66,7 +66,7 @@ def log(values: dict[str, float], samples_seen: int) -> None:
         run.do(lambda r: r.log(now))
 
 
-def _about(config: Config, chain: plan.Chain, stage: Stage) -> dict:
+def _about(config: Config, stage: Stage) -> dict:
     """Name, tags and config of a stage's run: from what the stage depends on, for it may serve many cells."""
     trained = stage if stage.kind in ("prepare", "warmup", "adapt") else stage.parent
     name, tags = _who(config, trained)

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from d2lora.errors import UserError
-from d2lora.outputs import lock, write_json
+from d2lora.outputs import Outputs, lock, write_json
 from d2lora.plan import Cell
 from d2lora.records import Manifest, ManifestCell, StageKeys, reason
 
@@ -36,7 +36,7 @@ def add_to_manifest(output: Path, cell: Cell) -> None:
 @contextlib.contextmanager
 def _held(output: Path, sweep: str) -> Iterator[Manifest]:
     """The sweep's manifest, or an empty one; meanwhile no other process writes it, so that no cell is lost."""
-    file = _manifest(output, sweep)
+    file = Outputs(output).manifest(sweep)
     with lock(file.with_suffix(".lock")):
         try:
             before = read_manifest(output, sweep) if file.exists() else None
@@ -51,7 +51,7 @@ def _write(output: Path, sweep: str, cells: list[ManifestCell], earlier: list[Ma
     now = {entry.id for entry in cells}
     others = {entry.id: entry for entry in earlier if entry.id not in now}
     whole = Manifest(sweep=sweep, cells=cells, earlier=list(others.values()))
-    write_json(_manifest(output, sweep), whole.as_read())
+    write_json(Outputs(output).manifest(sweep), whole.as_read())
 
 
 def _entry(cell: Cell) -> ManifestCell:
@@ -65,18 +65,14 @@ def _entry(cell: Cell) -> ManifestCell:
     return ManifestCell(id=cell.id, config=config, stages=StageKeys.model_validate(stages))
 
 
-def _manifest(output: Path, sweep: str) -> Path:
-    return output / "manifests" / f"{sweep}.json"
-
-
 def sweeps(output: Path) -> list[str]:
     """The names of all sweeps that have a manifest."""
-    return sorted(f.stem for f in (output / "manifests").glob("*.json"))
+    return sorted(f.stem for f in Outputs(output).manifests.glob("*.json"))
 
 
 def read_manifest(output: Path, sweep: str) -> Manifest:
     """A sweep's manifest. UserError if there is none or it is damaged."""
-    file = _manifest(output, sweep)
+    file = Outputs(output).manifest(sweep)
     try:
         content = json.loads(file.read_text())
         if not isinstance(content, dict) or "cells" not in content:

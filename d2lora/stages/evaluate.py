@@ -12,6 +12,8 @@ from d2lora.stages.stage import Identity, Spec, Stage, versions
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from d2lora.evaluate.engine import Evaluation
+
 
 @dataclass(frozen=True)
 class EvaluateSpec(Spec):
@@ -61,21 +63,14 @@ def work(run: Run[EvaluateSpec]) -> dict[str, Any]:
     return result | ({"counts": counted} if counted else {}) | ({"adapter_changes_logits": changes} if adapter else {})
 
 
-def scored(
-    run: Run[Any], tested: "Module", batch: int, progress: Progress, limit: int | None = None
-) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limit: int | None = None) -> "Evaluation":
     """Return a benchmark's metrics, its items (the first `limit`), and the batch that memory and the model had them done in."""
     from d2lora.evaluate import harness
     from d2lora.layouts import proof
 
-    name, base = run.stage.subject, run.base
+    name = run.stage.subject
     benchmark = None if run.stage.spec.lm_eval else run.config.task.benchmark[name]
-    template = base.tokenizer.chat_template is not None
-    task = harness.task_of(name, benchmark, run.rows(benchmark.data), template) if benchmark else name
-    chat = benchmark.chat and template if benchmark else False
-    proofs = proof.Memory(run.outputs.proofs, data.model_identity(run.config.model))
-
-    def attempt(size: int) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-        return harness.evaluate(base, tested, task, chat, size, progress, proofs, limit)
-
+    questions = harness.Questions(name, benchmark, run.rows(benchmark.data) if benchmark else ())
+    engine = harness.InMemory(run.base, tested, proof.Memory(run.outputs.proofs, data.model_identity(run.config.model)))
+    attempt = lambda size: engine.evaluate(questions, size, progress, limit)  # noqa: E731
     return in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)

@@ -1,6 +1,7 @@
 """A stage: a unit of work with a key. What each kind covers and does stands in the kind's own file."""
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar, Generic, TypeVar
@@ -10,7 +11,7 @@ from d2lora.keys import digest
 Identity = dict[str, Any]  # what tells one data set, model or text template from another, as JSON
 
 
-class Spec:
+class Spec(ABC):
     """What can change a stage's result, and its parent's key apart, nothing else: no path, device or name.
 
     `VERSION` is raised by hand when the kind's code changes what it computes: tests/test_golden.py fails where results move and
@@ -20,9 +21,9 @@ class Spec:
     KIND: ClassVar[str]
     VERSION: ClassVar[int]
 
+    @abstractmethod
     def content(self) -> Identity:
         """Return the spec as JSON: a part of the key, so its names and values never change by accident."""
-        raise NotImplementedError
 
     def cost(self, samples: int) -> float:
         """Return the relative length of the work, a sample that is trained on as 1."""

@@ -4,6 +4,7 @@ Losses and optimizers are TRL's. Ours is which tokens go through the model (layo
 micro-batch changes a result by more than rounding.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ M = TypeVar("M", bound=BaseMethod)
 
 
 @dataclass(frozen=True)
-class Objective(Generic[M]):
+class Objective(ABC, Generic[M]):
     """How a method trains: TRL's classes with our changes, and what they are told beyond what all methods share."""
 
     method: M
@@ -51,9 +52,9 @@ class Objective(Generic[M]):
         """Return the examples of a training set, one a row."""
         return drawn.examples
 
+    @abstractmethod
     def arguments(self, max_length: int) -> dict[str, Any]:
         """Return arguments of `config`. None may have TRL cut a sequence: data.subset has left out what does not fit."""
-        raise NotImplementedError
 
     def trainer_arguments(self, drawn: Subset, reference: Path | None) -> dict[str, Any]:
         """Return what `trainer` takes beyond what TRL's takes."""

@@ -296,7 +296,7 @@ def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: 
     store, adapt = Store(tmp_path), this.chain.adapt
 
     def attempt(fail: bool) -> None:
-        with mirrored.stage(this.config, this.chain, adapt, store):
+        with mirrored.stage(this.config, adapt, store):
             mirrored.log({"loss": 1.0}, 8)
             if fail:
                 raise RuntimeError("no memory")
@@ -322,7 +322,7 @@ def mirror(this, stage: Stage, record: dict, items: list[dict]) -> dict:
         (folder / "items.jsonl").write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
         return {"key": stage.key, "stage": stage.kind, "seconds": 1.0, "peak_memory_mb": 1.0} | record
 
-    with mirrored.stage(this.config, this.chain, stage, store):
+    with mirrored.stage(this.config, stage, store):
         store.ensure(stage, work)
     mirrored.flush(this.config)
     (run,) = runs(output)

@@ -225,7 +225,7 @@ def test_the_reference_is_computed_once_for_nested_sizes_and_seeds(cell, tiny, t
     ):
         this = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", *more)
         store = Store(Outputs.of(this.config).root)
-        worker.do_stage(this.config, this.chain, this.chain.adapt, store, lambda done, total: None)
+        worker.do_stage(this.config, this.chain.adapt, store, lambda done, total: None)
         metrics = store.record(this.chain.adapt)["metrics"]
         assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
         computed.append(metrics["reference_pairs_computed"])
@@ -238,12 +238,12 @@ def test_a_reference_remembered_wrongly_is_noticed(cell, tiny, tmp_path) -> None
 
     this = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", "n=20")
     store = Store(Outputs.of(this.config).root)
-    worker.do_stage(this.config, this.chain, this.chain.adapt, store, lambda done, total: None)
+    worker.do_stage(this.config, this.chain.adapt, store, lambda done, total: None)
     for file in (tmp_path / "reference").rglob("*.json"):
         file.write_text(json.dumps([[a - 1, b] for a, b in json.loads(file.read_text())]))
     other = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", "n=20", "seed=1")
     with pytest.raises(RuntimeError, match="DPO's reference is not the warm_start model"):
-        worker.do_stage(other.config, other.chain, other.chain.adapt, store, lambda done, total: None)
+        worker.do_stage(other.config, other.chain.adapt, store, lambda done, total: None)
     _loaded.clear()
 
 
