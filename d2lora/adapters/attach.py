@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora import data
 from d2lora.adapters import coverage, saving
-from d2lora.adapters.layers import Matrices
+from d2lora.adapters.layers import Matrices, config_of
 from d2lora.adapters.loftq import quantized
 from d2lora.adapters.start import Start, fresh, taken_up
 from d2lora.base import Base
@@ -40,7 +40,7 @@ def adapter(base: Base, start: Start[BaseInit], record: Path | None) -> Iterator
     try:
         wrapped = taken_up(base.model, start.init, record) if record else fresh(base.model, start)
         # With a name, PEFT asks the Hub at every checkpoint.
-        wrapped.peft_config["default"].base_model_name_or_path = ""
+        config_of(wrapped).base_model_name_or_path = ""
         with _on(wrapped, quantize=record is not None and start.init.quantizes):
             yield wrapped
     finally:
@@ -168,7 +168,7 @@ class Saved:
 
 def save(base: Base, wrapped: PeftModel, record: Path) -> Saved:
     """Save the adapter in PEFT's format: `PeftModel.from_pretrained(base, record / "adapter")` loads it, as `check_saved` tries."""
-    wrapped.peft_config["default"].base_model_name_or_path = base.name
+    config_of(wrapped).base_model_name_or_path = base.name
     saving.save(wrapped, record)
     ids = _probe(base)
     padded = torch.cat([ids, ids[:, :8]], 1)

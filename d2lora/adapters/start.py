@@ -1,5 +1,6 @@
 """How an adapter begins: as PEFT starts it, or as a stage left it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -15,7 +16,7 @@ from d2lora.adapters import coverage
 from d2lora.adapters.coverage import layers
 from d2lora.adapters.layers import ADAPTER, MultiLora, Plain, Residual, base_weight, config_of
 from d2lora.errors import UserError
-from d2lora.settings.inits import BaseInit, MultiLoraInit
+from d2lora.settings.inits import PLAIN, BaseInit, MultiLoraInit
 from d2lora.settings.recipe import Lora
 
 I = TypeVar("I", bound=BaseInit, covariant=True)  # noqa: E741
@@ -56,23 +57,34 @@ def fresh(model: PreTrainedModel, start: Start[BaseInit]) -> PeftModel:
     try:
         wrapped = get_peft_model(model, config)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        _check_layers(model, start.init)
+        _check_layers(model, start, config)
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"recipe.lora.target_modules={start.lora.target_modules}: {line}") from error
-    _check_layers(wrapped, start.init)
+    _check_layers(wrapped, start, config)
     _add_multilora(wrapped, start.init)
     return for_training(wrapped)
 
 
-def _check_layers(wrapped: nn.Module, init: BaseInit) -> None:
-    """Raise UserError for an initialization that cannot start some layer: experts that are one parameter have no weight of their own."""
-    others = [name for name, layer in layers(wrapped).items() if not isinstance(layer, Linear)]
-    if others and not init.any_layer:
-        kinds = sorted(set(map(coverage.kind, others)))
+def _check_layers(wrapped: nn.Module, start: Start[BaseInit], config: LoraConfig) -> None:
+    """Raise UserError for embeddings, and for an initialization that cannot start some layer.
+
+    Experts that are one parameter have no weight of their own; PEFT lists them in the config before it adapts them.
+    """
+    modules, named = f"recipe.lora.target_modules={start.lora.target_modules}", "for example [q_proj,v_proj]"
+    embeddings = _kinds(name for name, layer in layers(wrapped).items() if layer.lora_embedding_A)
+    if embeddings:  # their matrices are others, for which nothing here is made
+        raise UserError(f"{modules}: {', '.join(embeddings)} is an embedding: name linear layers, {named}")
+    others = _kinds(name for name, layer in layers(wrapped).items() if not isinstance(layer, Linear))
+    others = others or sorted(config.target_parameters or ())
+    if others and not start.init.any_layer:
         raise UserError(
-            f"init={init.name}: starts linear layers only, and all-linear takes parameters of {', '.join(kinds)} too: name linear layers in "
-            "recipe.lora.target_modules, for example [q_proj,v_proj], or use init=lora"
+            f"init={start.init.name}: starts linear layers only, and all-linear takes parameters of {', '.join(others)} too: "
+            f"name linear layers in recipe.lora.target_modules, {named}, or use init={PLAIN}"
         )
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    return sorted(set(map(coverage.kind, names)))
 
 
 def _add_multilora(wrapped: PeftModel, init: BaseInit) -> bool:

@@ -149,6 +149,14 @@ def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load
     assert "\n" not in str(refused.value)
 
 
+def test_an_embedding_is_refused_in_one_line(load) -> None:
+    base, lora = load("llama"), families.START.lora
+    for names in (["embed_tokens"], ["q_proj", "embed_tokens"]):
+        start = replace(families.START, lora=lora.model_copy(update={"target_modules": names}))
+        with pytest.raises(UserError, match=r"target_modules=.*: model.embed_tokens is an embedding: name linear layers, for example"), attach.adapter(base, start, None):  # fmt: skip
+            pass
+
+
 @pytest.mark.parametrize("name", ["pissa", "olora", "milora"])
 def test_a_layer_with_turned_weights_starts_as_a_linear_one_does(load, name: str) -> None:
     """GPT-2's Conv1D has its weight as (in, out)."""
