@@ -38,13 +38,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from d2lora.adapters import attach, coverage
-from d2lora.base import Base, _load
+from d2lora.adapters.start import Start
+from d2lora.base import Base, read_base
 from d2lora.command import grid
 from d2lora.data import Subset
 from d2lora.errors import UserError
 from d2lora.layouts import proof
 from d2lora.layouts.packing import Layout
-from d2lora.settings import Model, Recipe
+from d2lora.settings import Lora, Model, PlainInit, Recipe
 from d2lora.train import training
 
 SCALE = 4  # a model without opinions hides what it is given: fresh weights are that much larger
@@ -53,10 +54,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "dpo": {"name": "dpo", "beta": 0.1, "reference": "warm_start"},
     "orpo": {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
 }
+START = Start(Lora(r=4, alpha=4), PlainInit())
 SPEC: dict[str, Any] = {
     "batch": 4, "epochs": 1, "lr": 2e-3, "schedule": "constant", "lr_warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-    "seed": 0, "max_length": 512, "model": {"dtype": "float32"}, "init": {"name": "lora"},
-    "lora": {"r": 4, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"},
+    "seed": 0, "max_length": 512, "model": {"dtype": "float32"},
 }  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:
     """The configuration's model, saved with the lab's tokenizer and loaded as a run loads it."""
     build(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base").save_pretrained(folder / "model")
-    return _load(Model(name=name, path=str(folder / "model")), folder)
+    return read_base(Model(name=name, path=str(folder / "model")), folder)
 
 
 def trained(
@@ -121,9 +122,9 @@ def trained(
 ) -> tuple[dict, dict, dict]:
     """(metrics, adapter before, adapter after) of a training; with a `layout`, in that one whatever a proof would say."""
     drawn, spec = Subset(pairs(), list(range(8)), []), SPEC | {"method": METHODS[method]}
-    attach.check_round_trip(base, spec, folder.parent / "proofs")
+    attach.check_round_trip(base, START, SPEC["model"], folder.parent / "proofs")
     forced = mock.patch.object(proof, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
-    with attach.adapter(base, spec, None) as wrapped, forced:
+    with attach.adapter(base, START, None) as wrapped, forced:
         torch.manual_seed(1)
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:  # as after a warm-up
@@ -133,7 +134,7 @@ def trained(
         metrics = training.train(base, wrapped, drawn, spec, settings, *arguments)
         after, saved = weights(wrapped), attach.save(base, wrapped, folder / "record")
         metrics["coverage"] = coverage.of(wrapped)
-    attach.check_saved(base, saved, folder / "record", "lora")
+    attach.check_saved(base, saved, folder / "record")
     return metrics, before, after
 
 

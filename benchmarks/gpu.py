@@ -86,8 +86,10 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
     from hydra import compose, initialize_config_dir
 
     from d2lora.adapters import attach
+    from d2lora.adapters.start import Start
     from d2lora.command import grid
     from d2lora.data import Subset
+    from d2lora.settings import Lora, PlainInit
     from d2lora.train import training
 
     settings = {"batch": args.batch, "micro_batch": args.micro, **how}
@@ -96,7 +98,6 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
     spec = {
         "method": METHODS[method], "batch": args.batch, "epochs": 1, "lr": 1e-6, "schedule": "cosine", "lr_warmup_ratio": 0.0,
         "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "max_length": 2048, "model": {"dtype": dtype()},
-        "lora": {"r": 16, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}, "init": {"name": "lora"},
     }  # fmt: skip
     clocks: list[float] = []
     memory: list[float] = []
@@ -109,7 +110,10 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
                 torch.cuda.reset_peak_memory_stats()
         clocks.append(time.monotonic())
 
-    with tempfile.TemporaryDirectory() as folder, attach.adapter(base, spec, None) as wrapped:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        attach.adapter(base, Start(Lora(r=16, alpha=16), PlainInit()), None) as wrapped,
+    ):
         drawn = Subset(pairs, list(range(len(pairs))), [])
         metrics = training.train(base, wrapped, drawn, spec, recipe, Path(folder), watch, Path(folder) / "reference")
     seconds = (clocks[-1] - clocks[1]) / (len(clocks) - 2)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2lora import data
 from d2lora.settings import Config
+from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Progress, Run, in_memory
 from d2lora.stages.stage import Identity, Spec, Stage, versions
+from d2lora.stages.training import TrainingSpec
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -54,8 +56,8 @@ def work(run: Run[EvaluateSpec]) -> dict[str, Any]:
 
     adapter = run.parent / "adapter" if run.parent else None
     parent = run.stage.parent
-    init = parent.spec.init.name if parent else "lora"  # type: ignore[attr-defined]
-    with attach.trained(run.base, adapter, init) as (tested, changes):
+    quantize = isinstance(parent.spec, PrepareSpec | TrainingSpec) and parent.spec.init.quantizes if parent else False
+    with attach.trained(run.base, adapter, quantize) as (tested, changes):
         metrics, items, batch = scored(run, tested, run.config.recipe.eval_batch, run.progress)
     run.write_items(items)
     result = {"benchmark": run.stage.subject, "metrics": metrics, "eval_batch": batch}

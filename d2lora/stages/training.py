@@ -10,6 +10,7 @@ from d2lora.keys import digest
 from d2lora.outputs import cached
 from d2lora.settings import Config, Init, Lora
 from d2lora.stages import rows
+from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run, in_memory
 from d2lora.stages.stage import Identity, Spec, versions
 
@@ -69,23 +70,25 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -
     `reference` is the folder that remembers the log-probabilities of DPO's reference. When memory ends, the micro-batch is halved.
     """
     from d2lora.adapters import attach, coverage
+    from d2lora.adapters.start import Start
     from d2lora.train import training
 
     spec, recipe = run.stage.spec, run.config.recipe
     content, proofs = spec.content(), run.outputs.proofs
+    start = Start(spec.lora, spec.init, spec.seed)
     checkpoints = run.outputs.checkpoints / run.stage.key
     if run.parent is None:
-        attach.check_round_trip(run.base, content, proofs)
+        attach.check_round_trip(run.base, start, spec.model, proofs)
 
     def attempt(micro_batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         machine = recipe.model_copy(update={"micro_batch": micro_batch})
-        with attach.adapter(run.base, content, run.parent) as wrapped:
+        with attach.adapter(run.base, start, run.parent) as wrapped:
             reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
             metrics = training.train(
                 run.base, wrapped, subset, content, machine, checkpoints, run.progress, reference, proofs
             )
             saved = attach.save(run.base, wrapped, run.folder)
-        attach.check_saved(run.base, saved, run.folder, spec.init.name)
+        attach.check_saved(run.base, saved, run.folder, spec.init.quantizes)
         return metrics, reached
 
     def smaller(micro_batch: int) -> int:
@@ -101,11 +104,11 @@ def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Pat
     `of_base`: the reference is the base, wherever the training starts.
     """
     spec, parent = run.stage.spec, run.stage.parent
-    starts_as_base = parent is None or (parent.kind == "prepare" and not spec.init.quantizes)
+    starts_as_base = parent is None or (isinstance(parent.spec, PrepareSpec) and not spec.init.quantizes)
     if parent is not None and not starts_as_base and not of_base:
         return run.outputs.references / parent.key
     started: Identity = {"model": spec.model, "version": version}
-    if not of_base and spec.init.name == "orthogonal":  # B A is 0 only to rounding
+    if not of_base and not spec.init.exact_start:
         content = spec.content()
         started |= {name: content[name] for name in ("init", "lora", "seed")}
     return run.outputs.references / digest(started)

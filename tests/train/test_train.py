@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from d2lora import data, provenance, report, worker
 from d2lora.adapters import attach
-from d2lora.base import _loaded, load_base
+from d2lora.base import LOADED, load_base
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.report.manifest import write_manifest
@@ -207,14 +207,14 @@ def test_a_base_that_was_changed_is_noticed(tiny: Path, tmp_path: Path) -> None:
         base.model.lm_head.weight[0, 0] += 1
     with pytest.raises(RuntimeError, match="changed by an earlier stage"):
         base.check()
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_adapters_are_float32_on_a_bfloat16_base(make) -> None:
     cell = make("n=16", "model.dtype=bfloat16", "method.epochs=1")
     do(alone(cell))
     assert {w.dtype for w in adapter(cell).values()} == {torch.float32}
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_orpo_s_nll_covers_what_the_config_says(make) -> None:
@@ -351,7 +351,7 @@ def test_an_adapter_that_bfloat16_rounds_away_is_applied_and_the_table_says_what
     assert "In 2 of 2 evaluations of adapters the adapter was too small to change a logit" in text
     larger = make("n=8", "method.epochs=1", "model.dtype=bfloat16")
     assert finish(larger)[1]["evaluate"]["adapter_changes_logits"] is True
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_ids_of_the_lab_fit_the_recipe(cell) -> None:
