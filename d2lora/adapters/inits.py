@@ -37,8 +37,8 @@ from transformers import PreTrainedModel
 from d2lora.adapters import coverage
 from d2lora.adapters.coverage import layers
 from d2lora.errors import UserError
+from d2lora.progress import Progress
 
-Progress = Callable[[int, int], None]
 ADAPTER = "default"
 _EVA_BATCH = 8
 _EVA_PASSES = 50

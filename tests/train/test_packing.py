@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,13 +124,12 @@ def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], fol
 
 def ours(cell, base: Base, wrapped: PeftModel, method: dict, examples: list[dict], folder: Path, *more: str) -> dict:
     """What our train() makes of them, through the recipe's packing."""
-    config = cell(f"recipe.batch={BATCH}", f"recipe.micro_batch={BATCH}", *more).config
-    spec = {
-        "method": method, "batch": BATCH, "epochs": 1, "lr": RATE, "schedule": "cosine", "lr_warmup_ratio": 0.0,
-        "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "max_length": 512, "model": {"dtype": "float32"},
-    }  # fmt: skip
+    chosen = [f"method={method['name']}", *(f"method.{k}={v}" for k, v in method.items() if k != "name")]
+    sizes = [f"recipe.batch={BATCH}", f"recipe.micro_batch={BATCH}", "recipe.max_length=512", "method.epochs=1"]
+    this = cell(*chosen, *sizes, *more)
+    spec, recipe = replace(this.chain.adapt.spec, lr=RATE), this.config.recipe
     drawn = Subset(examples, list(range(len(examples))), [])
-    training.train(base, wrapped, drawn, spec, config.recipe, folder, lambda done, total: None, folder / "reference")
+    training.train(base, wrapped, drawn, spec, recipe, folder, lambda done, total: None, folder / "reference")
     return adapter(wrapped)
 
 
