@@ -43,8 +43,20 @@ class Sft(BaseMethod):
     name: Literal["sft"] = "sft"
 
 
-class Dpo(BaseMethod):
-    """Direct preference optimization (Rafailov et al. 2023): `beta` scales the log-ratios of policy and reference."""
+class Referenced(BaseMethod):
+    """What methods with a reference have: `beta` scales the log-ratios of policy and reference."""
+
+    beta: Annotated[float, Field(gt=0)]
+    reference: Literal["warm_start", "base"]
+
+    @property
+    def base_is_reference(self) -> bool:
+        """Tell whether the loss compares the policy with the base itself."""
+        return self.reference == "base"
+
+
+class Dpo(Referenced):
+    """Direct preference optimization (Rafailov et al. 2023)."""
 
     label: ClassVar[str] = "DPO"
     colour: ClassVar[str] = "#d55e00"
@@ -53,13 +65,6 @@ class Dpo(BaseMethod):
     cost: ClassVar[float] = 2.5  # two answers, and the reference's forward pass without a backward one
 
     name: Literal["dpo"] = "dpo"
-    beta: Annotated[float, Field(gt=0)]
-    reference: Literal["warm_start", "base"]
-
-    @property
-    def base_is_reference(self) -> bool:
-        """Tell whether the loss compares the policy with the base itself."""
-        return self.reference == "base"
 
 
 class Orpo(BaseMethod):

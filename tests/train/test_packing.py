@@ -81,6 +81,7 @@ ARGUMENTS = {
     "num_train_epochs": 1,
     "learning_rate": RATE,
     "lr_scheduler_type": "cosine",
+    "logging_steps": 1,
     "report_to": [],
     "use_cpu": True,
     "disable_tqdm": True,
@@ -103,8 +104,13 @@ class PlainORPO(ORPOTrainer):
     tokenize_row = orpo_row
 
 
-def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], folder: Path) -> dict:
-    """What TRL's own trainer makes of the examples."""
+def losses(log: list[dict]) -> list[float]:
+    """The losses of a log, of step 1 and then the mean of every two: what a record keeps of 50 steps."""
+    return [entry["loss"] for entry in training.thin([entry for entry in log if "loss" in entry], 2)]
+
+
+def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], folder: Path) -> tuple[dict, list[float]]:
+    """The adapter that TRL's own trainer makes of the examples, and its losses."""
     common = {"model": wrapped, "processing_class": tokenizer}
     if method["name"] == "sft":
         args = SFTConfig(str(folder), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **ARGUMENTS)
@@ -119,18 +125,20 @@ def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], fol
         collator = DPODataCollatorWithPadding(tokenizer.pad_token_id)
         trainer = PlainORPO(args=args, train_dataset=Dataset.from_list(examples), data_collator=collator, **common)
     trainer.train()
-    return adapter(wrapped)
+    return adapter(wrapped), losses(trainer.state.log_history)
 
 
-def ours(cell, base: Base, wrapped: PeftModel, method: dict, examples: list[dict], folder: Path, *more: str) -> dict:
-    """What our train() makes of them, through the recipe's packing."""
+def ours(
+    cell, base: Base, wrapped: PeftModel, method: dict, examples: list[dict], folder: Path, *more: str
+) -> tuple[dict, list[float]]:
+    """The adapter and the losses of our train(), through the recipe's packing."""
     chosen = [f"method={method['name']}", *(f"method.{k}={v}" for k, v in method.items() if k != "name")]
     sizes = [f"recipe.batch={BATCH}", f"recipe.micro_batch={BATCH}", "recipe.max_length=512", "method.epochs=1"]
     this = cell(*chosen, *sizes, *more)
     spec, recipe = replace(this.chain.adapt.spec, lr=RATE), this.config.recipe
     drawn = Subset(examples, list(range(len(examples))), [])
-    training.train(base, wrapped, drawn, spec, recipe, folder, lambda done, total: None, folder / "reference")
-    return adapter(wrapped)
+    metrics = training.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
+    return adapter(wrapped), losses(metrics["log"])
 
 
 METHODS = [
@@ -149,12 +157,13 @@ METHODS = [
 )
 def test_after_50_steps_the_adapter_is_trl_s(cell, tiny, tmp_path, pairs, method, warm, packed) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    expected = plain(started(tiny, warm), tokenizer, method, pairs, tmp_path / "trl")
+    expected, expected_losses = plain(started(tiny, warm), tokenizer, method, pairs, tmp_path / "trl")
     wrapped = started(tiny, warm)
     base = Base("tiny", wrapped.get_base_model(), tokenizer, 0, Snapshot.of(wrapped.get_base_model()))
     start = adapter(wrapped)
-    found = ours(cell, base, wrapped, method, pairs, tmp_path / "ours", f"recipe.packing={packed}")
+    found, found_losses = ours(cell, base, wrapped, method, pairs, tmp_path / "ours", f"recipe.packing={packed}")
     assert_same(found, expected, start)
+    assert found_losses == pytest.approx(expected_losses, abs=1e-5)
 
 
 def test_a_pair_s_log_probabilities_are_those_of_separate_sequences(tiny, pairs) -> None:
