@@ -81,10 +81,28 @@ class Orpo(BaseMethod):
     nll: Literal["prompt_and_chosen", "completion"]
 
 
-Method: TypeAlias = Annotated[Sft | Dpo | Orpo, Field(discriminator="name")]
+class Simpo(BaseMethod):
+    """Simple preference optimization (Meng et al. 2024): without a reference, on log-probabilities averaged over an answer's tokens.
+
+    `beta` scales them; the chosen answer is to be ahead by `gamma` after that (equation 6).
+    """
+
+    label: ClassVar[str] = "SimPO"
+    colour: ClassVar[str] = "#cc79a7"
+    marker: ClassVar[str] = "D"
+    needs_pairs: ClassVar[bool] = True
+    cost: ClassVar[float] = 2.0
+    rates_like: ClassVar[str | None] = "dpo"
+
+    name: Literal["simpo"] = "simpo"
+    beta: Annotated[float, Field(gt=0)]
+    gamma: Annotated[float, Field(ge=0)]
+
+
+Method: TypeAlias = Annotated[Sft | Dpo | Orpo | Simpo, Field(discriminator="name")]
 
 # In the order of tables and panels.
-METHODS: tuple[type[BaseMethod], ...] = (Sft, Dpo, Orpo)
+METHODS: tuple[type[BaseMethod], ...] = (Sft, Dpo, Orpo, Simpo)
 
 _BY_NAME: dict[str, type[BaseMethod]] = {method.model_fields["name"].default: method for method in METHODS}
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.utils import add_fused_lm_head
@@ -104,6 +105,10 @@ class PlainORPO(ORPOTrainer):
     tokenize_row = orpo_row
 
 
+class PlainSimPO(CPOTrainer):
+    tokenize_row = orpo_row  # the two have it in common
+
+
 def losses(log: list[dict]) -> list[float]:
     """The losses of a log, of step 1 and then the mean of every two: what a record keeps of 50 steps."""
     return [entry["loss"] for entry in training.thin([entry for entry in log if "loss" in entry], 2)]
@@ -120,6 +125,10 @@ def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], fol
         trainer = PlainDPO(args=args, train_dataset=Dataset.from_list(examples), **common)
         if method["reference"] == "base":
             wrapped.delete_adapter("ref")
+    elif method["name"] == "simpo":
+        own = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": method["beta"], "simpo_gamma": method["gamma"]}
+        args = CPOConfig(str(folder), max_length=512, **own, **ARGUMENTS)
+        trainer = PlainSimPO(args=args, train_dataset=Dataset.from_list(examples), **common)
     else:
         args = ORPOConfig(str(folder), max_length=512, beta=method["beta"], **ARGUMENTS)
         collator = DPODataCollatorWithPadding(tokenizer.pad_token_id)
@@ -146,6 +155,7 @@ METHODS = [
     {"name": "dpo", "beta": 0.1, "reference": "warm_start"},
     {"name": "dpo", "beta": 0.1, "reference": "base"},
     {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
+    {"name": "simpo", "beta": 2.0, "gamma": 1.0},
 ]
 
 
