@@ -56,6 +56,12 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def _rows_suffice(self) -> "Config":
+        if self.n != "all" and 0 < self.n < self.method.least_rows:
+            raise ValueError(f"n={self.n}: method={self.method.name} needs {self.method.least_rows} rows or more, or 0")
+        return self
+
+    @model_validator(mode="after")
     def _recipe_fits_the_init(self) -> "Config":
         lora, name = self.recipe.lora, self.init.name
         if lora.dropout and self.init.prepared and name != "eva":

@@ -17,6 +17,7 @@ class BaseMethod(Strict):
     colour: ClassVar[str]  # of its curves
     marker: ClassVar[str]  # of its curves' points, in matplotlib's letters
     needs_pairs: ClassVar[bool]  # trains on (chosen, rejected); otherwise on the chosen answer alone
+    least_rows: ClassVar[int] = 1  # of a training set
     cost: ClassVar[float]  # time of a training step relative to SFT's on as many samples
     rates_like: ClassVar[str | None] = (
         None  # the method whose learning rate and epochs it has where a recipe lists none
