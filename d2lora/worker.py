@@ -14,10 +14,10 @@ from d2lora.errors import UserError
 from d2lora.mirror import runs
 from d2lora.outputs import Outputs, write_json
 from d2lora.plan import Cell
+from d2lora.progress import Progress
 from d2lora.provenance import peak_memory_mb, provenance, reset_peak_memory
 from d2lora.settings import Config
 from d2lora.stages import KINDS, Run, Stage
-from d2lora.stages.run import Progress
 from d2lora.store import Store
 
 

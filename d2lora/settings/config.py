@@ -68,6 +68,12 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def _rows_suffice(self) -> "Config":
+        if self.n != "all" and 0 < self.n < self.method.least_rows:
+            raise ValueError(f"n={self.n}: method={self.method.name} needs {self.method.least_rows} rows or more, or 0")
+        return self
+
+    @model_validator(mode="after")
     def _columns_are_a_setting(self) -> "Config":
         columns = self.report.columns
         part, _, inner = (columns or "n").partition(".")

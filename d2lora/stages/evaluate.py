@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2lora import data
+from d2lora.progress import Progress
 from d2lora.settings import Config
 from d2lora.stages.prepare import PrepareSpec
-from d2lora.stages.run import Progress, Run, in_memory
+from d2lora.stages.run import Run, in_memory
 from d2lora.stages.stage import Identity, Spec, Stage, versions
 from d2lora.stages.training import TrainingSpec
 

@@ -15,13 +15,13 @@ from d2lora import data
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.outputs import Outputs, cached
+from d2lora.progress import Progress
 from d2lora.settings import Config, Data
 from d2lora.stages.stage import S, Stage
 
 if TYPE_CHECKING:
     from d2lora.base import Base
 
-Progress = Callable[[int, int], None]  # steps done, steps in all
 T = TypeVar("T")
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from d2lora.settings import Config, amount
+from d2lora.settings import Config, Sft, amount
+from d2lora.settings.recipe import WARMUP
 from d2lora.stages import rows, training
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Identity, Spec, Stage
@@ -29,7 +30,7 @@ def stage(config: Config, parent: Stage[Spec] | None) -> Stage[WarmupSpec] | Non
     if config.m == 0:
         return None
     warmup = config.warmup
-    shared = training.shared(config, "warmup", warmup.epochs, warmup.data)
+    shared = training.shared(config, WARMUP, Sft(epochs=warmup.epochs), warmup.data)
     label = f"warm-up m={amount(config.m)} of {warmup.name}{rows.seed_text(config)}"
     spec = WarmupSpec(**shared, reading=rows.reading(warmup), m=config.m)
     return Stage(spec, parent, label, rows.samples(config, warmup.data, config.m, warmup.epochs))

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from d2lora.base import memory_mb
 from d2lora.mirror import runs
 from d2lora.outputs import sync, write_json
-
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
+from d2lora.progress import Progress
 
 _WHOLE = "whole.json"
 

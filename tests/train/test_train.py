@@ -21,7 +21,7 @@ from d2lora.base import LOADED, load_base
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.report.manifest import write_manifest
-from d2lora.settings import METHODS, Model, method_of
+from d2lora.settings import METHOD_NAMES, METHODS, Model, method_of
 from d2lora.store import Store
 from d2lora.train import training
 from d2lora.train.methods import OBJECTIVES
@@ -59,7 +59,7 @@ def proven(make, *overrides: str) -> Cell:
     return make(*overrides)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
 def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, packing: str, tmp_path: Path) -> None:
     """Also when n is no multiple of the batch, where the mean of micro-batches' means is another number."""
@@ -106,10 +106,10 @@ def test_gradient_checkpointing_computes_each_layer_again_and_changes_nothing(
 
 
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
-def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: Path) -> None:
+def test_all_methods_train_on_identical_ids(make, packing: str, tmp_path: Path) -> None:
     """What goes through the model in a step of four pairs: not what data.py made of them, but what the trainers did with that."""
     seen: dict[str, list[list[int]]] = {}
-    for method in ("sft", "dpo", "orpo"):
+    for method in METHOD_NAMES:
         given = ["method.epochs=1", "recipe.batch=4", "recipe.micro_batch=1", f"recipe.packing={packing}"]
         cell = proven(make, f"method={method}", "n=4", *given)
         base = load_base(cell.config.model, tmp_path)
@@ -129,10 +129,11 @@ def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: 
     assert sorted(seen["sft"]) == sorted(p + c for p, c, _ in pairs)
     packed = [p + c + r for p, c, r in pairs]
     padded = [p + answer for p, c, r in pairs for answer in (c, r)]
-    assert sorted(seen["dpo"]) == sorted(seen["orpo"]) == sorted(packed if packing == "prefix_shared" else padded)
+    for method in (m for m in METHOD_NAMES if method_of(m).needs_pairs):
+        assert sorted(seen[method]) == sorted(packed if packing == "prefix_shared" else padded), method
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_dropout_is_at_work_in_training_and_not_in_the_reference(
     make, method: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -253,7 +254,7 @@ def test_each_method_has_an_objective() -> None:
 
 
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_loss_that_is_no_number_stops_the_stage_and_says_where(make, method: str, packing: str, monkeypatch) -> None:
     cell = make(f"method={method}", "n=24", "recipe.micro_batch=4", f"recipe.packing={packing}", "method.epochs=1")
     trainer, batches = OBJECTIVES[method_of(method)].trainer, []
