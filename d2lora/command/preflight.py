@@ -111,7 +111,8 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
         if not file.exists():
             _compute_coverage(config)
         with contextlib.suppress(OSError, ValueError):  # a model whose config is not on this machine
-            lines[file] = summary.coverage_text(config.model.name, targets, json.loads(file.read_text()))
+            reached = json.loads(file.read_text())  # coverage.of
+            lines[file] = summary.coverage_text(config.model.name, targets, reached["share"], reached["left_out"])
     return list(lines.values())
 
 

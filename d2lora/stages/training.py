@@ -9,6 +9,7 @@ from typing import Any
 from d2lora import data
 from d2lora.keys import digest
 from d2lora.outputs import cached
+from d2lora.records import Result
 from d2lora.settings import Config, Init, Lora, Method
 from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
@@ -73,7 +74,7 @@ def shared(config: Config, phase: str, method: Method, source: data.Data) -> dic
     }
 
 
-def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -> dict[str, Any]:
+def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -> Result:
     """Train an adapter on a subset, from the parent's adapter or a fresh one, and save it.
 
     `reference` is the folder that remembers the log-probabilities of DPO's reference. When memory ends, the micro-batch is halved.
@@ -104,7 +105,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -
         return max(d for d in range(1, micro_batch // 2 + 1) if spec.batch % d == 0)
 
     metrics, reached = in_memory(attempt, smaller, "recipe.micro_batch", recipe.micro_batch)
-    return {"metrics": metrics, "data": subset.counts(), "coverage": reached}
+    return Result(metrics=metrics, data=subset.counts(), coverage=reached)
 
 
 def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Path:

@@ -385,7 +385,7 @@ def test_the_harness_is_asked_for_the_names_of_what_is_still_to_do_only(cell, tm
     assert asked == []
     done = cell(*given)
     stage = next(s for s in done.chain.evaluations if s.spec.lm_eval == "hellaswag")
-    Store(tmp_path).ensure(stage, lambda folder: {"key": stage.key})
+    Store(tmp_path).ensure(stage, lambda folder: made.record(stage))
     preflight.check_inputs(done.config, set())
     assert asked == ["piqa"]
 

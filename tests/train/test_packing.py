@@ -245,7 +245,7 @@ def test_the_reference_is_computed_once_for_nested_sizes_and_seeds(cell, tiny, t
         this = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", *more)
         store = Store(Outputs.of(this.config).root)
         worker.do_stage(this.config, this.chain.adapt, store, lambda done, total: None)
-        metrics = store.record(this.chain.adapt)["metrics"]
+        metrics = store.record(this.chain.adapt).metrics
         assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
         computed.append(metrics["reference_pairs_computed"])
     assert computed == [20, 10, 0, 0, 0]
