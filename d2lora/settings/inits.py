@@ -32,6 +32,7 @@ class BaseInit(Strict):
     random: ClassVar[bool] = False  # the preparation draws random numbers
     quantizes: ClassVar[bool] = False  # the base is a quantized one, with or without training: it has its own baseline
     allows_dropout: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = True  # two of its adapters have a sum that is an adapter
     any_layer: ClassVar[bool] = False  # also starts what PEFT adapts as parameters (experts), not linear layers alone
     exact_start: ClassVar[bool] = True  # the adapter adds exactly 0 at step 0, not 0 to rounding
     extra: ClassVar[Extra | None] = None
@@ -185,6 +186,7 @@ class LoftqInit(PreparedInit):
     """The r largest singular values of W - Q, Q being W in 4 bits (Li et al. 2023)."""
 
     quantizes: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = False  # each has the part of the base that quantization lost
     extra: ClassVar[Extra | None] = Extra("bitsandbytes", "loftq")
 
     name: Literal["loftq"] = "loftq"
