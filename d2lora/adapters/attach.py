@@ -185,12 +185,13 @@ def check_round_trip(base: Base, start: Start[BaseInit], model: dict[str, Any], 
 
     `model` is the base's identity, by which it is remembered in the folder `proofs` what was shown of it.
     """
-    lora = start.lora
-    name, memory = f"adapter read again, {digest(lora.model_dump(), 8)}", proof.Memory(proofs, model)
+    lora, init = start.lora, start.init if start.init.variant else PlainInit()
+    name = f"adapter read again, {digest(lora.model_dump(), 8)}" + (f", {init.name}" if init.variant else "")
+    memory = proof.Memory(proofs, model)
     if memory.get(name, 1, 0):
         return
     with tempfile.TemporaryDirectory() as folder:
-        with adapter(base, Start(lora, PlainInit(), start.seed), None) as wrapped:
+        with adapter(base, Start(lora, init, start.seed), None) as wrapped:
             saved = save(base, wrapped, Path(folder))
         try:
             check_saved(base, saved, Path(folder))

@@ -33,6 +33,7 @@ class BaseInit(Strict):
     quantizes: ClassVar[bool] = False  # the base is a quantized one, with or without training: it has its own baseline
     allows_dropout: ClassVar[bool] = True
     any_layer: ClassVar[bool] = False  # also starts what PEFT adapts as parameters (experts), not linear layers alone
+    variant: ClassVar[bool] = False  # begins as PEFT's default, and what an adapted layer computes is another
     exact_start: ClassVar[bool] = True  # the adapter adds exactly 0 at step 0, not 0 to rounding
     extra: ClassVar[Extra | None] = None
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # arguments of PEFT's LoraConfig
@@ -97,6 +98,7 @@ class GaussianInit(BaseInit):
 class OrthogonalInit(BaseInit):
     """A and B random with B A = 0, to the precision of the base's dtype."""
 
+    variant: ClassVar[bool] = False  # begins as PEFT's default, and what an adapted layer computes is another
     exact_start: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"init_lora_weights": "orthogonal"})
 

@@ -37,7 +37,8 @@ R = 4
 FROM_WEIGHTS = ["pissa", "pissa_niter_16", "olora", "milora"]
 FROM_DATA = ["corda_kpm", "corda_ipm", "eva", "lora_ga"]
 PREPARED = FROM_WEIGHTS + FROM_DATA
-INITS = ["lora", "gaussian", "orthogonal", "multilora", *PREPARED]
+VARIANTS = [init.model_fields["name"].default for init in CLASSES if init.variant]
+INITS = ["lora", "gaussian", "orthogonal", "multilora", *VARIANTS, *PREPARED]
 LOFTQ = ["loftq"] if find_spec("bitsandbytes") else []
 MOVING = [name for name in PREPARED if name != "eva"]
 CELLS = [(init, method, m) for init in INITS for method in ("sft", "dpo", "orpo") for m in (0, 8)]
@@ -177,7 +178,7 @@ def test_dpo_s_reference_is_what_the_config_says(
             assert value == pytest.approx(answer_log_probs(policy, example), abs=2e-3)
 
 
-@pytest.mark.parametrize("init", ["pissa", "milora", "corda_ipm", "lora_ga", "multilora"])
+@pytest.mark.parametrize("init", ["pissa", "milora", "corda_ipm", "lora_ga", "multilora", *VARIANTS])
 def test_on_a_bfloat16_base_it_starts_as_the_base_bit_for_bit(make, init: str) -> None:
     cell = make(f"init={init}", "model.dtype=bfloat16")
     store, base = train(cell), of(cell)
@@ -310,6 +311,47 @@ def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> No
     scales = [t for name, t in state.items() if "lora_scale" in name]
     assert len(scales) == LAYERS
     assert all(t.any() for t in scales)
+
+
+@pytest.mark.parametrize("init", VARIANTS)
+def test_a_variant_goes_on_training_what_its_warm_up_left(make, init: str) -> None:
+    cell = make(f"init={init}", m=8)
+    store = train(cell)
+    before, after = (load_file(store.place(s) / "adapter" / "adapter_model.safetensors") for s in (cell.chain.warmup, cell.chain.adapt))  # fmt: skip
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        assert 0 < (weight - before[name]).abs().max() < 0.01, name
+
+
+@pytest.mark.parametrize("init", VARIANTS)
+def test_a_variant_is_evaluated_merged_where_that_is_the_same_model(make, tiny: Path, init: str) -> None:
+    cell = make(f"init={init}", m=8)
+    folder = train(cell).place(cell.chain.adapt)
+    with attach.trained(of(cell), folder / "adapter") as (tested, changes):
+        assert changes
+        assert not layers(tested), "merged"
+        assert (logits(tested) - logits(original(tiny, folder))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("init", VARIANTS)
+def test_a_variant_computes_what_peft_computes(make, tiny: Path, init: str) -> None:
+    """PEFT's own layers, loaded as anyone would, in training: the same outputs and the same gradients, with dropout too."""
+    cell = make(f"init={init}", "recipe.lora.dropout=0.5", "recipe.micro_batch=2", m=8)
+    folder = train(cell).place(cell.chain.warmup)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny), folder / "adapter", is_trainable=True
+    )
+    with attach.adapter(of(cell), start_of(cell), folder) as ours, attach.in_training(ours):
+        losses = []
+        for wrapped in (ours, theirs):
+            torch.manual_seed(0)
+            losses.append(wrapped.train()(input_ids=IDS, labels=IDS).loss)
+            losses[-1].backward()
+        expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+        assert torch.equal(*losses)
+        assert expected.keys() == {name for name, p in ours.named_parameters() if p.requires_grad}
+        for name, weight in ours.named_parameters():
+            assert not weight.requires_grad or torch.allclose(weight.grad, expected[name], rtol=1e-4, atol=1e-7), name
 
 
 def looked_at(cell: Cell, samples: int = 8) -> list[dict]:
