@@ -204,10 +204,22 @@ class MultiLoraInit(BaseInit):
         return self.modules
 
 
+class RsloraInit(BaseInit):
+    """Rank-stabilized LoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(r).
+
+    Not on experts: PEFT doubles rank and alpha of fused ones, which leaves alpha / r as it is and not alpha / sqrt(r).
+    """
+
+    variant: ClassVar[bool] = True
+    peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_rslora": True})
+
+    name: Literal["rslora"] = "rslora"
+
+
 # In the order in which a wrong name's line lists them.
 INITS: tuple[type[BaseInit], ...] = (
     *(PlainInit, GaussianInit, OrthogonalInit, PissaInit, FastPissaInit, OloraInit, MiloraInit),
-    *(CordaKpmInit, CordaIpmInit, EvaInit, LoraGaInit, LoftqInit, MultiLoraInit),
+    *(CordaKpmInit, CordaIpmInit, EvaInit, LoraGaInit, LoftqInit, MultiLoraInit, RsloraInit),
 )
 
 Init: TypeAlias = Annotated[
@@ -223,7 +235,8 @@ Init: TypeAlias = Annotated[
     | EvaInit
     | LoraGaInit
     | LoftqInit
-    | MultiLoraInit,
+    | MultiLoraInit
+    | RsloraInit,
     Field(discriminator="name"),
 ]
 

@@ -313,6 +313,11 @@ def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> No
     assert all(t.any() for t in scales)
 
 
+def test_rslora_is_scaled_by_the_root_of_the_rank(make) -> None:
+    for *_, s, name in started(make, "rslora"):
+        assert s == 8 / math.sqrt(R), name
+
+
 @pytest.mark.parametrize("init", VARIANTS)
 def test_a_variant_goes_on_training_what_its_warm_up_left(make, init: str) -> None:
     cell = make(f"init={init}", m=8)

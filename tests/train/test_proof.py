@@ -138,7 +138,9 @@ def test_a_start_that_fails_leaves_no_layer_on_the_base(load) -> None:
         assert layers(wrapped)
 
 
-@pytest.mark.parametrize("name", ["multilora", "orthogonal", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"])
+@pytest.mark.parametrize(
+    "name", ["multilora", "orthogonal", "rslora", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"]
+)
 def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load, name: str) -> None:
     from_rows = {"data": "task", "samples": 8}
     settings = {"multilora": {"modules": 2}, "corda_kpm": from_rows, "eva": from_rows | {"rho": 2}}
