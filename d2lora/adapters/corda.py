@@ -5,9 +5,10 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
 from d2lora.adapters.layers import ADAPTER
-from d2lora.adapters.passes import Progress, Sequence, cleaned_up, of_base_layers, one_row
+from d2lora.adapters.passes import Sequence, cleaned_up, of_base_layers, one_row
 from d2lora.adapters.start import Start
 from d2lora.adapters.weights import take_out
+from d2lora.progress import Progress
 from d2lora.settings.inits import CordaIpmInit, CordaKpmInit
 
 

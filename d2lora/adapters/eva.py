@@ -11,9 +11,10 @@ from torch import nn
 
 from d2lora.adapters.coverage import layers
 from d2lora.adapters.layers import config_of, matrices
-from d2lora.adapters.passes import Progress, Sequence
+from d2lora.adapters.passes import Sequence
 from d2lora.adapters.start import Start, for_training
 from d2lora.errors import UserError
+from d2lora.progress import Progress
 from d2lora.settings.inits import EvaInit
 
 _BATCH = 8  # rows

@@ -9,8 +9,9 @@ from torch import nn
 
 from d2lora.adapters.coverage import layers
 from d2lora.adapters.layers import ADAPTER, base_weight, matrices, turned
-from d2lora.adapters.passes import Progress, Sequence
+from d2lora.adapters.passes import Sequence
 from d2lora.adapters.start import Start
+from d2lora.progress import Progress
 from d2lora.settings.inits import BaseInit
 
 

@@ -9,9 +9,10 @@ from torch.nn.functional import normalize
 
 from d2lora.adapters.coverage import layers
 from d2lora.adapters.layers import ADAPTER, matrices
-from d2lora.adapters.passes import Progress, Sequence, cleaned_up, of_base_layers, one_row
+from d2lora.adapters.passes import Sequence, cleaned_up, of_base_layers, one_row
 from d2lora.adapters.start import Start
 from d2lora.adapters.weights import take_out
+from d2lora.progress import Progress
 from d2lora.settings.inits import LoraGaInit
 
 

@@ -1,7 +1,7 @@
 """What preparations that look at rows share: passes of rows through the base, and leaving nothing behind on it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -10,8 +10,6 @@ from torch import nn
 
 from d2lora.adapters.coverage import layers
 from d2lora.settings.recipe import Lora
-
-Progress = Callable[[int, int], None]  # done, in all
 
 # Attributes that PEFT's preparations of CorDA and LoRA-GA put on the base's layers.
 _LEFT_BY_PEFT = (

@@ -12,9 +12,10 @@ from d2lora.adapters.eva import eva
 from d2lora.adapters.layers import base_weight, turned
 from d2lora.adapters.loftq import loftq
 from d2lora.adapters.lora_ga import lora_ga
-from d2lora.adapters.passes import Progress, Sequence
+from d2lora.adapters.passes import Sequence
 from d2lora.adapters.start import Start
 from d2lora.errors import UserError
+from d2lora.progress import Progress
 from d2lora.settings import inits
 from d2lora.settings.inits import BaseInit
 

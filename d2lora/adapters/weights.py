@@ -8,8 +8,9 @@ from peft.tuners.lora.layer import LoraLayer
 
 from d2lora.adapters.coverage import layers
 from d2lora.adapters.layers import ADAPTER, Residual, base_weight, matrices, turned
-from d2lora.adapters.passes import Progress, Sequence
+from d2lora.adapters.passes import Sequence
 from d2lora.adapters.start import Start
+from d2lora.progress import Progress
 from d2lora.settings.inits import BaseInit
 
 LayerInit = Callable[[LoraLayer], None]

@@ -51,8 +51,7 @@ def check_inputs(config: Config, passed: Passed) -> None:
 def _check_training_rows(config: Config, passed: Passed) -> None:
     """Check the rows of both phases, and those that an initialization looks at."""
     if config.n != 0:
-        preference = config.method.name != "sft"
-        _check(passed, data.check_task, config.task, config.n, config.split_seed, preference)
+        _check(passed, data.check_task, config.task, config.n, config.split_seed, config.method.needs_pairs)
     if config.m != 0:
         _check(passed, data.check_warmup, config.warmup, config.m, config.split_seed)
     if wanted := prepare.general_samples(config):
@@ -62,7 +61,7 @@ def _check_training_rows(config: Config, passed: Passed) -> None:
 def _drawn(config: Config) -> dict[str, object]:
     """What of a config decides which rows are drawn, and whether they can be used."""
     drawn = config.model_dump(include={"model", "task", "warmup", "n", "m", "init", "data_seed", "split_seed"})
-    return drawn | {"max_length": config.recipe.max_length, "preference": config.method.name != "sft"}
+    return drawn | {"max_length": config.recipe.max_length, "preference": config.method.needs_pairs}
 
 
 def _check(passed: Passed, check: Callable[..., None], *given: object) -> None:
@@ -112,7 +111,8 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
         if not file.exists():
             _compute_coverage(config)
         with contextlib.suppress(OSError, ValueError):  # a model whose config is not on this machine
-            lines[file] = summary.coverage_text(config.model.name, targets, json.loads(file.read_text()))
+            reached = json.loads(file.read_text())  # coverage.of
+            lines[file] = summary.coverage_text(config.model.name, targets, reached["share"], reached["left_out"])
     return list(lines.values())
 
 

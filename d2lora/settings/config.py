@@ -1,5 +1,6 @@
 """The configuration of one cell, checked before any data or model is loaded."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
@@ -22,6 +23,15 @@ class Wandb(Strict):
     patience: Annotated[float, Field(gt=0)] = 60  # seconds that a job waits for the server before it goes on without
 
 
+class Report(Strict):
+    """How a sweep's tables are laid out and read. Nothing of it changes a result, so nothing of it is in a key."""
+
+    columns: Text | None = (
+        None  # the setting of the columns and the x axis, by its key; the one with the most values without it
+    )
+    margin: Annotated[float, Field(gt=0)] = 1.0  # points within which two arms are called equivalent
+
+
 class Config(Strict):
     """One cell of the grid: D2LoRA(m, n) of one task, method, init, recipe and seed."""
 
@@ -33,11 +43,13 @@ class Config(Strict):
     recipe: Recipe
     n: Amount
     m: Amount
+    replicate: Seed = 0  # what conf gives seed and data_seed: another draw and another training
     seed: Seed = 0  # initialization, order, dropout
     data_seed: Seed = 0  # which n and m rows
     split_seed: Seed = 0  # hold-outs
     sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
+    report: Report = Report()
     wandb: Wandb = Field(default=Wandb(), exclude=True)
     data_root: Text | None = None
     dry_run: StrictBool = False
@@ -53,6 +65,24 @@ class Config(Strict):
             raise ValueError(
                 "data_root=null: name the folder that holds your local data sets, for example data_root=$HOME/data"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_suffice(self) -> "Config":
+        if self.n != "all" and 0 < self.n < self.method.least_rows:
+            raise ValueError(f"n={self.n}: method={self.method.name} needs {self.method.least_rows} rows or more, or 0")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_a_setting(self) -> "Config":
+        columns = self.report.columns
+        part, _, inner = (columns or "n").partition(".")
+        if part not in type(self).model_fields or part in ("report", "wandb", "output", "sweep", "seed", "replicate"):
+            raise ValueError(
+                f"report.columns={columns}: n, m, model, init, warmup, or a setting's key, for example recipe.lr"
+            )
+        if inner and not _has_key(self.model_dump(), columns or ""):
+            raise ValueError(f"report.columns={columns}: there is no such key; --cfg job shows all")
         return self
 
     @model_validator(mode="after")
@@ -87,6 +117,15 @@ class Config(Strict):
                 f"method={self.method.name} needs rejected answers and task={self.task.name} has none: use {able}"
             )
         return self
+
+
+def _has_key(values: Mapping[str, Any], key: str) -> bool:
+    """Tell whether nested mappings have a dotted key."""
+    for part in key.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def parse(values: dict) -> Config:

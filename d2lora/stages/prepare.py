@@ -2,10 +2,11 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from d2lora import data
 from d2lora.outputs import cached
+from d2lora.records import Result
 from d2lora.settings import Config, Data, Init, Lora
 from d2lora.settings.inits import FromRowsInit
 from d2lora.stages import rows
@@ -85,7 +86,7 @@ def _rows(config: Config, init: FromRowsInit) -> Identity:
     return limits | identity | {"samples": samples}
 
 
-def work(run: Run[PrepareSpec]) -> dict[str, Any]:
+def work(run: Run[PrepareSpec]) -> Result:
     """Start an adapter as the initialization does, and save it."""
     from d2lora.adapters import attach, coverage
     from d2lora.adapters.passes import Sequence
@@ -104,7 +105,7 @@ def work(run: Run[PrepareSpec]) -> dict[str, Any]:
         saved = attach.save(run.base, wrapped, run.folder)
     # LoftQ's too was prepared on the base itself; what is trained from it starts on the quantized one.
     attach.check_saved(run.base, saved, run.folder)
-    return {"metrics": {"samples_seen": len(subset.rows)}, "data": subset.counts(), "coverage": reached}
+    return Result(metrics={"samples_seen": len(subset.rows)}, data=subset.counts(), coverage=reached)
 
 
 def _drawn(run: Run[PrepareSpec]) -> data.Subset:

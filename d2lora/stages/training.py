@@ -1,6 +1,7 @@
 """What warm-up and adaptation share: a training of an adapter."""
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 from d2lora import data
 from d2lora.keys import digest
 from d2lora.outputs import cached
-from d2lora.settings import Config, Init, Lora
+from d2lora.records import Result
+from d2lora.settings import Config, Init, Lora, Method
 from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run, in_memory
@@ -17,7 +19,7 @@ from d2lora.stages.stage import Identity, Spec, versions
 
 @dataclass(frozen=True)
 class TrainingSpec(Spec):
-    """What of a configuration changes a training's result beyond rounding."""
+    """What of a configuration changes a training's result beyond rounding. `method` is also its epochs."""
 
     model: Identity
     init: Init
@@ -32,9 +34,17 @@ class TrainingSpec(Spec):
     max_length: int
     layout: Identity  # with dropout, how a batch is laid out: it decides which units are dropped
     lr: float
-    epochs: int
+    method: Method
     libraries: Identity
     data: Identity
+
+    @property
+    def epochs(self) -> int:
+        return self.method.epochs
+
+    def steps(self, samples: int) -> int:
+        """Return the optimizer's steps over as many samples; the last batch of an epoch may be smaller."""
+        return math.ceil(samples / self.batch) * self.epochs
 
     def content(self) -> Identity:
         plain = (
@@ -46,7 +56,7 @@ class TrainingSpec(Spec):
         return own | self.layout | {"init": init, "lora": lora}
 
 
-def shared(config: Config, phase: str, epochs: int, source: data.Data) -> dict[str, Any]:
+def shared(config: Config, phase: str, method: Method, source: data.Data) -> dict[str, Any]:
     """Return the fields of TrainingSpec; `phase` names the learning rate: "warmup" or a method's name."""
     recipe = config.recipe
     names = ("lora", "schedule", "lr_warmup_ratio", "weight_decay", "max_grad_norm", "batch", "max_length")
@@ -58,13 +68,13 @@ def shared(config: Config, phase: str, epochs: int, source: data.Data) -> dict[s
         "data_seed": config.data_seed,
         "layout": layout,
         "lr": recipe.rate(phase),
-        "epochs": epochs,
+        "method": method,
         "libraries": versions("trl"),
         "data": data.identity(source, config.split_seed),
     }
 
 
-def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -> dict[str, Any]:
+def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -> Result:
     """Train an adapter on a subset, from the parent's adapter or a fresh one, and save it.
 
     `reference` is the folder that remembers the log-probabilities of DPO's reference. When memory ends, the micro-batch is halved.
@@ -74,7 +84,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -
     from d2lora.train import training
 
     spec, recipe = run.stage.spec, run.config.recipe
-    content, proofs = spec.content(), run.outputs.proofs
+    proofs = run.outputs.proofs
     start = Start(spec.lora, spec.init, spec.seed)
     checkpoints = run.outputs.checkpoints / run.stage.key
     if run.parent is None:
@@ -85,7 +95,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -
         with attach.adapter(run.base, start, run.parent) as wrapped:
             reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
             metrics = training.train(
-                run.base, wrapped, subset, content, machine, checkpoints, run.progress, reference, proofs
+                run.base, wrapped, subset, spec, machine, checkpoints, run.progress, reference, proofs
             )
             saved = attach.save(run.base, wrapped, run.folder)
         attach.check_saved(run.base, saved, run.folder, spec.init.quantizes)
@@ -95,7 +105,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -
         return max(d for d in range(1, micro_batch // 2 + 1) if spec.batch % d == 0)
 
     metrics, reached = in_memory(attempt, smaller, "recipe.micro_batch", recipe.micro_batch)
-    return {"metrics": metrics, "data": subset.counts(), "coverage": reached}
+    return Result(metrics=metrics, data=subset.counts(), coverage=reached)
 
 
 def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Path:

@@ -98,12 +98,12 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
     stages = [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]
     plain, counts = logits(base.model), []
     for stage in stages:
-        with attach.adapter(base, start_of(cell), store.place(stage)) as wrapped:
+        with attach.adapter(base, start_of(cell), store.folder(stage)) as wrapped:
             counts.append(parameters(wrapped))
             continued = logits(wrapped)
             with wrapped.disable_adapter():
                 assert torch.equal(logits(wrapped), plain), "without its adapter it is the base"
-        anyone = logits(original(tiny, store.place(stage)))
+        anyone = logits(original(tiny, store.folder(stage)))
         assert (anyone - continued).abs().max() < 1e-4, stage.kind
         moved = (continued - plain).abs().max()
         assert moved < 1e-4 if stage.kind == "prepare" else moved > 1e-4, stage.kind
@@ -112,7 +112,7 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
         counts.append(parameters(wrapped) if init != "eva" else counts[0])
     assert len(set(counts)) == 1, "the same parameters are trained from start to end"
     if method == "dpo":
-        first = store.record(cell.chain.adapt)["metrics"]["first_loss"]
+        first = store.record(cell.chain.adapt).metrics["first_loss"]
         assert first == pytest.approx(math.log(2), abs=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
 def test_adding_dpo_s_reference_changes_the_policy_by_nothing(make, init: str) -> None:
     cell = make(f"init={init}", "method=dpo", m=8)
     store, base = train(cell), of(cell)
-    with attach.adapter(base, start_of(cell), store.place(cell.chain.warmup)) as wrapped:
+    with attach.adapter(base, start_of(cell), store.folder(cell.chain.warmup)) as wrapped:
         before, trained = logits(wrapped), {n for n, p in wrapped.named_parameters() if p.requires_grad}
         wrapped.add_adapter("ref", wrapped.peft_config["default"])  # as TRL does
         wrapped.delete_adapter("ref")
@@ -168,10 +168,10 @@ def test_dpo_s_reference_is_what_the_config_says(
     values, drawn = reference_values(cell)
     with contextlib.ExitStack() as stack:
         if init == "loftq":
-            start = store.place(cell.chain.adapt.parent)
+            start = store.folder(cell.chain.adapt.parent)
             policy = stack.enter_context(attach.adapter(base, start_of(cell), start))
         elif m and reference == "warm_start":
-            policy = original(tiny, store.place(cell.chain.warmup))
+            policy = original(tiny, store.folder(cell.chain.warmup))
         else:
             policy = base.model
         for example, value in zip([*drawn.examples, *drawn.ahead], values, strict=True):
@@ -182,11 +182,11 @@ def test_dpo_s_reference_is_what_the_config_says(
 def test_on_a_bfloat16_base_it_starts_as_the_base_bit_for_bit(make, init: str) -> None:
     cell = make(f"init={init}", "model.dtype=bfloat16")
     store, base = train(cell), of(cell)
-    place = store.place(cell.chain.prepare) if cell.chain.prepare else None
+    place = store.folder(cell.chain.prepare) if cell.chain.prepare else None
     with attach.adapter(base, start_of(cell), place) as wrapped:
         assert torch.equal(logits(wrapped), logits(base.model))
         assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
-    tensors = load_file(store.place(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(store.folder(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 
@@ -197,7 +197,7 @@ def started(make, init: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch
     """(W, A, B, s, name) of each layer before it is trained."""
     cell = make(f"init={init}")
     store, base = train(cell), of(cell)
-    place = store.place(cell.chain.prepare) if cell.chain.prepare else None
+    place = store.folder(cell.chain.prepare) if cell.chain.prepare else None
     with attach.adapter(base, start_of(cell), place) as wrapped:
         found = layers(wrapped)
         assert len(found) == LAYERS
@@ -237,7 +237,7 @@ def test_orthogonal_is_random_with_a_product_of_zero(make) -> None:
 def test_a_randomized_svd_draws_other_numbers_with_another_seed(make) -> None:
     def state(init: str, seed: int) -> dict[str, torch.Tensor]:
         cell = make(f"init={init}", f"seed={seed}")
-        return load_file(train(cell).place(cell.chain.prepare) / "state" / "adapter_model.safetensors")
+        return load_file(train(cell).folder(cell.chain.prepare) / "state" / "adapter_model.safetensors")
 
     exact, first, second = state("pissa", 0), state("pissa_niter_16", 0), state("pissa_niter_16", 1)
     assert all(not torch.equal(A, second[name]) and not torch.equal(A, exact[name]) for name, A in first.items())
@@ -307,7 +307,7 @@ def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> No
             assert 0.5 / math.sqrt(R / 2) < largest <= 1 / math.sqrt(R / 2), (
                 "Kaiming-uniform for a fan-in of r / modules"
             )
-    state = load_file(store.place(cell.chain.adapt) / "state" / "adapter_model.safetensors")
+    state = load_file(store.folder(cell.chain.adapt) / "state" / "adapter_model.safetensors")
     scales = [t for name, t in state.items() if "lora_scale" in name]
     assert len(scales) == LAYERS
     assert all(t.any() for t in scales)
@@ -432,7 +432,7 @@ def test_d2lora_keeps_training_the_adapter_that_was_prepared(make, init: str) ->
     cell = make(f"init={init}", m=8)
     store, before = train(cell), None
     for stage in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt):
-        place = store.place(stage)
+        place = store.folder(stage)
         state = load_file((place / "state" if init in MOVING else place / "adapter") / "adapter_model.safetensors")
         start = load_file(place / "state" / "start.safetensors") if init in MOVING else {}
         if before is not None:
@@ -449,7 +449,7 @@ def test_an_adapter_is_the_same_bit_for_bit_whatever_was_before(make, tmp_path: 
 
     def adapter(init: str, *output: str) -> dict[str, torch.Tensor]:
         cell = make(f"init={init}", "method=dpo", *output, m=8 if "pissa" in init else 0)
-        return load_file(train(cell).place(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
+        return load_file(train(cell).folder(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
 
     several = ["pissa_niter_16", "olora", *LOFTQ, "lora_ga", "corda_ipm", "eva", "multilora"]
     forth = {init: adapter(init) for init in several}
@@ -465,7 +465,7 @@ def test_a_preparation_that_is_interrupted_leaves_nothing_to_those_after_it(make
 
     def prepared(output: str) -> dict[str, torch.Tensor]:
         other = make("init=eva", f"output={tmp_path / output}")
-        return load_file(train(other).place(other.chain.prepare) / "adapter" / "adapter_model.safetensors")
+        return load_file(train(other).folder(other.chain.prepare) / "adapter" / "adapter_model.safetensors")
 
     cell = make(f"init={init}", f"output={tmp_path / 'failed'}")
     linear = [m for m in of(cell).model.modules() if isinstance(m, torch.nn.Linear)]
@@ -602,7 +602,7 @@ def test_what_can_change_a_preparation_changes_its_key(cell) -> None:
 def test_a_preparation_never_sees_rows_that_the_cell_does_not_have(make) -> None:
     cell = make("init=eva", "init.samples=64")
     store = train(cell)
-    prepared, adapted = (store.record(s)["data"] for s in (cell.chain.prepare, cell.chain.adapt))
+    prepared, adapted = (store.record(s).data for s in (cell.chain.prepare, cell.chain.adapt))
     assert prepared == adapted, "its own 8 rows"
     assert cell.chain.prepare.spec.rows["samples"] == 8
 
@@ -613,7 +613,7 @@ def test_a_preparation_looks_at_all_rows_where_the_task_has_fewer_than_it_takes(
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cell = make("init=eva", "n=all", f"task.data.path={tmp_path / 'few.jsonl'}", "init.samples=64")
     store = train(cell)
-    prepared, adapted = (store.record(s)["data"] for s in (cell.chain.prepare, cell.chain.adapt))
+    prepared, adapted = (store.record(s).data for s in (cell.chain.prepare, cell.chain.adapt))
     assert prepared == adapted
     assert prepared["samples"] == 5
 
@@ -685,7 +685,7 @@ def test_loftq_is_nearer_to_the_base_than_the_quantized_base_is(loftq) -> None:
     cell = loftq()
     store, base = train(cell), of(cell)
     weights = {name: m.weight.detach().clone() for name, m in base.model.named_modules() if hasattr(m, "weight")}
-    with attach.adapter(base, start_of(cell), store.place(cell.chain.prepare)) as wrapped:
+    with attach.adapter(base, start_of(cell), store.folder(cell.chain.prepare)) as wrapped:
         for name, layer in layers(wrapped).items():
             W, Q = weights[name.removeprefix("base_model.model.")], layer.get_base_layer().weight
             assert 0 < (W - Q - layer.get_delta_weight("default")).norm() < (W - Q).norm() < 0.2 * W.norm(), name
@@ -698,14 +698,14 @@ def test_loftq_continues_on_its_quantized_base(loftq, tiny: Path, method: str, m
     store, base = train(cell), of(cell)
     before = logits(base.model)
     for stage in [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]:
-        with attach.adapter(base, start_of(cell), store.place(stage)) as wrapped:
+        with attach.adapter(base, start_of(cell), store.folder(stage)) as wrapped:
             continued = logits(wrapped)
-        with attach.trained(base, store.place(stage) / "adapter", "loftq") as (tested, _):
+        with attach.trained(base, store.folder(stage) / "adapter", "loftq") as (tested, _):
             assert (logits(tested) - continued).abs().max() < 1e-4
         assert (continued - before).abs().max() > 1e-4, "not the base itself"
     assert torch.equal(logits(base.model), before), "the base is put back"
     if method == "dpo":
-        first = store.record(cell.chain.adapt)["metrics"]["first_loss"]
+        first = store.record(cell.chain.adapt).metrics["first_loss"]
         assert first == pytest.approx(math.log(2), abs=1e-5)
 
 
