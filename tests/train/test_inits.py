@@ -322,7 +322,7 @@ def test_rslora_is_scaled_by_the_root_of_the_rank(make) -> None:
 def test_a_variant_goes_on_training_what_its_warm_up_left(make, init: str) -> None:
     cell = make(f"init={init}", m=8)
     store = train(cell)
-    before, after = (load_file(store.place(s) / "adapter" / "adapter_model.safetensors") for s in (cell.chain.warmup, cell.chain.adapt))  # fmt: skip
+    before, after = (load_file(store.folder(s) / "adapter" / "adapter_model.safetensors") for s in (cell.chain.warmup, cell.chain.adapt))  # fmt: skip
     assert before.keys() == after.keys()
     for name, weight in after.items():
         assert 0 < (weight - before[name]).abs().max() < 0.01, name
@@ -331,7 +331,7 @@ def test_a_variant_goes_on_training_what_its_warm_up_left(make, init: str) -> No
 @pytest.mark.parametrize("init", VARIANTS)
 def test_a_variant_is_evaluated_merged_where_that_is_the_same_model(make, tiny: Path, init: str) -> None:
     cell = make(f"init={init}", m=8)
-    folder = train(cell).place(cell.chain.adapt)
+    folder = train(cell).folder(cell.chain.adapt)
     with attach.trained(of(cell), folder / "adapter") as (tested, changes):
         assert changes
         assert not layers(tested), "merged"
@@ -342,7 +342,7 @@ def test_a_variant_is_evaluated_merged_where_that_is_the_same_model(make, tiny: 
 def test_a_variant_computes_what_peft_computes(make, tiny: Path, init: str) -> None:
     """PEFT's own layers, loaded as anyone would, in training: the same outputs and the same gradients, with dropout too."""
     cell = make(f"init={init}", "recipe.lora.dropout=0.5", "recipe.micro_batch=2", m=8)
-    folder = train(cell).place(cell.chain.warmup)
+    folder = train(cell).folder(cell.chain.warmup)
     theirs = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny), folder / "adapter", is_trainable=True
     )
