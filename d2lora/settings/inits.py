@@ -216,10 +216,19 @@ class RsloraInit(BaseInit):
     name: Literal["rslora"] = "rslora"
 
 
+class DoraInit(BaseInit):
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): a magnitude m, trained from W's, for each output of W + s B A."""
+
+    variant: ClassVar[bool] = True
+    peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_dora": True})
+
+    name: Literal["dora"] = "dora"
+
+
 # In the order in which a wrong name's line lists them.
 INITS: tuple[type[BaseInit], ...] = (
     *(PlainInit, GaussianInit, OrthogonalInit, PissaInit, FastPissaInit, OloraInit, MiloraInit),
-    *(CordaKpmInit, CordaIpmInit, EvaInit, LoraGaInit, LoftqInit, MultiLoraInit, RsloraInit),
+    *(CordaKpmInit, CordaIpmInit, EvaInit, LoraGaInit, LoftqInit, MultiLoraInit, RsloraInit, DoraInit),
 )
 
 Init: TypeAlias = Annotated[
@@ -236,7 +245,8 @@ Init: TypeAlias = Annotated[
     | LoraGaInit
     | LoftqInit
     | MultiLoraInit
-    | RsloraInit,
+    | RsloraInit
+    | DoraInit,
     Field(discriminator="name"),
 ]
 

@@ -318,6 +318,20 @@ def test_rslora_is_scaled_by_the_root_of_the_rank(make) -> None:
         assert s == 8 / math.sqrt(R), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dora_s_magnitudes_start_as_the_norms_of_the_base_s_rows_and_are_trained(make, dtype: str) -> None:
+    cell = make("init=dora", f"model.dtype={dtype}")
+    store, base = train(cell), of(cell)
+    saved = load_file(store.folder(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
+    with attach.adapter(base, start_of(cell), None) as wrapped:
+        for name, layer in layers(wrapped).items():
+            magnitude = layer.lora_magnitude_vector["default"].weight.detach()
+            norms = layer.get_base_layer().weight.float().norm(dim=1)
+            assert torch.allclose(magnitude, norms, rtol=1e-6), name
+            moved = (saved[f"{name}.lora_magnitude_vector"] - magnitude).abs()
+            assert 0 < moved.max() < 0.01, name
+
+
 @pytest.mark.parametrize("init", VARIANTS)
 def test_a_variant_goes_on_training_what_its_warm_up_left(make, init: str) -> None:
     cell = make(f"init={init}", m=8)
@@ -451,7 +465,7 @@ def test_an_adapter_is_the_same_bit_for_bit_whatever_was_before(make, tmp_path: 
         cell = make(f"init={init}", "method=dpo", *output, m=8 if "pissa" in init else 0)
         return load_file(train(cell).folder(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
 
-    several = ["pissa_niter_16", "olora", *LOFTQ, "lora_ga", "corda_ipm", "eva", "multilora"]
+    several = ["pissa_niter_16", "olora", *LOFTQ, "lora_ga", "corda_ipm", "eva", "multilora", "dora"]
     forth = {init: adapter(init) for init in several}
     back = {init: adapter(init, f"output={tmp_path}") for init in reversed(several)}
     for init, weights in forth.items():

@@ -141,7 +141,7 @@ def test_a_start_that_fails_leaves_no_layer_on_the_base(load) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["multilora", "orthogonal", "rslora", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"]
+    "name", ["multilora", "orthogonal", "rslora", "dora", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"]
 )
 def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load, name: str) -> None:
     from_rows = {"data": "task", "samples": 8}
@@ -151,6 +151,26 @@ def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load
     with pytest.raises(UserError, match=f"init={name}: starts linear layers only, and all-linear takes parameters of ") as refused, attach.adapter(load("mixtral"), replace(START, init=init), None):  # fmt: skip
         pass
     assert "\n" not in str(refused.value)
+
+
+def test_dora_starts_as_the_base_on_turned_weights_and_is_read_again(load, tmp_path: Path) -> None:
+    """GPT-2's Conv1D has its weight as (in, out)."""
+    base, start = load("gpt2"), replace(START, init=init_of("dora")())
+    ids = torch.arange(20, 44)[None]
+    with torch.inference_mode():
+        plain = base.model(input_ids=ids).logits
+    with attach.adapter(base, start, None) as wrapped:
+        with torch.inference_mode():
+            assert torch.equal(wrapped(input_ids=ids).logits, plain)
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        saved = attach.save(base, wrapped, tmp_path)
+    attach.check_saved(base, saved, tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if "magnitude" not in k}, file, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="the saved adapter is not the trained one: 16 of 16 layers differ"):
+        attach.check_saved(base, saved, tmp_path)
 
 
 def test_an_embedding_is_refused_in_one_line(load) -> None:
