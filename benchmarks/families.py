@@ -39,7 +39,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from d2lora.adapters import attach, coverage
-from d2lora.base import Base, _load
+from d2lora.adapters.start import Start
+from d2lora.base import Base, read_base
 from d2lora.command import grid
 from d2lora.data import Subset
 from d2lora.errors import UserError
@@ -127,7 +128,7 @@ def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:
     """The configuration's model, saved with the lab's tokenizer and loaded as a run loads it."""
     build(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base").save_pretrained(folder / "model")
-    return _load(Model(name=name, path=str(folder / "model")), folder)
+    return read_base(Model(name=name, path=str(folder / "model")), folder)
 
 
 def trained(
@@ -135,9 +136,9 @@ def trained(
 ) -> tuple[dict, dict, dict]:
     """(metrics, adapter before, adapter after) of a training; with a `layout`, in that one whatever a proof would say."""
     drawn, spec = Subset(pairs(), list(range(8)), []), spec_of(method)
-    attach.check_round_trip(base, spec.content(), folder.parent / "proofs")
+    attach.check_round_trip(base, Start(spec.lora, spec.init, spec.seed), spec.model, folder.parent / "proofs")
     forced = mock.patch.object(proof, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
-    with attach.adapter(base, spec.content(), None) as wrapped, forced:
+    with attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped, forced:
         torch.manual_seed(1)
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:  # as after a warm-up
@@ -147,7 +148,7 @@ def trained(
         metrics = training.train(base, wrapped, drawn, spec, settings, *arguments)
         after, saved = weights(wrapped), attach.save(base, wrapped, folder / "record")
         metrics["coverage"] = coverage.of(wrapped)
-    attach.check_saved(base, saved, folder / "record", "lora")
+    attach.check_saved(base, saved, folder / "record")
     return metrics, before, after
 
 

@@ -82,6 +82,7 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
     from hydra import compose, initialize_config_dir
 
     from d2lora.adapters import attach
+    from d2lora.adapters.start import Start
     from d2lora.command import grid
     from d2lora.data import Subset
     from d2lora.train import training
@@ -109,7 +110,10 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
                 torch.cuda.reset_peak_memory_stats()
         clocks.append(time.monotonic())
 
-    with tempfile.TemporaryDirectory() as folder, attach.adapter(base, spec.content(), None) as wrapped:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped,
+    ):
         drawn = Subset(pairs, list(range(len(pairs))), [])
         metrics = training.train(base, wrapped, drawn, spec, recipe, Path(folder), watch, Path(folder) / "reference")
     seconds = (clocks[-1] - clocks[1]) / (len(clocks) - 2)

@@ -64,11 +64,12 @@ class Counter:
 
 def ours(base, drawn, spec, recipe, folder: Path) -> dict:
     from d2lora.adapters import attach
+    from d2lora.adapters.start import Start
     from d2lora.layouts import proof
     from d2lora.train import training
     from d2lora.train.dpo import PackedDPOTrainer
 
-    with attach.adapter(base, spec.content(), None) as wrapped:
+    with attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped:
         counter = Counter(base.model.base_model)
         reference, choose, spent = PackedDPOTrainer.before_training, proof.choose, []
         PackedDPOTrainer.before_training = lambda *a, **k: timed(reference, spent, *a, **k)
@@ -112,6 +113,7 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
     from trl.experimental.utils import DPODataCollatorWithPadding
 
     from d2lora.adapters import attach
+    from d2lora.adapters.start import Start
     from d2lora.train import training
 
     dpo = spec.method.name == "dpo"
@@ -127,7 +129,7 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
     if best:
         settings |= {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
         settings |= {"precompute_ref_log_probs": True} if dpo else {}
-    with attach.adapter(base, spec.content(), None) as wrapped:
+    with attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped:
         counter, spent = Counter(base.model.base_model), []
         if best and dpo:
             inner = plain._precompute_ref_logps

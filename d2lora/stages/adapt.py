@@ -1,8 +1,9 @@
 """Phase 2: the adapter is trained on n task samples by a method."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from d2lora.records import Result
 from d2lora.settings import Config, amount
 from d2lora.stages import rows, training
 from d2lora.stages.run import Run
@@ -40,7 +41,7 @@ def stage(config: Config, parent: Stage[Spec] | None) -> Stage[AdaptSpec] | None
     return Stage(spec, parent, label, rows.samples(config, task.data, config.n, method.epochs))
 
 
-def work(run: Run[AdaptSpec]) -> dict[str, Any]:
+def work(run: Run[AdaptSpec]) -> Result:
     """Train on the task's rows."""
     spec = run.stage.spec
     subset = rows.task(run, spec.n, spec.max_length, preference=spec.method.needs_pairs)

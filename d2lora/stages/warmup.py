@@ -1,8 +1,9 @@
 """Phase 1: a fresh adapter is fine-tuned on m general samples. Its spec knows no n, method or task: one warm-up serves the whole grid."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from d2lora.records import Result
 from d2lora.settings import Config, Sft, amount
 from d2lora.settings.recipe import WARMUP
 from d2lora.stages import rows, training
@@ -36,6 +37,6 @@ def stage(config: Config, parent: Stage[Spec] | None) -> Stage[WarmupSpec] | Non
     return Stage(spec, parent, label, rows.samples(config, warmup.data, config.m, warmup.epochs))
 
 
-def work(run: Run[WarmupSpec]) -> dict[str, Any]:
+def work(run: Run[WarmupSpec]) -> Result:
     """Train on the warm-up's rows."""
     return training.train(run, rows.general(run, run.stage.spec.m, run.stage.spec.max_length), None)

@@ -188,10 +188,10 @@ def _versions(stage: Stage) -> dict[str, int]:
 
 
 def _measured(done: store.Store, stage: Stage) -> dict:
-    record, place = done.record(stage), done.place(stage)
-    metrics = record["metrics"]
+    record, place = done.record(stage), done.folder(stage)
+    metrics = record.metrics
     if stage.kind in ("contamination", "evaluate"):
-        found = {name: metric["value"] for name, metric in metrics.items()}
+        found = {name: score.value for name, score in record.scores.items()}
         items = [json.loads(line) for line in (place / "items.jsonl").read_text().splitlines()]
         likelihoods = [x for item in items for x in item.get("loglikelihoods", [])]
         return found | ({"loglikelihoods": sum(likelihoods)} if likelihoods else {})

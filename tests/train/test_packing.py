@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from preference_step import orpo_row
 
 from d2lora import data, worker
-from d2lora.base import Base, _loaded
+from d2lora.base import LOADED, Base
 from d2lora.data import Subset, sft_examples
 from d2lora.layouts import packing
 from d2lora.layouts.families import Reach, Snapshot
@@ -272,11 +272,11 @@ def test_the_reference_is_computed_once_for_nested_sizes_and_seeds(cell, tiny, t
         this = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", *more)
         store = Store(Outputs.of(this.config).root)
         worker.do_stage(this.config, this.chain.adapt, store, lambda done, total: None)
-        metrics = store.record(this.chain.adapt)["metrics"]
+        metrics = store.record(this.chain.adapt).metrics
         assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
         computed.append(metrics["reference_pairs_computed"])
     assert computed == [20, 10, 0, 0, 0]
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_a_reference_remembered_wrongly_is_noticed(cell, tiny, tmp_path) -> None:
@@ -290,7 +290,7 @@ def test_a_reference_remembered_wrongly_is_noticed(cell, tiny, tmp_path) -> None
     other = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", "n=20", "seed=1")
     with pytest.raises(RuntimeError, match="DPO's reference is not the warm_start model"):
         worker.do_stage(other.config, other.chain.adapt, store, lambda done, total: None)
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_subsets_look_ahead_to_a_whole_block() -> None:
