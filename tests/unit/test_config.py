@@ -113,7 +113,7 @@ def test_a_recipe_may_list_a_method_s_own_rate_and_epochs(cell) -> None:
 
 
 def test_each_method_carries_its_facts() -> None:
-    assert METHOD_NAMES == tuple(m.model_fields["name"].default for m in METHODS)
+    assert tuple(m.model_fields["name"].default for m in METHODS) == METHOD_NAMES
     assert METHOD_NAMES[:3] == ("sft", "dpo", "orpo"), "the paper's, in its order"
     assert [m.label.lower() for m in METHODS] == list(METHOD_NAMES)
     assert len({m.colour for m in METHODS}) == len({m.marker for m in METHODS}) == len(METHODS)
