@@ -11,7 +11,7 @@ from typing import Any
 
 from d2lora.report import paper
 from d2lora.report.axes import RATE, compatible, number, short_name
-from d2lora.report.looks import COLOURS, MARKS, METHODS
+from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
 from d2lora.report.paper import Artefact
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import Line, Table, Value
@@ -63,7 +63,7 @@ def panels(table: Table, panel: str) -> list[Panel]:
         for methods in [METHODS] if panel == "all" else [(m,) for m in METHODS]:
             curves = [_curve(line, table.column, short=arms) for line in group if line.method in methods]
             if any(len({p for _, p in c.points}) > 1 for c in curves):  # a point that stands in each column is no curve
-                name = f"{methods[0].upper()} on {head.benchmark}" if panel == "method" else head.benchmark
+                name = f"{NAMES[methods[0]]} on {head.benchmark}" if panel == "method" else head.benchmark
                 what = [*label_texts(head, keys), head.arm if arms else "", f"n={amount(head.n)}" if sizes else ""]
                 title = ", ".join(filter(None, [name, *what]))
                 drawn.append(Panel(title, f"{head.metric} in %", curves, panel == "method", table.column))
@@ -104,7 +104,7 @@ def _curve(line: Line, column: str, short: bool) -> Curve:
     known = sorted(((x, p) for x, p in placed if x is not None), key=lambda pair: pair[0])
     theirs = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
     arm = "" if column == "m" else "D2LoRA" if short and line.m != 0 else line.first.arm
-    label = f"{line.method.upper()} {arm}".strip()
+    label = f"{NAMES[line.method]} {arm}".strip()
     return Curve(label, line.method, line.m, [(x, p) for x, p in known if p.scores], theirs)
 
 
@@ -194,7 +194,7 @@ def _crowded(ticks: Sequence[float]) -> bool:
 
 def _labels(curve: Curve, panel: Panel) -> list[str]:
     """A curve's name in the legend, and that of the paper's; where panels are methods, without the method."""
-    label = curve.label.removeprefix(f"{curve.method.upper()} ") if panel.arms else curve.label
+    label = curve.label.removeprefix(f"{NAMES[curve.method]} ") if panel.arms else curve.label
     return [label, f"{label}, paper"] if curve.paper else [label]
 
 

@@ -11,7 +11,7 @@ from d2lora.records import Records
 from d2lora.report import figures, formats
 from d2lora.report.axes import LABELS, Axes, short_name
 from d2lora.report.compare import ALPHA, Comparison, compared, counterpart, draws_of, places, seeds_text
-from d2lora.report.looks import COLOURS, MARKS, METHODS, PLAIN
+from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, PLAIN
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import order_of
 from d2lora.settings import amount
@@ -113,7 +113,7 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _texts(row: Row, labels: list[str], benchmarks: list[str]) -> list[str]:
     texts = [row.init, *(row.value_of(k) or "-" for k in labels)]
-    texts += [row.method.upper(), amount(row.m), amount(row.n)]
+    texts += [NAMES[row.method], amount(row.m), amount(row.n)]
     for benchmark in benchmarks:
         point, against = row.points.get(benchmark), row.against.get(benchmark)
         texts.append(formats.percent(point.value) or "missing" if point else "-")
@@ -193,7 +193,7 @@ def _draw(axis, rows: list[Row], benchmark: str, inits: list[str], shift: float)
         [x for x, _, _ in shown],
         [y for _, y, _ in shown],
         yerr=[low, high],
-        label=f"{method.upper()} {arm}",
+        label=f"{NAMES[method]} {arm}",
         color=COLOURS[method],
         marker=MARKS[method],
         markerfacecolor="white" if rows[0].m == 0 else None,

@@ -2,8 +2,9 @@
 
 from d2lora.settings import METHOD_NAMES, PLAIN, QUANTIZING, method_of
 
-__all__ = ["COLOURS", "MARKS", "METHODS", "PLAIN", "QUANTIZING"]
+__all__ = ["COLOURS", "MARKS", "METHODS", "NAMES", "PLAIN", "QUANTIZING"]
 
 METHODS = METHOD_NAMES  # in the order of tables
+NAMES = {name: method_of(name).label for name in METHODS}  # as tables and figures write them
 COLOURS = {name: method_of(name).colour for name in METHODS}
 MARKS = {name: method_of(name).marker for name in METHODS}

@@ -2,6 +2,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const FILTERS = ["sweep", "model", "task", "method", "m"];
 const chosen = {};
+for (const [method, { colour }] of Object.entries(data.methods))
+  document.documentElement.style.setProperty(`--${method}`, `light-dark(color-mix(in oklab, ${colour} 92%, black), color-mix(in oklab, ${colour} 70%, white))`);
 const tip = document.getElementById("tip"), dialog = document.getElementById("detail");
 
 // Elements. Children that are strings become text, never HTML: texts of records are not trusted.
@@ -22,7 +24,7 @@ const signed = (value, digits = 2) => (value >= 0 ? "+" : "−") + Math.abs(100 
 const amount = (n) => (typeof n === "number" && n >= 1000 && n % 1000 === 0 ? n / 1000 + "k" : String(n));
 const size = (n) => (n === "all" ? Infinity : n);
 const p3 = (p) => (p < 0.001 ? "<0.001" : p.toFixed(3));
-const name = (p) => `${p.method.toUpperCase()} ${p.arm}, n=${amount(p.n)}`;
+const name = (p) => `${data.methods[p.method].label} ${p.arm}, n=${amount(p.n)}`;
 const interval = (p) => (p.value === null ? "" : `[${percent(p.low, 1)}, ${percent(p.high, 1)}]`);
 
 // A D2LoRA filter keeps LoRA too: it is what D2LoRA is compared with.
@@ -137,11 +139,15 @@ function panel(found) {
     h("div", {}, curves.map((c) => legend(c, found))));
 }
 const colour = (c, found) => `var(--${found.arms ? (c.lora ? "lora" : "d2lora") : c.method})`;
+// By matplotlib's letters, as steps from the middle; what is not here is a circle.
+const SHAPES = {
+  s: "m-3.3 -3.3h6.6v6.6h-6.6", "^": "m0 -4.4l4.2 7.8h-8.4", v: "m0 4.4l4.2 -7.8h-8.4", D: "m0 -4.4l4.4 4.4l-4.4 4.4l-4.4 -4.4",
+  P: "m-1.4 -4.2h2.8v2.8h2.8v2.8h-2.8v2.8h-2.8v-2.8h-2.8v-2.8h2.8", X: "m-4 -4l4 2l4 -2l-2 4l2 4l-4 -2l-4 2l2 -4",
+};
 function mark(c, found, x, y) {
-  const shape = found.arms ? (c.lora ? "sft" : "dpo") : c.method;
-  if (shape === "sft") return s("circle", { class: "dot", cx: x, cy: y, r: 3.6 });
-  if (shape === "dpo") return s("rect", { class: "dot", x: x - 3.3, y: y - 3.3, width: 6.6, height: 6.6 });
-  return s("path", { class: "dot", d: `M${x} ${y - 4.4}L${x + 4.2} ${y + 3.4}L${x - 4.2} ${y + 3.4}Z` });
+  const marker = found.arms ? (c.lora ? "o" : "s") : data.methods[c.method].marker;
+  if (!(marker in SHAPES)) return s("circle", { class: "dot", cx: x, cy: y, r: 3.6 });
+  return s("path", { class: "dot", d: `M${x} ${y}${SHAPES[marker]}Z` });
 }
 function curve(c, found, x, y) {
   const points = c.points.map(([n, i]) => [n, data.points[i]]);

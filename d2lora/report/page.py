@@ -17,6 +17,7 @@ from d2lora.report import evidence, formats, inits, paper
 from d2lora.report.artefacts import Shown, Sweep
 from d2lora.report.compare import Comparison
 from d2lora.report.figures import Panel
+from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
 from d2lora.report.points import Point
 from d2lora.report.tables import Table, column_name
 
@@ -27,7 +28,8 @@ _BUDGET, _FEWEST, _MOST = 5_000_000, 4, 24  # characters of all answers; sampled
 def page(sweeps: list[Sweep], records: Records) -> str:
     """The page's HTML."""
     data = _Data(records)
-    content = {"sweeps": [data.sweep(s) for s in sweeps]} | data.tables()
+    methods = {m: {"label": NAMES[m], "colour": COLOURS[m], "marker": MARKS[m]} for m in METHODS}
+    content = {"methods": methods, "sweeps": [data.sweep(s) for s in sweeps]} | data.tables()
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
