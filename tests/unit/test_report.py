@@ -488,6 +488,27 @@ def test_the_same_records_give_the_same_report(tmp_path: Path) -> None:
     assert [f for f, content in files.items() if f.read_bytes() != content] == []
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_each_arm_s_costs_are_means_over_seeds_and_a_shared_warm_up_stands_at_each(tmp_path: Path) -> None:
+    cells = grid(methods=("sft", "simpo"), n=[0, 100, 200], m=[0, 40], seed=[0, 1])
+    made.publish(tmp_path, cells, missing=lambda stage: stage.label.startswith("simpo") and ", 200)" in stage.label)
+    report.write(tmp_path, ["mine"])
+    rows = read_csv(tmp_path / "report" / "mine" / "costs.csv")
+    arms = [(r["method"], r["m"], r["n"]) for r in rows]
+    assert arms == [("SFT", m, n) for m in ("0", "40") for n in ("100", "200")] + [
+        ("SimPO", "0", "100"),
+        ("SimPO", "40", "100"),
+    ]
+    assert {r["seeds"] for r in rows} == {"2"}
+    assert {(r["m"], r["warm-up (s)"]) for r in rows} == {("0", "-"), ("40", "1.0")}
+    assert [(r["samples"], r["tokens"], r["tokens/s"]) for r in rows[:2]] == [
+        ("100", "900", "900"),
+        ("200", "1800", "1800"),
+    ]
+    assert {(r["adaptation (s)"], r["peak memory (MB)"]) for r in rows} == {("1.0", "100")}
+    assert "What each arm cost to train" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) -> None:
     grid_ = [c for i in ("lora", "milora", "eva") for c in grid(f"init={i}", n=[8, 16], m=[0, 8], seed=range(4))]
     better = lambda cell: made.gain(cell) + (0.4 if cell.config.init.name == "milora" else 0)  # noqa: E731
