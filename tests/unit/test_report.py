@@ -672,3 +672,21 @@ def test_each_kind_of_setting_is_an_axis_of_the_cells_that_depend_on_it(tmp_path
         labels = [line.label for line in table.lines]
         assert len(labels) == len(set(labels))
         assert {p for line in table.lines for p in line.points.values()} == set(table.points), "none is lost"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_artefact_of_the_documentation_is_written_and_on_the_page(tmp_path: Path, monkeypatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (code,) = re.findall(r"<!-- artefact: \S+ -->\n```python\n(.*?)```", text, re.S)
+    defined: dict = {}
+    exec(code, defined)
+    monkeypatch.setattr(artefacts, "ARTEFACTS", (*artefacts.ARTEFACTS, defined["ARTEFACT"]))
+    cells = grid(n=[100, 200], m=[0])
+    for stage in (cell.chain.adapt for cell in cells):
+        facts = {"metrics": {"samples_seen": 9}, "data": {"samples": 9, "misfits": 3}}
+        Store(tmp_path).ensure(stage, lambda folder, s=stage, f=facts: made.record(s, **f))
+    made.publish(tmp_path, cells)
+    report.write(tmp_path, ["mine"])
+    rows = read_csv(tmp_path / "report" / "mine" / "too_long.csv")
+    assert [row["rows too long"] for row in rows] == ["3", "3"]
+    assert "Rows that were too long, by training" in (tmp_path / "report" / "index.html").read_text()
