@@ -10,13 +10,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from d2lora import plan, report, worker
+from d2lora import mirror, plan, report, worker
 from d2lora.command import preflight, rehearsal, summary, terminal
 from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells
 from d2lora.command.guard import one_line
 from d2lora.command.launchers import launcher_of
 from d2lora.errors import UserError
-from d2lora.mirror import runs
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell, Job
 from d2lora.report import manifest
@@ -72,7 +71,7 @@ def _finish(cells: list[Cell], store: Store, new: bool) -> None:
     print(tables := report.finish(output, cells[0].config.sweep, draw=new))
     if damaged or lost:
         print(summary.failures_text(output, lost), *damaged, sep="", end="", file=sys.stderr)
-    if not damaged and (told := runs.report(cells, store, tables)):
+    if not damaged and (told := mirror.report(cells, store, tables)):
         print(told)
     if damaged or lost:
         raise SystemExit(1)
@@ -160,4 +159,4 @@ def _unsettled(job: Job, store: Store) -> bool:
 def _begun(jobs: Iterable[Job], store: Store) -> set[str]:
     """The folders of workers that began a stage and did not finish it, also of earlier sweeps; none of a stage that is done."""
     left = {stage for job in jobs for stage in job.stages if not store.done(stage)}
-    return {folder.name for stage in left for folder in store.place(stage).parent.glob(f".{stage.key}-*")}
+    return {folder.name for stage in left for folder in store.begun(stage)}

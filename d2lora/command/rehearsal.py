@@ -78,8 +78,8 @@ def check(config: Config, output: Path) -> None:
     if config.m != 0:
         draw = _general_draw(config, source)
         _enough(draw, config.m, source, output, config.warmup.data, f"m={config.m}: warmup={config.warmup.name}")
-    if config.init.data == "general" and config.m == 0 and "warmup.data" in prepare.sources(config):
-        draw, wanted = _general_draw(config, source), config.init.samples or 0
+    if config.m == 0 and (wanted := prepare.general_samples(config)):
+        draw = _general_draw(config, source)
         _enough(draw, wanted, source, output, config.warmup.data, f"init.samples={wanted}: warmup={config.warmup.name}")
 
 

@@ -1,4 +1,6 @@
-"""Data sets -> rows -> token ids: sources read them, checks look at them, tokens render and tokenize. Neither torch nor transformers here."""
+"""Read data sets as rows, check them, and turn them into texts and token ids. Nothing here imports torch or
+transformers.
+"""
 
 from d2lora.data.checks import (
     check_lm_eval,

@@ -1,4 +1,4 @@
-"""Checks of what a cell reads, before anything is loaded: one line names key, value and what is allowed."""
+"""Check what a cell reads before anything is loaded. An error is one line with the key, the value and what is allowed."""
 
 import functools
 from collections import Counter, defaultdict
@@ -15,12 +15,15 @@ from d2lora.settings import Model, Task, Warmup, fields
 
 
 def columns(task: Task) -> list[str]:
-    """The columns that a task's templates name."""
+    """Return the columns that a task's templates name, sorted."""
     return sorted(set().union(*map(fields, task.templates)))
 
 
 def check_task(task: Task, n: int | str, split_seed: int, preference: bool = False) -> None:
-    """UserError unless the task's rows have its columns with texts in them, and at least n can be used."""
+    """Check a task's rows. UserError if columns are missing, a row can't be read, or fewer than n can be used.
+
+    `preference`: whether pairs of equal answers are left out.
+    """
     dumped, content = task.model_dump_json(exclude={"benchmark"}), str(identity(task.data, split_seed))
     total, left_out, equal = _read_task(dumped, content, split_seed)
     if preference and equal:
@@ -30,20 +33,21 @@ def check_task(task: Task, n: int | str, split_seed: int, preference: bool = Fal
 
 @functools.lru_cache(16)
 def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Counter[str], int]:
-    """How many rows a task has, how many of them are left out, and how many have equal answers: once for all n of a grid.
+    """Return how many rows a task has, how many are left out by reason, and how many have equal answers.
 
-    UserError for rows that can't be read.
+    Cached, because all n of a grid need the same; `_identity` stands for the rows' content. UserError for rows that
+    can't be read.
     """
     task = Task.model_validate_json(dumped)
-    found = rows(task.data, split_seed)
-    need(found, task.data, *columns(task), empty=True)
+    all_rows = rows(task.data, split_seed)
+    need(all_rows, task.data, *columns(task), empty=True)
     for template in task.templates:
-        need_braces(template, found, task.data.path)
+        need_braces(template, all_rows, task.data.path)
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
     left_out: Counter[str] = Counter()
     equal = 0
     usual = _usual(task)
-    for index, row in enumerate(found):
+    for index, row in enumerate(all_rows):
         if usual and usual(row):
             continue
         try:
@@ -54,20 +58,22 @@ def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Count
         except BadRow as error:
             bad[error.kind].append((number_of(row, index), str(error)))
     if bad:
-        lines = "; ".join(kind_line(of_a_kind, len(found)) for of_a_kind in bad.values())
+        lines = "; ".join(kind_line(same_kind, len(all_rows)) for same_kind in bad.values())
         advice = "; +task.data.empty=leave_out leaves such rows out" if any(map(_is_empty, bad)) else ""
         raise UserError(f"data.path={task.data.path}: {lines}{advice}")
-    return len(found), left_out, equal
+    return len(all_rows), left_out, equal
 
 
 def _is_empty(kind: str) -> bool:
+    """Tell whether a kind of error is a missing text."""
     return kind.startswith(NOTHING)
 
 
 def _usual(task: Task) -> Callable[[Row], bool] | None:
-    """A quick look at a row: whether its columns hold texts and its answers differ; None where templates name parts of columns.
+    """Return a fast test for ordinary rows: all columns hold texts and the answers differ. None if templates use parts
+    of columns.
 
-    A data set has tens of thousands of rows, and nearly all are so.
+    Data sets have tens of thousands of rows, and nearly all of them are ordinary.
     """
     if task.prompt is None or any(set(paths(t)) != fields(t) for t in task.templates):
         return None
@@ -84,66 +90,75 @@ def _usual(task: Task) -> Callable[[Row], bool] | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a text in which something can be seen, and surely no list that is written out."""
+    """Tell whether a value is a visible text, and certainly not a list that is written out."""
     return type(value) is str and not is_blank(value) and is_whole(value) and value.lstrip()[0] != "["
 
 
-def kind_line(found: list[tuple[int, str]], total: int) -> str:
-    """Rows with one problem, given as (number, what is said of it): the first three and how many."""
-    found = sorted(found)
-    return f"{listed([number for number, _ in found])} ({len(found):,} of {total:,}): {found[0][1]}"
+def kind_line(errors: list[tuple[int, str]], total: int) -> str:
+    """Report rows with one kind of error, given as (number, error): the numbers of three, how many there are, and the
+    first error.
+    """
+    errors = sorted(errors)
+    return f"{listed([number for number, _ in errors])} ({len(errors):,} of {total:,}): {errors[0][1]}"
 
 
 def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") -> None:
-    """UserError unless the warm-up's rows have conversations in its column and are at least m (the value of `key`)."""
-    found = rows(warmup.data, split_seed)
-    need(found, warmup.data, warmup.messages, empty=True)
-    nothing = [number_of(row, i) for i, row in enumerate(found) if row[warmup.messages] in (None, [], "")]
-    if nothing and warmup.data.empty == "refuse":
+    """Check a warm-up's rows. UserError unless its column holds conversations and at least m can be used; `key` is m's
+    name.
+    """
+    all_rows = rows(warmup.data, split_seed)
+    need(all_rows, warmup.data, warmup.messages, empty=True)
+    empty_rows = [number_of(row, i) for i, row in enumerate(all_rows) if row[warmup.messages] in (None, [], "")]
+    if empty_rows and warmup.data.empty == "refuse":
         raise UserError(
-            f"data.path={warmup.data.path}: {listed(nothing)} ({len(nothing):,} of {len(found):,}): nothing in column "
+            f"data.path={warmup.data.path}: {listed(empty_rows)} ({len(empty_rows):,} of {len(all_rows):,}): nothing in column "
             f"{warmup.messages}; +warmup.data.empty=leave_out leaves such rows out"
         )
-    wanted = (str,) if warmup.rendered else (list, str)  # a conversation may be written as JSON
+    types = (str,) if warmup.rendered else (list, str)  # a conversation may be written as JSON
     others = [
         (number_of(row, i), shown(value))
-        for i, row in enumerate(found)
-        if (value := row[warmup.messages]) not in (None, []) and not isinstance(value, wanted)
+        for i, row in enumerate(all_rows)
+        if (value := row[warmup.messages]) not in (None, []) and not isinstance(value, types)
     ]
     if others:
-        held = "rendered texts" if warmup.rendered else "conversations: lists of {role, content} or {from, value}"
+        content = "rendered texts" if warmup.rendered else "conversations: lists of {role, content} or {from, value}"
         raise UserError(
-            f"data.path={warmup.data.path}: {kind_line(others, len(found))}: warmup.messages={warmup.messages}: the column must "
-            f"hold {held}"
+            f"data.path={warmup.data.path}: {kind_line(others, len(all_rows))}: warmup.messages={warmup.messages}: the column must "
+            f"hold {content}"
         )
-    _enough(key, m, len(found), f"warmup={warmup.name}", Counter({EMPTY: len(nothing)} if nothing else {}))
+    _enough(key, m, len(all_rows), f"warmup={warmup.name}", Counter({EMPTY: len(empty_rows)} if empty_rows else {}))
 
 
-def _enough(key: str, wanted: int | str, there: int, name: str, left_out: Counter[str]) -> None:
-    usable = there - left_out.total()
-    if usable > 0 and (wanted == "all" or int(wanted) <= usable):
+def _enough(key: str, amount: int | str, total: int, name: str, left_out: Counter[str]) -> None:
+    """Raise UserError unless the amount that is asked for, or any at all with "all", can be used."""
+    usable = total - left_out.total()
+    if usable > 0 and (amount == "all" or int(amount) <= usable):
         return
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(left_out.items()))
-    rows_ = f"{there:,} rows" + (f", of which {usable:,} can be used (left out: {reasons})" if reasons else "")
+    rows_ = f"{total:,} rows" + (f", of which {usable:,} can be used (left out: {reasons})" if reasons else "")
     advice = f"choose {key} of at most {usable} or {key}=all" if usable > 0 else "none is left"
-    raise UserError(f"{key}={wanted}: {name} has {rows_}: {advice}")
+    raise UserError(f"{key}={amount}: {name} has {rows_}: {advice}")
 
 
 @functools.cache
 def harness() -> Any:
-    """lm-evaluation-harness's tasks: it reads thousands of files to list them, many seconds where the machine is busy."""
+    """Return lm-evaluation-harness's index of tasks, built once: it reads thousands of files, which can take many
+    seconds.
+    """
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def check_lm_eval(names: list[str]) -> None:
-    """UserError unless each is a single task that lm-evaluation-harness has; a group has no items of its own."""
+    """Check that each name is a single task of lm-evaluation-harness. UserError otherwise: a group has no items of its
+    own.
+    """
     if not names:
         return
-    single, known = set(harness().all_subtasks), set(harness().all_tasks)
+    single, all_names = set(harness().all_subtasks), set(harness().all_tasks)
     for name in names:
-        if name not in known:
+        if name not in all_names:
             raise UserError(
                 f"task.lm_eval={name}: lm-evaluation-harness has no such task: `lm-eval ls tasks` lists them"
             )
@@ -152,7 +167,7 @@ def check_lm_eval(names: list[str]) -> None:
 
 
 def check_model(model: Model) -> None:
-    """UserError unless a model's files are there, or the Hub would give them; loads no weights."""
+    """Check that a model's files exist, here or on the Hub, without loading weights. UserError if not."""
     if model_files(model) is not None:
         return
     try:

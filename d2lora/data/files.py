@@ -1,4 +1,6 @@
-"""A file -> its rows. An error names the row or line as it stands in the file, all of a kind in one line."""
+"""Read the rows of a file. An error names the row or line as the file numbers it; rows with the same error share one
+line.
+"""
 
 import csv
 import gzip
@@ -21,7 +23,9 @@ _DAMAGED = (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, 
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a file, in the format that its name says. UserError for what can't be read as rows."""
+    """Read the rows of a file, in the format that its name says (`FORMATS`, each also as .gz or .xz). UserError if it
+    holds no rows.
+    """
     name = file.name.removesuffix(".xz").removesuffix(".gz")
     kind = Path(name).suffix
     try:
@@ -39,76 +43,78 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def listed(numbers: Sequence[int], name: str = "row") -> str:
-    """'row 3', or 'rows 3, 5, 8 and 4 more'."""
-    shown = ", ".join(map(str, numbers[:3]))
+    """Return "row 3", or "rows 3, 5, 8 and 4 more"."""
+    first = ", ".join(map(str, numbers[:3]))
     more = f" and {len(numbers) - 3:,} more" if len(numbers) > 3 else ""
-    return f"{name}{'s'[: len(numbers) > 1]} {shown}{more}"
+    return f"{name}{'s'[: len(numbers) > 1]} {first}{more}"
 
 
 def _json(file: Path, text: str) -> Any:
-    """What a .json file holds: a list of rows, a mapping with one list among its values, or JSON lines."""
+    """Parse a .json file: a list of rows, a mapping with one list among its values, or JSON lines."""
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
         if str(error).startswith("Extra data"):  # a second value behind the first: one a line
             return _json_lines(file, text)
         raise
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        if not lists and not any(isinstance(value, dict) for value in found.values()):
-            return [found]  # JSON lines of a single line
-        return lists[0] if len(lists) == 1 else found
-    return found
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        if not lists and not any(isinstance(value, dict) for value in content.values()):
+            return [content]  # JSON lines of a single line
+        return lists[0] if len(lists) == 1 else content
+    return content
 
 
 def _json_lines(file: Path, text: str) -> list[Any]:
-    """The values of a file with one a line; UserError naming the lines that are none."""
-    found, broken, why = [], [], ""
+    """Parse a file with one JSON value a line. UserError naming the lines that are not JSON."""
+    values, broken, why = [], [], ""
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold other line ends
         if line.strip():
             try:
-                found.append(json.loads(line))
+                values.append(json.loads(line))
             except ValueError as error:
                 broken.append(number)
                 why = why or str(error).replace("line 1 ", "")
     if broken:
         raise UserError(f"{file}: {listed(broken, 'line')}: not readable as JSON ({why})")
-    return found
+    return values
 
 
-def _list_of_rows(file: Path, found: Any) -> list[Row]:
-    if not isinstance(found, list):
+def _list_of_rows(file: Path, rows: Any) -> list[Row]:
+    """Return the rows. UserError unless they are a list of mappings."""
+    if not isinstance(rows, list):
         raise UserError(f"{file}: not a list of rows")
-    if others := [number for number, row in enumerate(found, 1) if not isinstance(row, dict)]:
+    if others := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
         raise UserError(f"{file}: {listed(others)}: not a list of rows: each must map columns to values")
-    return found
+    return rows
 
 
 def _table(file: Path, text: str, delimiter: str) -> list[Row]:
-    """The rows of a table of cells. A blank cell is a null: the format can't say whether an empty text was meant.
+    """Read the rows of a CSV or TSV. A blank cell becomes a null, because the format can't tell it from an empty text.
 
-    UserError for columns of one name, and for rows with more or fewer cells than the header: their values would shift.
+    UserError for two columns of the same name, and for rows with more or fewer cells than the header: their values
+    would shift.
     """
     lines = _cells(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     _, header = next(lines, (0, []))
     if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise UserError(f"{file}: several columns are named {', '.join(map(repr, twice))}")
-    found, broken = [], []
+    rows, broken = [], []
     for number, (line, cells) in enumerate(lines, 1):
         if len(cells) != len(header):
             broken.append(f"row {number} (line {line}) has {len(cells)}")
-        found.append({name: cell or None for name, cell in zip(header, cells, strict=False)})
+        rows.append({name: cell or None for name, cell in zip(header, cells, strict=False)})
     if broken:
         more = f" and {len(broken) - 3:,} more rows" if len(broken) > 3 else ""
         raise UserError(
             f"{file}: the header has {len(header)} cells, {', '.join(broken[:3])}{more}: their values would shift "
             "(a text with separators must be quoted)"
         )
-    return found
+    return rows
 
 
 def _cells(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """(first line, cells) of each row that is not blank; a cell may go over several lines."""
+    """Yield (first line, cells) of each row that is not blank; a cell may span several lines."""
     line = 1
     while True:
         try:

@@ -1,10 +1,10 @@
-"""The Hub: its client, and its errors as one line of advice."""
+"""Give access to the Hugging Face Hub, and turn its errors into one line of advice."""
 
 from typing import Any
 
 
-def hub():
-    """huggingface_hub, without its two lines for each retry: the outcome is one line of ours."""
+def hub() -> Any:
+    """Return huggingface_hub with its own log lines about retries turned off: we print one line about the outcome."""
     import huggingface_hub
     from huggingface_hub.utils import logging
 
@@ -13,7 +13,7 @@ def hub():
 
 
 def hub_problem(key: str, name: str, error: Exception) -> str:
-    """One line that says why the Hub gave nothing and what to do."""
+    """Say in one line why the Hub did not deliver, and what to do. `key` and `name` are the setting and its value."""
     chain = _chain(error)
     kinds = {kind.__name__ for e in chain for kind in type(e).__mro__}
     status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), None)
@@ -36,16 +36,16 @@ def hub_problem(key: str, name: str, error: Exception) -> str:
     if status:
         return f"{key}={name}: not in the local cache, and the Hub answers with status {status}: try again later"
     if kinds & {"ConnectionError", "LocalEntryNotFoundError", "TransportError", "TimeoutError", "Timeout"}:
-        return f"{key}={name}: not in the local cache, and the Hub can't be reached: run `python -m d2lora.fetch` with the same overrides where there is a network"
+        return f"{key}={name}: not in the local cache, and the Hub can't be reached: run `python -m d2lora fetch` with the same overrides where there is a network"
     return f"{key}={name}: the Hub's answer was {type(error).__name__}: {lines[0]}"
 
 
 def _chain(error: BaseException) -> list[Any]:
-    """An error and all that it was raised from or while handling."""
-    found: list[BaseException] = []
+    """Return an error and all errors that it was raised from or while handling."""
+    errors: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
-        if (e := todo.pop()) is not None and e not in found:
-            found.append(e)
+        if (e := todo.pop()) is not None and e not in errors:
+            errors.append(e)
             todo += [e.__context__, e.__cause__]
-    return found
+    return errors

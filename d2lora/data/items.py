@@ -1,4 +1,4 @@
-"""Rows of a benchmark -> what is asked and what it is scored against, and the checks that all of it is there."""
+"""Read from a benchmark's rows the prompt and the gold answers, and check before a run that every row has them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ from d2lora.settings import Benchmark, fields
 
 
 class _Unscorable(Exception):
-    """What keeps a row from being asked or scored: the problem, which rows can share, and the row's value for its {}."""
+    """A row that can't be evaluated. `problem` is shared by rows with the same fault; `value` is this row's, and fills
+    its {}.
+    """
 
     def __init__(self, problem: str, value: str = "") -> None:
         super().__init__(problem)
@@ -22,32 +24,36 @@ class _Unscorable(Exception):
 
 
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
-    """Read a benchmark's rows and check them. UserError unless they have its columns, and those that are asked can be scored."""
-    read = rows(benchmark.data, split_seed)
-    asked = read[: benchmark.limit]
+    """Read a benchmark's rows and check them. UserError if columns are missing or a row that would be evaluated can't
+    be scored.
+    """
+    all_rows = rows(benchmark.data, split_seed)
+    evaluated = all_rows[: benchmark.limit]
     lists = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
     columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | lists)
-    need(asked, benchmark.data, *columns, empty=True)
+    need(evaluated, benchmark.data, *columns, empty=True)
     for template in (benchmark.prompt, benchmark.gold):
-        need_braces(template, read, benchmark.data.path)
-    check_items(benchmark, asked)
+        need_braces(template, all_rows, benchmark.data.path)
+    check_items(benchmark, evaluated)
 
 
-def check_items(benchmark: Benchmark, asked: Sequence[Row]) -> None:
-    """Check that rows can be asked and scored. UserError naming all that can't, those with one problem together."""
+def check_items(benchmark: Benchmark, evaluated: Sequence[Row]) -> None:
+    """Check that rows can be evaluated and scored. UserError listing those that can't, one line for each kind of
+    problem.
+    """
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for index, row in enumerate(asked):
+    for index, row in enumerate(evaluated):
         try:
             _check(benchmark, row)
         except _Unscorable as error:
             bad[error.problem].append((getattr(row, "number", index + 1), error.value))
     if bad:
-        lines = "; ".join(_line(problem, numbered, len(asked)) for problem, numbered in bad.items())
+        lines = "; ".join(_line(problem, numbered, len(evaluated)) for problem, numbered in bad.items())
         raise UserError(f"data.path={benchmark.data.path}: {lines}")
 
 
 def _line(problem: str, numbered: list[tuple[int, str]], total: int) -> str:
-    """ "row 2: ..." or "rows 2, 5, 9 and 63 more (66 of 488): ...", with the values of the first three."""
+    """Return "row 2: ..." or "rows 2, 5, 9 and 63 more (66 of 488): ...", with the values of the first three."""
     numbers = ", ".join(str(number) for number, _ in numbered[:3])
     more = f" and {len(numbered) - 3:,} more" if len(numbered) > 3 else ""
     several = f" ({len(numbered):,} of {total:,})" if len(numbered) > 1 else ""
@@ -56,13 +62,13 @@ def _line(problem: str, numbered: list[tuple[int, str]], total: int) -> str:
 
 
 def _with(problem: str, value: str) -> str:
-    """A problem with the value in its last {}: a template in it may have {} of its own."""
+    """Fill the value into the problem's last {}: a template quoted in it may have {} of its own."""
     before, mark, after = problem.rpartition("{}")
     return f"{before}{value}{after}" if mark else problem
 
 
 def _check(benchmark: Benchmark, row: Row) -> None:
-    """_Unscorable unless a row has a prompt, and what an answer is compared with."""
+    """Raise _Unscorable unless a row has a prompt, and gold answers or choices that an answer can be compared with."""
     if is_blank(_filled("prompt", benchmark.prompt, row)):
         raise _Unscorable("the prompt is blank")
     kind = benchmark.scoring
@@ -75,7 +81,7 @@ def _check(benchmark: Benchmark, row: Row) -> None:
 
 
 def _filled(name: str, template: str, row: Row) -> str:
-    """A template with the row's texts in it; _Unscorable where a value is none."""
+    """Fill the row's texts into a template. _Unscorable where a value is no text."""
     try:
         for column in (column for _, column, _, _ in Formatter().parse(template) if column is not None):
             if isinstance(value := field(column, row), str) and written(value) is not None:
@@ -89,7 +95,7 @@ def _filled(name: str, template: str, row: Row) -> str:
 
 
 def _line_of(template: str) -> str:
-    """A template as a line shows it."""
+    """Return a template as an error line shows it."""
     return template if "\n" not in template else shown(template)
 
 
@@ -97,7 +103,10 @@ def _line_of(template: str) -> str:
 
 
 def golds(benchmark: Benchmark, row: Row) -> list[str]:
-    """Read the golds of a row: one, or one for each element where the template's only field is a list of texts."""
+    """Return the gold answers of a row: one, or one for each element if the template's only field is a list of texts.
+
+    UserError if it has none.
+    """
     try:
         return _golds(benchmark, row)
     except _Unscorable as error:
@@ -120,9 +129,10 @@ def _golds(benchmark: Benchmark, row: Row) -> list[str]:
     try:
         return [
             "".join(
-                before + ("" if name is None else format(text_of(each), spec or "")) for before, name, spec, _ in parts
+                before + ("" if name is None else format(text_of(element), spec or ""))
+                for before, name, spec, _ in parts
             )
-            for each in value
+            for element in value
         ]
     except ValueError as error:  # "{price:d}"
         raise _Unscorable(
@@ -142,12 +152,12 @@ def _is_text(value: Any) -> bool:
 
 
 def choices(benchmark: Benchmark, row: Row) -> list[str]:
-    """Read the texts that a row offers."""
+    """Return the answers that a row offers to choose from."""
     return _texts(row, benchmark.choices)
 
 
 def right(benchmark: Benchmark, row: Row) -> int:
-    """Find the index of the right choice. _Unscorable if the row does not say."""
+    """Return the index of the right choice. _Unscorable if the row does not say which it is."""
     offered, labels = _texts(row, benchmark.choices), _texts(row, benchmark.labels)
     if len(offered) != len(labels):
         raise _Unscorable("{}", f"{len(offered)} {benchmark.choices}, but {len(labels)} {benchmark.labels}")
@@ -158,7 +168,7 @@ def right(benchmark: Benchmark, row: Row) -> int:
 
 
 def _texts(row: Row, path: str | None) -> list[str]:
-    """The texts of a list of a row: not blank, each once."""
+    """Return the texts of a list in a row. _Unscorable if one is blank or there twice."""
     values = _at(row, path)
     if not isinstance(values, list):
         raise _Unscorable(f"no list {path}")
@@ -175,7 +185,7 @@ def _texts(row: Row, path: str | None) -> list[str]:
 
 
 def _at(row: Row, path: str | None) -> Any:
-    """The value of a dotted path in a row; None if there is none."""
+    """Return the value at a dotted path in a row; None if there is none."""
     value: Any = row
     for part in (path or "").split("."):
         value = value.get(part) if isinstance(value, dict) else None

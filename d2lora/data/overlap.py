@@ -17,13 +17,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from d2lora.data.conversations import written
+from d2lora.data.files import Row
 from d2lora.data.texts import LeftOut, NotText, fill, text_of
+from d2lora.records import Score
 
 NGRAM = 13
-Row = dict
 
 # Vowel signs and tone marks of India's and South-East Asia's scripts are part of a word, and \w has none of them.
 _SIGNS = "".join(
@@ -209,6 +210,35 @@ def _filled(row: Row, text: str) -> tuple[list[Group], list[Group]]:
 
 # --- the check -----------------------------------------------------------------------------------------------------
 
+Words = tuple[str, ...]
+
+
+class Hit(TypedDict):
+    """An item of a test set that a training set contains, and the words that both have; a line of items.jsonl."""
+
+    index: int
+    question: str
+    exact: int | None  # the first row one of whose texts is the item's question
+    ngram13: int | None  # the first row that shares a 13-gram with its question or answer
+    ngram: str | None  # those words
+
+
+@dataclass
+class _First:
+    """Where in the training set an item is first."""
+
+    exact: int | None = None
+    ngram13: int | None = None
+    ngram: str | None = None
+
+
+class _Index(NamedTuple):
+    """The items of a test set by whole questions, and by 13-grams of questions and answers; and some words of these."""
+
+    whole: dict[Words, list[int]]
+    runs: dict[Words, list[int]]
+    some: set[Words]
+
 
 def overlap(
     tests: list[Row],
@@ -221,37 +251,43 @@ def overlap(
     prompt: str = "",
     gold: str = "",
     trained: Iterable[str] = (),
-) -> list[dict]:
-    """The items of a test set that a training set contains, in order: {index, question, exact, ngram13, ngram}.
+) -> list[Hit]:
+    """Return the items of a test set that a training set contains, in order.
 
-    `exact` is the first row one of whose texts is the item's question, `ngram13` the first that shares a 13-gram with its
-    question or answer, and `ngram` those words; None where there is no such row. `question`, `answer` and `columns` name
-    the columns that are read; `prompt`, `gold` and `trained` are the templates that make texts of them.
+    `question`, `answer` and `columns` name the columns that are read; `prompt`, `gold` and `trained` are the templates that
+    make texts of them.
     """
     index = _index(tests, question, answer, prompt, gold)
     hits = _search(index, rows, columns, tuple(trained), progress)
-    empty = {"exact": None, "ngram13": None, "ngram": None}
-    return [{"index": i, "question": _shown(tests[i], question, prompt), **empty, **hits[i]} for i in sorted(hits)]
+    return [_hit(item, _shown(tests[item], question, prompt), hits[item]) for item in sorted(hits)]
+
+
+def _hit(item: int, question: str, first: _First) -> Hit:
+    return Hit(index=item, question=question, exact=first.exact, ngram13=first.ngram13, ngram=first.ngram)
 
 
 def _search(
-    index: tuple[dict, dict, set], rows: list[Row], columns: list[str], trained: tuple[str, ...], progress: Callable
-) -> dict[int, dict]:
-    """For each item that is found where it is first."""
-    whole, runs, some = index
-    hits: dict[int, dict] = defaultdict(dict)
+    index: _Index,
+    rows: list[Row],
+    columns: list[str],
+    trained: tuple[str, ...],
+    progress: Callable[[int, int], None],
+) -> dict[int, _First]:
+    """Return where the items that the rows contain are first."""
+    hits: dict[int, _First] = defaultdict(_First)
     asked, said = set[Group](), set[Group]()  # those before: the columns of a data set repeat each other much
     filled = set[tuple[str, Group]]()
     for number, row in enumerate(rows):
         raw = [(text,) for text in texts(row, columns)]
         questions, groups = _new_texts(row, trained, filled)
         for group in _new([*raw, *questions], asked):
-            for item in whole.get(_as_one(group), ()):
-                hits[item].setdefault("exact", number)
+            for item in index.whole.get(_as_one(group), ()):
+                if hits[item].exact is None:
+                    hits[item].exact = number
         borders = (border for group in groups for border in _borders(group))
         for found in [*map(_as_one, _new(raw, said)), *_new(borders, said)]:
-            if not some.isdisjoint(_some(found)):
-                _note(hits, runs, number, found)
+            if not index.some.isdisjoint(_some(found)):
+                _note(hits, index.runs, number, found)
         if number % 1000 == 0 or number == len(rows) - 1:
             progress(number + 1, len(rows))
     return hits
@@ -297,11 +333,10 @@ def _shown(row: Row, question: list[str], prompt: str) -> str:
     return fill(prompt, row) if prompt and values is not None else " ".join(texts(row, question))
 
 
-def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str, gold: str) -> tuple[dict, dict, set]:
-    """Whole questions -> items, 13-grams of questions and answers -> items, and some words of these."""
-    whole: dict[tuple, list[int]] = defaultdict(list)
-    runs: dict[tuple, list[int]] = defaultdict(list)
-    some: set[tuple] = set()
+def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str, gold: str) -> _Index:
+    whole: dict[Words, list[int]] = defaultdict(list)
+    runs: dict[Words, list[int]] = defaultdict(list)
+    some: set[Words] = set()
     for item, row in enumerate(tests):
         asked, groups = _filled(row, prompt)
         for form in {_as_one(group) for group in ((" ".join(texts(row, question)),), *asked)} - {()}:
@@ -312,7 +347,7 @@ def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str
             some.update(_some(each))
             for run in ngrams(each):
                 runs[run].append(item)
-    return dict(whole), dict(runs), some
+    return _Index(dict(whole), dict(runs), some)
 
 
 def _some(found: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -320,24 +355,28 @@ def _some(found: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     return zip(found, found[3:], found[6:], found[9:], found[NGRAM - 1 :], strict=False)
 
 
-def _note(hits: dict[int, dict], runs: dict, number: int, found: tuple[str, ...]) -> None:
+def _note(hits: dict[int, _First], runs: dict[Words, list[int]], number: int, found: Words) -> None:
     """Note for each item whether it shares a 13-gram with a text of the row; the first row counts."""
     for run in ngrams(found):
         for item in runs.get(run, ()):
-            if "ngram13" not in hits[item]:
-                hits[item] |= {"ngram13": number, "ngram": " ".join(run)}
+            if hits[item].ngram13 is None:
+                hits[item].ngram13, hits[item].ngram = number, " ".join(run)
 
 
-def shares(items: list[dict], total: int) -> dict:
-    """Metrics {name: {value, stderr, items}}: the share of all items. The standard error is 0: no item is left out."""
+def shares(items: list[Hit], total: int) -> dict[str, Score]:
+    """Return the shares of all items by measure. The standard error is 0: no item is left out."""
     return {
-        name: {"value": sum(item[name] is not None for item in items) / total, "stderr": 0.0, "items": total}
-        for name in ("exact", "ngram13")
+        "exact": _share([item["exact"] for item in items], total),
+        "ngram13": _share([item["ngram13"] for item in items], total),
     }
 
 
-def shares_text(pair: str, measures: dict) -> str:
-    """The shares of a training and a test set as a line."""
-    found = [f"{name} {100 * m['value']:.2f} %" for name, m in measures.items() if m["value"]]
-    items = max(m["items"] for m in measures.values())
-    return f"{pair}: {', '.join(found)} of {items} items" if found else f"{pair}: no overlap found"
+def _share(rows: list[int | None], total: int) -> Score:
+    return Score(value=sum(row is not None for row in rows) / total, stderr=0.0, items=total)
+
+
+def shares_text(pair: str, measures: dict[str, Score]) -> str:
+    """Return the shares of a training and a test set as a line; `measures` as `shares` gives them."""
+    parts = [f"{name} {100 * score.value:.2f} %" for name, score in measures.items() if score.value]
+    items = max(score.items for score in measures.values())
+    return f"{pair}: {', '.join(parts)} of {items} items" if parts else f"{pair}: no overlap found"

@@ -1,7 +1,7 @@
-"""Rows of a task -> its texts: prompt, the given start of the answer, chosen and rejected answers. No tokenizer here.
+"""Read the texts of a task's rows: prompt, start of the answer, chosen and rejected answers. No tokenizer here.
 
-Known layouts are read as what they are: a column of `chosen` or `rejected` may hold a conversation that ends with the answer,
-with the prompt in front of it or in a column of its own (TRL's conversational layouts).
+The columns `chosen` and `rejected` may hold texts, or conversations that end with the answer, with the prompt in front
+of it or in a column of its own (TRL's conversational formats).
 """
 
 import functools
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from d2lora.data.conversations import is_silent, message, written
+from d2lora.data.conversations import Message, Turn, is_silent, message, written
 from d2lora.data.files import Row
 from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, shown, text_of
 from d2lora.errors import UserError
 from d2lora.settings import Task
 
-Messages = list[dict]
+Messages = list[Message]
 
-EMPTY = "empty"  # nothing where a text should be
-NOTHING = "nothing in"  # where such rows are refused
+EMPTY = "empty"  # the reason of rows without a text that are left out
+NOTHING = "nothing in"  # how the error begins where such rows are refused
 EQUAL = "chosen equals rejected"
 PARTED = "chosen and rejected part before their last turn"
 
 
 class BadRow(NotText):
-    """What keeps a row from being read, and the `kind` that it shares with other rows."""
+    """A row that can't be read. `kind` is the error without this row's details: rows of one kind are reported together."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind} ({detail})" if detail else kind)
@@ -33,7 +33,9 @@ class BadRow(NotText):
 
 @dataclass(frozen=True)
 class PairTexts:
-    """What a row of a task says. `prompt` is a text, or the turns before the answer."""
+    """The texts of a task's row. `prompt` is a text, or the turns before the answer; `full_` answers go on to the
+    solution's end.
+    """
 
     prompt: str | Messages
     prefix: str
@@ -44,13 +46,17 @@ class PairTexts:
 
 
 def pair_texts(task: Task, row: Row) -> PairTexts:
-    """The row's texts. BadRow for what is no text and no known layout; LeftOut for what must not be trained on."""
+    """Read a row's texts. BadRow for values that are neither text nor a conversation; LeftOut for a row that must not
+    be trained on.
+    """
     read = functools.partial(_answer, task, row)
     histories, chosen = zip(*(read(t) for t in (task.chosen, task.full_chosen or task.chosen)), strict=True)
     rejected: tuple = (None, None)
     if task.rejected is not None:
-        theirs, rejected = zip(*(read(t) for t in (task.rejected, task.full_rejected or task.rejected)), strict=True)
-        histories += theirs
+        rejected_histories, rejected = zip(
+            *(read(t) for t in (task.rejected, task.full_rejected or task.rejected)), strict=True
+        )
+        histories += rejected_histories
     turns = [h for h in histories if h]
     if any(h != turns[0] for h in turns):
         raise LeftOut(PARTED)
@@ -62,42 +68,42 @@ def pair_texts(task: Task, row: Row) -> PairTexts:
 
 
 def _answer(task: Task, row: Row, template: str) -> tuple[Messages, str]:
-    """The turns before an answer, none where the column holds a text, and the answer."""
-    given = _given_turns(row, template)
-    if given is None:
+    """Return the turns before an answer (none where the column holds a text), and the answer."""
+    conversation = _raw_turns(row, template)
+    if conversation is None:
         return [], _text(task, row, template)
-    if not _says(given[-1]):
+    if not _says(conversation[-1]):
         raise _nothing(task, f"the last turn in {template}")
-    turns = _messages(task, given, template)
+    turns = _messages(task, conversation, template)
     last = turns[-1]
     if last["role"] != "assistant":
         raise BadRow(f"{template} does not end with an assistant turn")
-    if carried := [k for k in _CARRIED if last.get(k)]:
-        raise BadRow(f"the last turn in {template} has {', '.join(carried)}, which the answer of a pair can't carry")
-    if given[-1].get("weight") == 0:
+    if others := [k for k in _CARRIED if last.get(k)]:
+        raise BadRow(f"the last turn in {template} has {', '.join(others)}, which the answer of a pair can't carry")
+    if conversation[-1].get("weight") == 0:
         raise BadRow(f"the last turn in {template} has weight 0: it is the answer")
     return turns[:-1], _checked(task, f"the last turn in {template}", last["content"])
 
 
-_CARRIED = ("tool_calls", "reasoning_content")  # what else a turn can say
+_CARRIED = ("tool_calls", "reasoning_content")  # what a turn may have beside its text
 
 
 def _prompt(task: Task, row: Row, history: Messages) -> str | Messages:
-    """The prompt: task.prompt, or the turns before the answers where task.prompt is one of them or there is none."""
-    asked: str | Messages | None
+    """Return the prompt: task.prompt, or the turns before the answers if task.prompt is one of them or null."""
+    prompt: str | Messages | None
     if task.prompt is None:
-        asked = None
+        prompt = None
     elif isinstance(task.prompt, str):
-        asked = _conversation(task, row, task.prompt) or _text(task, row, task.prompt)
+        prompt = _conversation(task, row, task.prompt) or _text(task, row, task.prompt)
     else:
-        asked = [{"role": turn.role, "content": _text(task, row, turn.content)} for turn in task.prompt]
+        prompt = [{"role": turn.role, "content": _text(task, row, turn.content)} for turn in task.prompt]
     if not history:
-        if asked is None:
+        if prompt is None:
             raise BadRow("no prompt: task.prompt is null, and the answers have no turns before them")
-        if isinstance(asked, list) and asked[-1]["role"] == "assistant":
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
             raise BadRow(f"{task.prompt} ends with an assistant turn")
-        return asked
-    if asked is None or _is_in(asked, history):
+        return prompt
+    if prompt is None or _is_in(prompt, history):
         return history
     raise BadRow(
         "the conversation before the answer is not task.prompt",
@@ -105,21 +111,23 @@ def _prompt(task: Task, row: Row, history: Messages) -> str | Messages:
     )
 
 
-def _is_in(asked: str | Messages, history: Messages) -> bool:
-    """Whether turns begin with a prompt, or a user's turn of them is the prompt."""
-    if isinstance(asked, list):
-        return history[: len(asked)] == asked
-    return any(turn["role"] == "user" and turn["content"].strip() == asked.strip() for turn in history)
+def _is_in(prompt: str | Messages, history: Messages) -> bool:
+    """Tell whether the turns begin with a prompt, or one of the user's turns is the prompt."""
+    if isinstance(prompt, list):
+        return history[: len(prompt)] == prompt
+    return any(turn["role"] == "user" and turn["content"].strip() == prompt.strip() for turn in history)
 
 
 def _conversation(task: Task, row: Row, template: str) -> Messages | None:
-    """The turns that a column holds, as chat templates take them; None where it holds something else."""
-    given = _given_turns(row, template)
-    return None if given is None else _messages(task, given, template)
+    """Return the conversation in a column, as chat templates take it; None if the column holds no conversation."""
+    turns = _raw_turns(row, template)
+    return None if turns is None else _messages(task, turns, template)
 
 
-def _given_turns(row: Row, template: str) -> list[dict] | None:
-    """The turns that a column holds, as they stand there."""
+def _raw_turns(row: Row, template: str) -> list[Turn] | None:
+    """Return the turns in a column as they are written there; None if the template is more than one column or holds no
+    turns.
+    """
     name = _only_field(template)
     value = _value(row, name) if name else None
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
@@ -127,27 +135,28 @@ def _given_turns(row: Row, template: str) -> list[dict] | None:
     return value if all("role" in turn or "from" in turn for turn in value) else None
 
 
-def _messages(task: Task, given: list[dict], template: str) -> Messages:
-    turns = []
-    for number, turn in enumerate(given, 1):
+def _messages(task: Task, turns: list[Turn], template: str) -> Messages:
+    """Return turns as messages for chat templates. BadRow for a turn that can't be read or is empty."""
+    messages = []
+    for number, turn in enumerate(turns, 1):
         name = f"turn {number} in {template}"
         try:
-            read = message(turn, name)[0] if _says(turn) else None
+            parsed = message(turn, name)[0] if _says(turn) else None
         except UserError as error:
             raise BadRow(str(error)) from None
-        if read is None or is_silent(read):
+        if parsed is None or is_silent(parsed):
             raise _nothing(task, name)
-        turns.append(read)
-    return turns
+        messages.append(parsed)
+    return messages
 
 
-def _says(turn: dict) -> bool:
-    """Whether a turn, as it stands in a row, has a content or calls."""
+def _says(turn: Turn) -> bool:
+    """Tell whether a turn, as it is written in a row, has a content or tool calls."""
     return any(turn.get(key) not in (None, [], {}) for key in ("content", "value", "tool_calls"))
 
 
 def _text(task: Task, row: Row, template: str, blank: bool = False) -> str:
-    """The template filled in; it is empty where every column in it is, unless it may be `blank`."""
+    """Fill in the template. An error unless at least one of its columns has a text, or it may be `blank`."""
     values = [(name, _value(row, name)) for name in paths(template)]
     texts = [_checked(task, f"column {name}", value, blank=True) for name, value in values]
     if texts and not blank and all(map(is_blank, texts)):
@@ -164,7 +173,7 @@ def _text(task: Task, row: Row, template: str, blank: bool = False) -> str:
 
 
 def _checked(task: Task, name: str, value: Any, blank: bool = False) -> str:
-    """The text of a value; one of whitespace alone is nothing, unless it may be `blank`."""
+    """Return a value's text. An error if it is none, or only white space unless it may be `blank`."""
     if value is None:
         raise _nothing(task, name)
     try:
@@ -177,10 +186,12 @@ def _checked(task: Task, name: str, value: Any, blank: bool = False) -> str:
 
 
 def _nothing(task: Task, name: str) -> Exception:
+    """Return the error for a missing text: LeftOut or BadRow, as `data.empty` says."""
     return LeftOut(EMPTY) if task.data.empty == "leave_out" else BadRow(f"{NOTHING} {name}")
 
 
 def _value(row: Row, name: str) -> Any:
+    """Return the value of a template's field, with written-out conversations parsed. BadRow if there is none."""
     try:
         value = field(name, row)
         turns = written(value) if isinstance(value, str) else None
@@ -193,12 +204,12 @@ def _value(row: Row, name: str) -> Any:
 
 @functools.cache
 def paths(template: str) -> tuple[str, ...]:
-    """The fields of a template, paths in a column included."""
+    """Return the fields of a template, with their paths: "answers[text]"."""
     return tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
 
 
 @functools.cache
 def _only_field(template: str) -> str | None:
-    """The field of a template that is nothing else."""
+    """Return the field of a template that consists of this field alone; None for others."""
     names = paths(template)
     return names[0] if len(names) == 1 and template == f"{{{names[0]}}}" else None

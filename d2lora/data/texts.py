@@ -1,4 +1,4 @@
-"""Values of rows -> texts. A value that is no text is never formatted into one."""
+"""Turn values of rows into texts. A value that is no text is refused, never formatted into one."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from d2lora.data.files import Row
 
 
 class LeftOut(Exception):
-    """A row that can be read and must not be trained on or asked, by the `reason` under which it is counted."""
+    """A row that is readable but must not be trained on or evaluated. `reason` is what it is counted under."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -18,13 +18,15 @@ class LeftOut(Exception):
 
 
 class NotText(ValueError):
-    """A value that is no text, where a text is wanted."""
+    """A value that is no text, where one is needed."""
 
 
 def text_of(value: Any) -> str:
-    """The text of a row's value: a string, a number as JSON writes it, or the joined text parts of a typed content.
+    """Return a row's value as text: a string, a number as JSON writes it, or the joined parts of a list of {type: text,
+    text}.
 
-    NotText for what has no one spelling as a text: nulls, truth values, NaN, lists and mappings; and half a character.
+    NotText for values without one spelling as text (nulls, booleans, NaN, lists, mappings), and for a text with a lone
+    surrogate.
     """
     if isinstance(value, str) and is_whole(value):
         return value
@@ -36,7 +38,9 @@ def text_of(value: Any) -> str:
 
 
 def is_whole(text: str) -> bool:
-    """Whether UTF-8 can carry a text. JSON can write half of a character ("\\ud83d"), which no tokenizer and no file takes."""
+    """Tell whether UTF-8 can encode a text. JSON can hold half of a character ("\\ud83d"), which tokenizers and files
+    refuse.
+    """
     return text.isascii() or not _HALVES.search(text)
 
 
@@ -44,23 +48,25 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 
 def _is_text_part(part: Any) -> bool:
-    """Whether it is {"type": "text", "text": ...}, as chat APIs write a content's parts."""
+    """Tell whether a value is {"type": "text", "text": ...}, as chat APIs write the parts of a message's content."""
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it."""
+    """Spell a value for an error line, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: white space, and what has no width (zero-width spaces, byte order marks)."""
+    """Tell whether a text is invisible: only white space and characters without width (zero-width spaces, byte order
+    marks).
+    """
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 class _Texts(Formatter):
-    """str.format whose fields are texts (`text_of`), and whose paths lead through lists and mappings only."""
+    """A str.format whose fields must be texts (`text_of`), and whose paths may lead through lists and mappings only."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         name, *keys = field_name.replace("]", "").split("[")
@@ -81,10 +87,10 @@ class _Texts(Formatter):
 
 
 def field(name: str, row: Row) -> Any:
-    """The value that a template's field names: a column's, or with a path ("answers[text]") one in it."""
+    """Return the value of a template's field: a column's, or with a path ("answers[text]") a value inside it."""
     return _Texts().get_field(name, (), row)[0]
 
 
 def fill(template: str, row: Row) -> str:
-    """The template with the row's columns in it. NotText where a value is no text."""
+    """Fill the row's columns into the template. NotText where a value is no text."""
     return _Texts().vformat(template, (), row)

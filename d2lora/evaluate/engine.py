@@ -1,13 +1,12 @@
 """What an evaluation is, whoever does it. An engine is a file of its own beside this one: `harness.py` has a model in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 from d2lora.data.files import Row
+from d2lora.progress import Progress
 from d2lora.settings import Benchmark
-
-Progress = Callable[[int, int], None]  # how many requests are done, of how many
 
 Item = dict[
     str, Any

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Literal
 
 from d2lora.report.axes import LABELS
+from d2lora.report.looks import PLAIN
 from d2lora.report.points import Point
 
 _ALL_TITLES = 7000  # Table 1's last column says 7k and can only mean all pairs that are not held out
@@ -93,7 +94,7 @@ def value(point: Point) -> float | None:
     The paper does not say which ROUGE its Table 1 has, so its number stands beside each. Nor whether a pair's chosen
     step or all that is left of the solution is learned, so its number stands beside either `task.continuation`.
     """
-    usual = (point.init, point.recipe, point.limit, point.axes) == ("lora", "paper", None, {})
+    usual = (point.init, point.recipe, point.limit, point.axes) == (PLAIN, "paper", None, {})
     if not usual or point.warmup not in _WARMUPS:
         return None
     n = _ALL_TITLES if point.task == "title" and point.n == "all" else point.n

@@ -1,4 +1,4 @@
-"""Benchmark kinds and the reader of answers. No torch here.
+"""Define the benchmark kinds and how answers are read and scored. No torch here.
 
 To add a kind, write a file like `exact.py` and list it in `KINDS`.
 """
@@ -22,9 +22,10 @@ def kind_named(name: str) -> Kind:
 
 
 def shown_metrics(metrics: Sequence[str]) -> list[str]:
-    """Choose what a report shows of an evaluation's metrics: the first, and all of a family that is read together (ROUGE).
+    """Choose the metrics of an evaluation that a report shows: the first, and all of a family that belongs together
+    (ROUGE).
 
-    Tasks of lm-evaluation-harness have no kind, so a metric's family is told by its name.
+    Tasks of lm-evaluation-harness have no kind, so a metric's family is recognized by its name.
     """
     families = tuple(kind.family for kind in KINDS if kind.family)
     return [*metrics[:1], *(metric for metric in metrics[1:] if metric.startswith(families))]

@@ -1,4 +1,4 @@
-"""Find the final answer of a text, and compare it with a gold. Pure functions; docs/answers.md says how."""
+"""Find the final answer in a text and compare it with a gold. Pure functions; docs/answers.md has the rules."""
 
 import re
 import unicodedata
@@ -10,22 +10,24 @@ from d2lora.scoring.numbers import Number
 _BRACES = re.compile(r"\\f?boxed\s*\{|\\[{}]|[{}]")
 _HASHES = re.compile(r"^[^\S\n]*####[^\S\n]*(?=[^#\s])|####[^\S\n]*(?=[-+.\d$\\])", re.MULTILINE)
 _ANSWER = re.compile(r"\banswer\s+is\b(?:\s*:)?|\banswer\s?(?:\*\*|__)?\s?:|^A:", re.IGNORECASE | re.MULTILINE)
-_PHRASE = 60  # characters; what is longer nobody puts into a box
+_PHRASE = 60  # characters; a longer gold is a solution, not something that could stand in a box
 _BETWEEN = re.compile(r"\\(?:text|mbox|mathrm|quad|,|;| |\(|\)|\[|\])|[$\s{}*]+")
 
 
 def final_number(text: str) -> Fraction | None:
-    """Read the number that a solution ends on; None if there is none, or no single sure one.
+    """Return the number that a solution ends with; None if there is none, or if it is ambiguous.
 
-    The last \\boxed{...} counts; without one the last line after "####" (GSM8K's gold answers), then what follows the last
-    "answer is" or "Answer:", then the last number of the text. Units, currency, %, and LaTeX around it are no part of it.
+    The last \\boxed{...} counts; without one the last line after "####" (GSM8K's gold answers), then what follows the
+    last "answer is" or "Answer:", then the last number of the text. Units, currency, % and LaTeX around it are ignored.
     """
     number = _number(text)
     return number.value if number else None
 
 
 def gold_number(text: str) -> Fraction | None:
-    """Read the number of a gold; None also for a phrase that a box would give another number: "18 eggs in 3 days"."""
+    """Return the number of a gold; None also for a phrase that reads as another number inside a box: "18 eggs in 3
+    days".
+    """
     value = final_number(text)
     if value is None or "\n" in text or len(text) > _PHRASE or _boxes(text) or _marked(text):
         return value
@@ -34,14 +36,17 @@ def gold_number(text: str) -> Fraction | None:
 
 
 def same_number(answer: str, gold: str) -> bool:
-    """Compare the numbers that two texts end on (`numbers.Number` says when they are equal); without any, their texts."""
-    given, wanted = _number(answer), _number(gold)
-    if given is None and wanted is None:
+    """Tell whether two texts end with equal numbers (`numbers.Number` defines equality); without any number, with equal
+    texts.
+    """
+    in_answer, in_gold = _number(answer), _number(gold)
+    if in_answer is None and in_gold is None:
         return exact_text(answer) == exact_text(gold) != ""
-    return given == wanted
+    return in_answer == in_gold
 
 
 def _number(text: str) -> Number | None:
+    """Return the number that a text ends with, found by the first rule of `final_number` that applies."""
     if boxes := _boxes(text):
         return _boxed_number(text, boxes)
     for marked, where in _marked(text):
@@ -51,19 +56,21 @@ def _number(text: str) -> Number | None:
 
 
 def _marked(text: str) -> list[tuple[str, numbers.Where]]:
-    """What the marks of final answers announce, the surest first."""
+    """Return the texts after "####" and "answer is", in the order of precedence, and how each is to be read."""
     marked: list[tuple[str, numbers.Where]] = []
     if hashes := list(_HASHES.finditer(text)):
         line = text[hashes[-1].end() :].split("\n", 1)[0]
         if not line[:1].isalpha() or numbers.opens(line):  # "#### Step 2: add" is a heading
             marked.append((line, "line"))
-    if said := list(_ANSWER.finditer(text)):
-        marked.append((text[said[-1].end() :], "sentence"))
+    if phrases := list(_ANSWER.finditer(text)):
+        marked.append((text[phrases[-1].end() :], "sentence"))
     return marked
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """Start, end and content of all complete \\boxed{...} that are not empty, braces inside balanced, in order."""
+    """Return start, end and content of all complete \\boxed{...} that are not empty, in order; braces inside must be
+    balanced.
+    """
     boxes, opened = [], []
     for match in _BRACES.finditer(text):
         if match[0][0] == "\\" and len(match[0]) == 2:
@@ -76,13 +83,13 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the content of the last complete \\boxed{...} that is not empty, braces inside it balanced."""
+    """Return the content of the last complete \\boxed{...} that is not empty; None if there is none."""
     boxes = _boxes(text)
     return boxes[-1][2] if boxes else None
 
 
 def _boxed_number(text: str, boxes: list[tuple[int, int, str]]) -> Number | None:
-    """The number of the last box; None where another number is offered beside it: "\\boxed{18} or \\boxed{20}"."""
+    """Return the number in the last box; None if another number is offered beside it: "\\boxed{18} or \\boxed{20}"."""
     start, end, content = boxes[-1]
     value = numbers.read(content, "box")
     if len(boxes) > 1 and boxes[-2][1] <= start:
@@ -100,7 +107,7 @@ def _boxed_number(text: str, boxes: list[tuple[int, int, str]]) -> Number | None
 
 
 def _has_or(between: str) -> bool:
-    """Whether the words between two boxes offer one or the other."""
+    """Tell whether the words between two boxes offer one or the other."""
     return len(between) < 60 and "." not in between and "or" in re.findall(r"[a-z]+", between)
 
 
@@ -121,12 +128,13 @@ _LATEX = [
 
 
 def exact_text(text: str) -> str:
-    """Read the final answer as a text in which case, spaces and wrapping do not count.
+    """Return the final answer as a text that can be compared: without differences of case, spaces and wrapping.
 
-    It is the last \\boxed{...}, else the rest of the line after the last "####", else of the last line with "answer is" or
-    "Answer:", else the whole text. Then: Unicode NFKC (superscripts as ^), lower case (casefold), LaTeX's \\left, \\right,
-    thin spaces, \\( \\), \\text{} and the like taken away, \\dfrac as \\frac, Markdown's ** away, runs of white space as one
-    space and none beside a mark; at the ends no $, quotes around all, or . , ; : of a sentence, nor a ! or ? after a letter.
+    It is the last \\boxed{...}, else the rest of the line after the last "####", else of the last line with "answer is"
+    or "Answer:", else the whole text. Then: Unicode NFKC (superscripts as ^); lower case (casefold); LaTeX's \\left,
+    \\right, thin spaces, \\( \\), \\text{} and the like removed, \\dfrac as \\frac; Markdown's ** removed; white space
+    as one space, none beside punctuation; and at the ends no $, no quotes around the whole, no . , ; : of a sentence,
+    and no ! or ? after a letter.
     """
     boxed = last_boxed(text)
     if boxed is None:
@@ -141,6 +149,7 @@ def exact_text(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
+    """Remove $, quotes and final punctuation around a text."""
     for _ in range(5):
         text = text.strip().strip("$").strip().rstrip(".,;:")
         if len(text) > 1 and text[-1] in "!?" and text[-2].isalpha():
@@ -159,5 +168,5 @@ def _unwrapped(text: str) -> str:
 
 
 def same_text(answer: str, gold: str) -> bool:
-    """Compare two texts as answers (`exact_text`); an empty one is none."""
+    """Tell whether two texts have equal final answers (`exact_text`); empty ones never are."""
     return exact_text(answer) == exact_text(gold) != ""

@@ -1,6 +1,7 @@
-"""Benchmark kind `choice`: the likeliest of given choices is the right one, as lm-evaluation-harness has multiple choice.
+"""Benchmark kind `choice`: the likeliest of the item's choices must be the right one, as lm-evaluation-harness scores
+multiple choice.
 
-`acc` ranks choices by log-likelihood, `acc_norm` by log-likelihood per character.
+`acc` ranks the choices by log-likelihood, `acc_norm` by log-likelihood per character.
 """
 
 from d2lora.scoring.kinds import MultipleChoice

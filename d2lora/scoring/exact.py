@@ -1,4 +1,6 @@
-"""Benchmark kind `exact`: the final answer is the gold's text, but for case, spaces and wrapping (`answers.exact_text`)."""
+"""Benchmark kind `exact`: the final answer equals the gold's text, apart from case, spaces and wrapping
+(`answers.exact_text`).
+"""
 
 from d2lora.scoring import answers
 from d2lora.scoring.kinds import Generated

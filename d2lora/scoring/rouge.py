@@ -1,4 +1,4 @@
-"""Benchmark kind `rouge`: how many words and runs of words an answer shares with the gold."""
+"""Benchmark kind `rouge`: the words, and sequences of words, that an answer shares with the gold."""
 
 import functools
 import re
@@ -25,7 +25,7 @@ def rouge(answer: str, gold: str) -> dict[str, float]:
 
 
 def _problem(gold: str) -> str | None:
-    # rouge-score reads a-z and 0-9 only, and gives all else 0, the identical answer too.
+    # rouge-score reads a-z and 0-9 only: a gold without them scores 0, even for an identical answer.
     if re.search("[a-z0-9]", gold.lower()) is None:
         return (
             "the gold answer {} has no Latin letter and no digit, and ROUGE reads nothing else "

@@ -169,7 +169,7 @@ def test_a_dry_run_loads_no_torch(run, tmp_path: Path) -> None:
         (["n=1,2"], ["'n=1,2'", "add -m (--multirun)"]),
         (["-m", "n=1,-2", "method=sft,dpo"], ["n=-2", "2 of the grid's cells", "skip_invalid"]),
         (["-m", "method=sft,dpo", "task=lab_title"], ["method=dpo", "lab-title"]),
-        (["scale=paper"], ["xinlai/Math-Step-DPO-10K", "d2lora.fetch"]),
+        (["scale=paper"], ["xinlai/Math-Step-DPO-10K", "d2lora fetch"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
@@ -359,7 +359,7 @@ def test_fetch_takes_the_same_overrides(run, tmp_path: Path) -> None:
     assert "task.data: d2lora/lab/data/math, 11,000 rows" in text
     assert "model: lab is on this machine" in text
     assert "warmup.data" not in text
-    assert "d2lora.fetch" in one_line(run("scale=paper", module="d2lora.fetch", code=2).stderr)
+    assert "d2lora fetch" in one_line(run("scale=paper", module="d2lora.fetch", code=2).stderr)
 
 
 def test_fetch_reads_what_the_cells_of_the_command_line_read(run, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_the_harness_is_asked_for_the_names_of_what_is_still_to_do_only(cell, tm
     assert asked == []
     done = cell(*given)
     stage = next(s for s in done.chain.evaluations if s.spec.lm_eval == "hellaswag")
-    Store(tmp_path).ensure(stage, lambda folder: {"key": stage.key})
+    Store(tmp_path).ensure(stage, lambda folder: made.record(stage))
     preflight.check_inputs(done.config, set())
     assert asked == ["piqa"]
 

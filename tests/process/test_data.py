@@ -255,7 +255,7 @@ def test_the_hub_s_problems_become_advice() -> None:
 
     assert "HF_TOKEN" in data.hub_problem("model.path", "meta-llama/x", of(GatedRepoError))
     assert "not on the Hub" in data.hub_problem("model.path", "a/b", of(RepositoryNotFoundError))
-    assert "d2lora.fetch" in data.hub_problem("data.path", "a/b", of(OfflineModeIsEnabled))
+    assert "d2lora fetch" in data.hub_problem("data.path", "a/b", of(OfflineModeIsEnabled))
 
 
 # A Hub that answers in the way a repository's name says, or none at all; nobody waits between its client's retries.

@@ -133,9 +133,9 @@ def test_training_goes_on_from_an_old_adapter(name: str, output: Path) -> None:
     again = [cell.chain.adapt, *cell.chain.evaluations]
     store = Store(output)
     for stage in again:
-        shutil.rmtree(store.place(stage))
+        shutil.rmtree(store.folder(stage))
     do(cell)
-    old, new = (json.loads((at.place(cell.chain.adapt) / "record.json").read_text()) for at in (Store(SHIPPED), store))
+    old, new = (json.loads((at.folder(cell.chain.adapt) / "record.json").read_text()) for at in (Store(SHIPPED), store))
     assert new["parent"] == cell.chain.warmup.key
     assert new["metrics"]["first_loss"] == pytest.approx(old["metrics"]["first_loss"], rel=1e-4)
     assert new["metrics"]["last_loss"] == pytest.approx(old["metrics"]["last_loss"], rel=1e-2)

@@ -356,8 +356,11 @@ def test_contamination_is_shown_where_it_was_checked(tmp_path: Path) -> None:
 
 def test_a_record_that_lacks_what_it_needs_is_named_in_one_line(tmp_path: Path) -> None:
     (cell,) = grid(n=[0], m=[0])
-    made.publish(tmp_path, [cell], more=lambda stage: {"seconds": "long"})
+    made.publish(tmp_path, [cell])
     folder = tmp_path / "store" / "evaluate" / cell.chain.evaluations[0].key
+    content = records.read(folder).as_read() | {"seconds": "long"}
+    del content["digest"]
+    (folder / "record.json").write_text(json.dumps(content | {"digest": records.record_digest(content)}))
     with pytest.raises(
         UserError, match=r"record.json: not a record \(seconds\.\w+: .*\); move its folder away"
     ) as error:

@@ -1,7 +1,7 @@
-"""Reading a short text as one exact number. Pure functions, in time linear in the text.
+"""Read a short text as one exact number. Pure functions, in time linear in the text.
 
-A text is cut into tokens (numbers, operators, LaTeX commands, words), tokens into runs of mathematics between words, and one
-run is evaluated exactly. What has no single sure reading is no number: docs/answers.md lists it.
+A text is cut into tokens (numbers, operators, LaTeX commands, words), and the tokens between words form runs of
+mathematics. One run is evaluated exactly. An ambiguous text is no number; docs/answers.md lists the cases.
 """
 
 import re
@@ -21,7 +21,7 @@ __all__ = ["Number", "Where", "holds", "opens", "read"]
 
 @dataclass
 class _Run:
-    """Tokens that belong together, and where they stand among all."""
+    """Consecutive tokens of one expression, and their position among all tokens."""
 
     tokens: list[Token]
     start: int
@@ -30,23 +30,24 @@ class _Run:
 
     @property
     def counts(self) -> bool:
-        """Whether there is something in it that could be a number."""
+        """Tell whether the run could be a number."""
         return any(t.kind in ("number", "unclear", "command") for t in self.tokens)
 
 
 def _runs(tokens: list[Token], where: Where) -> list[_Run]:
+    """Return the runs of mathematics between words."""
     runs: list[_Run] = []
     current: list[Token] = []
     start = sentence = depth = 0
     for index, token in enumerate([*tokens, Token("end", "")]):
-        kept = token.kind in ("number", "unclear", "letter", "command", "unit") or (
+        inside = token.kind in ("number", "unclear", "letter", "command", "unit") or (
             token.kind == "op" and _belongs(tokens, index, depth, bool(current), where)
         )
         opens_aside = token.text == "(" and token.space and current and current[-1].kind in ("number", "unit")
-        if current and (not kept or opens_aside):
+        if current and (not inside or opens_aside):
             runs.append(_Run(current, start, index, sentence))
             current, depth = [], 0
-        if kept:
+        if inside:
             start = start if current else index
             current.append(token)
             depth += (token.text in "([{") - (token.text in ")]}") if token.kind == "op" else 0
@@ -55,7 +56,7 @@ def _runs(tokens: list[Token], where: Where) -> list[_Run]:
 
 
 def _belongs(tokens: list[Token], index: int, depth: int, within: bool, where: Where) -> bool:
-    """Whether an operator is part of an expression, not of the sentence."""
+    """Tell whether an operator is part of an expression rather than punctuation."""
     token = tokens[index]
     before = tokens[index - 1] if index else None
     after = tokens[index + 1] if index + 1 < len(tokens) else None
@@ -93,7 +94,7 @@ def _belongs(tokens: list[Token], index: int, depth: int, within: bool, where: W
 
 
 def _trimmed(tokens: list[Token], after: Token | None) -> list[Token]:
-    """Without brackets that are closed or opened outside, Markdown's stars, and a dash before words."""
+    """Remove unbalanced brackets, Markdown's stars, and a dash before words."""
     opened: list[int] = []
     lone = set()
     for index, token in enumerate(tokens):
@@ -119,7 +120,7 @@ def _trimmed(tokens: list[Token], after: Token | None) -> list[Token]:
 
 
 def _value(run: _Run, tokens: list[Token], where: Where) -> Number | None:
-    """What a run is worth: of an equation its right side, unless that is a name alone."""
+    """Evaluate a run; of an equation its right side, unless that is only a variable. None if it is ambiguous."""
     before = tokens[run.start - 1] if run.start else None
     after = tokens[run.end] if run.end < len(tokens) else None
     inner = _trimmed(run.tokens, after)
@@ -156,7 +157,7 @@ def _value(run: _Run, tokens: list[Token], where: Where) -> Number | None:
 
 
 def _exclaimed(tokens: list[Token], after: Token | None) -> bool:
-    """Whether the mark at the end of a run may be the sentence's: "18!", but not "5! * 3!" or "5!."."""
+    """Tell whether the ! at the end of a run may end a sentence: "18!", but not "5! * 3!" or "5!."."""
     marks = [index for index, t in enumerate(tokens) if t.kind == "op" and t.text == "!"]
     if not marks or marks[-1] != len(tokens) - 1 or (after is not None and after.text in (".", ",", ")")):
         return False
@@ -164,7 +165,7 @@ def _exclaimed(tokens: list[Token], after: Token | None) -> bool:
 
 
 def _goes_on(tokens: list[Token], before: Token) -> bool:
-    """Whether a run is the rest of a sum whose other part stands before words: "10 cm + 8 cm"."""
+    """Tell whether a run continues a sum that began before words: "10 cm + 8 cm"."""
     return bool(tokens) and tokens[0].text == "+" and before.kind == "word" and not any(t.text == "=" for t in tokens)
 
 
@@ -191,7 +192,7 @@ _BULLET = re.compile(r"^[ \t]*[-*]\s+(?=\S)", re.MULTILINE)
 
 
 def read(text: str, where: Where) -> Number | None:
-    """The number that a text holds; None if there is none, or none that is sure."""
+    """Return the number in a text; None if there is none, or if it is ambiguous."""
     text = _LABEL.sub("", text, count=1) if _LABEL.match(text) else text
     if where == "text":
         if re.fullmatch(r"\s*-\s[^a-zA-Z]*", text):  # a bullet, or a sign?
@@ -218,7 +219,7 @@ def read(text: str, where: Where) -> Number | None:
 
 
 def holds(text: str) -> bool:
-    """Whether a text holds anything that could be meant as a number."""
+    """Tell whether a text has anything that could be meant as a number."""
     tokens = tokens_of(plain(text), "sentence")
     return any(
         t.kind in ("number", "unclear") or (t.kind == "command" and t.text[1:].isalpha()) for t in tokens
@@ -226,7 +227,7 @@ def holds(text: str) -> bool:
 
 
 def opens(text: str) -> bool:
-    """Whether a line of words begins with a number: "three", "negative 5", "USD 18"."""
+    """Tell whether a line begins with a number in words: "three", "negative 5", "USD 18"."""
     first = re.match(r"[^\W\d_]*", text)
     return first is not None and first[0].lower() in {
         *WORDS,
@@ -239,7 +240,7 @@ def opens(text: str) -> bool:
 
 
 def _joined(tokens: list[Token], first: _Run, second: _Run, where: Where) -> bool:
-    """Whether two numbers are offered together: "18 or 20", "5, -3", "10 to 20"."""
+    """Tell whether two numbers are offered together: "18 or 20", "5, -3", "10 to 20"."""
     between = tokens[first.end : second.start]
     words = [t.text.lower() for t in between]
     if not between:  # "18 (20 - 2)"
@@ -257,6 +258,6 @@ def _joined(tokens: list[Token], first: _Run, second: _Run, where: Where) -> boo
 
 
 def _computed(run: _Run) -> bool:
-    """Whether a run is a calculation with its result, "9 * 2 = 18"."""
+    """Tell whether a run is a calculation with its result: "9 * 2 = 18"."""
     equals = [i for i, t in enumerate(run.tokens) if t.text == "="]
     return bool(equals) and any(t.kind == "number" for t in run.tokens[: equals[0]])

@@ -1,4 +1,4 @@
-"""An expression -> its exact value."""
+"""Evaluate an expression exactly."""
 
 import math
 from collections.abc import Callable
@@ -12,24 +12,29 @@ _DEPTH = 30  # of brackets
 
 
 class NoNumber(Exception):
-    """An expression that is no single sure number."""
+    """An expression that is not one unambiguous number."""
 
 
 class Parser:
-    """Evaluates an expression exactly: sums, products, fractions, mixed numbers, powers, exact roots, small factorials."""
+    """A recursive-descent parser: sums, products, fractions, mixed numbers, powers, exact roots, small factorials.
+
+    `rich` is set by operations that a range of numbers would not have, `minus` by a subtraction, `rounded` by a long
+    decimal.
+    """
 
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens, self.index, self.depth = tokens, 0, 0
         self.rounded = self.rich = self.minus = False
 
     def value(self) -> Number:
-        """The value of all tokens. NoNumber if they are none, or if "10-20" might be a range."""
+        """Return the value of all tokens. NoNumber if they have none, or if "10-20" might be a range."""
         value = self.sum()
         if self.index < len(self.tokens) or (self.minus and not self.rich):
             raise NoNumber
         return Number(value, self.rounded)
 
     def at(self, *texts: str, ahead: int = 0) -> bool:
+        """Tell whether the token is one of these operators or commands; `ahead` counts from the current one."""
         index = self.index + ahead
         return (
             index < len(self.tokens)
@@ -38,19 +43,23 @@ class Parser:
         )
 
     def kind(self, ahead: int = 0) -> str:
+        """Return the kind of the token, "" at the end."""
         index = self.index + ahead
         return self.tokens[index].kind if index < len(self.tokens) else ""
 
     def take(self, *texts: str) -> bool:
-        taken = self.at(*texts)
-        self.index += taken
-        return taken
+        """Skip the current token if it is one of these, and tell whether it was."""
+        matches = self.at(*texts)
+        self.index += matches
+        return matches
 
     def need(self, text: str) -> None:
+        """Skip this token. NoNumber if it is not the current one."""
         if not self.take(text):
             raise NoNumber
 
     def sum(self) -> Fraction:
+        """Return the value of a sum of products."""
         self.depth += 1
         if self.depth > _DEPTH:
             raise NoNumber
@@ -66,6 +75,7 @@ class Parser:
         return total
 
     def product(self) -> Fraction:
+        """Return the value of a product or quotient of powers; "2(3)" multiplies too."""
         value, divided = self.mixed(), False
         while True:
             if self.take("*"):
@@ -85,13 +95,14 @@ class Parser:
                 return value
 
     def signed(self, read: Callable[[], Fraction]) -> Fraction:
+        """Read a value that may have a minus sign."""
         return -read() if self.take("-") else read()
 
     def mixed(self) -> Fraction:
-        """A power, or a whole number with a proper fraction behind it: 2 1/2, 2\\frac{1}{2}."""
-        whole = self.index < len(self.tokens) and self.tokens[self.index].text.isdigit()
+        """Return the value of a power, or of an integer followed by a proper fraction: 2 1/2, 2\\frac{1}{2}."""
+        is_integer = self.index < len(self.tokens) and self.tokens[self.index].text.isdigit()
         value = self.power()
-        if not (whole and self.tokens[self.index - 1].text.isdigit()):
+        if not (is_integer and self.tokens[self.index - 1].text.isdigit()):
             return value
         if self.at(r"\frac"):
             part = self.power()
@@ -108,6 +119,7 @@ class Parser:
         return value + part
 
     def power(self) -> Fraction:
+        """Return the value of an atom with what may follow it: !, ^, % or a degree sign."""
         value = self.atom()
         while self.at("!", r"\factorial"):
             self.index += 1
@@ -123,6 +135,7 @@ class Parser:
         return value
 
     def raised(self, base: Fraction) -> Fraction:
+        """Raise to the power that follows a ^. NoNumber if the exponent is not an integer or the result too large."""
         braces = self.take("{")
         if self.kind() in ("unit", "word") or (braces and self.kind() == "letter"):
             raise NoNumber
@@ -138,6 +151,7 @@ class Parser:
         return base ** int(exponent)
 
     def atom(self) -> Fraction:
+        """Return the value of a number, a bracketed expression, a fraction or a root."""
         if self.kind() == "number":
             number = self.tokens[self.index].number
             assert number is not None
@@ -162,7 +176,7 @@ class Parser:
         raise NoNumber
 
     def argument(self) -> Fraction:
-        """An argument of a command: in braces, or the next digit."""
+        """Return the value of a command's argument: in braces, or the next digit."""
         if self.kind() == "number":
             token = self.tokens[self.index]
             if not token.text.isdigit():
@@ -176,11 +190,12 @@ class Parser:
         return value
 
     def root(self) -> Fraction:
+        """Return the value of a root. NoNumber if it is not exact."""
         degree = 2
         if self.take("["):
-            wanted = self.sum()
+            index = self.sum()
             self.need("]")
-            degree = int(wanted) if wanted.denominator == 1 and 2 <= wanted <= 10 else 0
+            degree = int(index) if index.denominator == 1 and 2 <= index <= 10 else 0
         value = self.atom() if self.kind() == "number" else self.sqrt_argument()
         if not degree or (value < 0 and degree % 2 == 0):
             raise NoNumber
@@ -188,23 +203,26 @@ class Parser:
         return sign * Fraction(_root(abs(value.numerator), degree), _root(value.denominator, degree))
 
     def sqrt_argument(self) -> Fraction:
+        """Return the value under a root, in brackets or braces, or the next digit."""
         if self.at("("):
             return self.atom()
         return self.argument()
 
     def quotient(self, above: Fraction, below: Fraction) -> Fraction:
+        """Divide. NoNumber for a division by 0."""
         if below == 0:
             raise NoNumber
         return self.bounded(above / below)
 
     def bounded(self, value: Fraction) -> Fraction:
+        """Return the value. NoNumber if it has too many digits."""
         if max(abs(value.numerator), value.denominator) > 10 ** (2 * DIGITS):
             raise NoNumber
         return value
 
 
 def _root(value: int, degree: int) -> int:
-    """The exact root of a whole number. NoNumber if there is none."""
+    """Return the exact root of an integer. NoNumber if there is none."""
     low, high = 0, 1 << (value.bit_length() // degree + 1)
     while low < high:
         middle = (low + high) // 2

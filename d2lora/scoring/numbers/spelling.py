@@ -1,4 +1,4 @@
-"""One spelling for what has many: signs, LaTeX's spaces, currencies, fractions, degrees, dates."""
+"""Rewrite what can be spelled in several ways as one: signs, LaTeX's spaces, currencies, fractions, degrees, dates."""
 
 import re
 import unicodedata
@@ -70,7 +70,7 @@ OPEN, CLOSE = "\ue000", "\ue001"  # around the content of \text{...}
 
 
 def plain(text: str) -> str:
-    """The text with one spelling for what has many: signs, LaTeX's spaces, currencies, fractions, degrees."""
+    """Rewrite the text so that signs, LaTeX's spaces, currencies, fractions, degrees and dates have one spelling."""
     text = text.replace(OPEN, "").replace(CLOSE, "")
     if not text.isascii():
         text = re.sub(r"(^|[=(:\n])\s?\u2212\s?", r"\1-", text)  # never a bullet
@@ -82,6 +82,7 @@ def plain(text: str) -> str:
 
 
 def _character(c: str) -> str:
+    """Return the ASCII spelling of a character, or the character."""
     if c in _CHARACTERS:
         return _CHARACTERS[c]
     category = unicodedata.category(c)
@@ -100,13 +101,13 @@ def _character(c: str) -> str:
 
 def _repeating(match: re.Match) -> str:
     r"""0.1\overline{6} -> \frac{15}{90}."""
-    whole, once, again = match[1], match[2], match[3]
-    above = int(whole + once + again) - int(whole + once or "0")
+    integer, once, again = match[1], match[2], match[3]
+    above = int(integer + once + again) - int(integer + once or "0")
     return rf"\frac{{{above}}}{{{(10 ** len(again) - 1) * 10 ** len(once)}}}"
 
 
 def _upright(text: str) -> str:
-    r"""The text with the content of each \text{...} between two marks, and without the braces of fonts."""
+    r"""Put the content of each \text{...} between OPEN and CLOSE, and remove the braces of fonts."""
     parts: list[str] = []
     stack: list[str] = []
     last = 0
@@ -119,7 +120,7 @@ def _upright(text: str) -> str:
             closed = stack.pop() if stack else "brace"
             parts.append({"text": CLOSE, "font": ""}.get(closed, "}"))
         else:
-            inner = "font" if stack and stack[-1] != "brace" else "brace"  # within a text braces say nothing
+            inner = "font" if stack and stack[-1] != "brace" else "brace"  # braces inside a text have no meaning
             stack.append(match.lastgroup or inner)
             parts.append({"text": OPEN, "font": ""}.get(stack[-1], "{"))
     return "".join([*parts, text[last:]])

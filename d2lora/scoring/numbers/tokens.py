@@ -1,4 +1,4 @@
-"""A text -> numbers, operators, LaTeX commands, words and units."""
+"""Cut a text into numbers, operators, LaTeX commands, words and units."""
 
 import re
 from dataclasses import dataclass, replace
@@ -7,15 +7,15 @@ from typing import Literal
 
 from d2lora.scoring.numbers.spelling import CLOSE, OPEN
 
-# What is read: the content of a box, a line after "####", what follows "answer is", or a text without any such mark.
+# Where a text was found: in a box, in a line after "####", after "answer is", or in a text without any such mark.
 Where = Literal["box", "line", "sentence", "text"]
 
-DIGITS = 300  # of a number; one with more is no answer anyone means, and would take for ever to write out
+DIGITS = 300  # of a number at most: no answer has more, and powers of such numbers would take forever to compute
 
 
 @dataclass(frozen=True)
 class Number:
-    """An exact value; `rounded` if it was spelled as a decimal of more than six digits, which may carry float noise."""
+    """An exact value; `rounded` if it was written as a decimal of more than six digits, which may carry float noise."""
 
     value: Fraction
     rounded: bool = False
@@ -34,7 +34,9 @@ class Number:
 
 @dataclass(frozen=True)
 class Token:
-    """kind: number, unclear (digits without one reading), letter (a variable), command, word, unit, op, break, end."""
+    """A token. Its kind is number, unclear (digits without one reading), letter (a variable), command, word, unit, op,
+    break or end.
+    """
 
     kind: str
     text: str
@@ -59,6 +61,7 @@ BEFORE_NUMBERS = {"rs", "usd", "eur", "gbp", "inr", "chf", "cad", "aud", "no", "
 
 
 def tokens_of(text: str, where: Where) -> list[Token]:
+    """Cut a text into tokens."""
     tokens: list[Token] = []
     index, space, upright = 0, False, 0
     while index < len(text):
@@ -93,7 +96,7 @@ def tokens_of(text: str, where: Where) -> list[Token]:
 
 
 def _number(text: str, start: int, raw: str, space: bool) -> tuple[Token, int]:
-    """The token of a number that starts at an index, and where it ends."""
+    """Return the token of the number that starts at an index, and the index where it ends."""
     spaced = _SPACED.match(text, start)
     raw = spaced[0] if spaced and len(spaced[0]) > len(raw) else raw
     end, power = start + len(raw), 0
@@ -108,6 +111,7 @@ def _number(text: str, start: int, raw: str, space: bool) -> tuple[Token, int]:
 
 
 def _word(raw: str, space: bool, upright: bool, after: str) -> Token:
+    """Return the token of a word: a letter or command if it is part of an expression."""
     article = raw in ("a", "A", "I") and after[:1] == " " and after[1:2].isalnum()
     attached = after[:1].isdigit() and raw.lower() not in BEFORE_NUMBERS and not upright
     if (len(raw) == 1 and not upright and not article) or raw in _MATHEMATICS or attached:
@@ -119,7 +123,7 @@ def _word(raw: str, space: bool, upright: bool, after: str) -> Token:
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The words of a text: a list of them would take a line each."""
+    """Return the words of a text as a set. (A list of them in the source would take a line each.)"""
     return frozenset(text.split())
 
 
@@ -138,7 +142,7 @@ ORDINALS = {"st", "nd", "rd", "th"}
 
 
 def with_units(tokens: list[Token]) -> list[Token]:
-    """The tokens with each unit behind a number as one, powers in words multiplied in, and "negative" as a sign."""
+    """Join the units behind numbers into one token each, multiply in powers in words, and turn "negative" into a sign."""
     joined: list[Token] = []
     index = 0
     while index < len(tokens):
@@ -167,16 +171,18 @@ def with_units(tokens: list[Token]) -> list[Token]:
 
 
 def _is_sign(token: Token, before: Token | None) -> bool:
-    """Whether it is "negative", or a "minus" behind no number."""
+    """Tell whether a word is "negative", or "minus" that follows no number."""
     within = before is not None and before.kind in ("number", "unit")
     return token.kind == "word" and token.text.lower() in ("negative", "minus") and not within
 
 
 def _starts(tokens: list[Token], index: int) -> bool:
+    """Tell whether a number or fraction starts at an index."""
     return index < len(tokens) and (tokens[index].kind == "number" or tokens[index].text == r"\frac")
 
 
 def _scaled(token: Token, tokens: list[Token], index: int) -> tuple[Token, int]:
+    """Multiply a number by the words that follow it ("5 million"). Return its token and the next index."""
     number = token.number
     assert number is not None
     last = min(len(tokens), index + 2)
@@ -187,7 +193,9 @@ def _scaled(token: Token, tokens: list[Token], index: int) -> tuple[Token, int]:
 
 
 def _unit(tokens: list[Token], index: int) -> int:
-    """Where the unit that starts at an index ends: "eggs", "cm^2", "km/h", "/hour", "-year"; the index itself if there is none."""
+    """Return the index where the unit that starts at an index ends: "eggs", "cm^2", "km/h", "/hour", "-year"; the index
+    itself if none.
+    """
     start = index
     while index < len(tokens):
         joined = tokens[index].text in ("/", "*", "-") and tokens[index].kind == "op" and index + 1 < len(tokens)
@@ -212,7 +220,7 @@ def _unit(tokens: list[Token], index: int) -> int:
 
 
 def _is_unit(token: Token, behind_digits: bool) -> bool:
-    """Whether it can be a unit. Directly behind digits short words are the known ones: "2ab" is algebra."""
+    """Tell whether a token can be a unit. Directly behind digits only well-known short ones are: "2ab" is algebra."""
     if token.kind == "letter":
         return token.text in _UNIT_LETTERS
     if token.kind != "word" or (token.text.lower() in _FUNCTION_WORDS and not (behind_digits and token.text == "in")):
@@ -221,7 +229,7 @@ def _is_unit(token: Token, behind_digits: bool) -> bool:
 
 
 def _power_of_unit(tokens: list[Token], index: int) -> int:
-    """Behind a unit: where its power ends, "^2" or "^{-1}"."""
+    """Return the index behind a unit's power, "^2" or "^{-1}"; the index itself if there is none."""
     texts = [t.text for t in tokens[index : index + 5]]
     if texts[:1] != ["^"]:
         return index

@@ -1,4 +1,4 @@
-"""Numbers in words: "twenty-one", "two and a half"."""
+"""Read numbers in words: "twenty-one", "two and a half"."""
 
 from fractions import Fraction
 
@@ -16,7 +16,9 @@ _PARTS = word_set(
 
 
 def in_words(tokens: list[Token], where: Where) -> Number | None:
-    """The number of a text without digits: "twenty-one", "negative five", "two and a half"."""
+    """Return the number in a text without digits: "twenty-one", "negative five", "two and a half"; None if there is
+    none.
+    """
     words = [t.text.lower() for t in tokens]
     runs: list[tuple[int, int]] = []
     index = 0
@@ -45,13 +47,13 @@ def in_words(tokens: list[Token], where: Where) -> Number | None:
 
 
 def _outside(words: list[str], runs: list[tuple[int, int]]) -> set[str]:
-    """The words that are in no number: not the "and" of "one hundred and five"."""
+    """Return the words that are in no number: not the "and" of "one hundred and five"."""
     inside = {index for start, end in runs for index in range(start, end)}
     return {word for index, word in enumerate(words) if index not in inside}
 
 
 def _spelled_end(words: list[str], index: int) -> int:
-    """Where the number in words that starts at an index ends."""
+    """Return the index where the number in words that starts at an index ends."""
     end = index
     while index < len(words):
         word = words[index]
@@ -74,7 +76,7 @@ def _spelled_end(words: list[str], index: int) -> int:
 
 
 def _spelled(words: list[str]) -> Fraction | None:
-    """The value of a number in words; None for "two three"."""
+    """Return the value of a number in words; None for "two three"."""
     total = current = 0
     smallest = 10**15
     for word in words:
