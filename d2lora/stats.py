@@ -74,7 +74,7 @@ def newcombe(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     return low, share_b - share_a + add(high_b - share_b, share_a - low_a)
 
 
-def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, wide: bool = False) -> np.ndarray:
     """Resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
 
     Items are drawn again. What other training runs would give is not: of two or three runs that shows far too little. It
@@ -83,9 +83,10 @@ def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> 
     where they are nothing. At any share, 95 % intervals of 3 runs then hold in 94.2 to 96.3 %, of more runs closer to 95 %.
     Satterthwaite's share squared (Biometrics Bulletin 2:110, 1946) calls the luck of 3 runs significant in up to 8 % of cells.
 
-    Two runs say too little for that (9 % of luck would be called significant, 13 % with Satterthwaite's): there the runs'
-    part is drawn from t with 1 degree of freedom by itself, the Behrens-Fisher distribution (Fisher 1935), which errs to the
-    wide side only (holds in 95 to 98.6 %). benchmarks/intervals.py measures all of it on simulated grids.
+    `wide` draws the runs' part from t by itself, with runs - 1 degrees of freedom: the Behrens-Fisher distribution (Fisher
+    1935), which errs to the wide side only, far out too (Holm's correction asks for p of 5 % / cells, where the other calls
+    3 runs' luck significant up to three times as often as it should). Two runs always get it: 95 % intervals hold in 95 to
+    98.6 %, where the other would in 90.6 %. benchmarks/intervals.py measures all of it on simulated grids.
     """
     runs, items = scores.shape
     drawn = _draws(items, resamples, seed) @ scores.mean(axis=0, dtype=float).astype(np.float32) / items
@@ -95,8 +96,8 @@ def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> 
     of_items = _own_share(scores) ** 0.5 * (drawn - mean)
     # Right and wrong are counted in whole items, so runs with equal counts need not be equal: Sheppard's correction.
     variance = (scores.mean(axis=1, dtype=float).var(ddof=1) + 1 / (12 * items**2)) / runs
-    if runs == 2:
-        return mean + of_items + variance**0.5 * _t(1, resamples, seed + 1)
+    if wide or runs == 2:
+        return mean + of_items + variance**0.5 * _t(runs - 1, resamples, seed + 1)
     share = variance / (variance + of_items.var())
     normal, levels = _normal(resamples, seed + 1)
     return mean + (of_items + variance**0.5 * normal) * _stretch((runs - 1) / share)[levels]
