@@ -11,7 +11,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 _LEVELS = 500  # of what makes normal numbers Student's t
-_Z = NormalDist().inv_cdf(0.975)
+LEVEL = 0.95  # of intervals
 
 
 def interval(scores: np.ndarray) -> tuple[float, float]:
@@ -37,11 +37,12 @@ def is_binary(scores: np.ndarray) -> bool:
     return bool(np.isin(scores, (0, 1)).all())
 
 
-def wilson(right: int, items: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927, equation 4)."""
-    share, z2 = right / items, _Z**2
+def wilson(right: int, items: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's interval of a share (Wilson 1927, equation 4)."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, z2 = right / items, z**2
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
-    half = _Z / (1 + z2 / items) * (share * (1 - share) / items + z2 / (4 * items**2)) ** 0.5
+    half = z / (1 + z2 / items) * (share * (1 - share) / items + z2 / (4 * items**2)) ** 0.5
     return centre - half, centre + half
 
 
@@ -56,14 +57,14 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     return min(1.0, 2 * float(bdtr(min(won, lost), won + lost, 0.5))) if won + lost else 1.0
 
 
-def newcombe(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """95 % interval of second - first, shares of right (1) among the same items (items,), by adding Wilson's in squares.
+def newcombe(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of second - first, shares of right (1) among the same items (items,), by adding Wilson's in squares.
 
     Newcombe 1998 (Stat Med 17:2635), method 10. Resampling would find [0, 0] where no item differs and exclude 0 where
     four do, all on one side (exact McNemar: p = 0.125).
     """
     items, a, b = len(first), int(first.sum()), int(second.sum())
-    (low_a, high_a), (low_b, high_b) = wilson(a, items), wilson(b, items)
+    (low_a, high_a), (low_b, high_b) = wilson(a, items, level), wilson(b, items, level)
     together = items * float((first * second).sum()) - a * b
     together = max(together - items / 2, 0.0) if together > 0 else together  # his continuity correction
     spread = (a * (items - a) * b * (items - b)) ** 0.5
@@ -156,9 +157,9 @@ def _draws(size: int, resamples: int, seed: int) -> np.ndarray:
     return counts
 
 
-def percentiles(resampled: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled means."""
-    low, high = np.percentile(resampled, (2.5, 97.5))
+def percentiles(resampled: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """The middle of resampled means, 95 % of them."""
+    low, high = np.percentile(resampled, (50 - 50 * level, 50 + 50 * level))
     return float(low), float(high)
 
 

@@ -11,11 +11,11 @@ from d2lora.report.points import Point
 from d2lora.report.tables import Table, column_name
 
 MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
-_PAIR_HEAD = ["D2LoRA - LoRA", "difference", "95 % interval", "p", "p (Holm)", "detectable", "test", "seeds"]
+PAIR_HEAD = ["D2LoRA - LoRA", "difference", "95 % interval", "p", "p (Holm)", "detectable", "test", "seeds", "D2LoRA is"]
 _CSV = [
     *("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "seeds", "items", "value", "low", "high"),
     *("paper", "to_paper", "difference", "difference_low", "difference_high", "p", "p_holm", "detectable", "test"),
-    *("beyond_chance", "evaluations"),
+    *("beyond_chance", "evaluations", "decision", "equivalence_low", "equivalence_high"),
 ]
 
 
@@ -118,6 +118,7 @@ def pair_rows(table: Table) -> list[list[str]]:
             percent(c.detectable, 1) if c.detectable else "no item differs",
             c.test,
             ", ".join(map(str, c.seeds)),
+            c.decision,
         ]
         for c in table.unique_pairs
     ]
@@ -151,7 +152,7 @@ def markdown(caption: str, tables: list[Table], notes: list[str]) -> str:
         body = [row for rows in _value_rows(table) for row in rows]
         parts += [f"## {table.title}", markdown_rows(_head(table), body), table.verdict]
         if table.pairs:
-            parts.append(markdown_rows(_PAIR_HEAD, pair_rows(table)))
+            parts.append(markdown_rows(PAIR_HEAD, pair_rows(table)))
     parts += [f"- {line}" for line in (*footnotes(tables), *notes)]
     return "\n\n".join(parts) + "\n"
 
@@ -192,7 +193,7 @@ def latex(caption: str, tables: list[Table], notes: list[str]) -> str:
         parts.append(latex_rows(title, _head(table), body))
         if table.pairs:
             pairs = [[latex_text(c) for c in row] for row in pair_rows(table)]
-            parts.append(latex_rows(f"D2LoRA minus LoRA, in points ({table.title})", _PAIR_HEAD, pairs))
+            parts.append(latex_rows(f"D2LoRA minus LoRA, in points ({table.title})", PAIR_HEAD, pairs))
     return "\n\n".join(parts) + "\n"
 
 
@@ -239,6 +240,7 @@ def _csv_row(table: Table, p: Point) -> dict:
     if c := table.pairs.get(p):
         row |= {"difference": c.difference, "p": c.p, "p_holm": c.adjusted, "detectable": c.detectable, "test": c.test}
         row |= {"difference_low": c.interval[0], "difference_high": c.interval[1], "beyond_chance": c.beyond_chance}
+        row |= {"decision": c.decision, "equivalence_low": c.equivalence[0], "equivalence_high": c.equivalence[1]}
     return row
 
 
