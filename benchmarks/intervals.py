@@ -43,7 +43,10 @@ class Spreads:
 
     def deviations(self, items: int) -> tuple[float, float, float, float]:
         """Return the standard deviations of difficulty, an arm's own, a training's luck and noise; their squares add up to 1."""
-        shared, same_arm = _correlation(self.accuracy, self.between_arms), _correlation(self.accuracy, self.between_runs)
+        shared, same_arm = (
+            _correlation(self.accuracy, self.between_arms),
+            _correlation(self.accuracy, self.between_runs),
+        )
         slope = NormalDist().pdf(NormalDist().inv_cdf(self.accuracy))
         luck = max(self.run_sd**2 - self.between_runs / 2 / items, 0.0) / slope**2
         parts = shared, max(same_arm - shared, 0.0), luck
@@ -160,7 +163,9 @@ def main() -> None:
     args = parser.parse_args()
     lab, clock = spreads_of(args.output) if args.output else Spreads(), time.monotonic()
     print(f"{args.grids} grids, {args.items} items; {'read' if args.output else 'assumed'}: {lab}\n")
-    print("| spreads | value | difference | pooled | false positives | after Holm, in a grid | +3 points found | ± points |")
+    print(
+        "| spreads | value | difference | pooled | false positives | after Holm, in a grid | +3 points found | ± points |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, spreads, runs, sizes in conditions(lab, args.replicates):
         m = measure(spreads, args.grids, runs, args.items, sizes)

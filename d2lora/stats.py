@@ -75,8 +75,12 @@ def newcombe(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> tup
     return low, share_b - share_a + add(high_b - share_b, share_a - low_a)
 
 
-def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, wide: bool = False) -> np.ndarray:
+def bootstrap(
+    scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, wide: bool = False, luck: int = 0
+) -> np.ndarray:
     """Resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
+
+    Arrays of as many items draw the same items. With another `luck` each, what other runs would give is drawn by itself.
 
     Items are drawn again. What other training runs would give is not: of two or three runs that shows far too little. It
     is normal with the variance of the runs' means, and the sum of both is stretched to Student's t with (runs - 1) / share
@@ -98,9 +102,9 @@ def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, wid
     # Right and wrong are counted in whole items, so runs with equal counts need not be equal: Sheppard's correction.
     variance = (scores.mean(axis=1, dtype=float).var(ddof=1) + 1 / (12 * items**2)) / runs
     if wide or runs == 2:
-        return mean + of_items + variance**0.5 * _t(runs - 1, resamples, seed + 1)
+        return mean + of_items + variance**0.5 * _t(runs - 1, resamples, seed + 1 + luck)
     share = variance / (variance + of_items.var())
-    normal, levels = _normal(resamples, seed + 1)
+    normal, levels = _normal(resamples, seed + 1 + luck)
     return mean + (of_items + variance**0.5 * normal) * _stretch((runs - 1) / share)[levels]
 
 

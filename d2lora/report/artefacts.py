@@ -6,6 +6,7 @@ from pathlib import Path
 from d2lora.errors import UserError
 from d2lora.records import Records, Score
 from d2lora.report import evidence, figures, formats, inits, paper, settings, tables
+from d2lora.report.compare import MARGIN
 from d2lora.report.figures import Panel
 from d2lora.report.manifest import read_manifest
 from d2lora.report.points import Point, points_of
@@ -46,19 +47,19 @@ def load(output: Path, name: str, records: Records) -> Sweep:
         points, problem = points_of(manifest, records), ""
     except UserError as error:
         points, problem = [], str(error)
-    columns = cells[0].config.get("report", {}).get("columns") if cells else None
-    shown = _shown(name, points, records, columns) if points else []
+    layout = cells[0].config.get("report", {}) if cells else {}
+    shown = _shown(name, points, records, layout.get("columns"), layout.get("margin", MARGIN)) if points else []
     contamination = evidence.contamination(cells, records)
     return Sweep(name, problem, settings.settings(cells), shown, contamination, inits.compare(points, records))
 
 
-def _shown(name: str, points: list[Point], records: Records, columns: str | None) -> list[Shown]:
-    own = tables.build(points, columns)
+def _shown(name: str, points: list[Point], records: Records, columns: str | None, margin: float) -> list[Shown]:
+    own = tables.build(points, columns, margin)
     curves = [panel for t in own for panel in figures.panels(t, "all")]
     found = [Shown("table", f"Sweep {name}", own, curves, evidence.notes(points, records))]
     for artefact in (*paper.TABLES, *paper.FIGURES):
         if chosen := paper.select(artefact, points):
-            built = tables.build(chosen, "n")
+            built = tables.build(chosen, "n", margin)
             panels = figures.of(artefact, built) if artefact in paper.FIGURES else []
             found.append(Shown(artefact.name, artefact.caption, built, panels, evidence.notes(chosen, records)))
     return found

@@ -1,4 +1,4 @@
-"""D2LoRA against LoRA, cell by cell on the same items: differences, p values, and the verdict in words."""
+"""D2LoRA against LoRA, cell by cell on the same items: differences, p values, and what they decide."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -175,41 +175,6 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
         equivalence=equivalence,
         far_p=far_p,
     )
-
-
-def verdict(found: Iterable[Comparison]) -> str:
-    """What the comparisons of one table say, in words and numbers, so that nobody reads noise as a gain."""
-    unique = list(dict.fromkeys(found))
-    if not unique:
-        return "No pair of LoRA and D2LoRA to compare yet."
-    better, worse = ([c for c in unique if sign * c.difference > 0] for sign in (1, -1))
-    text = f"D2LoRA beats LoRA in {len(better)} of {_cells(len(unique))}; beyond chance in {_chance(better)}"
-    text += f" (Holm, alpha {100 * ALPHA:.0f} %). LoRA beats D2LoRA in {len(worse)}; beyond chance in {_chance(worse)}."
-    text += f" {_equivalence(unique)}"
-    mean = 100 * sum(c.difference for c in unique) / len(unique)
-    text += f" The mean difference is {mean:+.2f} points"
-    detectable = [100 * c.detectable for c in unique if c.detectable]
-    if detectable:
-        sizes = sorted({f"{min(detectable):.1f}", f"{max(detectable):.1f}"}, key=float)
-        text += f"; before Holm's correction a cell shows differences from {' to '.join(sizes)} points on, four times in five"
-    seeds = {s for c in unique for s in c.seeds}
-    fewer = sum(len(c.seeds) < len(seeds) for c in unique)
-    draws = draws_of(p for c in unique for p in (c.lora, c.d2lora))
-    return f"{text}. {seeds_text(seeds, draws)}" + (f" {_cells(fewer)} with fewer: see seeds." if fewer else "")
-
-
-def _equivalence(unique: list[Comparison]) -> str:
-    counts = {d: sum(c.decision == d for c in unique) for d in ("equivalent", "undecided")}
-    text = f"Equivalent within {100 * unique[0].margin:g} points in {counts['equivalent']} (two one-sided tests, {100 * ALPHA:.0f} %)"
-    return f"{text}, undecided in {counts['undecided']}."
-
-
-def _cells(count: int) -> str:
-    return f"{count} cell{'s'[: count != 1]}"
-
-
-def _chance(found: list[Comparison]) -> int:
-    return sum(c.beyond_chance for c in found)
 
 
 def seeds_text(seeds: set[int], draws: set[int]) -> str:

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from d2lora.report import axes
+from d2lora.report import axes, variances, worth
 from d2lora.report.axes import LABELS
-from d2lora.report.compare import MARGIN, Comparison, comparisons, verdict
+from d2lora.report.compare import MARGIN, Comparison, comparisons
 from d2lora.report.looks import METHODS
 from d2lora.report.points import Point, differing, label_texts, size
+from d2lora.report.verdict import verdict
 from d2lora.settings import amount
 
 # Which rows are drawn and how hold-outs are made have numbers without an order: never columns unless asked for.
@@ -52,6 +53,11 @@ class Table:
     def verdict(self) -> str:
         return verdict(self.pairs.values())
 
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What else its numbers say, a line each: what a warm-up is worth in task samples, shares of the variance."""
+        return [*worth.lines(self), *variances.lines(self.points)]
+
     @property
     def marked(self) -> bool:
         return any(c.beyond_chance for c in self.pairs.values())
@@ -70,7 +76,8 @@ def build(points: Iterable[Point], column: str | None = None, margin: float = MA
     for point in points:
         groups.setdefault((point.benchmark, point.metric), []).append(point)
     return [
-        _table(benchmark, metric, group, column or column_of(group), margin) for (benchmark, metric), group in groups.items()
+        _table(benchmark, metric, group, column or column_of(group), margin)
+        for (benchmark, metric), group in groups.items()
     ]
 
 
