@@ -17,7 +17,7 @@ def _own(sweep: Sweep) -> Content | None:
     """Return the sweep's own table and curves: all of its cells."""
     if not sweep.points:
         return None
-    own = tables.build(sweep.points, sweep.columns)
+    own = tables.build(sweep.points, sweep.columns, sweep.margin)
     curves = [panel for table in own for panel in figures.panels(table, "all")]
     return Content(tables=own, panels=curves, notes=evidence.notes(sweep.points, sweep.records))
 
@@ -26,14 +26,14 @@ def _paper_table(selection: paper.Artefact, sweep: Sweep) -> Content | None:
     points = paper.select(selection, sweep.points)
     if not points:
         return None
-    return Content(tables=tables.build(points, "n"), notes=evidence.notes(points, sweep.records))
+    return Content(tables=tables.build(points, "n", sweep.margin), notes=evidence.notes(points, sweep.records))
 
 
 def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
     points = paper.select(selection, sweep.points)
     if not points:
         return None
-    built = tables.build(points, "n")
+    built = tables.build(points, "n", sweep.margin)
     told = {point for table in paper.TABLES for point in paper.select(table, sweep.points)}
     untold = [table for table in built if not told.issuperset(table.points)]
     return Content(panels=figures.of(selection, built), notes=evidence.notes(points, sweep.records), verdicts=untold)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from d2lora.records import ManifestCell, Records
+from d2lora.report.compare import MARGIN
 from d2lora.report.figures import Panel
 from d2lora.report.points import Point
 from d2lora.report.tables import Table
@@ -22,7 +23,16 @@ class Sweep:
     @property
     def columns(self) -> str | None:
         """The setting that the user wants as columns of the sweep's own table; None lets the report choose."""
-        return self.cells[0].config.get("report", {}).get("columns") if self.cells else None
+        return self._layout.get("columns")
+
+    @property
+    def margin(self) -> float:
+        """The points within which the user calls two arms equivalent."""
+        return self._layout.get("margin", MARGIN)
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        return self.cells[0].config.get("report", {}) if self.cells else {}  # older manifests have none
 
 
 @dataclass

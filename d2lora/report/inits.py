@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import mean
 
-from d2lora import stats
 from d2lora.records import Records
 from d2lora.report import figures, formats
 from d2lora.report.axes import LABELS, Axes, short_name
-from d2lora.report.compare import ALPHA, Comparison, compared, counterpart, draws_of, places, seeds_text
+from d2lora.report.compare import ALPHA, Comparison, adjust, compared, counterpart, draws_of, places, seeds_text
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, PLAIN
 from d2lora.report.points import Point, differing, label_texts, size
@@ -99,8 +98,7 @@ def _adjust(rows: Iterable[Row]) -> None:
         for benchmark, comparison in row.against.items():
             columns.setdefault(benchmark, []).append(comparison)
     for column in columns.values():
-        for comparison, adjusted in zip(column, stats.holm([c.p for c in column]), strict=True):
-            comparison.adjusted = adjusted
+        adjust(column)
 
 
 def _add_costs(row: Row, records: Records) -> None:

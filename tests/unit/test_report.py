@@ -16,7 +16,7 @@ from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.records import Records
-from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables
+from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables, verdict
 from d2lora.report.axes import MACHINE
 from d2lora.report.points import Point, points_of
 from d2lora.store import Store
@@ -299,7 +299,7 @@ def test_four_items_are_no_difference_and_none_is_no_certainty(tmp_path: Path) -
         assert (pair.interval[0] < 0 < pair.interval[1]) == few
         assert (pair.p > 0.05) == few
         assert pair.detectable > 0.079
-    assert "before Holm's correction a cell shows differences from" in compare.verdict([pair])
+    assert "before Holm's correction a cell shows differences from" in verdict.verdict([pair])
 
 
 @pytest.mark.usefixtures("undrawn")
