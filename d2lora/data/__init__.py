@@ -31,6 +31,7 @@ from d2lora.data.templates import Shape, ends, opens, refuse_tokens, render, say
 from d2lora.data.texts import LeftOut, NotText, fill, text_of
 from d2lora.data.tokens import (
     REFERENCE_BLOCK,
+    Example,
     Subset,
     conversation_example,
     encode,
@@ -51,6 +52,7 @@ __all__ = [
     "REFERENCE_BLOCK",
     "ROOT",
     "Data",
+    "Example",
     "LeftOut",
     "NotText",
     "Row",
