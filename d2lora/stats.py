@@ -1,7 +1,8 @@
-"""Intervals and paired tests on per-item scores. Pure functions; seeded, so a report made again has the same numbers.
+"""Compute intervals and paired tests on per-item scores. Pure functions, seeded, so a report always has the same
+numbers.
 
-Scores are arrays (runs, items): one row a training seed, one column a test item; a comparison takes the difference of two
-such arrays, item by item, because both arms answered the same items.
+Scores are arrays (runs, items): one row for each training seed, one column for each test item. A comparison takes the
+difference of two such arrays item by item, because both were measured on the same items.
 """
 
 import functools
@@ -14,30 +15,30 @@ _Z = NormalDist().inv_cdf(0.975)
 
 
 def interval(scores: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of scores (runs, items).
+    """Return the 95 % interval of the mean of scores (runs, items).
 
-    One run of right or wrong: Wilson's, which keeps its coverage with few items and near 0 or 1, where a resampling
-    interval shrinks to nothing. Anything else: percentiles of the two-level bootstrap.
+    One run of right or wrong answers: Wilson's interval, which keeps its coverage with few items and near 0 or 1, where
+    a resampled interval is far too narrow. Otherwise: percentiles of the two-level bootstrap.
     """
     if len(scores) == 1 and is_binary(scores):
         return wilson(int(scores.sum()), scores.shape[1])
     return clipped(percentiles(bootstrap(scores)), 0.0, scores)
 
 
-def clipped(found: tuple[float, float], lowest: float, *scores: np.ndarray) -> tuple[float, float]:
-    """An interval kept within lowest and 1 if all scores are within 0 and 1: few runs would leave room for more."""
+def clipped(bounds: tuple[float, float], lowest: float, *scores: np.ndarray) -> tuple[float, float]:
+    """Clip an interval to [lowest, 1] if all scores are within 0 and 1: with few runs it can be wider."""
     if all(x.min() >= 0 and x.max() <= 1 for x in scores):
-        return max(lowest, found[0]), min(1.0, found[1])
-    return found
+        return max(lowest, bounds[0]), min(1.0, bounds[1])
+    return bounds
 
 
 def is_binary(scores: np.ndarray) -> bool:
-    """Whether all scores are right (1) or wrong (0)."""
+    """Tell whether all scores are right (1) or wrong (0)."""
     return bool(np.isin(scores, (0, 1)).all())
 
 
 def wilson(right: int, items: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927, equation 4)."""
+    """Return Wilson's 95 % interval of a share (Wilson 1927, equation 4)."""
     share, z2 = right / items, _Z**2
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
     half = _Z / (1 + z2 / items) * (share * (1 - share) / items + z2 / (4 * items**2)) ** 0.5
@@ -45,9 +46,10 @@ def wilson(right: int, items: int) -> tuple[float, float]:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided exact McNemar test of two arrays (items,) of right (1) and wrong (0): p.
+    """Return p of the two-sided exact McNemar test of two arrays (items,) of right (1) and wrong (0).
 
-    Under the null each item that only one of them has right is a fair coin (McNemar 1947); ties say nothing.
+    Under the null hypothesis each item that only one of them gets right is a fair coin (McNemar 1947); ties do not
+    count.
     """
     from scipy.special import bdtr
 
@@ -56,15 +58,15 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def newcombe(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """95 % interval of second - first, shares of right (1) among the same items (items,), by adding Wilson's in squares.
+    """Return the 95 % interval of second - first, two shares of right answers (1) to the same items (items,).
 
-    Newcombe 1998 (Stat Med 17:2635), method 10. Resampling would find [0, 0] where no item differs and exclude 0 where
-    four do, all on one side (exact McNemar: p = 0.125).
+    Newcombe 1998 (Stat Med 17:2635), method 10: Wilson's intervals of both shares, combined. Resampling would return
+    [0, 0] where no item differs, and would exclude 0 where four differ in one direction (exact McNemar: p = 0.125).
     """
     items, a, b = len(first), int(first.sum()), int(second.sum())
     (low_a, high_a), (low_b, high_b) = wilson(a, items), wilson(b, items)
     together = items * float((first * second).sum()) - a * b
-    together = max(together - items / 2, 0.0) if together > 0 else together  # his continuity correction
+    together = max(together - items / 2, 0.0) if together > 0 else together  # Newcombe's continuity correction
     spread = (a * (items - a) * b * (items - b)) ** 0.5
     phi = together / spread if spread else 0.0
     add = lambda x, y: (x * x - 2 * phi * x * y + y * y) ** 0.5  # noqa: E731
@@ -74,27 +76,31 @@ def newcombe(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
 
 
 def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
+    """Return resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
 
-    Items are drawn again. What other training runs would give is not: of two or three runs that shows far too little. It
-    is drawn from Student's t with runs - 1 degrees of freedom, times the standard error of the runs' means. The sum is the
-    Behrens-Fisher distribution (Fisher 1935), which errs to the wide side. Satterthwaite's approximation is narrower but
-    calls two runs' luck significant at 5 % in up to 12 % of cells, where runs spread two to five times as far as items.
+    Items are resampled. Runs are not, because two or three of them show far too little of their variation: it is drawn
+    from Student's t with runs - 1 degrees of freedom, times the standard error of the runs' means. The sum has the
+    Behrens-Fisher distribution (Fisher 1935), whose intervals are too wide rather than too narrow. Satterthwaite's
+    approximation is narrower, but calls chance differences of two runs significant at 5 % in up to 12 % of cells, where
+    runs vary two to five times as much as items.
     """
     runs, items = scores.shape
     drawn = _draws(items, resamples, seed) @ scores.mean(axis=0, dtype=float).astype(np.float32) / items
     if runs == 1:
         return drawn.astype(float)
     mean = scores.mean(dtype=float)
-    # Right and wrong are counted in whole items, so runs with equal counts need not be equal: Sheppard's correction.
+    # Runs with equal counts of right answers may still differ by less than an item: Sheppard's correction for rounding.
     variance = scores.mean(axis=1, dtype=float).var(ddof=1) + 1 / (12 * items**2)
     others = (variance / runs) ** 0.5 * _t(runs - 1, resamples, seed + 1)
     return mean + _own_share(scores) ** 0.5 * (drawn - mean) + others
 
 
 def _own_share(scores: np.ndarray) -> float:
-    """How much of the variance between items' means is the items' own; the rest, noise of single runs, is in the spread of
-    the runs already. From the mean squares of a two-way analysis of variance (items, runs)."""
+    """Return which share of the variance between items' means comes from the items themselves.
+
+    The rest is noise of single runs, which the spread of the runs includes already. Computed from the mean squares of a
+    two-way analysis of variance (items, runs).
+    """
     means = scores.mean(axis=0, dtype=float)
     rest = scores - means - (scores.mean(axis=1, keepdims=True, dtype=float) - means.mean())
     return max(0.0, 1 - rest.var() / ((len(scores) - 1) * means.var())) if means.var() else 0.0
@@ -102,7 +108,9 @@ def _own_share(scores: np.ndarray) -> float:
 
 @functools.lru_cache(maxsize=4)
 def _t(freedom: int, resamples: int, seed: int) -> np.ndarray:
-    """Student's t (resamples,): its quantiles in random order, as the tails of one degree of freedom are far out."""
+    """Return values of Student's t (resamples,): its quantiles in random order, since with one degree of freedom random
+    draws vary too much.
+    """
     from scipy.special import stdtrit
 
     quantiles = stdtrit(freedom, (np.arange(resamples) + 0.5) / resamples)
@@ -111,33 +119,35 @@ def _t(freedom: int, resamples: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _draws(size: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of `size` things is drawn in each resample: counts (resamples, size), exact in float32.
+    """Return how often each of `size` items is drawn in each resample: counts (resamples, size), exact in float32.
 
-    The same for all arrays of a size, so a mean of many arrays is one matrix product.
+    They are the same for all arrays of a size, so the resampled means of an array are one matrix product.
     """
     generator = np.random.default_rng([seed, size])
     counts = np.empty((resamples, size), np.float32)
     for start in range(0, resamples, 1000):  # in parts: the indices take twice the memory of the counts
         rows = min(1000, resamples - start)
-        places = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
-        counts[start : start + rows] = np.bincount(places.ravel(), minlength=rows * size).reshape(rows, size)
+        positions = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+        counts[start : start + rows] = np.bincount(positions.ravel(), minlength=rows * size).reshape(rows, size)
     return counts
 
 
 def percentiles(resampled: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled means."""
+    """Return the middle 95 % of resampled means."""
     low, high = np.percentile(resampled, (2.5, 97.5))
     return float(low), float(high)
 
 
 def bootstrap_p(resampled: np.ndarray) -> float:
-    """Two-sided p of a difference of zero: twice the smaller share of resampled differences on either side of it."""
+    """Return the two-sided p of a difference of zero: twice the smaller share of resampled differences on either side
+    of it.
+    """
     side = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
     return min(1.0, 2 * (1 + side) / (1 + len(resampled)))
 
 
 def holm(p: list[float]) -> list[float]:
-    """P values adjusted for being several (Holm 1979): significant at alpha where the adjusted value is at most alpha."""
+    """Adjust p values for multiple tests (Holm 1979): significant at alpha where the adjusted value is at most alpha."""
     order = sorted(range(len(p)), key=p.__getitem__)
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
@@ -147,11 +157,11 @@ def holm(p: list[float]) -> list[float]:
 
 
 def smallest_detectable(resampled: np.ndarray, exact_items: int | None = None) -> float:
-    """The smallest true difference that a two-sided test at 5 % finds with power 80 %, before any correction.
+    """Return the smallest true difference that a two-sided test at 5 % detects with power 80 %, before any correction.
 
-    Half of the middle 95 % of resampled differences and half of their middle 60 %: 1.96 and 0.84 standard errors where
-    they are normal, more with few runs. The exact McNemar test of `exact_items` items needs 6 that differ, all on one side
-    (5 have p = 0.06); where 7.9 are expected at least so many come four times in five (Poisson).
+    It is half of the middle 95 % of resampled differences plus half of their middle 60 %: 1.96 and 0.84 standard errors
+    if they are normal, more with few runs. The exact McNemar test of `exact_items` items needs 6 items that differ in
+    one direction (5 have p = 0.06); if 7.9 are expected, at least 6 occur with probability 80 % (Poisson).
     """
     from scipy.special import gammaincinv
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from d2lora.data.texts import LeftOut, NotText, is_blank, shown, text_of
+from d2lora.data.texts import LeftOut, NotText, is_blank, quoted, text_of
 from d2lora.errors import UserError
 
 Message = dict[str, Any]  # a turn as chat templates take it
@@ -94,7 +94,7 @@ def written(text: str) -> list[Turn] | None:
         return None
     parts = _parsed(text)
     if parts is None and _TURN.search(text) and text.rstrip().endswith("]"):
-        raise NotText(f"{shown(text)} is a conversation, in neither JSON nor Python")
+        raise NotText(f"{quoted(text)} is a conversation, in neither JSON nor Python")
     if isinstance(parts, list) and all(isinstance(part, dict) and _is_known(part) for part in parts):
         return parts
     return None

@@ -255,10 +255,8 @@ def _search(
     """Return for each item that a row overlaps with, by its index, what `overlap` says of it."""
     questions_index, runs, some = index
     hits: dict[int, dict] = defaultdict(dict)
-    met_questions, met_texts = (
-        set[Group](),
-        set[Group](),
-    )  # looked up already: the columns of a data set often repeat each other
+    # What is looked up already: the columns of a data set often repeat each other.
+    met_questions, met_texts = set[Group](), set[Group]()
     filled = set[tuple[str, Group]]()
     for number, row in enumerate(rows):
         raw = [(text,) for text in texts(row, columns)]

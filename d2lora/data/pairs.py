@@ -11,7 +11,7 @@ from typing import Any
 
 from d2lora.data.conversations import Message, Turn, is_silent, message, written
 from d2lora.data.files import Row
-from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, shown, text_of
+from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, quoted, text_of
 from d2lora.errors import UserError
 from d2lora.settings import Task
 
@@ -179,7 +179,7 @@ def _checked(task: Task, name: str, value: Any, blank: bool = False) -> str:
     try:
         text = text_of(value)
     except NotText:
-        raise BadRow(f"{name} holds no text", shown(value)) from None
+        raise BadRow(f"{name} holds no text", quoted(value)) from None
     if not blank and is_blank(text):
         raise _nothing(task, name)
     return text

@@ -233,7 +233,7 @@ def _where(rows: list[Row], data: Data, column: str, values: list) -> list[Row]:
     """Keep the rows whose column has one of the values. UserError for a value that no row has, since it is probably
     mistyped.
     """
-    need(rows, data, column, empty=True)
+    require_columns(rows, data, column, empty=True)
     present = {_named(row[column]) for row in rows}
     if absent := [str(value) for value in values if _named(value) not in present]:
         raise UserError(
@@ -272,7 +272,7 @@ def _from_hub(data: Data) -> list[Row]:
         raise UserError(hub_problem("data.path", data.path, error)) from None
 
 
-def need(rows: list[Row], data: Data, *columns: str, empty: bool = False) -> None:
+def require_columns(rows: list[Row], data: Data, *columns: str, empty: bool = False) -> None:
     """Raise UserError naming the columns that rows lack, or where they are null unless `empty` allows it, and those
     rows.
     """
@@ -289,7 +289,7 @@ def need(rows: list[Row], data: Data, *columns: str, empty: bool = False) -> Non
             raise UserError(f"data.path={data.path}: {listed(nulls)}: nothing in column {column}")
 
 
-def need_braces(template: str, rows: list[Row], path: str) -> None:
+def require_braces(template: str, rows: list[Row], path: str) -> None:
     """Raise UserError for a template that is the bare name of a column: that name would be trained on instead of the
     values.
     """

@@ -112,7 +112,7 @@ def _trl_templates() -> dict[str, str]:
     return pairs
 
 
-def need(tokenizer: "Tokenizer") -> None:
+def require_template(tokenizer: "Tokenizer") -> None:
     """Raise UserError for a model without a chat template."""
     if tokenizer.chat_template is None:
         raise UserError("the model has no chat template, which conversations need: use m=0, or an instruct model")
@@ -130,7 +130,7 @@ def render(
 
     UserError if there is no template, or if it refuses the conversation.
     """
-    need(tokenizer)
+    require_template(tokenizer)
     template = template or _own(tokenizer, tools)
     if _wants_parts(tokenizer, template):
         messages = _in_parts(messages)
@@ -224,7 +224,7 @@ def _shape(tokenizer: "Tokenizer", template: str | None) -> Shape:
     )
 
 
-def opens(tokenizer: "Tokenizer") -> list[int]:
+def answer_starts(tokenizer: "Tokenizer") -> list[int]:
     """Return the ids of tokens after which a generated answer begins: the end of a thought, and the last token of the
     `opening`.
     """
@@ -296,7 +296,7 @@ def _guarded(tokenizer: "Tokenizer", template: str) -> re.Pattern:
 # --- what a rendering must contain -----------------------------------------------------------------------------------
 
 
-def known_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list | None) -> list[Message]:
+def renderable_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list | None) -> list[Message]:
     """Return the messages with their tool calls in the form that the template renders. UserError if it drops calls in
     every form.
 

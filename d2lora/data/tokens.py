@@ -78,7 +78,7 @@ def subset(
     for index in shuffled(len(rows), seed):
         if len(examples) == block_end:
             break
-        example, fate = made(tokenize, rows[index], max_length)
+        example, fate = example_and_fate(tokenize, rows[index], max_length)
         if fate.startswith(BAD):
             if len(used) >= limit:
                 break  # the row would only fill the last block, and is not part of the subset
@@ -97,7 +97,7 @@ def subset(
 FITS, LONG, BAD = "fits", "too long", "error: "
 
 
-def made(tokenize: Callable[[Row], Example], row: Row, max_length: int) -> tuple[Example | None, str]:
+def example_and_fate(tokenize: Callable[[Row], Example], row: Row, max_length: int) -> tuple[Example | None, str]:
     """Make a row's example and return it with the row's fate: FITS, LONG, BAD followed by the error, or why it is left
     out.
 
@@ -236,12 +236,12 @@ def conversation_example(tokenizer: "Tokenizer", messages: Any, tools: Any = Non
     turns. Then TRL's training template is used, if TRL has one; if not, each turn becomes a sequence of its own, and
     the example is {turns: [{input_ids, labels}, ...]}, still one sample. UserError if a turn can't be rendered.
     """
-    templates.need(tokenizer)
+    templates.require_template(tokenizer)
     read, offered = conversation(messages), tools_of(tools)
     for message in read.messages:
         for text in _texts_of(message):
             templates.refuse_tokens(tokenizer, text, f"a turn ({message['role']})")
-    messages = templates.known_calls(tokenizer, read.messages, offered)
+    messages = templates.renderable_calls(tokenizer, read.messages, offered)
     training = templates.training_template(tokenizer)
     try:
         turns = [_turn(tokenizer, messages, offered, None, index) for index in read.learned]

@@ -11,9 +11,8 @@ from d2lora.settings import Benchmark
 
 Progress = Callable[[int, int], None]  # called with the number of finished requests, and of all
 
-Item = dict[
-    str, Any
-]  # a line of items.jsonl: index, prompt, answer, gold, a value for each metric; of choices all of them
+# A line of items.jsonl: index, prompt, answer, gold, a value for each metric; for choices also all choices.
+Item = dict[str, Any]
 
 
 class Score(TypedDict):

@@ -55,7 +55,7 @@ class WatchedLM(HFLM):
         self.ends = {self.tok_decode(end, skip_special_tokens=False) for end in self.end_ids}
         self.cache_hook = _Cuts()
         self.opening = data.shape(self.tokenizer).opening if chat else ""
-        self.before = data.opens(self.tokenizer) if chat else []
+        self.before = data.answer_starts(self.tokenizer) if chat else []
 
     @property
     def cut(self) -> set[str]:

@@ -45,7 +45,7 @@ def _choices(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "output_type": "multiple_choice",
         "doc_to_choice": lambda doc: data.choices(benchmark, rows[doc["row"]]),
-        "doc_to_target": lambda doc: data.right(benchmark, rows[doc["row"]]),
+        "doc_to_target": lambda doc: data.right_choice(benchmark, rows[doc["row"]]),
     }
 
 

@@ -113,9 +113,8 @@ def _lay(texts: list[_Text], starts: list[tuple[int, int]], length: int) -> tupl
     """Return one forward pass, and (target, example, answer, column) of its predicted tokens."""
     shape = (1 + max(row for row, _ in starts), length)
     rows: Packed = {key: torch.zeros(shape, dtype=torch.long) for key in ("ids", "positions", "part")}
-    rows["ids"] += texts[0][0].ids[
-        0
-    ]  # a padding token's embedding may be 0, and the root of its size has no gradient (Gemma 3n)
+    # Padded with a real token: the padding token's embedding may be 0, where the root of its norm has no gradient (Gemma 3n).
+    rows["ids"] += texts[0][0].ids[0]
     rows["sequence"] = torch.full(shape, -1)
     sources, predicted = [], []
     for index, (text, (row, start)) in enumerate(zip(texts, starts, strict=True)):

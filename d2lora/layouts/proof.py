@@ -298,9 +298,7 @@ def _small_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small(config), attn_implementation=attention).eval()
     for weight in model.parameters():
-        if (
-            weight.dim() > 1
-        ):  # with the small weights of a usual initialization, nearly uniform outputs would hide differences
+        if weight.dim() > 1:  # usual initial weights are so small that nearly uniform outputs would hide differences
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
