@@ -12,6 +12,7 @@ of an evaluation compared with single texts.
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import os
 import sys
@@ -19,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,26 +39,24 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from d2lora.adapters import attach, coverage
-from d2lora.base import Base, _load
+from d2lora.adapters.start import Start
+from d2lora.base import Base, read_base
 from d2lora.command import grid
 from d2lora.data import Subset
 from d2lora.errors import UserError
 from d2lora.layouts import proof
 from d2lora.layouts.packing import Layout
+from d2lora.plan import Cell
 from d2lora.settings import Model, Recipe
+from d2lora.stages.adapt import AdaptSpec
 from d2lora.train import training
 
 SCALE = 4  # a model without opinions hides what it is given: fresh weights are that much larger
-METHODS: dict[str, dict[str, Any]] = {
-    "sft": {"name": "sft"},
-    "dpo": {"name": "dpo", "beta": 0.1, "reference": "warm_start"},
-    "orpo": {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
-}
-SPEC: dict[str, Any] = {
-    "batch": 4, "epochs": 1, "lr": 2e-3, "schedule": "constant", "lr_warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-    "seed": 0, "max_length": 512, "model": {"dtype": "float32"}, "init": {"name": "lora"},
-    "lora": {"r": 4, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"},
-}  # fmt: skip
+METHODS = ("sft", "dpo", "orpo")
+SETTINGS = [
+    "method.epochs=1", "recipe.batch=4", "recipe.micro_batch=2", "recipe.schedule=constant", "recipe.max_length=512",
+    "recipe.lora.r=4", "recipe.lora.alpha=4", *(f"recipe.lr.{method}=2e-3" for method in METHODS),
+]  # fmt: skip
 
 
 @dataclass
@@ -103,27 +102,43 @@ def pairs(count: int = 8) -> list[dict[str, list[int]]]:
     return [{"prompt_ids": ids(10, 30), "chosen_ids": ids(8, 30), "rejected_ids": ids(8, 30)} for _ in range(count)]
 
 
-def recipe() -> Recipe:
-    """The default recipe, with batches of four examples in two micro-batches."""
+def cell(method: str) -> Cell:
+    """A cell of the default recipe, with batches of four examples in two micro-batches."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return grid.cell_of(compose("config", overrides=["recipe.batch=4", "recipe.micro_batch=2"])).config.recipe
+        return grid.cell_of(compose("config", overrides=[f"method={method}", *SETTINGS]))
+
+
+def recipe() -> Recipe:
+    """The recipe of all trainings."""
+    return cell(METHODS[0]).config.recipe
+
+
+@functools.cache
+def spec_of(method: str) -> AdaptSpec:
+    """What a training is told, of a model that only its type tells apart."""
+    adapt = cell(method).chain.adapt
+    assert adapt is not None, "n is above 0"
+    return replace(adapt.spec, model={"dtype": "float32"})
+
+
+SPEC: dict[str, Any] = spec_of(METHODS[0]).content()
 
 
 def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:
     """The configuration's model, saved with the lab's tokenizer and loaded as a run loads it."""
     build(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base").save_pretrained(folder / "model")
-    return _load(Model(name=name, path=str(folder / "model")), folder)
+    return read_base(Model(name=name, path=str(folder / "model")), folder)
 
 
 def trained(
     base: Base, method: str, folder: Path, settings: Recipe, layout: Layout | None = None
 ) -> tuple[dict, dict, dict]:
     """(metrics, adapter before, adapter after) of a training; with a `layout`, in that one whatever a proof would say."""
-    drawn, spec = Subset(pairs(), list(range(8)), []), SPEC | {"method": METHODS[method]}
-    attach.check_round_trip(base, spec, folder.parent / "proofs")
+    drawn, spec = Subset(pairs(), list(range(8)), []), spec_of(method)
+    attach.check_round_trip(base, Start(spec.lora, spec.init, spec.seed), spec.model, folder.parent / "proofs")
     forced = mock.patch.object(proof, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
-    with attach.adapter(base, spec, None) as wrapped, forced:
+    with attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped, forced:
         torch.manual_seed(1)
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:  # as after a warm-up
@@ -133,7 +148,7 @@ def trained(
         metrics = training.train(base, wrapped, drawn, spec, settings, *arguments)
         after, saved = weights(wrapped), attach.save(base, wrapped, folder / "record")
         metrics["coverage"] = coverage.of(wrapped)
-    attach.check_saved(base, saved, folder / "record", "lora")
+    attach.check_saved(base, saved, folder / "record")
     return metrics, before, after
 
 
@@ -158,7 +173,7 @@ def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, e
             row.attention = base.model.config._attn_implementation
         if row.refused:
             return row
-        compared = METHODS if every else [list(METHODS)[sum(map(ord, name)) % 3]]
+        compared = METHODS if every else [METHODS[sum(map(ord, name)) % 3]]
         for method in METHODS:
             with refusal(row, method):
                 metrics, start, found = trained(base, method, folder / method, settings)

@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,11 +24,6 @@ PEAK = 989e12
 # Deciles 0, 10, ..., 100 of tokens in 2,000 real step-preference rows: prompt with shared steps, and one step.
 PROMPT = (63, 134, 175, 206, 234, 265, 296, 346, 407, 513, 1000)
 STEP = (2, 14, 18, 21, 24, 28, 31, 36, 42, 56, 420)
-METHODS = {
-    "sft": {"name": "sft"},
-    "dpo": {"name": "dpo", "beta": 0.1, "reference": "warm_start"},
-    "orpo": {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
-}
 LAYOUTS = {
     "padded": ("padded", "sdpa"),
     "prefix_shared": ("prefix_shared", "sdpa"),
@@ -86,18 +82,23 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
     from hydra import compose, initialize_config_dir
 
     from d2lora.adapters import attach
+    from d2lora.adapters.start import Start
     from d2lora.command import grid
     from d2lora.data import Subset
     from d2lora.train import training
 
-    settings = {"batch": args.batch, "micro_batch": args.micro, **how}
+    settings = {
+        "batch": args.batch,
+        "micro_batch": args.micro,
+        "max_length": 2048,
+        "lora.r": 16,
+        "lora.alpha": 16,
+        **how,
+    }
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        recipe = grid.cell_of(compose("config", [f"recipe.{k}={v}" for k, v in settings.items()])).config.recipe
-    spec = {
-        "method": METHODS[method], "batch": args.batch, "epochs": 1, "lr": 1e-6, "schedule": "cosine", "lr_warmup_ratio": 0.0,
-        "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "max_length": 2048, "model": {"dtype": dtype()},
-        "lora": {"r": 16, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}, "init": {"name": "lora"},
-    }  # fmt: skip
+        overrides = [f"method={method}", "method.epochs=1", *(f"recipe.{k}={v}" for k, v in settings.items())]
+        cell = grid.cell_of(compose("config", overrides))
+    recipe, spec = cell.config.recipe, replace(cell.chain.adapt.spec, lr=1e-6, model={"dtype": dtype()})
     clocks: list[float] = []
     memory: list[float] = []
 
@@ -109,7 +110,10 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
                 torch.cuda.reset_peak_memory_stats()
         clocks.append(time.monotonic())
 
-    with tempfile.TemporaryDirectory() as folder, attach.adapter(base, spec, None) as wrapped:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped,
+    ):
         drawn = Subset(pairs, list(range(len(pairs))), [])
         metrics = training.train(base, wrapped, drawn, spec, recipe, Path(folder), watch, Path(folder) / "reference")
     seconds = (clocks[-1] - clocks[1]) / (len(clocks) - 2)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +44,9 @@ def prepare(rows: str | None, pairs: int, method: str):
         cell = grid.cell_of(compose("config", overrides=[f"method={method}", f"n={pairs}", *real, *keep]))
     base = load_base(cell.config.model, ROOT / "outputs" / "models")
     make = functools.partial(data.pair_example, base.tokenizer, cell.config.task)
-    spec = cell.chain.adapt.spec.content() | {"epochs": 1, "lr": 1e-5}
-    drawn = data.subset(data.rows(cell.config.task.data), make, pairs, spec["max_length"], "task/0")
+    spec = cell.chain.adapt.spec
+    spec = replace(spec, lr=1e-5, method=spec.method.model_copy(update={"epochs": 1}))
+    drawn = data.subset(data.rows(cell.config.task.data), make, pairs, spec.max_length, "task/0")
     return base, drawn, spec, cell.config.recipe
 
 
@@ -62,11 +64,12 @@ class Counter:
 
 def ours(base, drawn, spec, recipe, folder: Path) -> dict:
     from d2lora.adapters import attach
+    from d2lora.adapters.start import Start
     from d2lora.layouts import proof
     from d2lora.train import training
     from d2lora.train.dpo import PackedDPOTrainer
 
-    with attach.adapter(base, spec, None) as wrapped:
+    with attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped:
         counter = Counter(base.model.base_model)
         reference, choose, spent = PackedDPOTrainer.before_training, proof.choose, []
         PackedDPOTrainer.before_training = lambda *a, **k: timed(reference, spent, *a, **k)
@@ -110,9 +113,10 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
     from trl.experimental.utils import DPODataCollatorWithPadding
 
     from d2lora.adapters import attach
+    from d2lora.adapters.start import Start
     from d2lora.train import training
 
-    dpo = spec["method"]["name"] == "dpo"
+    dpo = spec.method.name == "dpo"
     plain = type("Plain", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *a, **k: dataset})
     if not dpo:
         plain = type("Plain", (ORPOTrainer,), {"tokenize_row": orpo_row})
@@ -120,12 +124,12 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
         {**e, "length": max(len(e["chosen_ids"]), len(e["rejected_ids"])) + len(e["prompt_ids"])}
         for e in drawn.examples
     ]
-    settings = training.arguments(training.Settings.of(spec), recipe, folder, 1) | {"beta": spec["method"]["beta"]}
-    settings |= {"max_length": None if dpo else spec["max_length"]}
+    settings = training.arguments(spec, recipe, folder, 1) | {"beta": spec.method.beta}
+    settings |= {"max_length": None if dpo else spec.max_length}
     if best:
         settings |= {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
         settings |= {"precompute_ref_log_probs": True} if dpo else {}
-    with attach.adapter(base, spec, None) as wrapped:
+    with attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped:
         counter, spent = Counter(base.model.base_model), []
         if best and dpo:
             inner = plain._precompute_ref_logps

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import psutil
@@ -50,7 +51,7 @@ class Base:
     snapshot: Snapshot
 
     def check(self) -> None:
-        """RuntimeError if anything has changed the base's weights since they were loaded."""
+        """Raise RuntimeError if anything has changed the base's weights since they were loaded."""
         if checksum(self.model) != self.checksum:
             raise RuntimeError(f"the weights of the base {self.name} were changed by an earlier stage in this process")
 
@@ -63,84 +64,90 @@ class Base:
         self.snapshot.restore(self.model)
         self.check()
 
-    def attention(self, asked: str) -> str:
-        """The implementation of attention to train with: what was asked for, but eager where a family has no other."""
-        loaded = self.model.config._attn_implementation
-        return loaded if asked == "sdpa" else asked
+    def attention(self, wanted: str) -> str:
+        """Return the implementation of attention to train with: the recipe's, but eager where a family has no other."""
+        loaded: str = self.model.config._attn_implementation
+        return loaded if wanted == "sdpa" else wanted
 
 
-_loaded: dict[str, Base] = {}
+LOADED: dict[str, Base] = {}  # the one base of this process, by its config as JSON
 
 
 def device() -> str:
-    """Where everything runs: one GPU if there is one."""
+    """Return where everything runs: on one GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def memory_mb() -> float:
-    """GPU memory in use now; without a GPU, the resident memory of the process."""
+    """Return the GPU memory in use now; without a GPU, the resident memory of the process."""
     used = torch.cuda.memory_allocated() if device() == "cuda" else psutil.Process().memory_info().rss
     return round(used / 2**20, 1)
 
 
 def load_base(model: Model, cache: Path) -> Base:
-    """The base of a config, from memory if this process has it. `cache` is where GGUF weights are kept as safetensors."""
+    """Return the base of a config, from memory if this process has it. `cache` is where GGUF weights are kept as safetensors."""
     name = model.model_dump_json()
-    if name not in _loaded:
-        if not _loaded:
+    if name not in LOADED:
+        if not LOADED:
             gc.freeze()  # half a million objects of imports are never garbage: each collection would pass over them, for 0.3 s
-        _loaded.clear()  # one base at a time: two of 8 B would not fit
+        LOADED.clear()  # one base at a time: two of 8 B would not fit
         gc.collect()
-        _loaded[name] = _load(model, cache)
-    _loaded[name].check()
-    return _loaded[name]
+        LOADED[name] = read_base(model, cache)
+    LOADED[name].check()
+    return LOADED[name]
 
 
-def _load(model: Model, cache: Path) -> Base:
-    place = data.model_files(model)
+def read_base(model: Model, cache: Path) -> Base:
+    """Return a base from disk or the Hub, not kept. UserError where it cannot be read, or is no causal language model."""
+    path = data.model_files(model)
     if model.gguf_package:
-        assert place is not None, "a GGUF package has files"
-        place = _from_gguf(place, cache)
-    source, remote = (
-        str(place or model.path),
-        {"revision": model.revision, "trust_remote_code": model.trust_remote_code},
-    )
+        assert path is not None, "a GGUF package has files"
+        path = _from_gguf(path, cache)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **remote)
-        data.set_up(tokenizer, model.thinking)
-        config = families.settled(AutoConfig.from_pretrained(source, **remote))
-        load = functools.partial(
-            AutoModelForCausalLM.from_pretrained,
-            source,
-            config=config,
-            dtype=getattr(torch, model.dtype),
-            use_safetensors=True,
-            **remote,
-        )
-        found = _with_attention(load)
+        tokenizer, net = _from_pretrained(model, str(path or model.path))
     except OSError as error:
-        if place:
+        if path:
             raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
         raise UserError(data.hub_problem("model.path", model.path, error)) from None
     except ValueError as error:  # transformers has no causal language model of the family, or its code is not trusted
         raise UserError(f"model.path={model.path}: {str(error).splitlines()[0][:200]}") from error
+    _set_up(tokenizer, net, model.name)
+    if device() == "cpu" and model.dtype != "float32":
+        print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)
+    net.to(device()).eval().requires_grad_(False)  # type: ignore[arg-type]  # transformers hides its argument
+    return Base(model.name if path else model.path, net, tokenizer, checksum(net), Snapshot.of(net))
+
+
+def _from_pretrained(model: Model, source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(source, **remote)
+    data.set_up(tokenizer, model.thinking)
+    config = families.settled(AutoConfig.from_pretrained(source, **remote))
+    load = functools.partial(
+        AutoModelForCausalLM.from_pretrained,
+        source,
+        config=config,
+        dtype=getattr(torch, model.dtype),
+        use_safetensors=True,
+        **remote,
+    )
+    return tokenizer, _with_attention(load)
+
+
+def _set_up(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, name: str) -> None:
+    """Give a base what it may lack: a token to pad with, ends to stop at; and take what its checkpoint asks of generation."""
     if tokenizer.pad_token is None:
         # only ever masked: labels and attention masks say what is padding
         tokenizer.pad_token = tokenizer.eos_token or data.shape(tokenizer).end
     # Greedy means greedy: some checkpoints ask for penalties and temperatures of their own.
-    asked = found.generation_config
-    ends = {k: getattr(asked, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = {k: getattr(net.generation_config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ends["eos_token_id"] = data.ends(tokenizer, ends["eos_token_id"])
-    data.say_end(tokenizer, model.name)
-    found.generation_config = GenerationConfig(**ends)
-    if device() == "cpu" and model.dtype != "float32":
-        print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)
-    found.to(device()).eval().requires_grad_(False)
-    return Base(model.name if place else model.path, found, tokenizer, checksum(found), Snapshot.of(found))
+    data.say_end(tokenizer, name)
+    net.generation_config = GenerationConfig(**ends)
 
 
 def _with_attention(load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """A model with PyTorch's attention, or with its own ("eager") where its family has no other."""
+    """Return a model with PyTorch's attention, or with its own ("eager") where its family has no other."""
     try:
         return load(attn_implementation="sdpa")
     except ValueError as error:
@@ -150,25 +157,25 @@ def _with_attention(load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 
 def _from_gguf(file: Path, cache: Path) -> Path:
-    """The folder with a GGUF model as safetensors, made once: reading GGUF takes many seconds."""
+    """Return the folder with a GGUF model as safetensors, written once: reading GGUF takes many seconds."""
     folder = cache / data.digest(file)[:20]
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            making = Path(temporary) / "model"
-            found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            found.config.__dict__.pop("quantization_config", None)
-            found.hf_quantizer = None
-            found.is_quantized = False
-            found.save_pretrained(making)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(making)
+            unfinished = Path(temporary) / "model"
+            net = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            net.config.__dict__.pop("quantization_config", None)
+            net.hf_quantizer = None  # type: ignore[assignment]  # a plain attribute, where torch knows of modules only
+            net.is_quantized = False  # type: ignore[assignment]
+            net.save_pretrained(unfinished)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
             with contextlib.suppress(OSError):  # another worker was faster
-                making.rename(folder)
+                unfinished.rename(folder)
     return folder
 
 
 def checksum(model: torch.nn.Module) -> int:
-    """A checksum of all weights' bits that adapters do not change; a sum of integers, so exact in any order."""
+    """Return a checksum of all weights' bits that adapters do not change; a sum of integers, so exact in any order."""
     kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     total = 0
     for name, weight in sorted(model.state_dict().items()):

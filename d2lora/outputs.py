@@ -17,9 +17,9 @@ from typing import Any
 
 from d2lora.settings import Config
 
-ROOT = Path(
-    __file__
-).parent.parent  # the project's folder: relative paths are meant from here, wherever a command is typed
+# The project's folder: relative paths are meant from here, wherever a command is typed.
+ROOT = Path(__file__).parent.parent
+_LOCKS = ".locks"  # in the store, beside the folders of the kinds
 
 
 def project_path(typed: str) -> Path:
@@ -52,9 +52,18 @@ class Outputs:
         """Return the folder of a stage's record."""
         return self.store / kind / key
 
+    def unfinished(self, kind: str, key: str, token: str = "*") -> Path:
+        """Return the hidden folder in which a worker does a stage; `token` tells those of several workers apart, `*` matches any."""
+        return self.store / kind / f".{key}-{token}"
+
+    def entries(self) -> list[Path]:
+        """Return what lies in the folders of the store, in order: records, unfinished ones, and what does not belong there."""
+        kinds = (folder for folder in self.store.glob("*") if folder.name != _LOCKS)
+        return sorted(path for kind in kinds for path in (kind.iterdir() if kind.is_dir() else [kind]))
+
     def lock(self, key: str) -> Path:
         """Return the file that a worker locks while it does a stage."""
-        return self.store / ".locks" / f"{key}.lock"
+        return self.store / _LOCKS / f"{key}.lock"
 
     @property
     def manifests(self) -> Path:
@@ -64,6 +73,10 @@ class Outputs:
     def manifest(self, sweep: str) -> Path:
         """Return the file of a sweep's manifest."""
         return self.manifests / f"{sweep}.json"
+
+    def damaged_manifest(self, sweep: str) -> Path:
+        """Return where a manifest that cannot be read is moved to."""
+        return self.manifests / f"{sweep}.json.damaged"
 
     def failed(self, key: str) -> Path:
         """Return the file that says why a stage failed."""
@@ -103,9 +116,27 @@ class Outputs:
         return self.root / "report"
 
     @property
+    def results(self) -> Path:
+        """The file of all sweeps' results, a row a cell, benchmark and metric."""
+        return self.report / "results.csv"
+
+    @property
+    def page(self) -> Path:
+        """The page of all sweeps."""
+        return self.report / "index.html"
+
+    def artefacts(self, sweep: str) -> Path:
+        """Return the folder of a sweep's tables and figures."""
+        return self.report / sweep
+
+    @property
     def wandb(self) -> Path:
         """The runs of Weights & Biases."""
         return self.root / "wandb"
+
+    def logged(self, run_id: str) -> Path:
+        """Return the file that remembers with what content a run was logged."""
+        return self.wandb / "logged" / f"{run_id}.json"
 
 
 @contextlib.contextmanager

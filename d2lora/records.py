@@ -2,21 +2,27 @@
 
 A record is what a finished stage leaves (record.json). A manifest lists a sweep's cells with the keys of their stages. Keys that
 these types do not name are kept, and fields that older records lack have defaults.
+
+Of the store's folders this module only reads: store.py writes them.
 """
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from d2lora.errors import UserError
-from d2lora.store import read_record
+from d2lora.keys import digest
+from d2lora.outputs import Outputs
 
 if TYPE_CHECKING:
     import numpy as np
 
 Number = int | float  # as JSON has it: 1 stays 1
+Item: TypeAlias = dict[str, Any]  # a line of items.jsonl: of an evaluation index, prompt, answer, gold, and its metrics
+
+RECORD, ITEMS = "record.json", "items.jsonl"  # in a stage's folder
 
 
 class _Read(BaseModel):
@@ -53,12 +59,8 @@ class Provenance(_Read):
     threads: int | None = None
 
 
-class Record(_Read):
-    """What a finished stage leaves: what it was asked (spec), what came out (metrics, files), and from where (provenance).
-
-    Times are in seconds, memory in MB. `metrics` of an evaluation, an overlap check or flips are Scores; of a training they are
-    losses, counts and the log.
-    """
+class _Header(_Read):
+    """What a stage was asked to do."""
 
     key: str
     stage: str
@@ -66,22 +68,24 @@ class Record(_Read):
     version: int | None = None
     spec: dict[str, Any]
     parent: str | None = None
+
+
+class Result(_Read):
+    """What a stage's work gives, beside the files that it leaves.
+
+    `metrics` of an evaluation, an overlap check or flips are Scores; of a training they are losses, counts and the log.
+    """
+
+    benchmark: str | None = None  # its name in the config
+    pair: str | None = None  # "<training set> / <benchmark>" of an overlap check
+    base: str | None = None  # of flips, its name in the config
+    batches: list[int] | None = None  # of flips
     metrics: dict[str, Any]
     data: dict[str, Any] | None = None  # rows taken and passed over
-    files: dict[str, str] = Field(default_factory=dict)  # SHA-256 by name
-    provenance: Provenance = Field(default_factory=Provenance)
-    seconds: Number
-    load_seconds: Number | None = None
-    peak_memory_mb: Number
-    digest: str | None = None
-    benchmark: str | None = None  # its name in the config
     counts: dict[str, int] = Field(default_factory=dict)  # answers by what is wrong with them: cut, empty
     eval_batch: int | None = None
     adapter_changes_logits: bool | None = None  # None where there is no adapter to test
     coverage: dict[str, Any] | None = None  # what an adapter reaches of the base
-    pair: str | None = None  # "<training set> / <benchmark>" of an overlap check
-    batches: list[int] | None = None  # of flips
-    base: str | None = None
 
     @field_validator("metrics")
     @classmethod
@@ -107,6 +111,17 @@ class Record(_Read):
     def misfits(self) -> int:
         """Return how many rows a training passed over as too long."""
         return (self.data or {}).get("misfits", 0)
+
+
+class Record(Result, _Header):
+    """What a finished stage leaves: what it was asked, what came out, and from where. Times are in seconds, memory in MB."""
+
+    files: dict[str, str] = Field(default_factory=dict)  # SHA-256 by name
+    provenance: Provenance = Field(default_factory=Provenance)
+    seconds: Number
+    load_seconds: Number | None = None
+    peak_memory_mb: Number
+    digest: str | None = None
 
 
 class StageKeys(_Read):
@@ -147,23 +162,50 @@ def reason(error: ValidationError) -> str:
 
 
 def read(folder: Path) -> Record | None:
-    """Read the record in a stage's folder; None if there is none. UserError in one line if it is damaged or does not fit."""
-    content = read_record(folder)
-    if content is None:
-        return None
+    """Read the record in a stage's folder, which is named by its key; None if there is none.
+
+    UserError in one line if it is not readable, was edited, is another stage's, or does not fit.
+    """
+    file = folder / RECORD
     try:
-        return Record.model_validate(content)
-    except ValidationError as error:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
         raise UserError(
-            f"{folder / 'record.json'}: not a record ({reason(error)}); move its folder away to have it done again"
+            f"{file}: the record is damaged ({error}); move its folder away to have the stage done again"
         ) from None
+    if not isinstance(content, dict) or content.get("key") != folder.name:
+        raise UserError(f"{file}: not the record of this stage; move its folder away")
+    if content.pop("digest", None) != (actual := record_digest(content)):
+        raise UserError(
+            f"{file}: the record was changed after it was published; move its folder away to have it done again"
+        )
+    try:
+        return Record.model_validate(content | {"digest": actual})
+    except ValidationError as error:
+        raise UserError(f"{file}: not a record ({reason(error)}); move its folder away to have it done again") from None
+
+
+def record_digest(content: object) -> str:
+    """Return the SHA-256 of a record's JSON, which must be without its own digest."""
+    return digest(content, 64)
+
+
+def read_items(folder: Path) -> list[Item]:
+    """Read the items in a stage's folder; none of a stage that leaves no items."""
+    file = folder / ITEMS
+    if not file.exists():
+        return []
+    with file.open() as lines:  # not splitlines(), which cuts at U+2028 and the like inside a text
+        return [json.loads(line) for line in lines]
 
 
 class Records:
     """Records by stage name and key, and the items of evaluations, each read once."""
 
     def __init__(self, output: Path) -> None:
-        self.folder = output / "store"
+        self.outputs = Outputs(output)
         self._records: dict[tuple[str, str], Record] = {}
         self._scores: dict[str, dict[str, np.ndarray]] = {}
 
@@ -172,7 +214,7 @@ class Records:
         if key is None:
             return None
         if (stage, key) not in self._records:
-            record = read(self.folder / stage / key)
+            record = read(self.outputs.record(stage, key))
             if record is None:
                 return None
             self._records[stage, key] = record
@@ -188,7 +230,7 @@ class Records:
             self._scores[key] = _read_scores(self._file(key), record.scores)
         return self._scores[key][metric]
 
-    def texts(self, key: str, lines: list[int]) -> list[dict]:
+    def texts(self, key: str, lines: list[int]) -> list[Item]:
         """Read whole items of a finished evaluation by their lines in its file."""
         wanted = set(lines)
         with self._file(key).open() as file:
@@ -196,7 +238,7 @@ class Records:
         return [items[i] for i in lines]
 
     def _file(self, key: str) -> Path:
-        return self.folder / "evaluate" / key / "items.jsonl"
+        return self.outputs.record("evaluate", key) / ITEMS
 
 
 def _read_scores(file: Path, metrics: dict[str, Score]) -> dict[str, "np.ndarray"]:

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from d2lora import data
+from d2lora import data, records
 from d2lora.errors import UserError
-from d2lora.keys import digest
 from d2lora.outputs import Outputs, lock, sync
+from d2lora.records import RECORD, Record
 from d2lora.stages import VERSIONS, Stage
+
+Work = Callable[[Path], Record]  # fills a folder with a stage's files and returns the record, still without its digest
 
 
 class Store:
@@ -27,147 +29,152 @@ class Store:
 
     def __init__(self, output: Path) -> None:
         self.outputs = Outputs(output)
-        self.folder = self.outputs.store
 
-    def place(self, stage: Stage) -> Path:
-        """The folder of a stage's record."""
+    def folder(self, stage: Stage) -> Path:
+        """Return the folder of a stage's record."""
         return self.outputs.record(stage.kind, stage.key)
 
     def done(self, stage: Stage) -> bool:
-        """Whether the stage's record is published."""
-        return (self.place(stage) / "record.json").is_file()
+        """Tell whether the stage's record is published."""
+        return (self.folder(stage) / RECORD).is_file()
 
-    def record(self, stage: Stage) -> dict | None:
-        """A finished stage's record; None if it is not finished. UserError if it is not readable or not this stage's."""
-        return read_record(self.place(stage))
+    def begun(self, stage: Stage) -> list[Path]:
+        """Return the folders in which workers do a stage, or did when they were killed."""
+        pattern = self.outputs.unfinished(stage.kind, stage.key)
+        return list(pattern.parent.glob(pattern.name))
 
-    def ensure(self, stage: Stage, work: Callable[[Path], dict]) -> dict:
-        """The stage's record; made by `work(folder)`, which fills the folder and returns the record, if there is none."""
-        if found := self.record(stage):
-            return found
-        if self.place(stage).exists() and not self.done(stage):
-            raise UserError(f"{self.place(stage)}: not a record's folder, and a record is to go there: move it away")
+    def record(self, stage: Stage) -> Record | None:
+        """Return a finished stage's record; None if it is not finished.
+
+        UserError if it is not readable, was edited or is not this stage's.
+        """
+        return records.read(self.folder(stage))
+
+    def ensure(self, stage: Stage, work: Work) -> Record:
+        """Return the stage's record; if there is none, do the work and publish it."""
+        if record := self.record(stage):
+            return record
+        folder = self.folder(stage)
+        if folder.exists() and not self.done(stage):
+            raise UserError(f"{folder}: not a record's folder, and a record is to go there: move it away")
         with lock(self.outputs.lock(stage.key)):
             return self.record(stage) or self._publish(stage, work)
 
-    def _publish(self, stage: Stage, work: Callable[[Path], dict]) -> dict:
-        place = self.place(stage)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # Not one of tempfile, which only its owner may read, whatever the umask: others share the output folder.
-        temporary = place.parent / f".{stage.key}-{secrets.token_hex(4)}"
-        temporary.mkdir()
+    def _publish(self, stage: Stage, work: Work) -> Record:
+        # Not a folder of tempfile's, which only its owner may read, whatever the umask: others share the output folder.
+        temporary = self.outputs.unfinished(stage.kind, stage.key, secrets.token_hex(4))
+        temporary.mkdir(parents=True)
         try:
-            record = work(temporary)
-            record |= {"digest": _digest(record)}
-            (temporary / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False))
-            mode = (temporary / "record.json").stat().st_mode  # as the umask has it
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    if file.stat().st_mode != mode:  # safetensors makes files that only their owner may read
-                        file.chmod(mode)
-                    sync(file)
-            sync(temporary)
-            try:
-                temporary.rename(place)
-            except OSError:
-                if not self.done(stage):
-                    raise
-            sync(place.parent)
+            _write(temporary, work(temporary))
+            self._rename(temporary, stage)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        found = self.record(stage)
-        assert found is not None, "renamed into place above"
-        return found
+        record = self.record(stage)
+        assert record is not None, "renamed into its folder above"
+        return record
+
+    def _rename(self, temporary: Path, stage: Stage) -> None:
+        """Publish a folder; if another worker has published the stage meanwhile, leave it as it is."""
+        folder = self.folder(stage)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not self.done(stage):
+                raise
+        sync(folder.parent)
 
 
-def read_record(place: Path) -> dict | None:
-    """The record in a stage's folder, which is named by its key; None if there is none.
-
-    UserError if it is not readable, was edited or is another stage's.
-    """
-    file = place / "record.json"
-    try:
-        found = json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{file}: the record is damaged ({error}); move its folder away to have the stage done again"
-        ) from None
-    if not isinstance(found, dict) or found.get("key") != place.name:
-        raise UserError(f"{file}: not the record of this stage; move its folder away")
-    if found.get("digest") != _digest(found):
-        raise UserError(
-            f"{file}: the record was changed after it was published; move its folder away to have it done again"
-        )
-    return found
-
-
-def _digest(record: dict) -> str:
-    """SHA-256 of a record without its own digest."""
-    return digest({k: v for k, v in record.items() if k != "digest"}, 64)
+def _write(folder: Path, record: Record) -> None:
+    """Write record.json into a stage's folder, and have the disk hold all that is in it."""
+    content = record.as_read()
+    file = folder / RECORD
+    file.write_text(json.dumps(content | {"digest": records.record_digest(content)}, indent=1, allow_nan=False))
+    mode = file.stat().st_mode  # as the umask has it
+    for path in folder.rglob("*"):
+        if path.is_file():
+            if path.stat().st_mode != mode:  # safetensors makes files that only their owner may read
+                path.chmod(mode)
+            sync(path)
+    sync(folder)
 
 
 # --- upkeep --------------------------------------------------------------------------------------------------------
 
 
 def check(output: Path) -> Iterator[str]:
-    """What is wrong in the store under `output`, a line each: damage, edits, missing or foreign files, what a kill left."""
-    for place in entries(output):
-        if place.name.startswith("."):
-            yield f"{place}: unfinished: left by a worker that was stopped, or at work now"
-        elif place.parent.name not in VERSIONS or not (place / "record.json").is_file():
-            yield f"{place}: foreign: not a record's folder"
+    """Yield what is wrong in the store under `output`, a line each: damage, edits, missing or foreign files, what a kill left."""
+    outputs = Outputs(output)
+    for path in outputs.entries():
+        if _is_unfinished(path):
+            yield f"{path}: unfinished: left by a worker that was stopped, or at work now"
+        elif path.parent.name not in VERSIONS or not (path / RECORD).is_file():
+            yield f"{path}: foreign: not a record's folder"
         else:
-            yield from _faults(place)
+            yield from _faults(outputs, path)
 
 
 def entries(output: Path) -> list[Path]:
-    """What lies in the store's folders, records or not."""
-    stages = (f for f in (output / "store").glob("*") if f.name != ".locks")
-    return sorted(place for stage in stages for place in (stage.iterdir() if stage.is_dir() else [stage]))
+    """Return what lies in the store's folders, records or not."""
+    return Outputs(output).entries()
 
 
-def _faults(place: Path) -> Iterator[str]:
+def _is_unfinished(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def _faults(outputs: Outputs, folder: Path) -> Iterator[str]:
     try:
-        record = read_record(place)
+        record = records.read(folder)
     except UserError as error:
         yield str(error)
         return
     assert record is not None, "its file is there"
-    for name, content in record["files"].items():
-        file = place / name
+    for name, content in record.files.items():
+        file = folder / name
         if not file.is_file():
             yield f"{file}: missing"
         elif data.digest(file) != content:
             yield f"{file}: not what was published"
-    parent = record["parent"]
-    if parent and not any((output / parent / "record.json").is_file() for output in place.parent.parent.iterdir()):
-        yield f"{place}: its parent {parent} is missing"
+    if record.parent and not _is_published(outputs, record.parent):
+        yield f"{folder}: its parent {record.parent} is missing"
+
+
+def _is_published(outputs: Outputs, key: str) -> bool:
+    """Tell whether a stage of any kind has a record under this key."""
+    return any((outputs.record(kind, key) / RECORD).is_file() for kind in VERSIONS)
 
 
 def garbage(output: Path) -> Iterator[tuple[Path, str]]:
-    """What can be freed, and why: records that no manifest names, what kills left, checkpoints of finished stages.
+    """Yield what can be freed, and why: records that no manifest names, what kills left, checkpoints of finished stages.
 
     UserError while a damaged manifest was not looked at: what it names is not known.
     """
-    for file in (output / "manifests").glob("*.damaged"):
+    outputs = Outputs(output)
+    named = _named(outputs)
+    for path in outputs.entries():
+        if _is_unfinished(path):
+            if not _is_locked(outputs, path.name[1:].split("-")[0]):
+                yield path, "left by a worker that was stopped"
+        elif path.parent.name in VERSIONS and path.name not in named:
+            yield path, "in no sweep's manifest"
+    for path in sorted(outputs.checkpoints.glob("*")):
+        if _is_published(outputs, path.name):
+            yield path, "checkpoint of a finished stage"
+    for path in sorted(outputs.references.glob("*")):
+        of_a_stage = any(outputs.record(kind, path.name).exists() for kind in VERSIONS)
+        if of_a_stage and path.name not in named:
+            yield path, "reference of a policy in no sweep's manifest"
+
+
+def _named(outputs: Outputs) -> set[str]:
+    """Return all keys that manifests name; those of kinds that this version does not know, too."""
+    pattern = outputs.damaged_manifest("*")
+    for file in pattern.parent.glob(pattern.name):
         raise UserError(f"{file}: what only this manifest names would be freed too: remove it if that is right")
-    manifests = [json.loads(f.read_text()) for f in (output / "manifests").glob("*.json")]
-    named = {key for m in manifests for cell in m["cells"] + m.get("earlier", []) for key in _strings(cell["stages"])}
-    for place in entries(output):
-        if place.name.startswith("."):
-            if not _locked(output, place.name[1:].split("-")[0]):
-                yield place, "left by a worker that was stopped"
-        elif place.parent.name in VERSIONS and place.name not in named:
-            yield place, "in no sweep's manifest"
-    for place in sorted((output / "checkpoints").glob("*")):
-        if any((output / "store" / stage / place.name / "record.json").is_file() for stage in VERSIONS):
-            yield place, "checkpoint of a finished stage"
-    for place in sorted((output / "reference").glob("*")):
-        made = any((output / "store" / stage / place.name).exists() for stage in VERSIONS)
-        if made and place.name not in named:
-            yield place, "reference of a policy in no sweep's manifest"
+    pattern = outputs.manifest("*")
+    manifests = [json.loads(file.read_text()) for file in pattern.parent.glob(pattern.name)]
+    cells = (cell for manifest in manifests for cell in manifest["cells"] + manifest.get("earlier", []))
+    return {key for cell in cells for key in _strings(cell["stages"])}
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -178,11 +185,11 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
 
 
-def _locked(output: Path, key: str) -> bool:
+def _is_locked(outputs: Outputs, key: str) -> bool:
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(output / "store" / ".locks" / f"{key}.lock", timeout=0, fallback_to_soft=False):
+        with FileLock(outputs.lock(key), timeout=0, fallback_to_soft=False):
             return False
     except Timeout:
         return True

@@ -9,15 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from d2lora import data
+from d2lora import data, mirror
 from d2lora.errors import UserError
-from d2lora.mirror import runs
 from d2lora.outputs import Outputs, write_json
 from d2lora.plan import Cell
+from d2lora.progress import Progress
 from d2lora.provenance import peak_memory_mb, provenance, reset_peak_memory
+from d2lora.records import Provenance, Record
 from d2lora.settings import Config
 from d2lora.stages import KINDS, Run, Stage
-from d2lora.stages.run import Progress
 from d2lora.store import Store
 
 
@@ -47,44 +47,44 @@ def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progre
         except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
             write_failure(store.outputs, stage.key, stage.label, error)
             lost.append(stage)
-    runs.cell(cell, store)
-    runs.flush(config)
+    mirror.cell(cell, store)
+    mirror.flush(config)
     return lost
 
 
-def do_stage(config: Config, stage: Stage, store: Store, progress: Progress) -> dict[str, Any]:
-    """Return the record of one stage of the cell; does it if nobody has. Its parent must be done."""
+def do_stage(config: Config, stage: Stage, store: Store, progress: Progress) -> Record:
+    """Do one stage of the cell, if nobody has, and return its record. Its parent must be done."""
 
-    def work(folder: Path) -> dict[str, Any]:
-        mirror.enter_context(runs.stage(config, stage, store))
+    def work(folder: Path) -> Record:
+        mirrored.enter_context(mirror.stage(config, stage, store))
         return _record(Run(config, stage, folder, progress))
 
-    with contextlib.ExitStack() as mirror:  # left once the record is published: that is what is mirrored
+    with contextlib.ExitStack() as mirrored:  # left once the record is published: that is what is mirrored
         record = store.ensure(stage, work)
     shutil.rmtree(store.outputs.checkpoints / stage.key, ignore_errors=True)
     return record
 
 
-def _record(run: Run[Any]) -> dict[str, Any]:
-    """Do a stage's work; its record: the result, and where the numbers came from."""
+def _record(run: Run[Any]) -> Record:
+    """Do a stage's work. Returns its record: the result, and where the numbers came from."""
     stage, started, clock = run.stage, datetime.now(UTC), time.monotonic()
     reset_peak_memory()
     result = KINDS[type(stage.spec)](run)
     files = {str(f.relative_to(run.folder)): data.digest(f) for f in sorted(run.folder.rglob("*")) if f.is_file()}
-    return {
-        "key": stage.key,
-        "stage": stage.kind,
-        "label": stage.label,
-        "version": stage.spec.VERSION,
-        "spec": stage.spec.content(),
-        "parent": stage.parent.key if stage.parent else None,
-        **result,
-        "files": files,
-        "provenance": provenance() | {"started": started.isoformat(timespec="seconds")},
-        "seconds": round(time.monotonic() - clock - run.load_seconds, 3),
-        "load_seconds": round(run.load_seconds, 3),
-        "peak_memory_mb": peak_memory_mb(),
-    }
+    return Record(
+        key=stage.key,
+        stage=stage.kind,
+        label=stage.label,
+        version=stage.spec.VERSION,
+        spec=stage.spec.content(),
+        parent=stage.parent.key if stage.parent else None,
+        **result.as_read(),
+        files=files,
+        provenance=Provenance.model_validate(provenance() | {"started": started.isoformat(timespec="seconds")}),
+        seconds=round(time.monotonic() - clock - run.load_seconds, 3),
+        load_seconds=round(run.load_seconds, 3),
+        peak_memory_mb=peak_memory_mb(),
+    )
 
 
 def write_failure(outputs: Outputs, key: str, label: str, error: BaseException) -> None:

@@ -55,5 +55,5 @@ def alone(cell: Cell) -> Cell:
 
 def adapter(cell: Cell) -> dict[str, torch.Tensor]:
     """The weights that the cell has trained."""
-    place = Store(Outputs.of(cell.config).root).place(cell.chain.adapter)
+    place = Store(Outputs.of(cell.config).root).folder(cell.chain.adapter)
     return load_file(place / "adapter" / "adapter_model.safetensors")

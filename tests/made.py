@@ -10,6 +10,7 @@ import composing
 import numpy as np
 
 from d2lora.plan import Cell, chain
+from d2lora.records import Record
 from d2lora.report.manifest import write_manifest
 from d2lora.scoring import KINDS
 from d2lora.settings import Config
@@ -68,22 +69,34 @@ def publish(
                     store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, s.subject, items, ability, text, provenance, more))  # fmt: skip
 
 
-def _record(folder, stage, cell, benchmark, items, ability, text, provenance, more) -> dict:
-    record = {"key": stage.key, "stage": stage.kind, "label": stage.label, "version": 1, "spec": stage.spec.content()}
-    record |= {"parent": stage.parent.key if stage.parent else None, "provenance": provenance(stage)}
-    record |= {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0}
+def record(stage: Stage, **facts: object) -> Record:
+    """A record of a stage that took a second and 100 MB; `facts` are other fields, or other values of these."""
+    content = {"key": stage.key, "stage": stage.kind, "label": stage.label, "version": 1, "spec": stage.spec.content()}
+    content |= {"parent": stage.parent.key if stage.parent else None, "metrics": {}, "provenance": PROVENANCE}
+    return Record.model_validate(content | {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0} | facts)
+
+
+def _record(folder, stage, cell, benchmark, items, ability, text, provenance, more) -> Record:
+    facts = _facts(folder, stage, cell, benchmark, items, ability, text)
+    return record(
+        stage, **{"provenance": provenance(stage)} | facts | (more(stage) if stage.kind == "evaluate" else {})
+    )
+
+
+def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
+    """The fields that the kind of the stage decides; an evaluation's items are written into the folder."""
     if stage.kind == "contamination":
-        return record | {"metrics": {"exact": {"value": 0.0, "items": items}}, "data": {"rows": 100}}
+        return {"metrics": {"exact": {"value": 0.0, "items": items}}, "data": {"rows": 100}}
     if stage.kind == "flips":
         scored = METRICS[cell.config.task.benchmark[benchmark].kind]
         names = ["answers_flipped", *(f"{m}_{k}" for m in scored for k in ("flipped", "difference"))]
         found = {m: {"value": 0.031 if m.endswith("flipped") else 0.004, "stderr": 0.01, "items": 200} for m in names}
         facts = {"benchmark": benchmark, "base": cell.config.model.name, "batches": list(stage.spec.batches)}
-        return record | facts | {"metrics": found}
+        return facts | {"metrics": found}
     if stage.kind != "evaluate":
         n = stage.spec.content().get("n", stage.spec.content().get("m"))
         samples = 6970 if n == "all" else n
-        return record | {"metrics": {"samples_seen": samples}, "data": {"samples": samples, "misfits": 0}}
+        return {"metrics": {"samples_seen": samples}, "data": {"samples": samples, "misfits": 0}}
     kind = cell.config.task.benchmark[benchmark].kind
     scores = _scores(stage, kind, items, ability(cell))
     with (folder / "items.jsonl").open("w") as file:
@@ -91,7 +104,7 @@ def _record(folder, stage, cell, benchmark, items, ability, text, provenance, mo
             item = {"index": i, "prompt": f"question {i}: {text(i)}", "answer": text(i), "gold": f"gold {i}"}
             file.write(json.dumps(item | {m: x[i] for m, x in scores.items()}) + "\n")
     metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
-    return record | {"benchmark": benchmark, "metrics": metrics} | more(stage)
+    return {"benchmark": benchmark, "metrics": metrics}
 
 
 def _scores(stage: Stage, kind: str, items: int, ability: float) -> dict[str, list[float]]:

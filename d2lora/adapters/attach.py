@@ -6,42 +6,50 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora import data
-from d2lora.adapters import coverage, inits
+from d2lora.adapters import coverage, saving
+from d2lora.adapters.layers import Matrices, config_of
+from d2lora.adapters.loftq import quantized
+from d2lora.adapters.start import Start, fresh, taken_up
 from d2lora.base import Base
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.layouts import families, proof
 from d2lora.outputs import write_json
-from d2lora.settings import Model
+from d2lora.settings.inits import BaseInit, PlainInit
+from d2lora.settings.recipe import Lora
+from d2lora.settings.tasks import Model
 
 
 @contextlib.contextmanager
-def adapter(base: Base, spec: dict, record: Path | None) -> Iterator[PeftModel]:
-    """A trainable adapter on the base: the one in the folder of a record, or a fresh one of `spec` (lora, init, seed).
+def adapter(base: Base, start: Start[BaseInit], record: Path | None) -> Iterator[PeftModel]:
+    """Have a trainable adapter on the base: the one in a record's folder, or a fresh one.
 
     On leaving, the base is as it was, and checked to be, also where the start fails.
     """
-    torch.manual_seed(spec.get("seed", 0))
+    torch.manual_seed(start.seed)
     try:
-        wrapped = inits.taken_up(base.model, spec, record) if record else inits.fresh(base.model, spec)
+        wrapped = taken_up(base.model, start.init, record) if record else fresh(base.model, start)
         # With a name, PEFT asks the Hub at every checkpoint.
-        wrapped.peft_config["default"].base_model_name_or_path = ""
-        with inits.quantized(wrapped) if record and spec["init"]["name"] == "loftq" else contextlib.nullcontext():
+        config_of(wrapped).base_model_name_or_path = ""
+        with _on(wrapped, quantize=record is not None and start.init.quantizes):
             yield wrapped
     finally:
         base.restore()
+
+
+def _on(wrapped: PeftModel, quantize: bool) -> contextlib.AbstractContextManager[None]:
+    """Have the adapter on the quantized base for a while, or on the base as it is."""
+    return quantized(wrapped) if quantize else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -65,7 +73,7 @@ def in_training(wrapped: PeftModel) -> Iterator[None]:
 
     wrapped.eval()
     assert all(not m.training for m in wrapped.modules() if id(m) not in own), "the base is in evaluation"
-    wrapped.train = train
+    wrapped.train = train  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -73,17 +81,17 @@ def in_training(wrapped: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trained(base: Base, folder: Path | None, init: str = "lora") -> Iterator[tuple[torch.nn.Module, bool]]:
-    """The base with the adapter in `folder` for inference, and whether it changes the logits of a probe (`check_applied`).
+def trained(base: Base, folder: Path | None, quantize: bool = False) -> Iterator[tuple[torch.nn.Module, bool]]:
+    """Have the base with the adapter in `folder` for inference, and whether it changes the logits of a probe (`check_applied`).
 
-    The base alone if there is no folder. LoftQ's adapter is for a quantized base.
+    The base alone if there is no folder; with `quantize`, the adapter is for the quantized base.
     """
     if folder is None:
         yield base.model, False
         return
     try:
         wrapped = PeftModel.from_pretrained(base.model, folder).eval()
-        with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext():
+        with _on(wrapped, quantize):
             changes = check_applied(base, wrapped)
             yield _merged(base, wrapped) or wrapped, changes
     finally:
@@ -91,7 +99,7 @@ def trained(base: Base, folder: Path | None, init: str = "lora") -> Iterator[tup
 
 
 def _merged(base: Base, wrapped: PeftModel) -> torch.nn.Module | None:
-    """A merged copy, a third faster; None where it is not the same model to rounding.
+    """Return a merged copy, a third faster; None where it is not the same model to rounding.
 
     bfloat16 would round small updates away, and layers that share one weight would get all their adapters.
     """
@@ -107,13 +115,13 @@ def _merged(base: Base, wrapped: PeftModel) -> torch.nn.Module | None:
 
 
 def _probe(base: Base) -> torch.Tensor:
-    """Ids of a text, at least some dozens of tokens whatever the tokenizer makes of it."""
+    """Return ids (1, 40) of a text, at least some dozens of tokens whatever the tokenizer makes of it."""
     ids = base.tokenizer("The adapter must change these logits, and merged or read again it must not.")["input_ids"]
     return torch.tensor([(ids * 40)[:40]], device=base.model.device)
 
 
 def check_applied(base: Base, wrapped: PeftModel) -> bool:
-    """Whether the adapter changes the logits of a probe. RuntimeError if one with non-zero weights doesn't even when enlarged.
+    """Tell whether the adapter changes the logits of a probe. RuntimeError if one with non-zero weights doesn't even when enlarged.
 
     After few steps of a small learning rate it may not: what it adds to a bfloat16 activation is less than half of its last bit.
     """
@@ -130,22 +138,21 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
     raise RuntimeError("the adapter has non-zero weights and is not applied")
 
 
-def covered(model: Model, target_modules: str | list[str]) -> dict:
-    """What an adapter reaches of a model (coverage.of), from its config alone: no weights are read."""
-    place = data.model_files(model)
+def covered(model: Model, target_modules: str | list[str]) -> dict[str, Any]:
+    """Return what an adapter reaches of a model (coverage.of), from its config alone: no weights are read."""
+    path = data.model_files(model)
     remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     if model.gguf_package:
-        assert place is not None, "a GGUF package has files"
-        config = AutoConfig.from_pretrained(place.parent, gguf_file=place.name)
+        assert path is not None, "a GGUF package has files"
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     else:
-        config = AutoConfig.from_pretrained(str(place or model.path), **remote)
+        config = AutoConfig.from_pretrained(str(path or model.path), **remote)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(families.settled(config), trust_remote_code=model.trust_remote_code)
-        lora = {"r": 1, "alpha": 1, "dropout": 0.0, "target_modules": target_modules}
-        return coverage.of(inits.fresh(empty, {"lora": lora, "init": {"name": "lora"}}))
+        return coverage.of(fresh(empty, Start(Lora(r=1, alpha=1, target_modules=target_modules), PlainInit())))
 
 
-def remember_coverage(model: dict, target_modules: str | list[str], file: str) -> None:
+def remember_coverage(model: dict[str, Any], target_modules: str | list[str], file: str) -> None:
     """Write the coverage of a model (its config as a mapping) into a JSON file."""
     write_json(Path(file), covered(Model.model_validate(model), target_modules))
 
@@ -154,56 +161,55 @@ def remember_coverage(model: dict, target_modules: str | list[str], file: str) -
 class Saved:
     """What an adapter was when it was saved: the weights of each layer (A, B of a plain adapter) and the logits of a probe."""
 
-    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    weights: dict[str, Matrices]
     logits: torch.Tensor
     noise: float  # of the logits, with the probe in a padded batch
 
 
 def save(base: Base, wrapped: PeftModel, record: Path) -> Saved:
-    """The adapter in PEFT's format: `PeftModel.from_pretrained(base, record / "adapter")` loads it, as `check_saved` tries."""
-    wrapped.peft_config["default"].base_model_name_or_path = base.name
-    inits.save(wrapped, record)
+    """Save the adapter in PEFT's format: `PeftModel.from_pretrained(base, record / "adapter")` loads it, as `check_saved` tries."""
+    config_of(wrapped).base_model_name_or_path = base.name
+    saving.save(wrapped, record)
     ids = _probe(base)
     padded = torch.cat([ids, ids[:, :8]], 1)
     with torch.inference_mode():
         wrapped.eval()
         logits = wrapped(input_ids=ids).logits
         again = wrapped(input_ids=padded).logits[:, : ids.shape[1]]
-    return Saved(
-        inits.plain_weights(wrapped), logits, proof.off(again, logits) if base.model.dtype != torch.float32 else 0.0
-    )
+    noise = proof.off(again, logits) if base.model.dtype != torch.float32 else 0.0
+    return Saved(saving.plain_weights(wrapped), logits, noise)
 
 
-def check_round_trip(base: Base, spec: dict, proofs: Path) -> None:
-    """UserError where an adapter on these layers is not read from disk as it was saved: before it is trained, once a model."""
-    lora = {key: spec[key] for key in ("lora", "seed") if key in spec} | {"init": {"name": "lora"}}
-    name, memory = f"adapter read again, {digest(lora['lora'], 8)}", proof.Memory(proofs, spec["model"])
+def check_round_trip(base: Base, start: Start[BaseInit], model: dict[str, Any], proofs: Path) -> None:
+    """Raise UserError where an adapter on these layers is not read from disk as it was saved: before it is trained, once a model.
+
+    `model` is the base's identity, by which it is remembered in the folder `proofs` what was shown of it.
+    """
+    lora = start.lora
+    name, memory = f"adapter read again, {digest(lora.model_dump(), 8)}", proof.Memory(proofs, model)
     if memory.get(name, 1, 0):
         return
     with tempfile.TemporaryDirectory() as folder:
-        with adapter(base, lora, None) as wrapped:
+        with adapter(base, Start(lora, PlainInit(), start.seed), None) as wrapped:
             saved = save(base, wrapped, Path(folder))
         try:
-            check_saved(base, saved, Path(folder), "lora")
+            check_saved(base, saved, Path(folder))
         except RuntimeError as error:
             raise UserError(
-                f"recipe.lora.target_modules={lora['lora']['target_modules']}: {error}: name layers that PEFT reads again, for example [q_proj,v_proj]"
+                f"recipe.lora.target_modules={lora.target_modules}: {error}: name layers that PEFT reads again, for example [q_proj,v_proj]"
             ) from error
     memory.put(name, 1, proof.Proof(name, 0, 0.0, proof.EXACT, True))
 
 
-def check_saved(base: Base, saved: Saved, record: Path, init: str) -> None:
-    """RuntimeError unless the adapter read from the record is the one that was trained: its weights and the probe's logits."""
+def check_saved(base: Base, saved: Saved, record: Path, quantize: bool = False) -> None:
+    """Raise RuntimeError unless the adapter read from the record is the one that was trained: its weights and the probe's logits.
+
+    With `quantize`, it was trained on the quantized base.
+    """
     try:
         wrapped = PeftModel.from_pretrained(base.model, record / "adapter").eval()
-        found = inits.plain_weights(wrapped)
-        lost = [k for k, pair in saved.weights.items() if k not in found or not all(map(torch.equal, found[k], pair))]
-        if lost or found.keys() != saved.weights.keys():
-            raise RuntimeError(
-                f"the saved adapter is not the trained one: {len(lost)} of {len(saved.weights)} layers differ, for example "
-                f"{lost[0].removeprefix('base_model.model.') if lost else '?'}"
-            )
-        with inits.quantized(wrapped) if init == "loftq" else contextlib.nullcontext(), torch.inference_mode():
+        _check_weights(saved.weights, saving.plain_weights(wrapped))
+        with _on(wrapped, quantize), torch.inference_mode():
             off = proof.off(wrapped(input_ids=_probe(base)).logits, saved.logits)
         if not off <= max(proof.EXACT, 4 * saved.noise, 0.05 if base.model.dtype != torch.float32 else 0):
             raise RuntimeError(
@@ -211,3 +217,12 @@ def check_saved(base: Base, saved: Saved, record: Path, init: str) -> None:
             )
     finally:
         base.restore()
+
+
+def _check_weights(saved: dict[str, Matrices], read: dict[str, Matrices]) -> None:
+    lost = [name for name, pair in saved.items() if name not in read or not all(map(torch.equal, read[name], pair))]
+    if lost or read.keys() != saved.keys():
+        raise RuntimeError(
+            f"the saved adapter is not the trained one: {len(lost)} of {len(saved)} layers differ, for example "
+            f"{lost[0].removeprefix('base_model.model.') if lost else '?'}"
+        )

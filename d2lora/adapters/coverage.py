@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,12 +17,12 @@ _PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, Conv1D.forward)
 
 
 def layers(wrapped: nn.Module) -> dict[str, LoraLayer]:
-    """The model's layers with an adapter, by name."""
+    """Return the model's layers with an adapter, by name."""
     return {name: module for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
 
 
 def kind(name: str) -> str:
-    """A layer's name without PEFT's part and numbers: "model.layers.*.mlp.gate"."""
+    """Return a layer's name without PEFT's part and numbers: "model.layers.*.mlp.gate"."""
     return _NUMBER.sub(".*", name.removeprefix("base_model.model."))
 
 
@@ -30,9 +31,11 @@ _BYPASSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
 
 def not_adapted(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers that "all-linear" leaves out, by their whole names, and why."""
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | Conv1D)}
-    text, out = model.config.get_text_config(), {}
+    """Return the linear layers that "all-linear" leaves out, by their whole names, and why."""
+    linear: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | Conv1D)
+    }
+    text, out = model.config.get_text_config(), dict[str, str]()
     if text is not model.config:  # beside a vision tower, say
         inside = [name for name, module in model.named_modules() if module is model.get_decoder() and name]
         head = model.get_output_embeddings()
@@ -47,19 +50,20 @@ def not_adapted(model: PreTrainedModel) -> dict[str, str]:
 
 @torch.no_grad()
 def _not_linear(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[str]:
-    """Layers with a forward of their own that an adapter can't be added to, found by asking.
+    """Return the layers with a forward of their own that an adapter can't be added to, found by trying.
 
     Some routers choose the experts themselves, and some projections are of groups.
     """
     own = {name: m for name, m in linear.items() if type(m).forward not in _PLAIN_FORWARDS}
     if not own:
         return []
-    found: set[str] = set()
+    others: set[str] = set()
 
-    def note(module, inputs, output, name: str) -> None:
-        shape = (*inputs[0].shape[:-1], module.weight.shape[0])
-        if not isinstance(output, torch.Tensor) or output.shape != shape:
-            found.add(name)
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object, name: str) -> None:
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor), "of a linear layer"
+        if not isinstance(output, torch.Tensor) or output.shape != (*inputs[0].shape[:-1], weight.shape[0]):
+            others.add(name)
 
     hooks = [m.register_forward_hook(functools.partial(note, name=name)) for name, m in own.items()]
     try:
@@ -67,11 +71,11 @@ def _not_linear(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[st
     finally:
         for hook in hooks:
             hook.remove()
-    return sorted(found)
+    return sorted(others)
 
 
 def tell(model: PreTrainedModel, left_out: dict[str, str]) -> None:
-    """One line, once a process and family, for what all-linear leaves out."""
+    """Print one line, once a process and family, for what all-linear leaves out."""
     if left_out and model.config.model_type not in _told:
         _told.add(model.config.model_type)
         kinds = {kind(name): why for name, why in left_out.items()}
@@ -83,20 +87,20 @@ def tell(model: PreTrainedModel, left_out: dict[str, str]) -> None:
 _told: set[str] = set()
 
 
-def of(wrapped: PeftModel) -> dict:
-    """What of the base's weights is adapted: {share, adapted, left_out}.
+def of(wrapped: PeftModel) -> dict[str, Any]:
+    """Return what of the base's weights is adapted: {share, adapted, left_out}.
 
     `share` is of all matrices' weights, `adapted` the kinds of layers (their names without numbers), and `left_out` the share of
     each kind that is not, largest first, from a thousandth on.
     """
-    found = {name.removeprefix("base_model.model."): layer for name, layer in layers(wrapped).items()}
+    adapted = {name.removeprefix("base_model.model."): layer for name, layer in layers(wrapped).items()}
     sizes: dict[str, int] = {}
     reached: set[str] = set()
     for name, weight in wrapped.get_base_model().named_parameters(remove_duplicate=True):
         if "lora_" in name or weight.dim() < 2:
             continue
         whose, _, part = name.replace(".base_layer", "").rpartition(".")
-        layer = found.get(whose)
+        layer = adapted.get(whose)
         matrix = kind(whose if part == "weight" else f"{whose}.{part}")
         sizes[matrix] = sizes.get(matrix, 0) + weight.numel()
         if layer is not None and (part == "weight" or part in _parameters_of(layer)):
@@ -110,8 +114,8 @@ def of(wrapped: PeftModel) -> dict:
     }
 
 
-def _parameters_of(layer: nn.Module) -> set[str]:
-    """The parameters of a module of experts that PEFT adapts: it wraps the module once a parameter."""
+def _parameters_of(layer: object) -> set[str]:
+    """Return the parameters of a module of experts that PEFT adapts: it wraps the module once a parameter."""
     names = set()
     while isinstance(layer, ParamWrapper):
         names.add(layer.parameter_name)

@@ -12,13 +12,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from d2lora import plan, report, worker
+from d2lora import mirror, plan, report, worker
 from d2lora.command import preflight, rehearsal, summary, terminal
 from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells
 from d2lora.command.guard import one_line
 from d2lora.command.launchers import launcher_of
 from d2lora.errors import UserError
-from d2lora.mirror import runs
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell, Job
 from d2lora.report import manifest
@@ -76,7 +75,7 @@ def _finish(cells: list[Cell], store: Store, new: bool) -> None:
     print(tables := report.finish(output, cells[0].config.sweep, draw=new))
     if damaged or lost:
         print(summary.failures_text(output, lost), *damaged, sep="", end="", file=sys.stderr)
-    if not damaged and (mirrored := runs.report(cells, store, tables)):
+    if not damaged and (mirrored := mirror.report(cells, store, tables)):
         print(mirrored)
     if damaged or lost:
         raise SystemExit(1)
@@ -170,4 +169,4 @@ def _begun(jobs: Iterable[Job], store: Store) -> set[str]:
     are not done.
     """
     missing = {stage for job in jobs for stage in job.stages if not store.done(stage)}
-    return {folder.name for stage in missing for folder in store.place(stage).parent.glob(f".{stage.key}-*")}
+    return {folder.name for stage in missing for folder in store.begun(stage)}

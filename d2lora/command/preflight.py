@@ -40,8 +40,9 @@ def check_inputs(config: Config, passed: Passed) -> None:
     if _asks_others(config):
         return
     _check_training_rows(config, passed)
-    if config.init.name == "loftq" and find_spec("bitsandbytes") is None:
-        raise UserError("init=loftq: needs bitsandbytes, which is not installed: pip install -e '.[loftq]'")
+    extra = config.init.extra
+    if extra and find_spec(extra.package) is None:
+        raise UserError(f"init={config.init.name}: needs {extra.package}, which is not installed: {extra.install}")
     for benchmark in config.task.benchmark.values():
         _check(passed, data.check_benchmark, benchmark, config.split_seed)
     _check(passed, data.check_lm_eval, _harness_tasks(config))
@@ -53,19 +54,17 @@ def check_inputs(config: Config, passed: Passed) -> None:
 def _check_training_rows(config: Config, passed: Passed) -> None:
     """Check the rows of both phases, and those that an initialization is computed from."""
     if config.n != 0:
-        preference = config.method.name != "sft"
-        _check(passed, data.check_task, config.task, config.n, config.split_seed, preference)
+        _check(passed, data.check_task, config.task, config.n, config.split_seed, config.method.needs_pairs)
     if config.m != 0:
         _check(passed, data.check_warmup, config.warmup, config.m, config.split_seed)
-    if config.init.data == "general" and "warmup.data" in prepare.sources(config):
-        amount = config.init.samples or 0
+    if amount := prepare.general_samples(config):
         _check(passed, data.check_warmup, config.warmup, amount, config.split_seed, "init.samples")
 
 
 def _drawn(config: Config) -> dict[str, object]:
     """Return the settings that decide which rows are drawn, and whether they can be used."""
     drawn = config.model_dump(include={"model", "task", "warmup", "n", "m", "init", "data_seed", "split_seed"})
-    return drawn | {"max_length": config.recipe.max_length, "preference": config.method.name != "sft"}
+    return drawn | {"max_length": config.recipe.max_length, "preference": config.method.needs_pairs}
 
 
 def _check(passed: Passed, check: Callable[..., None], *arguments: object) -> None:
@@ -117,7 +116,8 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
         if not file.exists():
             _compute_coverage(config)
         with contextlib.suppress(OSError, ValueError):  # a model whose config is not on this machine
-            lines[file] = summary.coverage_text(config.model.name, targets, json.loads(file.read_text()))
+            reached = json.loads(file.read_text())  # coverage.of
+            lines[file] = summary.coverage_text(config.model.name, targets, reached["share"], reached["left_out"])
     return list(lines.values())
 
 

@@ -82,8 +82,8 @@ def check(config: Config, output: Path) -> None:
     if config.m != 0:
         draw = _general_draw(config, source)
         _enough(draw, config.m, source, output, config.warmup.data, f"m={config.m}: warmup={config.warmup.name}")
-    if config.init.data == "general" and config.m == 0 and "warmup.data" in prepare.sources(config):
-        draw, amount = _general_draw(config, source), config.init.samples or 0
+    if config.m == 0 and (amount := prepare.general_samples(config)):
+        draw = _general_draw(config, source)
         _enough(draw, amount, source, output, config.warmup.data, f"init.samples={amount}: warmup={config.warmup.name}")
 
 

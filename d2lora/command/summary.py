@@ -2,33 +2,39 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from d2lora import plan
+from d2lora import plan, records
 from d2lora.data import overlap
+from d2lora.errors import UserError
 from d2lora.keys import canonical
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
-from d2lora.stages import Stage, flips
+from d2lora.stages import VERSIONS, Stage, flips
+from d2lora.stages.contamination import ContaminationSpec
+from d2lora.stages.evaluate import EvaluateSpec
+from d2lora.stages.prepare import PrepareSpec
+from d2lora.stages.stage import Identity
+from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
 
 
 def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = ()) -> str:
-    """What a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, and about how long."""
+    """Return what a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, and about how long."""
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
     used = Counter(s.key for c in cells for s in c.chain.stages)
     lines = [
         f"sweep {cells[0].config.sweep}: {len(cells)} cell{'s'[: len(cells) > 1]}, {len(stages)} stages, {len(stages) - len(left)} done, {len(left)} to do"
     ]
-    for name in ("contamination", "flips", "prepare", "warmup", "adapt", "evaluate"):
+    for name in VERSIONS:
         these = [s for s in stages if s.kind == name]
         if these:
             shared = sum(used[s.key] > 1 for s in these)
             done = sum(store.done(s) for s in these)
             lines.append(
-                f"  {name:<13} {len(these):>4} stages, {shared} shared by several cells, {done} done{_samples(name, these, cells)}"
+                f"  {name:<13} {len(these):>4} stages, {shared} shared by several cells, {done} done{_samples(these, cells)}"
             )
     if len(cells) <= 12 or cells[0].config.dry_run:
         lines += [f"  {_cell_line(c, store)}" for c in cells]
@@ -38,18 +44,19 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable
     return "\n".join(lines)
 
 
-def coverage_text(model: str, targets: str | list[str], found: dict) -> str:
-    """What an adapter reaches of a model and what it leaves out, from a hundredth of the weights on (coverage.of)."""
+def coverage_text(model: str, targets: str | list[str], share: float, left_out: Mapping[str, float]) -> str:
+    """Say what share of a model's weights an adapter reaches, and which kinds it leaves out, from a hundredth of the weights on."""
     named = targets if isinstance(targets, str) else ",".join(targets)
-    left = [f"{kind} {100 * share:.0f} %" for kind, share in found["left_out"].items() if share >= 0.01]
+    left = [f"{kind} {100 * part:.0f} %" for kind, part in left_out.items() if part >= 0.01]
     out = f"; left out: {', '.join(left[:6])}{' ...' if len(left) > 6 else ''}" if left else ""
-    return f"  {named} adapts {100 * found['share']:.0f} % of {model}'s weights{out}"
+    return f"  {named} adapts {100 * share:.0f} % of {model}'s weights{out}"
 
 
-def _samples(name: str, these: list[Stage], cells: list[Cell]) -> str:
-    if name in ("contamination", "flips", "prepare", "evaluate"):
+def _samples(these: list[Stage], cells: list[Cell]) -> str:
+    """Say how many samples trainings of one kind will see; nothing of other kinds."""
+    if not isinstance(these[0].spec, TrainingSpec):
         return ""
-    every = [s for c in cells for s in c.chain.stages if s.kind == name]
+    every = [s for c in cells for s in c.chain.stages if s.kind == these[0].kind]
     if any(s.samples is None for s in every):
         return "; samples known once the data set is read (n or m is all)"
     once, apart = (sum(s.samples or 0 for s in group) for group in (these, every))
@@ -63,15 +70,8 @@ def _cell_line(cell: Cell, store: Store) -> str:
 
 
 def _duration(left: list[Stage], store: Store, workers: int) -> str:
-    """An estimate from the seconds that finished stages of the same kind took; says so if there are none."""
-    measured: dict[tuple, list[float]] = defaultdict(list)
-    for file in store.folder.glob("*/*/record.json"):
-        try:
-            record = json.loads(file.read_text())
-            kind, seconds = _kind(record["stage"], record["spec"]), record["seconds"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # `python -m d2lora check` names it; an estimate can do without
-        measured[kind].append(seconds / max(record.get("metrics", {}).get("samples_seen", 1), 1))
+    """Return an estimate from the seconds that finished stages of the same kind took; says so if there are none."""
+    measured = _measured(store)
     if any(_kind(s.kind, s.spec.content()) not in measured for s in left):
         return "an unknown time: nothing like it was measured here yet"
     if any(s.samples is None for s in left):
@@ -85,20 +85,34 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
     return text + (f" with {workers} workers" if workers > 1 else "")
 
 
-def _kind(name: str, spec: dict) -> tuple:
-    """What a stage's time a sample depends on most: kind, method and model; of an evaluation, its benchmark."""
-    if name == "contamination":
+def _measured(store: Store) -> dict[tuple[str, ...], list[float]]:
+    """Return the seconds a sample that finished stages took, by `_kind`."""
+    measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for folder in store.outputs.entries():
+        try:
+            if record := records.read(folder):
+                samples = max(record.metrics.get("samples_seen", 1), 1)
+                measured[_kind(record.stage, record.spec)].append(record.seconds / samples)
+        except (OSError, UserError, KeyError, TypeError):
+            continue  # `python -m d2lora check` names it; an estimate can do without
+    return measured
+
+
+def _kind(name: str, spec: Identity) -> tuple[str, ...]:
+    """Return what a stage's time a sample depends on most: kind, method and model; of an evaluation, its benchmark."""
+    benchmark = spec.get("benchmark", spec.get("lm_eval"))
+    if name == ContaminationSpec.KIND:
         return name, canonical(spec["train"])
-    if name == "evaluate":
-        return name, canonical(spec.get("benchmark", spec.get("lm_eval")))
-    if name == "flips":
-        return name, canonical([spec.get("benchmark", spec.get("lm_eval")), spec["model"]])
-    kind = spec["init"]["name"] if name == "prepare" else spec.get("method", {}).get("name")
+    if name == EvaluateSpec.KIND:
+        return name, canonical(benchmark)
+    if name == flips.FlipsSpec.KIND:
+        return name, canonical([benchmark, spec["model"]])
+    kind = spec["init"]["name"] if name == PrepareSpec.KIND else spec.get("method", {}).get("name", "")
     return name, kind, canonical(spec["model"])
 
 
 def progress_text(cells: list[Cell], store: Store) -> str:
-    """The sweep's line: done, running, left, failures."""
+    """Return the sweep's line: done, running, left, failures."""
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
     failed, running = sum(_failed(s, store) for s in left), len(at_work(cells, store))
@@ -106,10 +120,10 @@ def progress_text(cells: list[Cell], store: Store) -> str:
 
 
 def at_work(cells: list[Cell], store: Store) -> list[Stage]:
-    """The stages that some worker has begun."""
+    """Return the stages that some worker has begun."""
     # What a killed worker left lies there for ever: a stage that is done or has failed is not at work, whatever lies beside it.
     open_ = (s for s in plan.stages(cells) if not store.done(s) and not _failed(s, store))
-    return [s for s in open_ if any(store.place(s).parent.glob(f".{s.key}-*"))]
+    return [s for s in open_ if store.begun(s)]
 
 
 def _failed(stage: Stage, store: Store) -> bool:
@@ -117,42 +131,52 @@ def _failed(stage: Stage, store: Store) -> bool:
 
 
 def cell_text(cell: Cell, store: Store) -> str:
-    """A single cell's results."""
-    lines = [cell.id]
-    for stage in cell.chain.evaluations:
-        name = stage.subject
-        record = store.record(stage)
-        for metric, r in (record["metrics"] if record else {}).items():
-            lines.append(f"  {name} {metric}: {100 * r['value']:.2f} % ± {196 * r['stderr']:.2f} ({r['items']} items)")
-        if record is None:
-            lines.append(f"  {name}: missing")
-        elif cut := record.get("counts", {}).get("cut"):
-            items = max(r["items"] for r in record["metrics"].values())
-            lines.append(f"  {name}: {cut} of {items} answers stopped at max_new_tokens, before an end of their own")
-    for check in cell.chain.flips:
-        record = store.record(check)
-        lines.append(
-            f"  {flips.text(record) if record else f'{check.subject} of the base at two batch sizes: missing'}"
-        )
-    for against in cell.chain.contamination:
-        record = store.record(against)
-        shares = overlap.shares_text(against.subject, record["metrics"]) if record else f"{against.subject}: missing"
-        lines.append(f"  test items in the training set, {shares}")
-    return "\n".join([*lines, *_passed_over(cell, store)])
+    """Return a single cell's results, and what to know of them."""
+    lines = [
+        *(line for stage in cell.chain.evaluations for line in _scores(stage, store)),
+        *(_batch_line(stage, store) for stage in cell.chain.flips),
+        *(_overlap_line(stage, store) for stage in cell.chain.contamination),
+        *_passed_over(cell, store),
+    ]
+    return "\n".join([cell.id, *(f"  {line}" for line in lines)])
 
 
-def _passed_over(cell: Cell, store: Store) -> Iterable[str]:
-    """What became of rows that a cell's trainings did not take."""
+def _scores(stage: Stage, store: Store) -> Iterator[str]:
+    """Yield an evaluation's metrics, each ± half of its 95 % interval, and how many answers were cut."""
+    record = store.record(stage)
+    if record is None:
+        yield f"{stage.subject}: missing"
+        return
+    for metric, score in record.scores.items():
+        half = 196 * (score.stderr or 0.0)
+        yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {half:.2f} ({score.items} items)"
+    if cut := record.counts.get("cut"):
+        yield f"{stage.subject}: {cut} of {record.items} answers stopped at max_new_tokens, before an end of their own"
+
+
+def _batch_line(stage: Stage, store: Store) -> str:
+    record = store.record(stage)
+    return flips.text(record) if record else f"{stage.subject} of the base at two batch sizes: missing"
+
+
+def _overlap_line(stage: Stage, store: Store) -> str:
+    record = store.record(stage)
+    shares = overlap.shares_text(stage.subject, record.scores) if record else f"{stage.subject}: missing"
+    return f"test items in the training set, {shares}"
+
+
+def _passed_over(cell: Cell, store: Store) -> Iterator[str]:
+    """Yield what became of rows that a cell's trainings did not take."""
     for stage in filter(None, (cell.chain.warmup, cell.chain.adapt)):
-        counts = (store.record(stage) or {}).get("data", {})
-        reasons = {"too long": counts.get("misfits", 0)} | counts.get("left_out", {})
+        record = store.record(stage)
+        reasons = {"too long": record.misfits} | record.passed_over if record else {}
         if told := ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items() if count):
             others = "" if "all" in (getattr(stage.spec, "m", 0), getattr(stage.spec, "n", 0)) else ", others taken"
-            yield f"  {stage.kind}: rows passed over ({told}){others}"
+            yield f"{stage.kind}: rows passed over ({told}){others}"
 
 
 def failures_text(output: Path, lost: Iterable[Stage]) -> str:
-    """What failed and why, and what that blocked."""
+    """Return what failed and why, and what that blocked."""
     lines = []
     for stage in lost:
         file = Outputs(output).failed(stage.key)

@@ -12,6 +12,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would hide ours, w
 
 from tqdm import tqdm
 
+from d2lora.outputs import Outputs
 from d2lora.stages import Stage
 
 _BARS = 8  # shown at once, of a sweep's stages at work
@@ -24,7 +25,7 @@ class Bar(contextlib.AbstractContextManager):
         self.bar: tqdm | None = None
 
     def stage(self, stage: Stage) -> Callable[[int, int], None]:
-        """A progress function (steps done, steps in all) for a stage that begins."""
+        """Return a progress function (steps done, steps in all) for a stage that begins."""
         self._close()
         self.bar = tqdm(total=None, desc=stage.label, leave=False, disable=not sys.stderr.isatty(), unit="step")
         return self._update
@@ -45,26 +46,29 @@ class Note(contextlib.AbstractContextManager):
     """How far a worker's stage is, in <output>/progress: the terminal may be another process's, on another machine."""
 
     def __init__(self, output: Path) -> None:
-        self.folder = output / "progress"
-        self.file, self.written = self.folder / "none", 0.0
+        self.outputs = Outputs(output)
+        self.file: Path | None = None  # of the stage at work
+        self.written = 0.0
 
     def stage(self, stage: Stage) -> Callable[[int, int], None]:
-        """A progress function (steps done, steps in all) for a stage that begins."""
+        """Return a progress function (steps done, steps in all) for a stage that begins."""
         self._close()
-        self.file, self.written = self.folder / stage.key, 0.0
+        self.file, self.written = self.outputs.progress(stage.key), 0.0
         return self._update
 
     def _update(self, done: int, total: int) -> None:
+        assert self.file is not None, "stage() was called first"
         if (now := time.monotonic()) - self.written < 1:
             return
         self.written = now
         with contextlib.suppress(OSError):  # no stage stops over this
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(f"{done} {total}")
 
     def _close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.unlink(missing_ok=True)
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.unlink(missing_ok=True)
 
     def __exit__(self, *exc: object) -> None:
         self._close()
@@ -74,7 +78,7 @@ class Note(contextlib.AbstractContextManager):
 def board(
     text: Callable[[], str], at_work: Callable[[], list[Stage]], output: Path, every: float = 1.0
 ) -> Iterator[None]:
-    """A line on the terminal and below it a bar for each stage at work, drawn anew every second; nothing elsewhere."""
+    """Keep a line on the terminal and below it a bar for each stage at work, drawn anew every second; nothing elsewhere."""
     if not sys.stderr.isatty():
         yield
         return
@@ -104,7 +108,7 @@ def _draw(bars: dict[str, tqdm], at_work: list[Stage], output: Path) -> None:
         bars.pop(key).close()
     for stage in at_work:
         try:
-            done, total = map(int, (output / "progress" / stage.key).read_text().split())
+            done, total = map(int, Outputs(output).progress(stage.key).read_text().split())
         except (OSError, ValueError):  # not begun to count, or being written
             continue
         if stage.key not in bars and len(bars) < _BARS:

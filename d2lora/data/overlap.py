@@ -1,12 +1,11 @@
-"""Search a test set in a training set: the same question, or 13 words in a row. Pure functions.
+"""How much of a test set a training set contains: the same question, or 13 words in a row. Pure functions.
 
-As in GPT-3's check (Brown et al. 2020, appendix C) texts are compared as words, lower-cased and without punctuation,
-and an item counts as overlapping if one of its word 13-grams occurs in the training set. Two differences: a question of
-fewer than 13 words is only found as a whole (GPT-3 goes down to 8-grams), and no 13-gram is ignored for being frequent.
+As in GPT-3's check (Brown et al. 2020, appendix C) texts are compared as words, lower-cased and without punctuation, and an
+item counts as overlapping if one of its word 13-grams occurs in the training set. Two differences: here a question of fewer
+than 13 words can only be found as a whole (GPT-3 goes down to 8-grams), and no 13-gram is left out for being frequent.
 
-Questions are compared both as the columns have them and as the prompt templates render them. 13-grams are taken only
-from the values that rows fill in: a template's own wording is the same in all rows, so a 13-gram with a word of it says
-nothing of an item.
+Questions are compared as columns have them and as templates render them. 13-grams are of what rows fill in: a template's own
+wording is the same in all rows, so a 13-gram with a word of it says nothing of an item.
 """
 
 import contextlib
@@ -18,15 +17,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from d2lora.data.conversations import written
+from d2lora.data.files import Row
 from d2lora.data.texts import LeftOut, NotText, fill, text_of
+from d2lora.records import Score
 
 NGRAM = 13
-Row = dict
 
-# Vowel signs and tone marks in the scripts of India and South-East Asia are part of a word, but \w does not match them.
+# Vowel signs and tone marks of India's and South-East Asia's scripts are part of a word, and \w has none of them.
 _SIGNS = "".join(
     chr(c) for c in (*range(0x900, 0x10A0), *range(0x1780, 0x1800)) if unicodedata.category(chr(c)) in ("Mn", "Mc")
 )
@@ -38,37 +38,31 @@ _UNSPACED = re.compile(
     f"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af][{_SIGNS}]*"
 )
 _THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
-# The ends of sentences in a template; a field's value may end one too: "{question} Please reason ..."
+# In a template; a field's text may end a sentence too: "{question} Please reason ..."
 _SENTENCE_END = re.compile(r"[.?!:;](?=\s|$)|[\n。？！：；]|^\s+(?=[A-Z])")
 
 
-@functools.lru_cache(256)  # each text of a row is needed several times
+@functools.lru_cache(256)  # the texts of a row are read in several ways
 def words(text: str) -> tuple[str, ...]:
-    """Return the words of a text, lower-cased and without punctuation; single characters in scripts without spaces
-    between words.
-    """
+    """The words of a text, lower-cased and without punctuation; characters where a script has no spaces between words."""
     if text.isascii():
         return tuple(_MARKS.sub("", text.lower()).split())
     plain = unicodedata.normalize("NFKC", _THOUSANDS.sub("", text)).casefold()
     return tuple(_UNSPACED.sub(r" \g<0> ", _MARKS_BUT_SIGNS.sub("", plain)).split())
 
 
-def ngrams(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yield all runs of NGRAM words, in order."""
-    return zip(*(text_words[start:] for start in range(NGRAM)), strict=False)
+def ngrams(found: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """All runs of NGRAM words, in order."""
+    return zip(*(found[start:] for start in range(NGRAM)), strict=False)
 
 
 def texts(row: Row, columns: Iterable[str]) -> list[str]:
-    """Return the texts in a row's columns, each by itself; of a list (a conversation, options to choose from) those of
-    its elements.
-    """
+    """The texts of a row's columns, each for itself; of a list (a conversation, a question's options), those of its elements."""
     return [text for column in columns for text in _inner(row.get(column))]
 
 
 def _inner(value: Any) -> list[str]:
-    """Return the texts in a value: a turn's content, all values of another mapping, all elements of a list; none for a
-    null.
-    """
+    """The texts in a value: of a turn its content, of other mappings all values, of a list all elements; of a null none."""
     if isinstance(value, dict):
         value = [value["content"]] if "content" in value else list(value.values())
     elif isinstance(value, str) and (turns := _written(value)):
@@ -79,25 +73,24 @@ def _inner(value: Any) -> list[str]:
 
 
 def _written(text: str) -> list[dict] | None:
-    """Return the turns that a text is, as a CSV has them; None if it is no conversation."""
+    """The turns that a text is, as a CSV has them."""
     with contextlib.suppress(NotText):
         return written(text)
     return None
 
 
 def _is_typed(value: list) -> bool:
-    """Tell whether a list begins like a content of typed parts."""
+    """Whether it begins as the typed parts of a content do; `text_of` says the rest."""
     return bool(value) and isinstance(value[0], dict) and value[0].get("type") == "text"
 
 
-# The tokens that chat templates write around turns. They separate the texts of rows that are rendered already.
+# What chat templates write around turns, in rows that are rendered already.
 _TURNS = re.compile(
     r"(?:<[|｜][^<>]*[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>)(?:(?:system|developer|user|assistant|model|tool)\n)?"
 )
 
 
 def _plain(value: Any) -> list[str]:
-    """Return a value's texts, those of rendered conversations apart; any other value as Python spells it."""
     try:
         text = text_of(value)
         return [text] if "<" not in text else [part for part in _TURNS.split(text) if part.strip()]
@@ -111,18 +104,16 @@ def _plain(value: Any) -> list[str]:
 
 # --- templates -----------------------------------------------------------------------------------------------------
 
-Piece = tuple[str, str]  # (fixed wording, "") or ("", a field such as "{question}")
-Group = tuple[str, ...]  # texts that follow each other without words between them
+Piece = tuple[str, str]  # fixed wording, or a field such as "{question}"; the other is empty
+Group = tuple[str, ...]  # texts that stand side by side
 
 
 @dataclass(frozen=True)
 class Template:
-    r"""A template split into fixed wording and fields: all `pieces`, and the `core`, those of the sentences that have a
-    field.
+    """A text with fields in pieces: all of them, and those of its `core`, the sentences that have a field.
 
-    The core tells what is asked: "{question} Please reason step by step." and "Question: {question}\nAnswer:" ask the
-    same. A core without words of its own that only joins short values is no question by itself: "{a}, {b}. Which is
-    larger?" and "{a}, {b}. Add them." ask different things.
+    So "{question} Please reason step by step." and "Question: {question}\nAnswer:" ask the same. A core without wording of its
+    own is no question by itself where it joins short values: "{a}, {b}. Which is larger?" asks another than "{a}, {b}. Add them."
     """
 
     pieces: tuple[Piece, ...]
@@ -130,23 +121,22 @@ class Template:
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
-        """Return the fields, each once."""
         return tuple(dict.fromkeys(field for _, field in self.pieces if field))
 
     def values(self, row: Row) -> Group | None:
-        """Return the texts of the fields; None if the row can't fill them."""
+        """The texts of its fields; None if the row can't fill them."""
         try:
             return tuple([_value(field, row) for field in self.fields])
         except (LeftOut, LookupError, AttributeError, TypeError, ValueError):
             return None
 
     def read(self, values: Group) -> tuple[list[Group], list[Group]]:
-        """Return what the template makes of the fields' values: its questions, and its runs of values."""
+        """What the template makes of values: questions, and runs of values."""
         named = dict(zip(self.fields, values, strict=True))
         return list(self.questions(named)), list(self.runs(named))
 
     def questions(self, values: dict[str, str]) -> Iterator[Group]:
-        """Yield the filled template, and its filled core if that differs."""
+        """The filled template, and its core where that differs."""
         yield _joined(self.pieces, values)
         if self.core != self.pieces:
             core = _joined(self.core, values)
@@ -154,7 +144,7 @@ class Template:
                 yield core
 
     def runs(self, values: dict[str, str]) -> Iterator[Group]:
-        """Yield the values in groups: values are in one group if the core has no words between them."""
+        """The values between which the core has no words, each group of them as one."""
         group: list[str] = []
         for fixed, field in self.core:
             if field:
@@ -167,38 +157,36 @@ class Template:
 
 
 def _value(field: str, row: Row) -> str:
-    """Return the text of a field."""
     name = field[1:-1]
     return text_of(row[name]) if name in row else fill(field, row)  # the short way is the same, and faster
 
 
 @functools.cache
 def _has_words(pieces: tuple[Piece, ...]) -> bool:
-    """Tell whether the pieces have wording of their own."""
     return any(words(fixed) for fixed, _ in pieces)
 
 
 @functools.cache
 def _are_apart(pieces: tuple[Piece, ...]) -> bool:
-    """Tell whether there is something between any two fields."""
+    """Whether something stands between any two fields."""
     return not any(one and next_ for (_, one), (_, next_) in itertools.pairwise(pieces))
 
 
 def _joined(pieces: tuple[Piece, ...], values: dict[str, str]) -> Group:
-    """Return the text of the pieces. If it is the values' words only, return the values: their words are cached."""
+    """The text of pieces; their values where that has the same words, which are then known already."""
     if _are_apart(pieces) and not _has_words(pieces):
         return tuple(values[field] for _, field in pieces if field)
     return ("".join(values[field] if field else fixed for fixed, field in pieces),)
 
 
 def _as_one(group: Group) -> tuple[str, ...]:
-    """Return the words of a group, as if it were one text."""
+    """The words of texts that stand side by side."""
     return words(group[0]) if len(group) == 1 else tuple(itertools.chain.from_iterable(map(words, group)))
 
 
 @functools.cache
 def template(text: str) -> Template:
-    """Parse a text with {column} fields as a Template, cached."""
+    """The template of a text with {column} fields."""
     pieces: list[Piece] = []
     sentences: list[list[Piece]] = [[]]
     for fixed, name, spec, conversion in Formatter().parse(text):
@@ -210,17 +198,48 @@ def template(text: str) -> Template:
         pieces += [(fixed, ""), ("", field)]
     core = [piece for sentence in sentences if any(field for _, field in sentence) for piece in sentence]
     is_core = all(any(field for _, field in sentence) for sentence in sentences)
-    pieces, core = ([piece for piece in some if any(piece)] for some in (pieces, core))
-    return Template(tuple(pieces), tuple(pieces if is_core else core))
+    whole, asking = (tuple(piece for piece in kept if any(piece)) for kept in (pieces, core))
+    return Template(whole, whole if is_core else asking)
 
 
 def _filled(row: Row, text: str) -> tuple[list[Group], list[Group]]:
-    """Return the questions and runs of values that a template makes of a row; nothing if the row can't fill it."""
+    """What a template makes of a row; nothing if the row can't fill it."""
     values = template(text).values(row)
     return ([], []) if values is None else template(text).read(values)
 
 
 # --- the check -----------------------------------------------------------------------------------------------------
+
+Words = tuple[str, ...]
+
+
+class Hit(TypedDict):
+    """An item of a test set that a training set contains, and the words that both have; a line of items.jsonl."""
+
+    index: int
+    question: str
+    exact: int | None  # the first row one of whose texts is the item's question
+    ngram13: int | None  # the first row that shares a 13-gram with its question or answer
+    ngram: str | None  # those words
+
+
+@dataclass
+class _First:
+    """The first rows of the training set that an item overlaps with."""
+
+    exact: int | None = None
+    ngram13: int | None = None
+    ngram: str | None = None
+
+
+class _Index(NamedTuple):
+    """The items of a test set by whole questions and by 13-grams of questions and answers, and some words of each
+    13-gram.
+    """
+
+    whole: dict[Words, list[int]]
+    runs: dict[Words, list[int]]
+    some: set[Words]
 
 
 def overlap(
@@ -234,27 +253,31 @@ def overlap(
     prompt: str = "",
     gold: str = "",
     trained: Iterable[str] = (),
-) -> list[dict]:
-    """Find the items of a test set that a training set contains. Return them in order: {index, question, exact,
-    ngram13, ngram}.
+) -> list[Hit]:
+    """Return the items of a test set that a training set contains, in order.
 
-    `exact` is the number of the first row with a text that is the item's question, `ngram13` that of the first row that
-    shares a 13-gram with its question or answer, and `ngram` those words; None where there is no such row. `question`,
-    `answer` and `columns` name the columns to read; `prompt`, `gold` and `trained` are the templates that the two sets
-    are rendered with.
+    `question`, `answer` and `columns` name the columns to read; `prompt`, `gold` and `trained` are the templates that
+    the two sets are rendered with.
     """
     index = _index(tests, question, answer, prompt, gold)
     hits = _search(index, rows, columns, tuple(trained), progress)
-    empty = {"exact": None, "ngram13": None, "ngram": None}
-    return [{"index": i, "question": _shown(tests[i], question, prompt), **empty, **hits[i]} for i in sorted(hits)]
+    return [_hit(item, _shown(tests[item], question, prompt), hits[item]) for item in sorted(hits)]
+
+
+def _hit(item: int, question: str, first: _First) -> Hit:
+    """Return the outcome of an item."""
+    return Hit(index=item, question=question, exact=first.exact, ngram13=first.ngram13, ngram=first.ngram)
 
 
 def _search(
-    index: tuple[dict, dict, set], rows: list[Row], columns: list[str], trained: tuple[str, ...], progress: Callable
-) -> dict[int, dict]:
-    """Return for each item that a row overlaps with, by its index, what `overlap` says of it."""
-    questions_index, runs, some = index
-    hits: dict[int, dict] = defaultdict(dict)
+    index: _Index,
+    rows: list[Row],
+    columns: list[str],
+    trained: tuple[str, ...],
+    progress: Callable[[int, int], None],
+) -> dict[int, _First]:
+    """Return for each item that a row overlaps with, by its index, the first rows that do."""
+    hits: dict[int, _First] = defaultdict(_First)
     # What is looked up already: the columns of a data set often repeat each other.
     met_questions, met_texts = set[Group](), set[Group]()
     filled = set[tuple[str, Group]]()
@@ -262,12 +285,13 @@ def _search(
         raw = [(text,) for text in texts(row, columns)]
         questions, groups = _new_texts(row, trained, filled)
         for group in _new([*raw, *questions], met_questions):
-            for item in questions_index.get(_as_one(group), ()):
-                hits[item].setdefault("exact", number)
+            for item in index.whole.get(_as_one(group), ()):
+                if hits[item].exact is None:
+                    hits[item].exact = number
         borders = (border for group in groups for border in _borders(group))
         for text_words in [*map(_as_one, _new(raw, met_texts)), *_new(borders, met_texts)]:
-            if not some.isdisjoint(_some(text_words)):
-                _note(hits, runs, number, text_words)
+            if not index.some.isdisjoint(_some(text_words)):
+                _note(hits, index.runs, number, text_words)
         if number % 1000 == 0 or number == len(rows) - 1:
             progress(number + 1, len(rows))
     return hits
@@ -315,13 +339,11 @@ def _shown(row: Row, question: list[str], prompt: str) -> str:
     return fill(prompt, row) if prompt and values is not None else " ".join(texts(row, question))
 
 
-def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str, gold: str) -> tuple[dict, dict, set]:
-    """Map whole questions to items and 13-grams of questions and answers to items; and return some words of each
-    13-gram.
-    """
-    by_question: dict[tuple, list[int]] = defaultdict(list)
-    by_ngram: dict[tuple, list[int]] = defaultdict(list)
-    some: set[tuple] = set()
+def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str, gold: str) -> _Index:
+    """Index the items of a test set."""
+    by_question: dict[Words, list[int]] = defaultdict(list)
+    by_ngram: dict[Words, list[int]] = defaultdict(list)
+    some: set[Words] = set()
     for item, row in enumerate(tests):
         questions, groups = _filled(row, prompt)
         for form in {_as_one(group) for group in ((" ".join(texts(row, question)),), *questions)} - {()}:
@@ -332,7 +354,7 @@ def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str
             some.update(_some(text_words))
             for run in ngrams(text_words):
                 by_ngram[run].append(item)
-    return dict(by_question), dict(by_ngram), some
+    return _Index(dict(by_question), dict(by_ngram), some)
 
 
 def _some(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -340,28 +362,31 @@ def _some(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     return zip(text_words, text_words[3:], text_words[6:], text_words[9:], text_words[NGRAM - 1 :], strict=False)
 
 
-def _note(
-    hits: dict[int, dict], by_ngram: dict[tuple[str, ...], list[int]], number: int, text_words: tuple[str, ...]
-) -> None:
+def _note(hits: dict[int, _First], by_ngram: dict[Words, list[int]], number: int, text_words: Words) -> None:
     """Record for the items that share a 13-gram with a text of row `number` that they do, unless an earlier row did."""
     for run in ngrams(text_words):
         for item in by_ngram.get(run, ()):
-            if "ngram13" not in hits[item]:
-                hits[item] |= {"ngram13": number, "ngram": " ".join(run)}
+            if hits[item].ngram13 is None:
+                hits[item].ngram13, hits[item].ngram = number, " ".join(run)
 
 
-def shares(items: list[dict], total: int) -> dict:
-    """Return the metrics {name: {value, stderr, items}}: the share of items that overlap. The standard error is 0: all
-    items count.
-    """
+def shares(items: list[Hit], total: int) -> dict[str, Score]:
+    """Return the share of all items for each measure. The standard error is 0: all items count."""
     return {
-        name: {"value": sum(item[name] is not None for item in items) / total, "stderr": 0.0, "items": total}
-        for name in ("exact", "ngram13")
+        "exact": _share([item["exact"] for item in items], total),
+        "ngram13": _share([item["ngram13"] for item in items], total),
     }
 
 
-def shares_text(pair: str, measures: dict) -> str:
-    """Return the overlap of a training and a test set as a line. `pair` names the two."""
-    parts = [f"{name} {100 * m['value']:.2f} %" for name, m in measures.items() if m["value"]]
-    items = max(m["items"] for m in measures.values())
+def _share(rows: list[int | None], total: int) -> Score:
+    """Return the share of items that overlap with a row."""
+    return Score(value=sum(row is not None for row in rows) / total, stderr=0.0, items=total)
+
+
+def shares_text(pair: str, measures: dict[str, Score]) -> str:
+    """Return the overlap of a training and a test set as a line. `pair` names the two, `measures` is what `shares`
+    returns.
+    """
+    parts = [f"{name} {100 * score.value:.2f} %" for name, score in measures.items() if score.value]
+    items = max(score.items for score in measures.values())
     return f"{pair}: {', '.join(parts)} of {items} items" if parts else f"{pair}: no overlap found"

@@ -2,14 +2,13 @@
 model in memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 from d2lora.data.files import Row
+from d2lora.progress import Progress
 from d2lora.settings import Benchmark
-
-Progress = Callable[[int, int], None]  # called with the number of finished requests, and of all
 
 # A line of items.jsonl: index, prompt, answer, gold, a value for each metric; for choices also all choices.
 Item = dict[str, Any]

@@ -10,10 +10,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 
 from d2lora.base import Base
-from d2lora.evaluate.engine import Evaluation, Item, Progress, Questions, Score, counts
+from d2lora.evaluate.engine import Evaluation, Item, Questions, Score, counts
 from d2lora.evaluate.lm import WatchedLM
 from d2lora.evaluate.task import harness_task, quiet, task_of
 from d2lora.layouts import proof
+from d2lora.progress import Progress
 
 __all__ = ["InMemory", "Questions", "counts", "evaluate", "task_of"]
 

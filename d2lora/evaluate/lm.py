@@ -12,8 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from d2lora import data
 from d2lora.base import Base, device
 from d2lora.errors import UserError
-from d2lora.evaluate.engine import Progress
 from d2lora.layouts import proof
+from d2lora.progress import Progress
 
 Tokens = list[int]
 

@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from d2lora.errors import UserError
+from d2lora.outputs import Outputs
 
 
 def main_metrics(output: Path, sweep: str) -> list[str]:
-    """Each benchmark's first metric, as W&B has it (benchmark/metric). UserError for a sweep without results."""
-    file = output / "report" / "results.csv"
-    found: dict[str, str] = {}
+    """Return each benchmark's first metric, as W&B has it (benchmark/metric). UserError for a sweep without results."""
+    file = Outputs(output).results
+    metrics: dict[str, str] = {}
     if file.exists():
         with file.open() as lines:
             for row in csv.DictReader(lines):
                 if row["sweep"] == sweep and row["metric"]:
-                    found.setdefault(row["benchmark"], f"{row['benchmark']}/{row['metric']}")
-    if not found:
+                    metrics.setdefault(row["benchmark"], f"{row['benchmark']}/{row['metric']}")
+    if not metrics:
         raise UserError(f"sweep={sweep}: no results in {file}: python run.py -cn {sweep}")
-    return list(found.values())
+    return list(metrics.values())
 
 
 def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
-    """The W&B report of a sweep, not saved. `metrics` as main_metrics gives them."""
+    """Return the W&B report of a sweep, not saved. `metrics` as main_metrics gives them."""
     import wandb_workspaces.reports.v2 as wr
 
     def runs(kind: str, by: str) -> Any:
@@ -54,7 +55,7 @@ def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
 
 
 def write(output: Path, sweep: str, entity: str | None, project: str) -> str:
-    """The address of a sweep's dashboard, written to W&B anew; its report lies in `output`.
+    """Write a sweep's dashboard to W&B anew and return its address; the sweep's results are in `output`.
 
     UserError for a sweep without results, without the extra, or for a server that does not take it.
     """
@@ -62,16 +63,16 @@ def write(output: Path, sweep: str, entity: str | None, project: str) -> str:
 
 
 def _save(sweep: str, metrics: list[str], entity: str | None, project: str) -> str:
-    """The address of the saved report. UserError without the extra or a server that takes it."""
+    """Save the report and return its address. UserError without the extra or a server that takes it."""
     try:
         import wandb
         import wandb_workspaces  # noqa: F401
 
-        made = report(sweep, metrics, entity or wandb.Api(timeout=30).default_entity or "", project)
-        made.save()
+        saved = report(sweep, metrics, entity or wandb.Api(timeout=30).default_entity or "", project)
+        saved.save()
     except ImportError:
         raise UserError("the dashboard needs wandb-workspaces: pip install -e '.[dashboard]'") from None
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"W&B did not take the report: {line}") from None
-    return made.url
+    return saved.url

@@ -1,7 +1,7 @@
 """W&B runs, sent by threads that no stage waits for: a server that is down, slow or refuses cannot hold up a cell.
 
 The first thing that goes wrong is told in one line; from then on the process keeps its runs on disk, where `wandb sync` finds
-them. What the runs show is tracking.py's.
+them. What the runs show is in runs.py.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from d2lora.errors import UserError
+from d2lora.outputs import Outputs
 from d2lora.settings import Config
 
 
@@ -37,7 +38,7 @@ _at_once = threading.BoundedSemaphore(4)  # runs that are begun, filled or uploa
 
 
 def _warn(text: str) -> None:
-    """One warning a process: what follows is mostly the same again."""
+    """Print the first warning of a process only: what follows is mostly the same again."""
     with _telling:  # several runs' threads meet the same dead server at once
         first, _state.warned = not _state.warned, True
     if first:
@@ -52,13 +53,13 @@ def _fail(error: BaseException) -> None:
 
 
 def disabled(config: Config) -> bool:
-    """Whether nothing is to be sent: the user said so, or nothing came to an end."""
+    """Tell whether nothing is to be sent: the user said so, or nothing came to an end."""
     mode = os.environ.get("WANDB_MODE") if config.wandb.mode == "auto" else config.wandb.mode
     return mode == "disabled" or _state.stuck
 
 
 def flush(config: Config) -> None:
-    """Wait for what is still to be written or uploaded, but not for ever. Every job ends with it."""
+    """Wait for what is still to be written or uploaded, but not for ever. Every job ends with this."""
     started, patience = time.monotonic(), config.wandb.patience
     slow = TimeoutError(f"the server takes longer than wandb.patience={patience:g} s")
     for limit, then in ((patience, lambda: _fail(slow)), (2 * patience + 5, _give_up)):
@@ -71,12 +72,12 @@ def flush(config: Config) -> None:
 
 
 def hush() -> None:
-    """No more warnings: the process is being stopped, and wandb ends now, whatever its threads make of it."""
+    """Print no more warnings: the process is being stopped, and wandb ends now, whatever its threads make of it."""
     _state.warned = True
 
 
 def is_offline() -> bool:
-    """Whether something went wrong, so that runs are kept on disk."""
+    """Tell whether something went wrong, so that runs are kept on disk."""
     return _state.offline
 
 
@@ -94,13 +95,24 @@ def _give_up() -> None:
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class About:
+    """What W&B knows of a run from its beginning: arguments of wandb.init."""
+
+    id: str
+    job_type: str
+    name: str
+    tags: list[str]
+    config: dict[str, Any]
+
+
 class Run:
     """One W&B run, begun, filled and ended by a thread of its own, in the order in which it was asked to."""
 
-    def __init__(self, whose: Config, output: Path, **about: Any) -> None:
-        self.whose, self.output, self.about = whose, output, about
+    def __init__(self, whose: Config, outputs: Outputs, about: About) -> None:
+        self.whose, self.outputs, self.about = whose, outputs, about
         self.tasks: queue.SimpleQueue[Callable[[Any], object] | int] = queue.SimpleQueue()
-        self.before = next((r for r in _state.runs if r.about["id"] == about["id"]), None)
+        self.before = next((r for r in _state.runs if r.about.id == about.id), None)
         self.thread = threading.Thread(target=self._work, daemon=True)
         _state.runs.append(self)
         self.thread.start()
@@ -118,7 +130,7 @@ class Run:
             self.before.thread.join()
         with _at_once:
             try:
-                _prepare(self.output)
+                _prepare(self.outputs)
                 run = self._begin()
                 # Of a stage that another output folder has done already nothing is logged twice.
                 logged = run.resumed and "seconds" in run.summary.keys()  # noqa: SIM118 (not a dict)
@@ -146,30 +158,30 @@ class Run:
         try:
             run = self._init("offline")
         except Exception:
-            _free(self.about["id"])
+            _free(self.about.id)
             run = self._init("offline")
         for begun in self._folders() - earlier - {Path(run.dir).parent}:  # synced, it would undo what the run says
             shutil.rmtree(begun, ignore_errors=True)
         return run
 
     def _folders(self) -> set[Path]:
-        return set((self.output / "wandb").glob(f"*run-*-{self.about['id']}"))
+        return set(self.outputs.wandb.glob(f"*run-*-{self.about.id}"))
 
     def _init(self, mode: str) -> Any:
         import wandb
 
         wanted = self.whose.wandb
-        self.output.mkdir(parents=True, exist_ok=True)
+        self.outputs.root.mkdir(parents=True, exist_ok=True)
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
             project=wanted.project or os.environ.get("WANDB_PROJECT", "d2lora"),
             entity=wanted.entity,
             group=self.whose.sweep,
-            dir=self.output,
+            dir=self.outputs.root,
             resume="allow",
             reinit="create_new",
             settings=_settings(wanted.patience),
-            **self.about,
+            **vars(self.about),
         )
 
 
@@ -183,16 +195,17 @@ def _free(run_id: str) -> None:
     service.inform_finish(run_id)
 
 
-def _prepare(output: Path) -> None:
-    """What wandb takes from the environment only; it must be there before the import."""
+def _prepare(outputs: Outputs) -> None:
+    """Set what wandb takes from the environment only, and reads when it is imported."""
     # Its staging of artifacts and its cache belong to the runs, not to the home folder.
-    os.environ.setdefault("WANDB_DATA_DIR", str(output / "wandb" / "data"))
-    os.environ.setdefault("WANDB_CACHE_DIR", str(output / "wandb" / "cache"))
+    os.environ.setdefault("WANDB_DATA_DIR", str(outputs.wandb / "data"))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(outputs.wandb / "cache"))
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its end waits half a minute for a server that is silent
 
 
 def _settings(patience: float) -> Any:
+    """Return wandb's settings; no request takes longer than `patience` seconds."""
     import wandb
 
     return wandb.Settings(
@@ -213,7 +226,7 @@ def _settings(patience: float) -> Any:
 
 
 def _mode(config: Config) -> str:
-    """auto is WANDB_MODE, or what `wandb offline` left, or online with credentials and offline without."""
+    """Return the mode of a run. auto is WANDB_MODE, or what `wandb offline` left, or online with credentials and offline without."""
     wanted = os.environ.get("WANDB_MODE", _left_mode()) if config.wandb.mode == "auto" else config.wandb.mode
     if wanted in ("auto", "online") and _credentials():
         return "online"
@@ -223,7 +236,7 @@ def _mode(config: Config) -> str:
 
 
 def _left_mode() -> str:
-    """offline or disabled where `wandb offline` or `wandb disabled` was typed, else auto."""
+    """Return offline or disabled where `wandb offline` or `wandb disabled` was typed, else auto."""
     import wandb
 
     left = wandb.setup().settings.mode
@@ -231,7 +244,7 @@ def _left_mode() -> str:
 
 
 def _credentials() -> bool:
-    """Whether there is a key for the server: in the environment, or in .netrc, where `wandb login` writes it."""
+    """Tell whether there is a key for the server: in the environment, or in .netrc, where `wandb login` writes it."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     import wandb

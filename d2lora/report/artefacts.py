@@ -46,18 +46,19 @@ def load(output: Path, name: str, records: Records) -> Sweep:
         points, problem = points_of(manifest, records), ""
     except UserError as error:
         points, problem = [], str(error)
-    shown = _shown(name, points, records) if points else []
+    columns = cells[0].config.get("report", {}).get("columns") if cells else None
+    shown = _shown(name, points, records, columns) if points else []
     contamination = evidence.contamination(cells, records)
     return Sweep(name, problem, settings.settings(cells), shown, contamination, inits.compare(points, records))
 
 
-def _shown(name: str, points: list[Point], records: Records) -> list[Shown]:
-    own = tables.build(points)
+def _shown(name: str, points: list[Point], records: Records, columns: str | None) -> list[Shown]:
+    own = tables.build(points, columns)
     curves = [panel for t in own for panel in figures.panels(t, "all")]
     found = [Shown("table", f"Sweep {name}", own, curves, evidence.notes(points, records))]
     for artefact in (*paper.TABLES, *paper.FIGURES):
         if chosen := paper.select(artefact, points):
-            built = tables.build(chosen)
+            built = tables.build(chosen, "n")
             panels = figures.of(artefact, built) if artefact in paper.FIGURES else []
             found.append(Shown(artefact.name, artefact.caption, built, panels, evidence.notes(chosen, records)))
     return found

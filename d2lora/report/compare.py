@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from d2lora import stats
+from d2lora.report.axes import compatible
 from d2lora.report.looks import QUANTIZING
-from d2lora.report.points import Point, differing
+from d2lora.report.points import Point, differing, label_texts
 from d2lora.settings import amount
 
 ALPHA = 0.05
@@ -56,7 +57,7 @@ def comparisons(points: Iterable[Point]) -> dict[Point, Comparison]:
         keys = tuple((_evaluation(other, s), _evaluation(point, s)) for s in pair[0])
         if keys not in distinct:
             distinct[keys] = _compare(other, point, *pair)
-            distinct[keys].where = " ".join(filter(None, (getattr(point, k) for k in labels)))
+            distinct[keys].where = " ".join(label_texts(point, labels))
         distinct[keys].methods.append(point.method)
         found[point] = distinct[keys]
     unique = list(distinct.values())
@@ -71,21 +72,29 @@ def compared(first: Point, second: Point) -> Comparison | None:
     return _compare(first, second, *pair) if pair else None
 
 
-def places(points: Iterable[Point]) -> dict[tuple, Point]:
-    """Points by what they are, for counterpart. The base has no initialization or recipe."""
-    origins = lambda p: _BASE if p.is_base else (p.init, p.recipe, p.warmup)  # noqa: E731
-    return {(*_shared(p), p.m, *origins(p)): p for p in points}
+Places = dict[tuple[object, ...], list[Point]]
 
 
-def counterpart(placed: dict[tuple, Point], point: Point, init: str, m: int | str) -> Point | None:
-    """The point that differs from `point` in initialization or m alone; None where the sweep has none.
+def places(points: Iterable[Point]) -> Places:
+    """Return points by what they are, for counterpart. The base has no initialization or recipe."""
+    by_place: Places = {}
+    for p in points:
+        origins = _BASE if p.is_base else (p.init, p.recipe, p.warmup)
+        by_place.setdefault((*_shared(p), p.m, *origins), []).append(p)
+    return by_place
 
-    LoRA has no warm-up, unless its initialization looked at one's rows; at n = 0 it is the base, which may be quantized.
+
+def counterpart(by_place: Places, point: Point, init: str, m: int | str) -> Point | None:
+    """Return the point that differs from `point` in initialization or m alone; None where the sweep has none.
+
+    LoRA has no warm-up, unless its initialization looked at one's rows; at n = 0 it is the base, which may be quantized. Settings
+    that it does not depend on, as of the warm-up's learning rate, may be any.
     """
     origins = [(init, point.recipe, point.warmup), (init, point.recipe, "")]
     if point.n == 0 and m == 0 and init not in QUANTIZING:
         origins = [_BASE]
-    return next((placed[k] for o in origins if (k := (*_shared(point), m, *o)) in placed), None)
+    others = (p for o in origins for p in by_place.get((*_shared(point), m, *o), []))
+    return next((p for p in others if compatible(p.axes, point.axes)), None)
 
 
 def _shared(point: Point) -> tuple:
@@ -147,7 +156,8 @@ def verdict(found: Iterable[Comparison]) -> str:
         text += f"; before Holm's correction a cell shows differences from {' to '.join(sizes)} points on, four times in five"
     seeds = {s for c in unique for s in c.seeds}
     fewer = sum(len(c.seeds) < len(seeds) for c in unique)
-    return f"{text}. {seeds_text(seeds)}" + (f" {_cells(fewer)} with fewer: see seeds." if fewer else "")
+    draws = draws_of(p for c in unique for p in (c.lora, c.d2lora))
+    return f"{text}. {seeds_text(seeds, draws)}" + (f" {_cells(fewer)} with fewer: see seeds." if fewer else "")
 
 
 def _cells(count: int) -> str:
@@ -158,9 +168,16 @@ def _chance(found: list[Comparison]) -> int:
     return sum(c.beyond_chance for c in found)
 
 
-def seeds_text(seeds: set[int]) -> str:
-    """How many training seeds a table rests on; that one or two are few is said."""
+def seeds_text(seeds: set[int], draws: set[int]) -> str:
+    """Return how many trainings a table rests on, and how many draws of the rows (`draws`); that one or two are few is said."""
+    what = "replicate" if len(draws) > 1 else "training seed"
     if len(seeds) == 1:
-        return f"One training seed ({min(seeds)}): what another seed would change is not known."
-    text = f"{len(seeds)} training seeds ({', '.join(map(str, sorted(seeds)))}), folded into each number."
+        return f"One {what} ({min(seeds)}): what another seed would change is not known."
+    text = f"{len(seeds)} {what}s ({', '.join(map(str, sorted(seeds)))}), folded into each number."
+    text += " Each is another draw of the rows and another training." * (len(draws) > 1)
     return text + " Two hardly tell what another would change: intervals are wide." * (len(seeds) == 2)
+
+
+def draws_of(points: Iterable[Point]) -> set[int]:
+    """Return the draws of rows (data_seed) that points of more than one draw each rest on."""
+    return {draw for p in points if len(p.draws) > 1 for draw in p.draws}

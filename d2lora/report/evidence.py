@@ -54,7 +54,7 @@ def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:
                 shown[run.flips][point.metric] = None
     for key, metrics in shown.items():
         if record := records.get("flips", key):
-            yield f"{flips.text(record.as_read(), metrics)}."
+            yield f"{flips.text(record, metrics)}."
 
 
 def _rounded(named: list[tuple[Record, str]]) -> Iterator[str]:

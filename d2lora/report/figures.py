@@ -1,35 +1,39 @@
-"""Curves over n with the 95 % interval as a band, panels as wide as a paper's column; the paper's own curve is dashed."""
+"""Curves over n, or another setting, with the 95 % interval as a band, panels as wide as a paper's column; the paper's own curve is dashed."""
 
 import functools
 import itertools
+import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from d2lora.report import paper
+from d2lora.report.axes import RATE, compatible, number, short_name
 from d2lora.report.looks import COLOURS, MARKS, METHODS
 from d2lora.report.paper import Artefact
-from d2lora.report.points import LABELS, Point, size
-from d2lora.report.tables import Line, Table
+from d2lora.report.points import Point, differing, label_texts, size
+from d2lora.report.tables import Line, Table, Value
 from d2lora.settings import amount
 
 WIDTH, HEIGHT = 3.3, 2.2  # inches: a column of a two-column paper; each panel's height
 LORA, D2LORA = "#e69f00", "#00468b"
 _SHARED = ("model", "task", "init", "recipe")  # by a D2LoRA and the LoRA that it is compared with
+_AXIS_LABELS = {"n": "task samples n", "m": "general samples m", RATE: "learning rate"}
+_WIDE = 4  # from a fourfold range on, a setting other than n has a logarithmic axis
 _TALLEST = 6  # panels in a column of a figure
 
 
 @dataclass
 class Curve:
-    """A line of a table with its place on the x axis: (n, point); `paper` are the paper's (n, value)."""
+    """A line of a table as points (x, point), x being n or another setting; `paper` are the paper's (n, value)."""
 
     label: str
     method: str
     m: int | str
-    points: list[tuple[int, Point]]
-    paper: list[tuple[int, float]] = field(default_factory=list)
+    points: list[tuple[float, Point]]
+    paper: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -38,55 +42,70 @@ class Panel:
     unit: str
     curves: list[Curve]
     arms: bool  # told apart by arm (one method), else by method
+    x: str = "n"  # the setting on the x axis
 
 
 def panels(table: Table, panel: str) -> list[Panel]:
-    """A table's lines as panels: of one method each, or of all. No panel without two sizes n in a curve.
+    """Return a table's lines as panels: of one method each, or of all. No panel without two points in a curve.
 
     A panel has one D2LoRA and the LoRA that it is compared with, for more could not be told apart. What the panels differ
-    in (models, initializations, warm-up sets, m ...) is in their titles.
+    in (models, initializations, warm-up sets, m, rates ...) is in their titles.
     """
-    groups = _beside_each_other(table.lines)
-    heads = [_first(max(group, key=lambda line: size(line.m))) for group in groups]
-    shown = [k for k in (*LABELS, "arm") if len({getattr(p, k) for p in heads} - {"", "LoRA"}) > 1]
-    found = []
+    if not all(_x(table.column, value, None) is not None for value in table.columns if value != "all"):
+        return []
+    groups = _beside_each_other(table.lines, table.column)
+    heads = [max(group, key=lambda line: size(line.m)).first for group in groups]
+    arms = len({p.arm for p in heads} - {"LoRA"}) > 1 and table.column != "m"
+    sizes = table.column != "n" and len({p.n for p in heads}) > 1
+    keys = [k for k in differing(heads) if k != table.column]
+    drawn = []
     for head, group in zip(heads, groups, strict=True):
         for methods in [METHODS] if panel == "all" else [(m,) for m in METHODS]:
-            curves = [_curve(line, short="arm" in shown) for line in group if line.method in methods]
-            if any(len(c.points) > 1 for c in curves):
+            curves = [_curve(line, table.column, short=arms) for line in group if line.method in methods]
+            if any(len({p for _, p in c.points}) > 1 for c in curves):  # a point that stands in each column is no curve
                 name = f"{methods[0].upper()} on {head.benchmark}" if panel == "method" else head.benchmark
-                title = ", ".join([name, *filter(None, (getattr(head, k) for k in shown))])
-                found.append(Panel(title, f"{head.metric} in %", curves, panel == "method"))
-    return found
+                what = [*label_texts(head, keys), head.arm if arms else "", f"n={amount(head.n)}" if sizes else ""]
+                title = ", ".join(filter(None, [name, *what]))
+                drawn.append(Panel(title, f"{head.metric} in %", curves, panel == "method", table.column))
+    return drawn
 
 
-def _beside_each_other(lines: list[Line]) -> list[list[Line]]:
-    """Lines by what one panel shows: a D2LoRA and its LoRA, or LoRA alone where there is no D2LoRA."""
-    arms = {tuple(getattr(_first(x), k) for k in (*_SHARED, "warmup", "m")): x for x in lines}
-    groups = [[x for x in lines if _is_beside(x, head)] for head in arms.values()]
+def _x(column: str, value: Value, point: Point | None) -> float | None:
+    """Return where a column stands on the x axis; None for what is no number. n = all is where its records say."""
+    if column == "n" and value == "all":
+        return point.samples if point else None
+    return number(str(value))
+
+
+def _beside_each_other(lines: list[Line], column: str) -> list[list[Line]]:
+    """Return lines by what one panel shows: a D2LoRA and its LoRA, or LoRA alone where there is no D2LoRA."""
+    arms = {tuple(_what(x.first, column)): x for x in lines}
+    groups = [[x for x in lines if _is_beside(x, head, column)] for head in arms.values()]
     return [g for g in groups if not any(len(g) < len(other) and all(x in other for x in g) for other in groups)]
 
 
-def _is_beside(line: Line, head: Line) -> bool:
-    """Whether a panel of the head's shows a line. LoRA has no warm-up set, unless its initialization looks at it."""
-    own, its = _first(line), _first(head)
-    same = all(getattr(own, k) == getattr(its, k) for k in _SHARED)
-    return same and own.m in (0, its.m) and own.warmup in ("", its.warmup)
+def _what(point: Point, column: str) -> list[object]:
+    """Return what tells one panel from another, but for methods."""
+    others = sorted((k, v) for k, v in point.axes.items() if k != column)
+    return [*(getattr(point, k) for k in (*_SHARED, "warmup", "m")), *([point.n] if column != "n" else []), *others]
 
 
-def _first(line: Line) -> Point:
-    """The point that says what a line is of; the base, if it was filled in, comes after it."""
-    return next(iter(line.points.values()))
+def _is_beside(line: Line, head: Line, column: str) -> bool:
+    """Tell whether a panel of the head's shows a line. LoRA has no warm-up set, unless its initialization looks at it."""
+    own, its = line.first, head.first
+    same = all(getattr(own, k) == getattr(its, k) for k in _SHARED) and (column == "n" or own.n == its.n)
+    others = {k: v for k, v in own.axes.items() if k != column}
+    return same and own.m in (0, its.m) and own.warmup in ("", its.warmup) and compatible(others, its.axes)
 
 
-def _curve(line: Line, short: bool) -> Curve:
-    """A line as a curve; with a short name where the panel's title has the m."""
-    points = sorted(line.points.values(), key=lambda p: size(p.n))
-    placed = [(p.samples if p.n == "all" else p.n, p) for p in points]
-    known = [(x, p) for x, p in placed if isinstance(x, int)]
-    theirs = [(x, value) for x, p in known if (value := paper.value(p)) is not None]
-    arm = "D2LoRA" if short and line.m != 0 else _first(line).arm
-    return Curve(f"{line.method.upper()} {arm}", line.method, line.m, [(x, p) for x, p in known if p.scores], theirs)
+def _curve(line: Line, column: str, short: bool) -> Curve:
+    """Return a line as a curve; with a short name where the panel's title has the m."""
+    placed = [(_x(column, value, p), p) for value, p in line.points.items()]
+    known = sorted(((x, p) for x, p in placed if x is not None), key=lambda pair: pair[0])
+    theirs = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
+    arm = "" if column == "m" else "D2LoRA" if short and line.m != 0 else line.first.arm
+    label = f"{line.method.upper()} {arm}".strip()
+    return Curve(label, line.method, line.m, [(x, p) for x, p in known if p.scores], theirs)
 
 
 def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
@@ -137,7 +156,7 @@ def _figure(found: list[Panel], pyplot):
         _draw_panel(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         if place + columns >= len(found):  # the last of its column
-            axis.set_xlabel("task samples n")
+            axis.set_xlabel(_AXIS_LABELS.get(panel.x, short_name(panel.x)))
     figure.legend(
         handles.values(),
         handles,
@@ -156,11 +175,19 @@ def _draw_panel(axis, panel: Panel) -> None:
         _draw_curve(axis, curve, panel)
     ticks = sorted({x for c in panel.curves for x, _ in c.points})
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
-    axis.set_xticks(ticks, [amount(x) for x in ticks], rotation=45 if _crowded(ticks) else 0)
+    if spread := panel.x != "n" and ticks[0] > 0 and ticks[-1] >= _WIDE * ticks[0]:
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    crowded = _crowded([math.log(x) for x in ticks] if spread else ticks)
+    axis.set_xticks(ticks, [_tick(x) for x in ticks], rotation=45 if crowded else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
 
 
-def _crowded(ticks: list[int]) -> bool:
+def _tick(x: float) -> str:
+    return amount(int(x)) if x == int(x) else f"{x:g}"
+
+
+def _crowded(ticks: Sequence[float]) -> bool:
     gaps = [b - a for a, b in itertools.pairwise(ticks)]
     return bool(gaps) and min(gaps) < (ticks[-1] - ticks[0]) / 12
 

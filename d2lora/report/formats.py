@@ -5,8 +5,9 @@ import io
 import textwrap
 
 from d2lora.report import paper
-from d2lora.report.compare import seeds_text
-from d2lora.report.points import LABELS, Point
+from d2lora.report.axes import LABELS
+from d2lora.report.compare import draws_of, seeds_text
+from d2lora.report.points import Point
 from d2lora.report.tables import Table, column_name
 
 MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
@@ -43,13 +44,13 @@ def _p(value: float) -> str:
 
 def text(table: Table) -> str:
     """For the terminal; ± is half of the 95 % interval."""
-    head = ["", *(column_name(table, n) for n in table.columns)]
+    head = ["", *(column_name(table, value) for value in table.columns)]
     body = [[line.label, *(_text_entry(table, line.points.get(n)) for n in table.columns)] for line in table.lines]
     parts = [f"{table.title}, ± half of its 95 % interval", *aligned([head, *body])]
     if table.pairs:
         parts += [MARK] * table.marked + [textwrap.fill(table.verdict, 110)]
     elif seeds := {s for p in table.points for s in p.scores}:
-        parts.append(seeds_text(seeds))
+        parts.append(seeds_text(seeds, draws_of(table.points)))
     return "\n".join(parts)
 
 
@@ -74,7 +75,7 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def _head(table: Table) -> list[str]:
-    return ["", *(column_name(table, n) for n in table.columns)]
+    return ["", *(column_name(table, value) for value in table.columns)]
 
 
 def _value_rows(table: Table) -> list[list[list[str]]]:
@@ -132,7 +133,7 @@ def footnotes(tables: list[Table]) -> list[str]:
     if any(t.marked for t in tables):
         lines.append(f"{MARK}.")
     if seeds and not any(t.pairs for t in tables):
-        lines.append(seeds_text(seeds))
+        lines.append(seeds_text(seeds, draws_of(points)))
     if any(p.metric.startswith("rouge") and paper.value(p) is not None for p in points):
         lines.append("The paper does not say which ROUGE it has: its number stands beside each.")
     if any(not p.scores for p in points):
@@ -219,10 +220,11 @@ def latex_rows(caption: str, head: list[str], rows: list[list[str]]) -> str:
 def csv_text(tables: list[Table]) -> str:
     """One row a point, fractions with all digits; missing values are empty."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, _CSV, lineterminator="\n")
+    keys = dict.fromkeys(k for table in tables for p in table.points for k in p.axes)
+    writer = csv.DictWriter(out, [*_CSV, *keys], lineterminator="\n")
     writer.writeheader()
     for table in tables:
-        writer.writerows(_csv_row(table, p) for p in table.points)
+        writer.writerows(_csv_row(table, p) | p.axes for p in table.points)
     return out.getvalue()
 
 

@@ -9,9 +9,11 @@ from statistics import mean
 from d2lora import stats
 from d2lora.records import Records
 from d2lora.report import figures, formats
-from d2lora.report.compare import ALPHA, Comparison, compared, counterpart, places, seeds_text
+from d2lora.report.axes import LABELS, Axes, short_name
+from d2lora.report.compare import ALPHA, Comparison, compared, counterpart, draws_of, places, seeds_text
 from d2lora.report.looks import COLOURS, MARKS, METHODS, PLAIN
-from d2lora.report.points import Point, differing, size
+from d2lora.report.points import Point, differing, label_texts, size
+from d2lora.report.tables import order_of
 from d2lora.settings import amount
 
 CAPTION = "Initializations: scores in %, differences to init=lora in points on the same items"
@@ -32,10 +34,15 @@ class Row:
     method: str
     m: int | str
     n: int | str
+    axes: Axes
     points: dict[str, Point] = field(default_factory=dict)
     against: dict[str, Comparison] = field(default_factory=dict)
     prepare_seconds: float | None = None  # mean over seeds; None where nothing is prepared
     peak_memory_mb: float | None = None  # largest of its preparation and trainings
+
+    def value_of(self, key: str) -> str:
+        """Return a named part, or another setting; empty where the row does not depend on it."""
+        return getattr(self, key) if key in LABELS else self.axes.get(key, "")
 
 
 def compare(points: Iterable[Point], records: Records) -> list[Row]:
@@ -48,7 +55,7 @@ def compare(points: Iterable[Point], records: Records) -> list[Row]:
     for p in points:
         start = (PLAIN, "", "") if p.is_base else (p.init, p.warmup, p.recipe)
         place = (p.model, p.task, *start, p.method, p.m, p.n)
-        row = found.setdefault(place, Row(*place))
+        row = found.setdefault((*place, *p.axes.items()), Row(*place, p.axes))
         benchmark = f"{p.benchmark} {p.metric}".strip()
         row.points[benchmark] = p
         plain = counterpart(placed, p, PLAIN, p.m)
@@ -65,7 +72,7 @@ def _place(rows: Iterable[Row]) -> Callable[[Row], tuple]:
     labels = _labels(rows)
     order = {init: place for place, init in enumerate(dict.fromkeys(row.init for row in rows))}
     return lambda r: (
-        METHODS.index(r.method), size(r.n), size(r.m), *(getattr(r, k) for k in labels), order[r.init]
+        METHODS.index(r.method), size(r.n), size(r.m), *(order_of(r.value_of(k)) for k in labels), order[r.init]
     )  # fmt: skip
 
 
@@ -98,14 +105,14 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """(head, rows of texts): for each benchmark the score, its interval, the difference to init=lora and its interval."""
     benchmarks = list(dict.fromkeys(k for row in rows for k in row.points))
     labels = _labels(rows)
-    head = ["initialization", *labels, "method", "m", "n"]
+    head = ["initialization", *(k if k in LABELS else short_name(k) for k in labels), "method", "m", "n"]
     for benchmark in benchmarks:
         head += [benchmark, "95 % interval", f"- {PLAIN}", "95 % interval"]
     return [*head, "preparation (s)", "peak memory (MB)"], [_texts(row, labels, benchmarks) for row in rows]
 
 
 def _texts(row: Row, labels: list[str], benchmarks: list[str]) -> list[str]:
-    texts = [row.init, *(getattr(row, k) or "-" for k in labels)]
+    texts = [row.init, *(row.value_of(k) or "-" for k in labels)]
     texts += [row.method.upper(), amount(row.m), amount(row.n)]
     for benchmark in benchmarks:
         point, against = row.points.get(benchmark), row.against.get(benchmark)
@@ -123,7 +130,7 @@ def notes(rows: list[Row]) -> list[str]:
     seeds = {seed for row in rows for p in row.points.values() for seed in p.scores}
     tests = sum(len(row.against) for row in rows)
     return [
-        *([seeds_text(seeds)] if seeds else []),
+        *([seeds_text(seeds, draws_of(p for row in rows for p in row.points.values()))] if seeds else []),
         f"* differs from init={PLAIN} beyond chance (Holm over each benchmark's column, alpha {100 * ALPHA:.0f} %); {tests} comparisons.",
         "Preparation: seconds of its stage, done once for all cells that share it. Memory: the largest of its preparation and trainings; of the GPU, or on a CPU of the process, libraries and base included (of its whole life where the system is not Linux).",
     ]
@@ -147,7 +154,7 @@ def _figure(rows: list[Row], pyplot):
     More models, tasks, recipes or warm-ups have panels of their own. The base is a line in all of them.
     """
     labels = _labels(rows)
-    where = lambda r: " ".join(filter(None, (getattr(r, k) for k in labels)))  # noqa: E731
+    where = lambda r: " ".join(label_texts(r, labels))  # noqa: E731
     bases = [row for row in rows if row.init == PLAIN and row.m == row.n == 0]
     rows = [row for row in rows if row.m != 0 or row.n != 0]
     places = list(dict.fromkeys((k, row.n, where(row)) for row in rows for k, p in row.points.items() if p.scores))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
-from d2lora.report.points import LABELS, Point
+from d2lora.report.axes import LABELS
+from d2lora.report.looks import PLAIN
+from d2lora.report.points import Point
 
 _ALL_TITLES = 7000  # Table 1's last column says 7k and can only mean all pairs that are not held out
 _WARMUPS = ("", "mix40k")  # none, and the paper's mix
@@ -72,8 +74,9 @@ def select(artefact: Artefact, points: Iterable[Point]) -> list[Point]:
 
 
 def _is_one_grid(points: list[Point]) -> bool:
-    """Whether points differ in nothing but method, n, and whether there is a warm-up."""
-    return all(len({getattr(p, k) for p in points} - {"", 0}) <= 1 for k in (*LABELS, "m"))
+    """Tell whether points differ in nothing but method, n, and whether there is a warm-up."""
+    keys = dict.fromkeys(k for p in points for k in p.axes)
+    return all(len({p.value_of(k) for p in points} - {"", 0}) <= 1 for k in (*LABELS, "m", *keys))
 
 
 def _shown(artefact: Artefact, scale: Scale, point: Point) -> bool:
@@ -91,7 +94,8 @@ def value(point: Point) -> float | None:
     The paper does not say which ROUGE its Table 1 has, so its number stands beside each. Nor whether a pair's chosen
     step or all that is left of the solution is learned, so its number stands beside either `task.continuation`.
     """
-    if (point.init, point.recipe, point.limit) != ("lora", "paper", None) or point.warmup not in _WARMUPS:
+    usual = (point.init, point.recipe, point.limit, point.axes) == (PLAIN, "paper", None, {})
+    if not usual or point.warmup not in _WARMUPS:
         return None
     n = _ALL_TITLES if point.task == "title" and point.n == "all" else point.n
     metric = "rouge" if point.metric.startswith("rouge") else point.metric

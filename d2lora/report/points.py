@@ -1,7 +1,6 @@
 """Points: what tables and figures show, from a manifest and its records, each with its items' scores."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,25 +11,26 @@ from tqdm import tqdm
 from d2lora import stats
 from d2lora.errors import UserError
 from d2lora.keys import canonical
-from d2lora.records import Manifest, ManifestCell, Records
+from d2lora.records import Manifest, Records
+from d2lora.report import axes
+from d2lora.report.axes import LABELS, Axes, general
 from d2lora.report.looks import QUANTIZING
 from d2lora.scoring import shown_metrics
 from d2lora.settings import amount
 
-# What a table shows beside method, m and n, when its cells differ in it.
-LABELS = ("model", "task", "init", "warmup", "recipe")
-# How, not what: in no stage's key, so no axis.
-MACHINE = tuple(
-    f"recipe.{k}"
-    for k in ("micro_batch", "eval_batch", "attention", "gradient_checkpointing", "threads", "checkpoint_minutes")
-)
-_FROM_RECIPE = ("method.epochs", "warmup.epochs")  # conf takes them from recipe.epochs
-
 
 def differing(points: Iterable[Any]) -> list[str]:
-    """The labels that points differ in, whatever has them; that LoRA has no warm-up is no difference."""
+    """Return the named parts and other settings that points differ in; that some do not depend on one is no difference."""
     points = list(points)
-    return [k for k in LABELS if len({getattr(p, k) for p in points} - {""}) > 1]
+    labels = [k for k in LABELS if len({getattr(p, k) for p in points} - {""}) > 1]
+    keys = dict.fromkeys(k for p in points for k in p.axes)
+    return labels + [k for k in keys if len({p.axes[k] for p in points if k in p.axes}) > 1]
+
+
+def label_texts(point: Any, keys: Iterable[str]) -> list[str]:
+    """Return what a point has of named parts and settings, for a row's label or a panel's title: milora, lr=0.001."""
+    names = [point.axes.get(k) and axes.text(k, point.axes[k]) if k not in LABELS else getattr(point, k) for k in keys]
+    return [name for name in names if name]
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,22 @@ class Point:
     benchmark: str
     metric: str  # empty while no cell has a result
     limit: int | None = None  # of its benchmark's items: the first ones only
+    axes: Axes = field(
+        default_factory=dict
+    )  # other settings that the sweep's cells differ in, where they matter for it
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by seed, of finished evaluations: (items,)
+    draws: set[int] = field(default_factory=set)  # its cells' data_seed
     samples: int | None = None  # task samples trained on, where a record says so
     tested: set[str] = field(default_factory=set)  # what its evaluations tested on: fingerprints, one if all is well
 
     @property
     def arm(self) -> str:
         return "LoRA" if self.m == 0 else f"D2LoRA({amount(self.m)}, n)"
+
+    def value_of(self, key: str) -> int | str:
+        """Return n, m, a named part or another setting; empty where the point does not depend on it."""
+        return getattr(self, key) if key in ("n", "m", "method", *LABELS) else self.axes.get(key, "")
 
     @property
     def is_base(self) -> bool:
@@ -95,23 +103,26 @@ class Point:
 
 
 def points_of(manifest: Manifest, records: Records) -> list[Point]:
-    """The sweep's points in the benchmarks' main metrics; seeds folded. UserError where that would hide an axis."""
-    labels = shown_labels(manifest.cells)
+    """Return the sweep's points in the benchmarks' main metrics, with the seeds folded and every other axis told apart."""
+    labels, keys = axes.differing_settings(manifest.cells)
     metrics = main_metrics(manifest, records)
-    points: dict[tuple, Point] = {}
+    points: dict[tuple[object, ...], Point] = {}
     for cell in tqdm(manifest.cells, desc=f"reading {manifest.sweep}", leave=False, disable=None):
         c, stages = cell.config, cell.stages
         names = {k: c[k]["name"] for k in LABELS} | ({} if general(c) else {"warmup": ""})
+        shape = {"method": c["method"]["name"], "m": c["m"], "n": c["n"]}
         for benchmark, key in stages.evaluate.items():
-            flips = stages.flips.get(benchmark)
-            run = Run(cell.id, key, stages.adapt, stages.warmup, stages.prepare, flips)
+            others = axes.axes_of(cell, benchmark, keys)
+            run = Run(cell.id, key, stages.adapt, stages.warmup, stages.prepare, stages.flips.get(benchmark))
+            limit = c["task"]["benchmark"].get(benchmark, {}).get("limit")
             for metric in metrics[benchmark]:
-                axes = (*(names[k] for k in labels), c["method"]["name"], c["m"], c["n"], benchmark, metric)
-                if axes not in points:
-                    shape = {"method": c["method"]["name"], "m": c["m"], "n": c["n"]}
-                    shape["limit"] = c["task"]["benchmark"].get(benchmark, {}).get("limit")
-                    points[axes] = Point(**names, **shape, benchmark=benchmark, metric=metric)
-                _add(points[axes], c["seed"], run, records)
+                place = (*(names[k] for k in labels), *shape.values(), benchmark, metric, *sorted(others.items()))
+                if place not in points:
+                    points[place] = Point(
+                        **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others
+                    )
+                points[place].draws.add(c["data_seed"])
+                _add(points[place], c["seed"], run, records)
     return list(points.values())
 
 
@@ -139,51 +150,6 @@ def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:
             if not metrics and (record := records.get("evaluate", key)):
                 metrics += shown_metrics(list(record.scores))
     return {benchmark: metrics or [""] for benchmark, metrics in shown.items()}
-
-
-def shown_labels(cells: list[ManifestCell]) -> list[str]:
-    """The axes beside method, m and n that the cells differ in and a table can show; seeds are folded.
-
-    UserError naming what they differ in otherwise. A setting may differ with what is shown of where it is from: DPO's epochs
-    with the method and the recipe.
-    """
-    names = [{k: c.config[k]["name"] for k in (*LABELS, "method")} for c in cells]
-    labels = [k for k in LABELS if len({n[k] for n in names}) > 1]
-    groups: dict[str, dict[tuple, Any]] = defaultdict(dict)
-    for cell, name in zip(cells, names, strict=True):
-        for key, value in flat(cell.config):
-            if not _is_axis(key, cell.config):
-                continue
-            origins = {key.split(".")[0], "recipe"} if key in _FROM_RECIPE else {key.split(".")[0]}
-            shown = tuple(name[k] for k in (*labels, "method") if k in origins)
-            before = groups[key].setdefault(shown, value)
-            if before != value:
-                raise UserError(
-                    f"a table would hide that its cells differ in {key} ({before} and {value}): give each its own sweep=NAME"
-                )
-    return labels
-
-
-def _is_axis(key: str, config: dict) -> bool:
-    """Whether a table would hide that cells differ in this setting, if it did not show it."""
-    if key in MACHINE or (key == "recipe.packing" and not config["recipe"]["lora"]["dropout"]):
-        return False
-    top = key.split(".")[0]
-    return top not in ("n", "m", "sweep", "seed") and (top != "warmup" or general(config))
-
-
-def general(config: dict) -> bool:
-    """Whether a cell uses general data: in a warm-up, or to start its adapter."""
-    return config["m"] != 0 or config["init"].get("data") == "general"
-
-
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values, as text, of nested mappings."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from flat(inner, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, str(value)
 
 
 def size(amount: int | str) -> float:

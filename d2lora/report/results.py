@@ -7,8 +7,9 @@ from pathlib import Path
 
 from d2lora.errors import UserError
 from d2lora.records import Manifest, Record, Records
+from d2lora.report import axes
+from d2lora.report.axes import general
 from d2lora.report.manifest import read_manifest, sweeps
-from d2lora.report.points import general
 
 COLUMNS = [
     "cell_id",
@@ -47,9 +48,10 @@ _NO_SCORE = {"value": "", "stderr": "", "items": ""}
 def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
     """One row a cell, benchmark and metric; a cell without its evaluation has one row with empty values.
 
-    Earlier cells of the sweep's name have rows where they are finished.
+    Beside COLUMNS it has the settings that the sweep's cells differ in, by their keys, where they matter for the cell. Earlier cells of the sweep's name have rows where they are finished.
     """
     finished = (c for c in manifest.earlier if all(records.get("evaluate", k) for k in c.stages.evaluate.values()))
+    _, keys = axes.differing_settings(manifest.cells)
     for cell in [*manifest.cells, *finished]:
         c, stages = cell.config, cell.stages
         trained = [r for name, key in stages.trained().items() if (r := records.get(name, key))]
@@ -79,7 +81,8 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
             }
             scores = {m: s.as_read() for m, s in record.scores.items()} if record else {"": _NO_SCORE}
             for metric, score in scores.items():
-                yield common | measured | {"metric": metric, **score} | _batch(flips, metric)
+                others = axes.axes_of(cell, benchmark, keys)
+                yield common | measured | {"metric": metric, **score} | _batch(flips, metric) | others
 
 
 def _batch(flips: Record | None, metric: str) -> dict:
@@ -103,13 +106,15 @@ def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
     """outputs/report/results.csv from all manifests; the file, and a line for each sweep that is not in it: damaged."""
     file = output / "report" / "results.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
-    damaged = []
+    rows, damaged = [], []
+    for sweep in sweeps(output):
+        try:
+            rows += list(result_rows(read_manifest(output, sweep), records))
+        except UserError as error:
+            damaged.append(f"sweep {sweep} is not in results.csv: {error}")
+    others = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
     with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, COLUMNS)
+        writer = csv.DictWriter(out, [*COLUMNS, *others])
         writer.writeheader()
-        for sweep in sweeps(output):
-            try:
-                writer.writerows(list(result_rows(read_manifest(output, sweep), records)))
-            except UserError as error:
-                damaged.append(f"sweep {sweep} is not in results.csv: {error}")
+        writer.writerows(rows)
     return file, damaged

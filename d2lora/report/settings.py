@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from d2lora.records import ManifestCell
-from d2lora.report.points import MACHINE, flat, size
+from d2lora.report.axes import MACHINE, flat
+from d2lora.report.points import size
 from d2lora.settings import amount
 
 # What a reader of the paper's Table 2 looks for, in its order: (row, key of the config).

@@ -1,33 +1,46 @@
-"""Tables of a sweep: one a benchmark and metric; rows are method and LoRA or D2LoRA, columns n."""
+"""Tables of a sweep: one a benchmark and metric; rows are method and LoRA or D2LoRA, columns n or another setting."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from d2lora.report import axes
+from d2lora.report.axes import LABELS
 from d2lora.report.compare import Comparison, comparisons, verdict
 from d2lora.report.looks import METHODS
-from d2lora.report.points import Point, differing, size
+from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.settings import amount
+
+# Which rows are drawn and how hold-outs are made have numbers without an order: never columns unless asked for.
+_NO_AMOUNTS = ("data_seed", "split_seed")
+
+Value = int | str  # of a column: n, m, or another setting's text
 
 
 @dataclass
 class Line:
-    """A row: one method and arm, its points by n."""
+    """A row: one method and arm, its points by the columns' value; the first of them is of this line alone if any is."""
 
     label: str
     method: str
     m: int | str
-    points: dict[int | str, Point]
+    points: dict[Value, Point]
+
+    @property
+    def first(self) -> Point:
+        """The point that says what the line is of."""
+        return next(iter(self.points.values()))
 
 
 @dataclass
 class Table:
-    """One benchmark in one metric."""
+    """One benchmark in one metric; `column` is the setting that the columns are of."""
 
     title: str
     points: list[Point]
-    columns: list[int | str]
+    columns: list[Value]
     lines: list[Line]
+    column: str = "n"
 
     @cached_property
     def pairs(self) -> dict[Point, Comparison]:
@@ -47,41 +60,101 @@ class Table:
         return list(dict.fromkeys(self.pairs.values()))
 
 
-def build(points: Iterable[Point]) -> list[Table]:
-    """One table a benchmark and metric."""
+def build(points: Iterable[Point], column: str | None = None) -> list[Table]:
+    """Return a table for each benchmark and metric; `column` names the setting of the columns (column_of without one)."""
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.benchmark, point.metric), []).append(point)
-    return [_table(benchmark, metric, group) for (benchmark, metric), group in groups.items()]
+    return [
+        _table(benchmark, metric, group, column or column_of(group)) for (benchmark, metric), group in groups.items()
+    ]
 
 
-def _table(benchmark: str, metric: str, points: list[Point]) -> Table:
-    labels = differing(points)
-    lines: dict[tuple, Line] = {}
-    for point in points:
-        shown = [getattr(point, k) for k in labels]
-        label = " ".join([point.method.upper(), point.arm, *filter(None, shown)])
-        order = (METHODS.index(point.method), size(point.m), label)
-        lines.setdefault(order, Line(label, point.method, point.m, {})).points[point.n] = point
-    ordered = [lines[order] for order in sorted(lines)]
-    _fill_in_the_base(ordered)
-    columns = sorted({p.n for p in points}, key=size)
+def column_of(points: list[Point]) -> str:
+    """Return the amount with the most values: n, or a numeric setting with more."""
+    numeric = [k for k in differing(points) if k not in (*LABELS, *_NO_AMOUNTS) and _is_numeric(k, points)]
+    counts = {k: len({p.value_of(k) for p in points} - {""}) for k in ("n", *numeric)}
+    return max(counts, key=counts.__getitem__)
+
+
+def _is_numeric(key: str, points: list[Point]) -> bool:
+    return all(axes.number(p.axes[key]) is not None for p in points if key in p.axes)
+
+
+def order_of(value: Value) -> tuple[float, str]:
+    """Sort values of a setting: numbers by size, then texts, all last."""
+    number = axes.number(str(value))
+    return (size("all") if number is None else number), str(value)
+
+
+def _table(benchmark: str, metric: str, points: list[Point], column: str) -> Table:
+    keys = [k for k in ("m", "n", *differing(points)) if k != column]
+    lines = _lines(points, keys, column)
+    columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
     title = f"{benchmark}: {metric or 'no result yet'} in %"
-    return Table(title, points, columns, ordered)
+    return Table(title, points, columns, lines, column)
 
 
-def _fill_in_the_base(lines: list[Line]) -> None:
-    """The base is one cell for all initializations and recipes: it stands in each row of LoRA that starts from it."""
-    bases = {(p.model, p.task, p.method): p for line in lines for p in line.points.values() if p.is_base}
-    for line in lines:
-        first = next(iter(line.points.values()))
-        base = bases.get((first.model, first.task, first.method))
-        if line.m == 0 and base and not first.own_base:
-            line.points.setdefault(0, base)
+def _lines(points: list[Point], keys: list[str], column: str) -> list[Line]:
+    """Return the rows in order. A point that does not depend on what tells rows apart stands in each of them.
+
+    The base knows no method's rate, initialization or recipe, D2LoRA(m, 0) no rate of phase 2. One that does not depend on the
+    columns' setting stands in each column.
+    """
+    rows = [(p.method, tuple(_of_row(p, k) for k in keys)) for p in points]
+    own = [row for row in dict.fromkeys(rows) if not any(_covers(row, other) for other in rows)]
+    columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
+    lines = []
+    for row in sorted(own, key=lambda row: (METHODS.index(row[0]), *map(order_of, row[1]))):
+        inside = [p for p, its in zip(points, rows, strict=True) if its == row]
+        own_base = inside[0].own_base  # of which the base is not the start
+        inside += [p for p, its in zip(points, rows, strict=True) if _covers(its, row) and not (own_base and p.is_base)]
+        cells: dict[Value, Point] = {}
+        for point in inside:
+            value = point.value_of(column)
+            for each in columns if value == "" else [value]:
+                cells.setdefault(each, point)
+        first = inside[0]
+        lines.append(Line(row_label(first, keys), first.method, 0 if column == "m" else first.m, cells))
+    return lines
 
 
-def column_name(table: Table, n: int | str) -> str:
-    """n=1k; n=all with the number of samples that its records have."""
-    samples = sorted({p.samples for p in table.points if p.n == n and p.samples is not None})
-    true = f" ({', '.join(f'{s:,}' for s in samples)})" if n == "all" and samples else ""
-    return f"n={amount(n)}{true}"
+_Row = tuple[str, tuple[Value, ...]]  # method, values of the keys that tell rows apart
+
+
+def _of_row(point: Point, key: str) -> Value:
+    """Return what of a point tells its row from others. The base has no initialization or recipe."""
+    return "" if point.is_base and key in ("init", "recipe") else point.value_of(key)
+
+
+def _covers(general: _Row, row: _Row) -> bool:
+    """Tell whether a point of the row `general` stands in another `row` too: it depends on less and has the same of the rest."""
+    same = general[0] == row[0] and all(a in ("", b) for a, b in zip(general[1], row[1], strict=True))
+    return same and general != row
+
+
+def row_label(point: Point, keys: Iterable[str]) -> str:
+    """Return a row's label: method, arm, and what else tells rows apart."""
+    keys = list(keys)
+    others = label_texts(point, (k for k in keys if k not in ("m", "n") and _of_row(point, k) != ""))
+    return " ".join(filter(None, (point.method.upper(), *_shape(point, keys), *others)))
+
+
+def _shape(point: Point, keys: list[str]) -> list[str]:
+    """Return the arm of a row's label, with the n that it is of where columns are of another setting."""
+    if "n" not in keys:
+        return [point.arm]
+    if "m" not in keys:
+        return [f"n={amount(point.n)}"]
+    return [point.arm, f"n={amount(point.n)}"] if point.m == 0 else [f"D2LoRA({amount(point.m)}, {amount(point.n)})"]
+
+
+def column_name(table: Table, value: Value) -> str:
+    """Return a column's head: n=1k; n=all with the number of samples that its records have; lr=0.001."""
+    if table.column not in ("n", "m"):
+        return str(value) if table.column in ("", "method", *LABELS) else axes.text(table.column, str(value))
+    chosen = {p.samples for p in table.points if p.value_of(table.column) == value and p.samples is not None}
+    true = (
+        f" ({', '.join(f'{s:,}' for s in sorted(chosen))})" if table.column == "n" and value == "all" and chosen else ""
+    )
+    return f"{table.column}={amount(value)}{true}"

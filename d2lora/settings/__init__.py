@@ -1,15 +1,18 @@
 """What a user may say: one typed, checked configuration. docs/extending.md says how to add a choice."""
 
 from d2lora.settings.config import Config, Wandb, parse
-from d2lora.settings.inits import QUANTIZING, Init
+from d2lora.settings.inits import INIT_NAMES, INITS, PLAIN, QUANTIZING, Init, PlainInit, init_of
 from d2lora.settings.methods import METHOD_NAMES, METHODS, Dpo, Method, Orpo, Sft, method_of
 from d2lora.settings.recipe import Epochs, Lora, Machine, Rates, Recipe, Training
 from d2lora.settings.tasks import Benchmark, Data, Model, Prompt, Task, Turn, Warmup
 from d2lora.settings.values import Amount, PathText, Positive, Rate, Seed, Template, Text, Value, amount, fields
 
 __all__ = [
+    "INITS",
+    "INIT_NAMES",
     "METHODS",
     "METHOD_NAMES",
+    "PLAIN",
     "QUANTIZING",
     "Amount",
     "Benchmark",
@@ -24,6 +27,7 @@ __all__ = [
     "Model",
     "Orpo",
     "PathText",
+    "PlainInit",
     "Positive",
     "Prompt",
     "Rate",
@@ -41,6 +45,7 @@ __all__ = [
     "Warmup",
     "amount",
     "fields",
+    "init_of",
     "method_of",
     "parse",
 ]

@@ -1,11 +1,12 @@
 """The configuration of one cell, checked before any data or model is loaded."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
 
 from d2lora.errors import UserError
-from d2lora.settings.inits import QUANTIZING, Init
+from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
 from d2lora.settings.recipe import Recipe
 from d2lora.settings.tasks import Model, Task, Warmup
@@ -22,6 +23,15 @@ class Wandb(Strict):
     patience: Annotated[float, Field(gt=0)] = 60  # seconds that a job waits for the server before it goes on without
 
 
+class Report(Strict):
+    """How a sweep's tables are laid out and read. Nothing of it changes a result, so nothing of it is in a key."""
+
+    columns: Text | None = (
+        None  # the setting of the columns and the x axis, by its key; the one with the most values without it
+    )
+    margin: Annotated[float, Field(gt=0)] = 1.0  # points within which two arms are called equivalent
+
+
 class Config(Strict):
     """One cell of the grid: D2LoRA(m, n) of one task, method, init, recipe and seed."""
 
@@ -33,11 +43,13 @@ class Config(Strict):
     recipe: Recipe
     n: Amount
     m: Amount
+    replicate: Seed = 0  # what conf gives seed and data_seed: another draw and another training
     seed: Seed = 0  # initialization, order, dropout
     data_seed: Seed = 0  # which n and m rows
     split_seed: Seed = 0  # hold-outs
     sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
+    report: Report = Report()
     wandb: Wandb = Field(default=Wandb(), exclude=True)
     data_root: Text | None = None
     dry_run: StrictBool = False
@@ -48,7 +60,7 @@ class Config(Strict):
     def _data_root_where_needed(self) -> "Config":
         read = [b.data for b in self.task.benchmark.values()]
         read += [self.task.data] * (self.n != 0)
-        read += [self.warmup.data] * (self.m != 0 or self.init.data == "general")
+        read += [self.warmup.data] * (self.m != 0 or self.init.looks_at == "general")
         if self.data_root is None and any(source.path.startswith("None/") for source in read):
             raise ValueError(
                 "data_root=null: name the folder that holds your local data sets, for example data_root=$HOME/data"
@@ -56,22 +68,43 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
-    def _recipe_fits_the_init(self) -> "Config":
-        lora, name = self.recipe.lora, self.init.name
-        if lora.dropout and self.init.prepared and name != "eva":
+    def _rows_suffice(self) -> "Config":
+        if self.n != "all" and 0 < self.n < self.method.least_rows:
+            raise ValueError(f"n={self.n}: method={self.method.name} needs {self.method.least_rows} rows or more, or 0")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_a_setting(self) -> "Config":
+        columns = self.report.columns
+        part, _, inner = (columns or "n").partition(".")
+        if part not in type(self).model_fields or part in ("report", "wandb", "output", "sweep", "seed", "replicate"):
             raise ValueError(
-                f"recipe.lora.dropout={lora.dropout}: must be 0 with init={name}: it would drop parts of the base itself"
+                f"report.columns={columns}: n, m, model, init, warmup, or a setting's key, for example recipe.lr"
             )
-        parts = {"orthogonal": 2, "multilora": self.init.modules or 1}.get(name, 1)
-        if lora.r % parts:
-            raise ValueError(f"recipe.lora.r={lora.r}: must be a multiple of {parts} with init={name}")
-        if self.init.data == "task" and self.n == 0 and self.m != 0:
-            raise ValueError("init.data=task: n=0 leaves no task rows to look at: use init.data=general")
-        if name in QUANTIZING and self.method.base_is_reference:
-            raise ValueError(f"method.reference=base: with init={name} the base is a quantized one: use warm_start")
-        if name in QUANTIZING and lora.target_modules != "all-linear":  # other layers would stay as they are
+        if inner and not _has_key(self.model_dump(), columns or ""):
+            raise ValueError(f"report.columns={columns}: there is no such key; --cfg job shows all")
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_fits_the_init(self) -> "Config":
+        lora, init = self.recipe.lora, self.init
+        if lora.dropout and not init.allows_dropout:
             raise ValueError(
-                f"recipe.lora.target_modules={lora.target_modules}: must be all-linear with init={name}: "
+                f"recipe.lora.dropout={lora.dropout}: must be 0 with init={init.name}: it would drop parts of the base itself"
+            )
+        if lora.r % init.rank_multiple:
+            raise ValueError(
+                f"recipe.lora.r={lora.r}: must be a multiple of {init.rank_multiple} with init={init.name}"
+            )
+        if init.looks_at == "task" and self.n == 0 and self.m != 0:
+            raise ValueError("init.data=task: n=0 leaves no task rows to look at: use init.data=general")
+        if init.quantizes and self.method.base_is_reference:
+            raise ValueError(
+                f"method.reference=base: with init={init.name} the base is a quantized one: use warm_start"
+            )
+        if init.quantizes and lora.target_modules != "all-linear":  # other layers would stay as they are
+            raise ValueError(
+                f"recipe.lora.target_modules={lora.target_modules}: must be all-linear with init={init.name}: "
                 "a base loaded in 4 bits has all its linear layers quantized"
             )
         return self
@@ -86,6 +119,15 @@ class Config(Strict):
         return self
 
 
+def _has_key(values: Mapping[str, Any], key: str) -> bool:
+    """Tell whether nested mappings have a dotted key."""
+    for part in key.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
 def parse(values: dict) -> Config:
     """The checked Config of a resolved mapping; UserError with one line a problem otherwise."""
     try:
@@ -95,7 +137,10 @@ def parse(values: dict) -> Config:
 
 
 # The settings that are one of several classes, by name: each name's class.
-_CLASSES: dict[str, dict[str, type[BaseModel]]] = {"method": {name: method_of(name) for name in METHOD_NAMES}}
+_CLASSES: dict[str, dict[str, type[BaseModel]]] = {
+    "method": {name: method_of(name) for name in METHOD_NAMES},
+    "init": {name: init_of(name) for name in INIT_NAMES},
+}
 
 
 def _line(problem: Any) -> str:
@@ -105,7 +150,7 @@ def _line(problem: Any) -> str:
     if len(loc) > 1 and loc[1] in classes:  # pydantic names the class that was meant between a setting and its fields
         choice, loc = loc[1], (loc[0], *loc[2:])
         others = [name for name in classes[choice].model_fields if name != "name"]
-        allowed = f" with {loc[0]}={choice}, which takes {', '.join(others)}"
+        allowed = f" with {loc[0]}={choice}, which takes {', '.join(others) or 'no settings'}"
     key = ".".join(
         str(part) for part in loc if not str(part).startswith(("literal", "constrained-", "prompt-", "[key]"))
     )
@@ -113,7 +158,7 @@ def _line(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{key}: there is no such key{allowed}"
     if problem["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: missing{allowed}"
     if problem["type"] == "union_tag_not_found":
         return f"{key}.name: missing"
     if problem["type"] == "union_tag_invalid":

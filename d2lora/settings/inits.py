@@ -1,58 +1,238 @@
-"""The initializations (docs/inits.md)."""
+"""The initializations of A and B: what each may be told, and what plan, training and report need to know of it.
 
-from typing import Annotated, Literal
+docs/inits.md says what each computes; d2lora/adapters computes it.
+"""
 
-from pydantic import Field, model_validator
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+from pydantic import Field
 
 from d2lora.settings.values import Positive, Strict
 
-# What each initialization is told beside its name.
-_INIT_SETTINGS: dict[str, set[str]] = {
-    "corda_kpm": {"data", "samples"},
-    "corda_ipm": {"data", "samples"},
-    "eva": {"data", "samples", "rho"},
-    "lora_ga": {"data", "samples", "direction", "gamma"},
-    "multilora": {"modules"},
-}
 
-# Those whose base is a quantized one, with or without training: they have a base of their own to compare with.
-QUANTIZING = {"loftq"}
+class Extra(NamedTuple):
+    """A package that is not always installed, and the extra of pyproject.toml that has it."""
 
-
-class Init(Strict):
-    """How A and B begin (docs/inits.md). `data` is what a preparation looks at: the warm-up's rows, or the cell's own n."""
-
-    name: Literal[
-        "lora", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "milora", "corda_kpm", "corda_ipm",
-        "eva", "lora_ga", "loftq", "multilora",
-    ]  # fmt: skip
-    data: Literal["general", "task"] | None = None
-    samples: Positive | None = None  # rows of it at most
-    rho: Annotated[float, Field(ge=1)] | None = None  # EVA: a layer's rank is at most rho * r
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] | None = None  # LoRA-GA: which singular vectors A and B take
-    gamma: Positive | None = None  # LoRA-GA: the larger, the smaller A and B
-    modules: Positive | None = None  # MultiLoRA: parallel modules, of rank r / modules each
-
-    @model_validator(mode="after")
-    def _settings_of_the_init(self) -> "Init":
-        wanted = _INIT_SETTINGS.get(self.name, set())
-        given = {key for key in set().union(*_INIT_SETTINGS.values()) if getattr(self, key) is not None}
-        if wanted != given:
-            raise ValueError(
-                f"{self.name} takes {', '.join(sorted(wanted)) or 'no settings'}, not {', '.join(sorted(given)) or 'none'}"
-            )
-        return self
+    package: str
+    name: str
 
     @property
-    def prepared(self) -> bool:
-        """Whether A and B are computed, from the base's weights or from data, by a stage of its own."""
-        return self.name not in ("lora", "gaussian", "orthogonal", "multilora")
+    def install(self) -> str:
+        """Return the command that installs it."""
+        return f"pip install -e '.[{self.name}]'"
+
+
+class BaseInit(Strict):
+    """What all initializations have: a name, and the facts below."""
+
+    prepared: ClassVar[bool] = False  # A and B are computed, from the base's weights or rows, by a stage of its own
+    random: ClassVar[bool] = False  # the preparation draws random numbers
+    quantizes: ClassVar[bool] = False  # the base is a quantized one, with or without training: it has its own baseline
+    allows_dropout: ClassVar[bool] = True
+    any_layer: ClassVar[bool] = False  # also starts what PEFT adapts as parameters (experts), not linear layers alone
+    exact_start: ClassVar[bool] = True  # the adapter adds exactly 0 at step 0, not 0 to rounding
+    extra: ClassVar[Extra | None] = None
+    peft: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # arguments of PEFT's LoraConfig
+
+    name: str
 
     @property
-    def quantizes(self) -> bool:
-        return self.name in QUANTIZING
+    def looks_at(self) -> Literal["general", "task"] | None:
+        """Return whose rows a preparation looks at: the warm-up's ("general"), the cell's own n ("task"), or none."""
+        return None
 
     @property
-    def random(self) -> bool:
-        """Whether the preparation draws random numbers."""
-        return self.name in ("pissa_niter_16", "lora_ga")
+    def rank_multiple(self) -> int:
+        """Return the number that the rank must be a multiple of."""
+        return 1
+
+    def directions(self, r: int) -> int:
+        """Return how many directions of a layer a preparation takes at rank r."""
+        return r
+
+    def offered(self, in_features: int, out_features: int) -> int:
+        """Return how many directions a layer of this size has for a preparation to take."""
+        return min(in_features, out_features)
+
+
+class PreparedInit(BaseInit):
+    """An initialization with a preparation that puts a part of the base's weight into A and B."""
+
+    prepared: ClassVar[bool] = True
+    allows_dropout: ClassVar[bool] = False  # it would drop parts of the base itself
+
+
+class FromRowsInit(PreparedInit):
+    """A preparation that looks at rows: the first `samples` at most."""
+
+    data: Literal["general", "task"]
+    samples: Positive
+
+    @property
+    def looks_at(self) -> Literal["general", "task"]:
+        """Return whose rows the preparation looks at."""
+        return self.data
+
+
+class PlainInit(BaseInit):
+    """PEFT's default: A Kaiming-uniform, B zero."""
+
+    any_layer: ClassVar[bool] = True
+
+    name: Literal["lora"] = "lora"
+
+
+class GaussianInit(BaseInit):
+    """A normal with standard deviation 1 / r, B zero (Hu et al. 2021)."""
+
+    any_layer: ClassVar[bool] = True
+    peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"init_lora_weights": "gaussian"})
+
+    name: Literal["gaussian"] = "gaussian"
+
+
+class OrthogonalInit(BaseInit):
+    """A and B random with B A = 0, to the precision of the base's dtype."""
+
+    exact_start: ClassVar[bool] = False
+    peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"init_lora_weights": "orthogonal"})
+
+    name: Literal["orthogonal"] = "orthogonal"
+
+    @property
+    def rank_multiple(self) -> int:
+        """Return 2: A and B share an orthonormal basis, half of it each."""
+        return 2
+
+
+class PissaInit(PreparedInit):
+    """The r largest singular values of W (Meng et al. 2024)."""
+
+    name: Literal["pissa"] = "pissa"
+
+
+class FastPissaInit(PreparedInit):
+    """The r largest singular values of W by a randomized SVD of 16 iterations (Meng et al. 2024)."""
+
+    random: ClassVar[bool] = True
+
+    name: Literal["pissa_niter_16"] = "pissa_niter_16"
+
+
+class OloraInit(PreparedInit):
+    """The first r columns and rows of W's QR decomposition (Büyükakyüz 2024)."""
+
+    name: Literal["olora"] = "olora"
+
+
+class MiloraInit(PreparedInit):
+    """The r smallest singular values of W (Wang et al. 2024, arXiv 2406.09044)."""
+
+    name: Literal["milora"] = "milora"
+
+
+class CordaKpmInit(FromRowsInit):
+    """CorDA, knowledge-preserved: the smallest directions of W C, C the inputs' covariance (Yang et al. 2024)."""
+
+    method: ClassVar[Literal["kpm", "ipm"]] = "kpm"  # PEFT's name of it
+
+    name: Literal["corda_kpm"] = "corda_kpm"
+
+
+class CordaIpmInit(FromRowsInit):
+    """CorDA, instruction-previewed: the largest directions of W C, C the inputs' covariance (Yang et al. 2024)."""
+
+    method: ClassVar[Literal["kpm", "ipm"]] = "ipm"  # PEFT's name of it
+
+    name: Literal["corda_ipm"] = "corda_ipm"
+
+
+class EvaInit(FromRowsInit):
+    """A the inputs' principal components, B zero (Paischer et al. 2024); a layer's rank is at most rho * r."""
+
+    allows_dropout: ClassVar[bool] = True  # A and B hold nothing of the base's weight
+
+    name: Literal["eva"] = "eva"
+    rho: Annotated[float, Field(ge=1)]
+
+    def directions(self, r: int) -> int:
+        """Return the largest rank that a layer may get."""
+        return math.ceil(r * self.rho)
+
+    def offered(self, in_features: int, out_features: int) -> int:
+        """Return the number of inputs, whose principal components are taken."""
+        return in_features
+
+
+class LoraGaInit(FromRowsInit):
+    """Singular vectors of the loss's gradient (Wang et al. 2024, arXiv 2407.05000)."""
+
+    random: ClassVar[bool] = True
+
+    name: Literal["lora_ga"] = "lora_ga"
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"]  # which singular vectors A and B take
+    gamma: Positive  # the larger, the smaller A and B
+
+    def directions(self, r: int) -> int:
+        """Return 2r: A and B take different ones."""
+        return 2 * r
+
+
+class LoftqInit(PreparedInit):
+    """The r largest singular values of W - Q, Q being W in 4 bits (Li et al. 2023)."""
+
+    quantizes: ClassVar[bool] = True
+    extra: ClassVar[Extra | None] = Extra("bitsandbytes", "loftq")
+
+    name: Literal["loftq"] = "loftq"
+
+
+class MultiLoraInit(BaseInit):
+    """MultiLoRA (Wang et al. 2023, arXiv 2311.11501): parallel modules of rank r / modules, with learned scales from zero."""
+
+    name: Literal["multilora"] = "multilora"
+    modules: Positive
+
+    @property
+    def rank_multiple(self) -> int:
+        """Return the number of modules, which have equal ranks."""
+        return self.modules
+
+
+# In the order in which a wrong name's line lists them.
+INITS: tuple[type[BaseInit], ...] = (
+    *(PlainInit, GaussianInit, OrthogonalInit, PissaInit, FastPissaInit, OloraInit, MiloraInit),
+    *(CordaKpmInit, CordaIpmInit, EvaInit, LoraGaInit, LoftqInit, MultiLoraInit),
+)
+
+Init: TypeAlias = Annotated[
+    PlainInit
+    | GaussianInit
+    | OrthogonalInit
+    | PissaInit
+    | FastPissaInit
+    | OloraInit
+    | MiloraInit
+    | CordaKpmInit
+    | CordaIpmInit
+    | EvaInit
+    | LoraGaInit
+    | LoftqInit
+    | MultiLoraInit,
+    Field(discriminator="name"),
+]
+
+_BY_NAME: dict[str, type[BaseInit]] = {init.model_fields["name"].default: init for init in INITS}
+
+INIT_NAMES: tuple[str, ...] = tuple(_BY_NAME)
+
+PLAIN: str = PlainInit().name  # what others are compared with
+QUANTIZING: frozenset[str] = frozenset(name for name, init in _BY_NAME.items() if init.quantizes)
+
+
+def init_of(name: str) -> type[BaseInit]:
+    """Return the class of an initialization's name. KeyError for a name that is none's."""
+    return _BY_NAME[name]

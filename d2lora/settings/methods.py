@@ -17,6 +17,7 @@ class BaseMethod(Strict):
     colour: ClassVar[str]  # of its curves
     marker: ClassVar[str]  # of its curves' points, in matplotlib's letters
     needs_pairs: ClassVar[bool]  # trains on (chosen, rejected); otherwise on the chosen answer alone
+    least_rows: ClassVar[int] = 1  # of a training set
     cost: ClassVar[float]  # time of a training step relative to SFT's on as many samples
     rates_like: ClassVar[str | None] = (
         None  # the method whose learning rate and epochs it has where a recipe lists none
@@ -43,8 +44,20 @@ class Sft(BaseMethod):
     name: Literal["sft"] = "sft"
 
 
-class Dpo(BaseMethod):
-    """Direct preference optimization (Rafailov et al. 2023): `beta` scales the log-ratios of policy and reference."""
+class Referenced(BaseMethod):
+    """What methods with a reference have: `beta` scales the log-ratios of policy and reference."""
+
+    beta: Annotated[float, Field(gt=0)]
+    reference: Literal["warm_start", "base"]
+
+    @property
+    def base_is_reference(self) -> bool:
+        """Tell whether the loss compares the policy with the base itself."""
+        return self.reference == "base"
+
+
+class Dpo(Referenced):
+    """Direct preference optimization (Rafailov et al. 2023)."""
 
     label: ClassVar[str] = "DPO"
     colour: ClassVar[str] = "#d55e00"
@@ -53,13 +66,6 @@ class Dpo(BaseMethod):
     cost: ClassVar[float] = 2.5  # two answers, and the reference's forward pass without a backward one
 
     name: Literal["dpo"] = "dpo"
-    beta: Annotated[float, Field(gt=0)]
-    reference: Literal["warm_start", "base"]
-
-    @property
-    def base_is_reference(self) -> bool:
-        """Tell whether the loss compares the policy with the base itself."""
-        return self.reference == "base"
 
 
 class Orpo(BaseMethod):
@@ -76,10 +82,28 @@ class Orpo(BaseMethod):
     nll: Literal["prompt_and_chosen", "completion"]
 
 
-Method: TypeAlias = Annotated[Sft | Dpo | Orpo, Field(discriminator="name")]
+class Simpo(BaseMethod):
+    """Simple preference optimization (Meng et al. 2024): without a reference, on log-probabilities averaged over an answer's tokens.
+
+    `beta` scales them; the chosen answer is to be ahead by `gamma` after that (equation 6).
+    """
+
+    label: ClassVar[str] = "SimPO"
+    colour: ClassVar[str] = "#cc79a7"
+    marker: ClassVar[str] = "D"
+    needs_pairs: ClassVar[bool] = True
+    cost: ClassVar[float] = 2.0
+    rates_like: ClassVar[str | None] = "dpo"
+
+    name: Literal["simpo"] = "simpo"
+    beta: Annotated[float, Field(gt=0)]
+    gamma: Annotated[float, Field(ge=0)]
+
+
+Method: TypeAlias = Annotated[Sft | Dpo | Orpo | Simpo, Field(discriminator="name")]
 
 # In the order of tables and panels.
-METHODS: tuple[type[BaseMethod], ...] = (Sft, Dpo, Orpo)
+METHODS: tuple[type[BaseMethod], ...] = (Sft, Dpo, Orpo, Simpo)
 
 _BY_NAME: dict[str, type[BaseMethod]] = {method.model_fields["name"].default: method for method in METHODS}
 

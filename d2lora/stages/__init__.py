@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+from d2lora.records import Result
 from d2lora.stages import adapt, contamination, evaluate, flips, prepare, warmup
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Spec, Stage
 
 # Every kind with its work, in the order in which plans list them.
-KINDS: dict[type[Spec], Callable[[Run[Any]], dict[str, Any]]] = {
+KINDS: dict[type[Spec], Callable[[Run[Any]], Result]] = {
     contamination.ContaminationSpec: contamination.work,
     flips.FlipsSpec: flips.work,
     prepare.PrepareSpec: prepare.work,

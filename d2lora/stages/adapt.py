@@ -1,9 +1,10 @@
 """Phase 2: the adapter is trained on n task samples by a method."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from d2lora.settings import Config, Method, amount
+from d2lora.records import Result
+from d2lora.settings import Config, amount
 from d2lora.stages import rows, training
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Identity, Spec, Stage
@@ -16,7 +17,6 @@ class AdaptSpec(TrainingSpec):
 
     n: int | str
     task: Identity
-    method: Method
 
     KIND: ClassVar[str] = "adapt"
     VERSION: ClassVar[int] = 2
@@ -34,14 +34,14 @@ def stage(config: Config, parent: Stage[Spec] | None) -> Stage[AdaptSpec] | None
     if config.n == 0:
         return None
     task, method = config.task, config.method
-    shared = training.shared(config, method.name, method.epochs, task.data)
-    spec = AdaptSpec(**shared, n=config.n, task=rows.rendering(task), method=method)
+    shared = training.shared(config, method.name, method, task.data)
+    spec = AdaptSpec(**shared, n=config.n, task=rows.rendering(task))
     sizes = f"D2LoRA({amount(config.m)}, {amount(config.n)})"
     label = f"{method.name} {sizes} on {task.name}{rows.seed_text(config)}"
     return Stage(spec, parent, label, rows.samples(config, task.data, config.n, method.epochs))
 
 
-def work(run: Run[AdaptSpec]) -> dict[str, Any]:
+def work(run: Run[AdaptSpec]) -> Result:
     """Train on the task's rows."""
     spec = run.stage.spec
     subset = rows.task(run, spec.n, spec.max_length, preference=spec.method.needs_pairs)

@@ -1,10 +1,11 @@
 """Check whole test sets against whole training sets, whatever n and m are: the stage of an overlap check."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from d2lora import data
 from d2lora.data import overlap
+from d2lora.records import Result
 from d2lora.settings import Benchmark, Config, Data, Task, fields
 from d2lora.stages import prepare
 from d2lora.stages.run import Run
@@ -99,7 +100,7 @@ def _trained(task: Task) -> tuple[str, ...]:
     return (*filter(None, turns), *(f"{task.prefix} {answer}".strip() for answer in answers if answer))
 
 
-def work(run: Run[ContaminationSpec]) -> dict[str, Any]:
+def work(run: Run[ContaminationSpec]) -> Result:
     """Find the test items that the training set contains, and write them to items.jsonl."""
     pair = next(pair for pair in pairs(run.config) if pair.spec == run.stage.spec)
     tests, rows = (run.rows(source) for source in (pair.benchmark.data, pair.rows))
@@ -115,4 +116,4 @@ def work(run: Run[ContaminationSpec]) -> dict[str, Any]:
         trained=pair.templates,
     )
     run.write_items(items)
-    return {"pair": pair.name, "metrics": overlap.shares(items, len(tests)), "data": {"rows": len(rows)}}
+    return Result(pair=pair.name, metrics=dict(overlap.shares(items, len(tests))), data={"rows": len(rows)})

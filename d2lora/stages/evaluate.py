@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2lora import data
+from d2lora.progress import Progress
+from d2lora.records import Result
 from d2lora.settings import Config
-from d2lora.stages.run import Progress, Run, in_memory
+from d2lora.stages.prepare import PrepareSpec
+from d2lora.stages.run import Run, in_memory
 from d2lora.stages.stage import Identity, Spec, Stage, versions
+from d2lora.stages.training import TrainingSpec
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -47,20 +51,21 @@ def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[Evaluat
         yield Stage(spec, parent, f"{name} of {whose}", subject=name)
 
 
-def work(run: Run[EvaluateSpec]) -> dict[str, Any]:
+def work(run: Run[EvaluateSpec]) -> Result:
     """Evaluate, and keep every item."""
     from d2lora.adapters import attach
     from d2lora.evaluate import harness
 
     adapter = run.parent / "adapter" if run.parent else None
     parent = run.stage.parent
-    init = parent.spec.init.name if parent else "lora"  # type: ignore[attr-defined]
-    with attach.trained(run.base, adapter, init) as (tested, changes):
+    quantize = isinstance(parent.spec, PrepareSpec | TrainingSpec) and parent.spec.init.quantizes if parent else False
+    with attach.trained(run.base, adapter, quantize) as (tested, changes):
         metrics, items, batch = scored(run, tested, run.config.recipe.eval_batch, run.progress)
     run.write_items(items)
-    result = {"benchmark": run.stage.subject, "metrics": metrics, "eval_batch": batch}
-    counted = harness.counts(items)
-    return result | ({"counts": counted} if counted else {}) | ({"adapter_changes_logits": changes} if adapter else {})
+    more: dict[str, Any] = {"adapter_changes_logits": changes} if adapter else {}
+    if counts := harness.counts(items):
+        more["counts"] = counts
+    return Result(benchmark=run.stage.subject, metrics=dict(metrics), eval_batch=batch, **more)
 
 
 def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limit: int | None = None) -> "Evaluation":

@@ -7,8 +7,9 @@ A batch's shape decides in which order products are added up. In bfloat16 that i
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from d2lora.records import Item, Result, Score
 from d2lora.settings import Config
 from d2lora.stages import evaluate
 from d2lora.stages.evaluate import EvaluateSpec
@@ -44,65 +45,62 @@ def stages(config: Config) -> Iterator[Stage[FlipsSpec]]:
         yield Stage(spec, label=label, subject=stage.subject)
 
 
-def work(run: Run[FlipsSpec]) -> dict[str, Any]:
+def work(run: Run[FlipsSpec]) -> Result:
     """Evaluate the base at both batch sizes, and keep the items that differ."""
     spec, evaluations = run.stage.spec, []
     for number, batch in enumerate(spec.batches):
         half = lambda done, total, before=number: run.progress(before * total + done, 2 * total)  # noqa: E731
         evaluations.append(evaluate.scored(run, run.base.model, batch, half, spec.items))
     (metrics, some, alone), (_, others, together) = evaluations
-    measured, differing = compare(some, others, list(metrics))
+    measured, differing = compare(some, others, metrics)
     run.write_items(differing)
-    return {
-        "benchmark": run.stage.subject,
-        "base": run.config.model.name,
-        "batches": [alone, together],
-        "metrics": measured,
-    }
+    return Result(
+        benchmark=run.stage.subject, base=run.config.model.name, batches=[alone, together], metrics=dict(measured)
+    )
 
 
-def compare(
-    alone: list[dict[str, Any]], together: list[dict[str, Any]], metrics: list[str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics {name: {value, stderr, items}} and the items that differ, of the same items evaluated at two batch sizes.
+def compare(alone: list[Item], together: list[Item], metrics: Iterable[str]) -> tuple[dict[str, Score], list[Item]]:
+    """Return Scores and the items that differ, of the same items evaluated at two batch sizes.
 
     `answers_flipped` and `<metric>_flipped` are shares of items, `<metric>_difference` the second score minus the first.
     """
     pairs = list(zip(alone, together, strict=True))
-    found = {"answers_flipped": _mean([float(a["answer"] != b["answer"]) for a, b in pairs])}
-    for name in metrics:
-        apart = [float(b[name]) - float(a[name]) for a, b in pairs]
-        found[f"{name}_flipped"] = _mean([float(d != 0) for d in apart])
-        found[f"{name}_difference"] = _mean(apart)
+    scores = {"answers_flipped": _mean([float(a["answer"] != b["answer"]) for a, b in pairs])}
     shown = ["answer", *metrics]
-    differing = [
+    for name in shown[1:]:
+        differences = [float(b[name]) - float(a[name]) for a, b in pairs]
+        scores[f"{name}_flipped"] = _mean([float(d != 0) for d in differences])
+        scores[f"{name}_difference"] = _mean(differences)
+    differing: list[Item] = [
         {"index": a["index"], "prompt": a["prompt"]} | {name: [a[name], b[name]] for name in shown}
         for a, b in pairs
         if any(a[name] != b[name] for name in shown)
     ]
-    return found, differing
+    return scores, differing
 
 
-def _mean(values: list[float]) -> dict:
+def _mean(values: list[float]) -> Score:
     mean = sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1) if len(values) > 1 else 0.0
-    return {"value": mean, "stderr": math.sqrt(variance / len(values)), "items": len(values)}
+    return Score(value=mean, stderr=math.sqrt(variance / len(values)), items=len(values))
 
 
-def text(record: dict, metrics: Iterable[str] | None = None) -> str:
-    """What a record says of the named metrics (else of all), as a line."""
-    found = record["metrics"]
-    every = [name.removesuffix("_difference") for name in found if name.endswith("_difference")]
-    answers = found["answers_flipped"]
-    parts = [f"{_percent(answers)} % of {answers['items']} answers differ"]
+def text(record: Result, metrics: Iterable[str] | None = None) -> str:
+    """Return what a record says of the named metrics (of all without names), as a line."""
+    scores, (alone, together) = record.scores, record.batches or (1, 1)
+    every = [name.removesuffix("_difference") for name in scores if name.endswith("_difference")]
+    answers = scores["answers_flipped"]
+    parts = [f"{_percent(answers)} % of {answers.items} answers differ"]
     parts += [
-        f"{name} by {100 * found[f'{name}_difference']['value']:+.1f} points (in {_percent(found[f'{name}_flipped'])} % of items)"
+        f"{name} by {100 * scores[f'{name}_difference'].value:+.1f} points (in {_percent(scores[f'{name}_flipped'])} % of items)"
         for name in (every if metrics is None else metrics)
         if name in every
     ]
-    first, second = record["batches"]
-    return f"{record['benchmark']} of the base {record['base']} in bfloat16, batch {first} against {second}: {', '.join(parts)}"
+    return (
+        f"{record.benchmark} of the base {record.base} in bfloat16, batch {alone} against {together}: "
+        f"{', '.join(parts)}"
+    )
 
 
-def _percent(share: dict) -> str:
-    return f"{100 * share['value']:.1f}"
+def _percent(share: Score) -> str:
+    return f"{100 * share.value:.1f}"

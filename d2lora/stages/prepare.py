@@ -2,11 +2,13 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from d2lora import data
 from d2lora.outputs import cached
+from d2lora.records import Result
 from d2lora.settings import Config, Data, Init, Lora
+from d2lora.settings.inits import FromRowsInit
 from d2lora.stages import rows
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Identity, Spec, Stage, versions
@@ -43,9 +45,17 @@ def is_prepared(config: Config) -> bool:
 def sources(config: Config) -> dict[str, Data]:
     """Return the data sets that a cell reads, by their keys: it needs none of a phase that it has not."""
     read = {"task.data": config.task.data} if config.n != 0 else {}
-    if config.m != 0 or (is_prepared(config) and config.init.data == "general"):
+    if config.m != 0 or general_samples(config):
         read["warmup.data"] = config.warmup.data
     return read | {f"benchmark {name}": b.data for name, b in config.task.benchmark.items()}
+
+
+def general_samples(config: Config) -> int:
+    """Return how many rows of the warm-up's data the cell's preparation looks at."""
+    init = config.init
+    if isinstance(init, FromRowsInit) and init.data == "general" and is_prepared(config):
+        return init.samples
+    return 0
 
 
 def stage(config: Config) -> Stage[PrepareSpec] | None:
@@ -58,48 +68,52 @@ def stage(config: Config) -> Stage[PrepareSpec] | None:
         init=init,
         lora=config.recipe.lora,
         libraries=versions("peft"),
-        rows=_rows(config) if init.data else {},
+        rows=_rows(config, init) if isinstance(init, FromRowsInit) else {},
         seed=config.seed if init.random else None,
     )
     label = f"preparation of {init.name}" + (rows.seed_text(config) if init.random else "")
     return Stage(spec, label=label, samples=spec.rows.get("samples", 0))
 
 
-def _rows(config: Config) -> Identity:
+def _rows(config: Config, init: FromRowsInit) -> Identity:
     """Return the rows that an initialization looks at: the first of the warm-up's order, or of the cell's own n rows."""
-    init, warmup = config.init, config.warmup
     limits = {"data_seed": config.data_seed, "max_length": config.recipe.max_length}
     if init.data == "general":
-        identity = {"data": data.identity(warmup.data, config.split_seed), **rows.reading(warmup)}
+        identity = {"data": data.identity(config.warmup.data, config.split_seed), **rows.reading(config.warmup)}
         return limits | identity | {"samples": init.samples}
-    samples = init.samples if config.n == "all" else min(init.samples or 0, int(config.n))
+    samples = init.samples if config.n == "all" else min(init.samples, int(config.n))
     identity = {"data": data.identity(config.task.data, config.split_seed), "task": rows.rendering(config.task)}
     return limits | identity | {"samples": samples}
 
 
-def work(run: Run[PrepareSpec]) -> dict[str, Any]:
+def work(run: Run[PrepareSpec]) -> Result:
     """Start an adapter as the initialization does, and save it."""
-    from d2lora.adapters import attach, coverage, inits
+    from d2lora.adapters import attach, coverage
+    from d2lora.adapters.passes import Sequence
+    from d2lora.adapters.preparations import prepare
+    from d2lora.adapters.start import Start
 
     spec = run.stage.spec
+    start = Start(spec.lora, spec.init, spec.seed or 0)
     subset = _drawn(run)
-    attach.check_round_trip(run.base, spec.content(), run.outputs.proofs)
-    with attach.adapter(run.base, spec.content(), None) as wrapped:
+    attach.check_round_trip(run.base, start, spec.model, run.outputs.proofs)
+    with attach.adapter(run.base, start, None) as wrapped:
         reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
         sequences = [s for e in data.sft_examples(subset.examples) for s in data.sequences(e)]
-        inits.prepare(wrapped, spec.content(), sequences, run.progress)
+        looked_at = [Sequence(input_ids=s["input_ids"], labels=s["labels"]) for s in sequences]
+        prepare(wrapped, start, looked_at, run.progress)
         saved = attach.save(run.base, wrapped, run.folder)
     # LoftQ's too was prepared on the base itself; what is trained from it starts on the quantized one.
-    attach.check_saved(run.base, saved, run.folder, "lora")
-    return {"metrics": {"samples_seen": len(subset.rows)}, "data": subset.counts(), "coverage": reached}
+    attach.check_saved(run.base, saved, run.folder)
+    return Result(metrics={"samples_seen": len(subset.rows)}, data=subset.counts(), coverage=reached)
 
 
 def _drawn(run: Run[PrepareSpec]) -> data.Subset:
     config, spec = run.config, run.stage.spec
-    if config.init.data is None:
+    if spec.init.looks_at is None:
         return data.Subset([], [], [])
     amount, max_length = spec.rows["samples"], spec.rows["max_length"]
-    if config.init.data == "general":
+    if spec.init.looks_at == "general":
         return rows.general(run, amount, max_length)
     # With n=all there may be fewer rows than init.samples. A preparation is the same for all methods.
     return rows.task(run, amount, max_length, preference=False, at_most=config.n == "all")

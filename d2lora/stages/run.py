@@ -6,22 +6,23 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from d2lora import data
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.outputs import Outputs, cached
+from d2lora.progress import Progress
+from d2lora.records import ITEMS
 from d2lora.settings import Config, Data
 from d2lora.stages.stage import S, Stage
 
 if TYPE_CHECKING:
     from d2lora.base import Base
 
-Progress = Callable[[int, int], None]  # called with the number of steps done, and of all steps
 T = TypeVar("T")
 
 
@@ -73,9 +74,9 @@ class Run(Generic[S]):
                 )
         return rows
 
-    def write_items(self, items: list[dict[str, Any]]) -> None:
+    def write_items(self, items: Iterable[Mapping[str, object]]) -> None:
         """Write items.jsonl, an item a line."""
-        with (self.folder / "items.jsonl").open("w") as file:
+        with (self.folder / ITEMS).open("w") as file:
             file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 

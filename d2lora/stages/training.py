@@ -1,6 +1,7 @@
 """What warm-up and adaptation share: a training of an adapter."""
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,17 @@ from typing import Any
 from d2lora import data
 from d2lora.keys import digest
 from d2lora.outputs import cached
-from d2lora.settings import Config, Init, Lora
+from d2lora.records import Result
+from d2lora.settings import Config, Init, Lora, Method
 from d2lora.stages import rows
+from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run, in_memory
 from d2lora.stages.stage import Identity, Spec, versions
 
 
 @dataclass(frozen=True)
 class TrainingSpec(Spec):
-    """What of a configuration changes a training's result beyond rounding."""
+    """What of a configuration changes a training's result beyond rounding. `method` is also its epochs."""
 
     model: Identity
     init: Init
@@ -31,9 +34,17 @@ class TrainingSpec(Spec):
     max_length: int
     layout: Identity  # with dropout, how a batch is laid out: it decides which units are dropped
     lr: float
-    epochs: int
+    method: Method
     libraries: Identity
     data: Identity
+
+    @property
+    def epochs(self) -> int:
+        return self.method.epochs
+
+    def steps(self, samples: int) -> int:
+        """Return the optimizer's steps over as many samples; the last batch of an epoch may be smaller."""
+        return math.ceil(samples / self.batch) * self.epochs
 
     def content(self) -> Identity:
         plain = (
@@ -45,7 +56,7 @@ class TrainingSpec(Spec):
         return own | self.layout | {"init": init, "lora": lora}
 
 
-def shared(config: Config, phase: str, epochs: int, source: data.Data) -> dict[str, Any]:
+def shared(config: Config, phase: str, method: Method, source: data.Data) -> dict[str, Any]:
     """Return the fields of TrainingSpec; `phase` names the learning rate: "warmup" or a method's name."""
     recipe = config.recipe
     names = ("lora", "schedule", "lr_warmup_ratio", "weight_decay", "max_grad_norm", "batch", "max_length")
@@ -57,42 +68,44 @@ def shared(config: Config, phase: str, epochs: int, source: data.Data) -> dict[s
         "data_seed": config.data_seed,
         "layout": layout,
         "lr": recipe.rate(phase),
-        "epochs": epochs,
+        "method": method,
         "libraries": versions("trl"),
         "data": data.identity(source, config.split_seed),
     }
 
 
-def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -> dict[str, Any]:
+def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -> Result:
     """Train an adapter on a subset, from the parent's adapter or a fresh one, and save it.
 
     `reference` is the folder that remembers the log-probabilities of DPO's reference. When memory ends, the micro-batch is halved.
     """
     from d2lora.adapters import attach, coverage
+    from d2lora.adapters.start import Start
     from d2lora.train import training
 
     spec, recipe = run.stage.spec, run.config.recipe
-    content, proofs = spec.content(), run.outputs.proofs
+    proofs = run.outputs.proofs
+    start = Start(spec.lora, spec.init, spec.seed)
     checkpoints = run.outputs.checkpoints / run.stage.key
     if run.parent is None:
-        attach.check_round_trip(run.base, content, proofs)
+        attach.check_round_trip(run.base, start, spec.model, proofs)
 
     def attempt(micro_batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         machine = recipe.model_copy(update={"micro_batch": micro_batch})
-        with attach.adapter(run.base, content, run.parent) as wrapped:
+        with attach.adapter(run.base, start, run.parent) as wrapped:
             reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
             metrics = training.train(
-                run.base, wrapped, subset, content, machine, checkpoints, run.progress, reference, proofs
+                run.base, wrapped, subset, spec, machine, checkpoints, run.progress, reference, proofs
             )
             saved = attach.save(run.base, wrapped, run.folder)
-        attach.check_saved(run.base, saved, run.folder, spec.init.name)
+        attach.check_saved(run.base, saved, run.folder, spec.init.quantizes)
         return metrics, reached
 
     def smaller(micro_batch: int) -> int:
         return max(d for d in range(1, micro_batch // 2 + 1) if spec.batch % d == 0)
 
     metrics, reached = in_memory(attempt, smaller, "recipe.micro_batch", recipe.micro_batch)
-    return {"metrics": metrics, "data": subset.counts(), "coverage": reached}
+    return Result(metrics=metrics, data=subset.counts(), coverage=reached)
 
 
 def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Path:
@@ -101,11 +114,11 @@ def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Pat
     `of_base`: the reference is the base, wherever the training starts.
     """
     spec, parent = run.stage.spec, run.stage.parent
-    starts_as_base = parent is None or (parent.kind == "prepare" and not spec.init.quantizes)
+    starts_as_base = parent is None or (isinstance(parent.spec, PrepareSpec) and not spec.init.quantizes)
     if parent is not None and not starts_as_base and not of_base:
         return run.outputs.references / parent.key
     started: Identity = {"model": spec.model, "version": version}
-    if not of_base and spec.init.name == "orthogonal":  # B A is 0 only to rounding
+    if not of_base and not spec.init.exact_start:
         content = spec.content()
         started |= {name: content[name] for name in ("init", "lora", "seed")}
     return run.outputs.references / digest(started)

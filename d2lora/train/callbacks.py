@@ -3,17 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from d2lora import mirror
 from d2lora.base import memory_mb
-from d2lora.mirror import runs
 from d2lora.outputs import sync, write_json
-
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
+from d2lora.progress import Progress
 
 _WHOLE = "whole.json"
 
@@ -76,7 +74,7 @@ class Mirror(TrainerCallback):
         seen, clock = self._seen(state.global_step), time.monotonic()
         rate = (seen - self.seen) / max(clock - self.clock, 1e-9)
         speed = {"samples_per_second": rate, "tokens_per_second": rate * self.tokens, "memory_mb": memory_mb()}
-        runs.log({k: v for k, v in logs.items() if isinstance(v, int | float)} | speed, seen)
+        mirror.log({k: v for k, v in logs.items() if isinstance(v, int | float)} | speed, seen)
         self.seen, self.clock = seen, clock
 
     def _seen(self, step: int) -> int:

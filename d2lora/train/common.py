@@ -8,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from peft import PeftModel
 from torch.nn.functional import pad
-from transformers import Trainer, TrainingArguments
-from trl.trainer.utils import FusedCausalLMOutput
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from d2lora.data import Subset, sequences
 from d2lora.layouts import packing
@@ -143,3 +143,21 @@ class WholeBatchTrainer(PackedTrainer):
     def nll_tokens(self, batch: Batch) -> int:
         """Count the tokens of a micro-batch that an NLL beside the preference loss averages over."""
         return 0
+
+
+class MeanLogpsTrainer(WholeBatchTrainer):
+    """Put before a trainer of TRL's that compares mean log-probabilities of answers and has no reference: ORPO's, CPO's."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        add_fused_lm_head(cast(PreTrainedModel, self.model.get_base_model()), outputs=("log_probs", "mean_logits"))
+
+    def tokenize_row(self, feature: Example, model: torch.nn.Module | None = None) -> Example:
+        """Return the row as it is: its ids are ready."""
+        return feature
+
+    def means(self, predicted: FusedCausalLMOutput, packed: packing.Packed) -> tuple[torch.Tensor, ...]:
+        """Return mean log-probabilities of chosen and rejected answers, each (P,), and their logits, for TRL's log only."""
+        logps = packing.by_answer(predicted["log_probs"], packed).sum(1) / packed["lengths"]
+        logits = packing.by_answer(predicted["mean_logits"], packed)
+        return *logps.chunk(2), *logits.chunk(2)

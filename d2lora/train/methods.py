@@ -2,13 +2,19 @@
 
 from typing import Any
 
-from d2lora.settings.methods import BaseMethod, Dpo, Orpo, Sft
+from d2lora.settings.methods import BaseMethod, Dpo, Orpo, Sft, Simpo
 from d2lora.train.common import Objective
 from d2lora.train.dpo import DpoObjective
 from d2lora.train.orpo import OrpoObjective
 from d2lora.train.sft import SftObjective
+from d2lora.train.simpo import SimpoObjective
 
-OBJECTIVES: dict[type[BaseMethod], type[Objective[Any]]] = {Sft: SftObjective, Dpo: DpoObjective, Orpo: OrpoObjective}
+OBJECTIVES: dict[type[BaseMethod], type[Objective[Any]]] = {
+    Sft: SftObjective,
+    Dpo: DpoObjective,
+    Orpo: OrpoObjective,
+    Simpo: SimpoObjective,
+}
 
 
 def objective(method: BaseMethod) -> Objective[Any]:

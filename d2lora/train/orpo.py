@@ -1,27 +1,17 @@
 """ORPO: TRL's trainer on packed pairs, its NLL averaged over the tokens of the effective batch."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from d2lora.layouts import packing
 from d2lora.settings.methods import Orpo
-from d2lora.train.common import Batch, Example, Objective, WholeBatchTrainer
+from d2lora.train.common import Batch, MeanLogpsTrainer, Objective
 
 
-class PackedORPOTrainer(WholeBatchTrainer, ORPOTrainer):
+class PackedORPOTrainer(MeanLogpsTrainer, ORPOTrainer):
     """TRL's ORPOTrainer on ready ids, its NLL averaged over the tokens of the effective batch."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        add_fused_lm_head(cast(PreTrainedModel, self.model.get_base_model()), outputs=("log_probs", "mean_logits"))
-
-    def tokenize_row(self, feature: Example, model: torch.nn.Module | None = None) -> Example:
-        """Return the row as it is: its ids are ready."""
-        return feature
 
     def nll_tokens(self, batch: Batch) -> int:
         """Count the predicted tokens that the NLL averages over: the first token of a sequence is predicted by nothing."""
@@ -35,11 +25,9 @@ class PackedORPOTrainer(WholeBatchTrainer, ORPOTrainer):
         """Return mean log-probabilities of chosen and rejected answers, their mean logits, and the weighed NLL."""
         packed = batch["packed"]
         predicted = self.log_probs(model, packed)
-        logps = packing.by_answer(predicted["log_probs"], packed).sum(1) / packed["lengths"]
-        logits = packing.by_answer(predicted["mean_logits"], packed)  # for TRL's log only
         nll = -predicted["log_probs"][0, self._in_nll(packed)].mean()
         weighed = nll * self.share(self.nll_tokens(batch), self.batch_tokens)
-        return *logps.chunk(2), *logits.chunk(2), weighed
+        return *self.means(predicted, packed), weighed
 
     def odds_ratio_loss(self, chosen_logps: torch.FloatTensor, rejected_logps: torch.FloatTensor) -> Any:
         """Return TRL's losses of pairs, weighed by the micro-batch's share of pairs, and what TRL logs beside them."""

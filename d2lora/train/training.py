@@ -1,11 +1,10 @@
 """One train() for both phases and all methods: what TRL's trainers are told, checkpoints to go on from, the record's metrics."""
 
 import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -16,73 +15,47 @@ from d2lora.base import Base, device
 from d2lora.data import Subset, sequences
 from d2lora.layouts import families, proof
 from d2lora.layouts.packing import Layout
-from d2lora.settings.methods import BaseMethod, Sft, method_of
+from d2lora.progress import Progress
 from d2lora.settings.recipe import Machine
-from d2lora.train.callbacks import Checkpoint, Mirror, Progress, Watch, checkpoint
+from d2lora.train.callbacks import Checkpoint, Mirror, Watch, checkpoint
 from d2lora.train.common import Example, Objective, PackedTrainer, Packer
 from d2lora.train.methods import objective
 
+# The stages import this module when they train; it names their type and no more.
+if TYPE_CHECKING:
+    from d2lora.stages.training import TrainingSpec
+
 _LOGGED = 200  # entries of the log that W&B gets, about ...
 _KEPT = 20  # ... and that the record keeps
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What of a stage's spec a training reads. A warm-up has no method of its own: it is SFT."""
-
-    method: BaseMethod
-    epochs: int
-    batch: int  # the effective one: micro-batch x gradient accumulation
-    lr: float
-    schedule: str
-    lr_warmup_ratio: float
-    weight_decay: float
-    max_grad_norm: float
-    max_length: int
-    seed: int
-    model: dict[str, Any]  # the base's identity
-
-    @classmethod
-    def of(cls, spec: dict[str, Any]) -> "Settings":
-        """Read a spec. KeyError where it lacks one of them."""
-        method = {"epochs": spec["epochs"], **spec.get("method", {})}
-        read = {name: spec[name] for name in cls.__dataclass_fields__ if name != "method"}
-        kind = method_of(method["name"]) if "name" in method else Sft
-        return cls(method=kind.model_validate(method), **read)
-
-    def steps(self, rows: int) -> int:
-        """Return the optimizer's steps over as many rows; the last batch of an epoch may be smaller."""
-        return math.ceil(rows / self.batch) * self.epochs
 
 
 def train(
     base: Base,
     wrapped: PeftModel,
     drawn: Subset,
-    spec: dict[str, Any],
+    spec: "TrainingSpec",
     machine: Machine,
     folder: Path,
     progress: Progress,
     reference: Path | None = None,
     proofs: Path | None = None,
 ) -> dict[str, Any]:
-    """Train the adapter on the drawn examples as `spec` says.
+    """Train the adapter on the drawn examples as `spec` says, which is in the stage's key; what `machine` says is not.
 
     `folder` is for checkpoints, from the last of which it goes on; `reference` remembers what DPO's reference says (one folder a
     policy), `proofs` which layouts were shown to be exact (next to `folder`, if not said). Returns metrics: first and last loss,
     steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the steps). FloatingPointError for a loss or
     weights that are no number.
     """
-    settings = Settings.of(spec)
-    how = objective(settings.method)
+    how = objective(spec.method)
     rows = how.examples(drawn)
-    every = max(1, settings.steps(len(rows)) // _LOGGED)
+    every = max(1, spec.steps(len(rows)) // _LOGGED)
     start = checkpoint(folder)
     layouts = proof.candidates(base.model, machine.packing == "prefix_shared", base.attention(machine.attention))
     with attach.in_training(wrapped):
         trainer = how.trainer(
             model=wrapped,
-            args=_trl_config(how, settings, machine, folder, every),
+            args=_trl_config(how, spec, machine, folder, every),
             train_dataset=Dataset.from_list([e | {"row": i + 1} for e, i in zip(rows, drawn.rows, strict=True)]),
             processing_class=base.tokenizer,
             callbacks=[Watch(progress, machine.checkpoint_minutes, start.mark.get("seconds", 0.0) if start else 0.0)],
@@ -90,42 +63,42 @@ def train(
             **how.trainer_arguments(drawn, reference),
         )
         trainer.remove_callback(PrinterCallback)
-        memory = proof.Memory(proofs or folder.parent / "proofs", settings.model)
+        memory = proof.Memory(proofs or folder.parent / "proofs", spec.model)
         shown = _prove(base, trainer, layouts, rows, machine.micro_batch, memory)
         tokens = sum(_tokens(row, trainer.data_collator.layout.rows) for row in rows)
         with families.attention(base.model, trainer.data_collator.layout.attention):
             trainer.before_training(shown.tolerance)
-            trainer.add_callback(Mirror(len(rows), settings.batch, tokens / len(rows)))
+            trainer.add_callback(Mirror(len(rows), spec.batch, tokens / len(rows)))
             _run(trainer, wrapped, start)
-    seen = {"samples_seen": len(rows) * settings.epochs, "tokens_seen": tokens * settings.epochs}
+    seen = {"samples_seen": len(rows) * spec.epochs, "tokens_seen": tokens * spec.epochs}
     resumed = {"resumed": start.mark} if start else {}
     laid = {"micro_batch": machine.micro_batch, "layout": asdict(shown)}
-    losses, log = _losses(trainer, max(1, settings.steps(len(rows)) // _KEPT // every) * every)
+    losses, log = _losses(trainer, max(1, spec.steps(len(rows)) // _KEPT // every) * every)
     return losses | seen | trainer.counted() | resumed | laid | {"log": log}
 
 
-def _trl_config(how: Objective[Any], settings: Settings, machine: Machine, folder: Path, logging_steps: int) -> Any:
+def _trl_config(how: Objective[Any], spec: "TrainingSpec", machine: Machine, folder: Path, logging_steps: int) -> Any:
     """Return the arguments in TRL's class of the method's, for one device."""
-    config = how.config(**arguments(settings, machine, folder, logging_steps), **how.arguments(settings.max_length))
+    config = how.config(**arguments(spec, machine, folder, logging_steps), **how.arguments(spec.max_length))
     config._n_gpu = min(config.n_gpu, 1)  # over several GPUs Trainer would spread a batch, and make it larger
     return config
 
 
-def arguments(settings: Settings, machine: Machine, folder: Path, logging_steps: int) -> dict[str, Any]:
+def arguments(spec: "TrainingSpec", machine: Machine, folder: Path, logging_steps: int) -> dict[str, Any]:
     """Return the TrainingArguments that all methods share."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": machine.micro_batch,
-        "gradient_accumulation_steps": settings.batch // machine.micro_batch,
-        "num_train_epochs": settings.epochs,
-        "learning_rate": settings.lr,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": settings.lr_warmup_ratio,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
+        "gradient_accumulation_steps": spec.batch // machine.micro_batch,
+        "num_train_epochs": spec.epochs,
+        "learning_rate": spec.lr,
+        "lr_scheduler_type": spec.schedule,
+        "warmup_steps": spec.lr_warmup_ratio,
+        "weight_decay": spec.weight_decay,
+        "max_grad_norm": spec.max_grad_norm,
         "optim": "adamw_torch",
-        "seed": settings.seed,
-        "bf16": settings.model["dtype"] == "bfloat16" and device() == "cuda",
+        "seed": spec.seed,
+        "bf16": spec.model["dtype"] == "bfloat16" and device() == "cuda",
         "use_cpu": device() == "cpu",
         "gradient_checkpointing": machine.gradient_checkpointing,
         "logging_steps": logging_steps,

@@ -47,6 +47,7 @@ KEYS: dict[str, list[str]] = {
     "dpo base after a warm-up": ["method=dpo", "method.reference=base", "n=1000", "m=4000"],
     "orpo": ["method=orpo", "n=1000", "m=4000"],
     "orpo completion": ["method=orpo", "method.nll=completion", "n=1000"],
+    "simpo": ["method=simpo", "n=1000", "m=4000"],
     "another recipe": ["n=100", "m=100", "recipe.batch=16", "recipe.schedule=linear", "recipe.lr_warmup_ratio=0.1",
                        "recipe.weight_decay=0.01", "recipe.max_grad_norm=0.5", "recipe.max_length=128", "recipe.lr.sft=1e-4"],
     "layers by name": ["n=100", "recipe.lora.r=8", "recipe.lora.alpha=32", "recipe.lora.target_modules=[q_proj,v_proj]"],
@@ -101,6 +102,7 @@ NUMBERS: dict[str, list[str]] = {
     "dpo base": [*_TINY, "method=dpo", "method.reference=base", "m=16"],
     "orpo prompt_and_chosen": [*_TINY, "method=orpo", "m=16"],
     "orpo completion": [*_TINY, "method=orpo", "method.nll=completion"],
+    "simpo": [*_TINY, "method=simpo"],
     "gaussian": [*_TINY, "init=gaussian"],
     "orthogonal": [*_TINY, "init=orthogonal"],
     "multilora": [*_TINY, "init=multilora", "m=16"],
@@ -184,10 +186,10 @@ def _versions(stage: Stage) -> dict[str, int]:
 
 
 def _measured(done: store.Store, stage: Stage) -> dict:
-    record, place = done.record(stage), done.place(stage)
-    metrics = record["metrics"]
+    record, place = done.record(stage), done.folder(stage)
+    metrics = record.metrics
     if stage.kind in ("contamination", "evaluate"):
-        found = {name: metric["value"] for name, metric in metrics.items()}
+        found = {name: score.value for name, score in record.scores.items()}
         items = [json.loads(line) for line in (place / "items.jsonl").read_text().splitlines()]
         likelihoods = [x for item in items for x in item.get("loglikelihoods", [])]
         return found | ({"loglikelihoods": sum(likelihoods)} if likelihoods else {})

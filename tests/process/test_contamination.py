@@ -13,6 +13,7 @@ from d2lora import plan, worker
 from d2lora.command import summary
 from d2lora.data import overlap, texts
 from d2lora.outputs import Outputs
+from d2lora.records import Score
 from d2lora.report import manifest
 from d2lora.settings import fields
 from d2lora.stages import VERSIONS, contamination
@@ -101,10 +102,8 @@ def test_lists_of_texts_are_read_element_by_element() -> None:
 
 
 def test_the_shares_are_of_all_items() -> None:
-    assert overlap.shares(found("what is 2+2", QUESTION), len(TESTS)) == {
-        "exact": {"value": pytest.approx(1 / 3), "stderr": 0.0, "items": 3},
-        "ngram13": {"value": pytest.approx(1 / 3), "stderr": 0.0, "items": 3},
-    }
+    third = Score(value=1 / 3, stderr=0.0, items=3)
+    assert overlap.shares(found("what is 2+2", QUESTION), len(TESTS)) == {"exact": third, "ngram13": third}
 
 
 # --- templates -----------------------------------------------------------------------------------------------------
@@ -371,13 +370,13 @@ def test_a_record_names_what_was_found_and_where(planted) -> None:
     assert not lost
     stages = dict(zip((p.name for p in contamination.pairs(planted.config)), planted.chain.contamination, strict=True))
     record = store.record(stages["lab-math / lab_math"])
-    assert record["metrics"]["exact"] == {"value": 0.5, "stderr": 0.0, "items": 2}
-    assert record["data"] == {"rows": 4}
-    lines = (store.place(stages["lab-math / lab_math"]) / "items.jsonl").read_text().splitlines()
+    assert record.scores["exact"] == Score(value=0.5, stderr=0.0, items=2)
+    assert record.data == {"rows": 4}
+    lines = (store.folder(stages["lab-math / lab_math"]) / "items.jsonl").read_text().splitlines()
     assert [(i["index"], i["exact"], i["ngram13"]) for i in map(json.loads, lines)] == [(0, 1, 1)]
-    warmup = store.record(stages["lab / lab_math"])["metrics"]
-    assert (warmup["exact"]["value"], warmup["ngram13"]["value"]) == (0, 0.5)
-    assert store.record(stages["lab / lab_facts"])["metrics"]["ngram13"]["value"] == 0
+    warmup = store.record(stages["lab / lab_math"]).scores
+    assert (warmup["exact"].value, warmup["ngram13"].value) == (0, 0.5)
+    assert store.record(stages["lab / lab_facts"]).scores["ngram13"].value == 0
 
 
 def test_a_check_needs_no_torch_and_is_not_done_twice(planted, tmp_path: Path) -> None:

@@ -52,12 +52,10 @@ def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, me
     with pytest.raises(KeyboardInterrupt):
         do(broken, interrupt)
     store = do(broken)
-    metrics = store.record(broken.chain.adapt)["metrics"]
+    metrics = store.record(broken.chain.adapt).metrics
     assert metrics["resumed"]["step"] == 6
     assert metrics["steps"] == 12
-    assert (
-        metrics["first_loss"] == Store(Outputs.of(calm.config).root).record(calm.chain.adapt)["metrics"]["first_loss"]
-    )
+    assert metrics["first_loss"] == Store(Outputs.of(calm.config).root).record(calm.chain.adapt).metrics["first_loss"]
     assert_equal(calm, broken)
     assert not list((Outputs.of(broken.config).root / "checkpoints").iterdir()), "no longer needed"
 
@@ -74,7 +72,7 @@ def test_a_checkpoint_cut_short_is_not_taken_up(make) -> None:
     latest = Outputs.of(broken.config).root / "checkpoints" / broken.chain.adapt.key / "checkpoint-6"
     (latest / "whole.json").unlink()
     (latest / "adapter_model.safetensors").write_bytes(b"cut")
-    assert do(broken).record(broken.chain.adapt)["metrics"]["resumed"]["step"] == 5
+    assert do(broken).record(broken.chain.adapt).metrics["resumed"]["step"] == 5
     assert_equal(calm, broken)
 
 
@@ -87,7 +85,7 @@ def test_another_process_publishes_the_same_files(make, tiny: Path, tmp_path: Pa
         subprocess.run(
             [*command, *SMALL, "n=8", "method.epochs=1", keys], env=os.environ | {"PYTHONHASHSEED": seed}, check=True
         )
-        found.append(Store(Outputs.of(this.config).root).record(this.chain.adapt)["files"])
+        found.append(Store(Outputs.of(this.config).root).record(this.chain.adapt).files)
     assert found[0] == found[1]
 
 
@@ -110,7 +108,7 @@ def test_kill_9_in_the_middle_of_a_training(make, tiny: Path, tmp_path: Path) ->
         os.kill(process.pid, signal.SIGKILL)
     store = Store(Outputs.of(killed.config).root)
     assert not store.done(killed.chain.adapt)
-    assert do(killed).record(killed.chain.adapt)["metrics"]["resumed"]["step"] >= 3
+    assert do(killed).record(killed.chain.adapt).metrics["resumed"]["step"] >= 3
     assert_equal(calm, killed)
 
 
@@ -127,8 +125,8 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(make
 
     monkeypatch.setattr(packing, "pack", pack)
     record = do(full).record(full.chain.adapt)
-    assert record["metrics"]["micro_batch"] == 2
-    assert record["metrics"]["steps"] == 12
+    assert record.metrics["micro_batch"] == 2
+    assert record.metrics["steps"] == 12
     assert "again with recipe.micro_batch=4" in capsys.readouterr().err
     for name, weight in adapter(full).items():
         assert torch.allclose(weight, adapter(calm)[name], atol=1e-3), name
@@ -149,7 +147,7 @@ def test_what_a_smaller_micro_batch_had_reached_outlives_a_kill(make, monkeypatc
     monkeypatch.setattr(packing, "pack", pack)
     with pytest.raises(KeyboardInterrupt):
         do(cell, interrupt)
-    metrics = do(cell).record(cell.chain.adapt)["metrics"]  # begins with 8 again
+    metrics = do(cell).record(cell.chain.adapt).metrics  # begins with 8 again
     assert metrics["resumed"]["step"] == 6
     assert metrics["micro_batch"] == 4
 

@@ -165,7 +165,7 @@ class Launches:
             group = jobs[start : start + self.beside]
             killers = [n for job in group if self.deaths.get(n := job.cell.config.n, 0)]
             for job in group:
-                place = self.store.place(job.stages[0])
+                place = self.store.folder(job.stages[0])
                 if killers:
                     place.with_name(f".{place.name}-{len(self.waves)}").mkdir(parents=True)
                 else:
@@ -188,7 +188,7 @@ def test_what_died_is_tried_once_more(cell, tmp_path: Path, together: bool, besi
     jobs, store = [Job(c, (c.chain.adapt,)) for c in cells], Store(tmp_path / "out")
     launch = Launches(store, beside, deaths={5: 9, 6: 1})
     for job in jobs:  # what an earlier sweep left begun is not begun by this one
-        place = store.place(job.stages[0])
+        place = store.folder(job.stages[0])
         place.with_name(f".{place.name}-old").mkdir(parents=True)
     launch_batch(launch, jobs, store, together)
     assert launch.waves == waves
@@ -199,7 +199,7 @@ def test_what_died_is_tried_once_more(cell, tmp_path: Path, together: bool, besi
 def test_a_launcher_that_never_began_kills_nobody(cell, tmp_path: Path, capsys) -> None:
     cells = [cell(f"n={n}", "m=0", f"output={tmp_path / 'out'}") for n in (4, 5)]
     jobs, store = [Job(c, (c.chain.adapt,)) for c in cells], Store(tmp_path / "out")
-    place = store.place(jobs[0].stages[0])
+    place = store.folder(jobs[0].stages[0])
     place.with_name(f".{place.name}-old").mkdir(parents=True)
     launch_batch(lambda wave: "no such partition", jobs, store, apart=True)
     assert "the launcher stopped: no such partition" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_a_single_cell_joins_the_grid(tmp_path: Path) -> None:
     manifest.write_manifest(tmp_path, grid(n=[100], m=[0]))
     manifest.add_to_manifest(tmp_path, cell)
     assert [e.config["n"] for e in manifest.read_manifest(tmp_path, "mine").cells] == [100, 200]
-    assert not Store(tmp_path).folder.exists()
+    assert not Store(tmp_path).outputs.store.exists()
 
 
 def test_cells_that_start_at_once_all_join(tmp_path: Path) -> None:

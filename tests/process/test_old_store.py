@@ -1,5 +1,6 @@
 """A store made by an earlier commit is read as done, and goes on from where it is: tests/old_store/README.md."""
 
+import csv
 import filecmp
 import itertools
 import json
@@ -105,7 +106,10 @@ def test_the_report_is_the_same(output: Path) -> None:
     python("-m", "d2lora.report", "--output", str(output))
     files = [str(file.relative_to(SHIPPED)) for file in (SHIPPED / "report").rglob("*.*")]
     assert len(files) == 3
+    files.remove("report/results.csv")
     assert filecmp.cmpfiles(SHIPPED, output, files, shallow=False)[1:] == ([], [])
+    old, new = (list(csv.DictReader((f / "report" / "results.csv").open())) for f in (SHIPPED, output))
+    assert [{k: row[k] for k in old[0]} for row in new] == old, "newer columns come after"
 
 
 @same_packages
@@ -129,9 +133,9 @@ def test_training_goes_on_from_an_old_adapter(name: str, output: Path) -> None:
     again = [cell.chain.adapt, *cell.chain.evaluations]
     store = Store(output)
     for stage in again:
-        shutil.rmtree(store.place(stage))
+        shutil.rmtree(store.folder(stage))
     do(cell)
-    old, new = (json.loads((at.place(cell.chain.adapt) / "record.json").read_text()) for at in (Store(SHIPPED), store))
+    old, new = (json.loads((at.folder(cell.chain.adapt) / "record.json").read_text()) for at in (Store(SHIPPED), store))
     assert new["parent"] == cell.chain.warmup.key
     assert new["metrics"]["first_loss"] == pytest.approx(old["metrics"]["first_loss"], rel=1e-4)
     assert new["metrics"]["last_loss"] == pytest.approx(old["metrics"]["last_loss"], rel=1e-2)

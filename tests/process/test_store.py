@@ -14,6 +14,7 @@ import pytest
 
 from d2lora.errors import UserError
 from d2lora.outputs import cached, write_json
+from d2lora.records import Record
 from d2lora.stages import Spec, Stage
 from d2lora.store import Store, check, garbage
 
@@ -37,16 +38,23 @@ class EvaluateSpec(AdaptSpec):
 STAGE = Stage(AdaptSpec(1))
 
 
-def record(folder: Path) -> dict:
+def about(stage: Stage, **facts: object) -> Record:
+    """The least that a record says."""
+    content = {"key": stage.key, "stage": stage.kind, "spec": stage.spec.content(), "metrics": {}}
+    content |= {"parent": stage.parent and stage.parent.key, "seconds": 1.0, "peak_memory_mb": 1.0}
+    return Record.model_validate(content | facts)
+
+
+def record(folder: Path, **metrics: object) -> Record:
     (folder / "adapter").mkdir()
     (folder / "adapter" / "weights").write_text("w")
-    return {"key": STAGE.key, "metrics": {}}
+    return about(STAGE, metrics=metrics)
 
 
 def test_a_record_is_made_once(tmp_path: Path) -> None:
     store, calls = Store(tmp_path), []
 
-    def work(folder: Path) -> dict:
+    def work(folder: Path) -> Record:
         calls.append(folder)
         return record(folder)
 
@@ -54,12 +62,12 @@ def test_a_record_is_made_once(tmp_path: Path) -> None:
     assert store.ensure(STAGE, work) == store.ensure(STAGE, work)
     assert len(calls) == 1
     assert store.done(STAGE)
-    assert (store.place(STAGE) / "adapter" / "weights").read_text() == "w"
+    assert (store.folder(STAGE) / "adapter" / "weights").read_text() == "w"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(3)])
 def test_a_stage_that_fails_publishes_nothing(tmp_path: Path, error: BaseException) -> None:
-    def work(folder: Path) -> dict:
+    def work(folder: Path) -> Record:
         (folder / "half").write_text("half")
         raise error
 
@@ -67,19 +75,19 @@ def test_a_stage_that_fails_publishes_nothing(tmp_path: Path, error: BaseExcepti
     with pytest.raises(type(error)):
         store.ensure(STAGE, work)
     assert not store.done(STAGE)
-    assert [f for f in store.place(STAGE).parent.iterdir() if not f.name.startswith(".locks")] == []
+    assert [f for f in store.folder(STAGE).parent.iterdir() if not f.name.startswith(".locks")] == []
 
 
 def test_who_comes_second_takes_the_published_record(tmp_path: Path) -> None:
     """Without a lock two workers may both do a stage: the first rename counts, the second drops its own."""
     store = Store(tmp_path)
 
-    def work(folder: Path) -> dict:
-        Store(tmp_path)._publish(STAGE, lambda other: record(other) | {"metrics": {"by": "first"}})
-        return record(folder) | {"metrics": {"by": "second"}}
+    def work(folder: Path) -> Record:
+        Store(tmp_path)._publish(STAGE, lambda other: record(other, by="first"))
+        return record(folder, by="second")
 
-    assert store._publish(STAGE, work)["metrics"] == {"by": "first"}
-    assert len(list(store.place(STAGE).parent.iterdir())) == 1
+    assert store._publish(STAGE, work).metrics == {"by": "first"}
+    assert len(list(store.folder(STAGE).parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize(("umask", "folders", "files"), [(0o022, 0o755, 0o644), (0o007, 0o770, 0o660)])
@@ -89,7 +97,7 @@ def test_who_may_read_an_output_folder_is_the_umask_s_to_say(
     import numpy as np
     from safetensors.numpy import save_file
 
-    def work(folder: Path) -> dict:
+    def work(folder: Path) -> Record:
         found = record(folder)
         save_file({"a": np.zeros(2)}, folder / "adapter" / "adapter_model.safetensors")
         return found
@@ -100,7 +108,7 @@ def test_who_may_read_an_output_folder_is_the_umask_s_to_say(
         write_json(tmp_path / "manifests" / "mine.json", {})
     finally:
         os.umask(before)
-    place = Store(tmp_path).place(STAGE)
+    place = Store(tmp_path).folder(STAGE)
     made = [place, *place.rglob("*"), *(tmp_path / "manifests").rglob("*")]
     assert len(made) == 6
     assert {f.name: f.stat().st_mode & 0o777 for f in made} == {f.name: folders if f.is_dir() else files for f in made}
@@ -109,11 +117,11 @@ def test_who_may_read_an_output_folder_is_the_umask_s_to_say(
 def _ensure_slowly(folder: Path, results) -> None:
     import time
 
-    def work(place: Path) -> dict:
+    def work(place: Path) -> Record:
         time.sleep(0.3)
-        return record(place) | {"metrics": {"pid": multiprocessing.current_process().pid}}
+        return record(place, pid=multiprocessing.current_process().pid)
 
-    results.put(Store(folder).ensure(STAGE, work)["metrics"]["pid"])
+    results.put(Store(folder).ensure(STAGE, work).metrics["pid"])
 
 
 def test_two_processes_do_a_stage_once(tmp_path: Path) -> None:
@@ -151,7 +159,7 @@ def test_two_processes_compute_what_is_cached_once(tmp_path: Path) -> None:
 
 def test_a_foreign_folder_in_a_record_s_place_is_named_before_the_work(tmp_path: Path) -> None:
     store, calls = Store(tmp_path), []
-    (store.place(STAGE) / "notes").mkdir(parents=True)
+    (store.folder(STAGE) / "notes").mkdir(parents=True)
     with pytest.raises(UserError, match="not a record's folder"):
         store.ensure(STAGE, lambda folder: calls.append(folder) or record(folder))
     assert calls == []
@@ -176,12 +184,12 @@ def test_a_file_system_without_locks_waits_for_nobody(tmp_path: Path, monkeypatc
     lock = tmp_path / "store" / ".locks" / f"{stage.key}.lock"
     lock.parent.mkdir(parents=True)
     lock.write_text("4711\nanother-node\n")  # of a job that was killed there
-    assert store.ensure(stage, lambda folder: {"key": stage.key, "metrics": {}})["key"] == stage.key
+    assert store.ensure(stage, lambda folder: about(stage)).key == stage.key
 
 
 def test_damaged_or_foreign_records_are_named_and_kept(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    file = store.place(STAGE) / "record.json"
+    file = store.folder(STAGE) / "record.json"
     file.parent.mkdir(parents=True)
     for text, word in (("{", "damaged"), (json.dumps({"key": "other"}), "not the record of this stage")):
         file.write_text(text)
@@ -201,7 +209,7 @@ def output(tmp_path: Path) -> Path:
         def work(folder: Path, stage=stage) -> dict:
             (folder / "weights").write_text("w")
             files = {"weights": hashlib.sha256(b"w").hexdigest()}
-            return {"key": stage.key, "parent": stage.parent and stage.parent.key, "files": files, "value": 0.5}
+            return about(stage, files=files, metrics={"value": 0.5})
 
         Store(tmp_path).ensure(stage, work)
     cells = [{"stages": {"warmup": None, "adapt": STAGE.key, "evaluate": {"math": child.key}}}]
@@ -229,7 +237,7 @@ def test_a_sound_store_has_no_faults(output: Path) -> None:
     ],
 )
 def test_check_names_what_is_wrong(output: Path, harm, told: str) -> None:
-    harm(Store(output).place(STAGE))
+    harm(Store(output).folder(STAGE))
     faults = list(check(output))
     assert len(faults) == 1, faults
     assert told in faults[0]
@@ -241,7 +249,7 @@ def test_gc_lists_what_nothing_needs_before_it_frees_it(output: Path) -> None:
 
     (output / "store" / "adapt" / f".{'0' * 20}-abc").mkdir()
     (output / "checkpoints" / STAGE.key).mkdir(parents=True)
-    loose = Store(output).place(Stage(AdaptSpec(2)))
+    loose = Store(output).folder(Stage(AdaptSpec(2)))
     assert {why for _, why in garbage(output)} == {
         "in no sweep's manifest",
         "left by a worker that was stopped",

@@ -25,8 +25,8 @@ def test_the_sweep_s_line_counts_done_running_left_and_failed(grid, tmp_path: Pa
     total = mine + 3 + 3 + 2  # adaptation and two evaluations of each; the contamination checks are shared
     assert summary.progress_text(grid, store) == f"mine: {mine} of {total} stages done, 0 running, 8 left, 0 failed"
     for stage in (ten.chain.adapt, twenty.chain.adapt):
-        (store.place(stage).parent).mkdir(exist_ok=True)
-        (store.place(stage).parent / f".{stage.key}-abc").mkdir()
+        (store.folder(stage).parent).mkdir(exist_ok=True)
+        (store.folder(stage).parent / f".{stage.key}-abc").mkdir()
     assert summary.progress_text(grid, store) == f"mine: {mine} of {total} stages done, 2 running, 6 left, 0 failed"
     write_json(Outputs.of(ten.config).failed(ten.chain.adapt.key), {"error": "x"})
     assert summary.progress_text(grid, store) == f"mine: {mine} of {total} stages done, 1 running, 6 left, 1 failed"
@@ -36,7 +36,7 @@ def test_what_a_killed_worker_left_beside_a_done_stage_is_not_running(grid, tmp_
     store, base = Store(tmp_path), grid[0]
     made.publish(tmp_path, [base])
     for stage in base.chain.stages:
-        (store.place(stage).parent / f".{stage.key}-abc").mkdir()
+        (store.folder(stage).parent / f".{stage.key}-abc").mkdir()
     count = len(base.chain.stages)
     assert summary.progress_text([base], store) == f"mine: {count} of {count} stages done, 0 running, 0 left, 0 failed"
 

@@ -22,9 +22,10 @@ import made
 import psutil
 import pytest
 
+from d2lora import mirror as mirrored
 from d2lora.data import overlap
-from d2lora.mirror import runs as mirrored
 from d2lora.mirror import sender
+from d2lora.records import Record
 from d2lora.stages import Stage, flips
 from d2lora.store import Store
 
@@ -300,8 +301,7 @@ def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: 
             mirrored.log({"loss": 1.0}, 8)
             if fail:
                 raise RuntimeError("no memory")
-            record = {"key": adapt.key, "stage": "adapt", "metrics": {"last_loss": 1.0}}
-            store.ensure(adapt, lambda folder: record | {"seconds": 1.0, "peak_memory_mb": 1.0})
+            store.ensure(adapt, lambda folder: made.record(adapt, metrics={"last_loss": 1.0}))
 
     with pytest.raises(RuntimeError):
         attempt(fail=True)
@@ -313,14 +313,14 @@ def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: 
     assert second["summary"]["last_loss"] == 1.0
 
 
-def mirror(this, stage: Stage, record: dict, items: list[dict]) -> dict:
-    """The run of a stage that publishes this record with these items."""
+def mirror(this, stage: Stage, result: dict, items: list[dict]) -> dict:
+    """The run of a stage that publishes this result with these items."""
     output = Path(this.config.output)
     store = Store(output)
 
-    def work(folder: Path) -> dict:
+    def work(folder: Path) -> Record:
         (folder / "items.jsonl").write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
-        return {"key": stage.key, "stage": stage.kind, "seconds": 1.0, "peak_memory_mb": 1.0} | record
+        return made.record(stage, **result)
 
     with mirrored.stage(this.config, stage, store):
         store.ensure(stage, work)

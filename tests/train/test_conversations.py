@@ -365,7 +365,7 @@ def test_a_conversation_in_several_sequences_is_one_sample(cell, rewriting: Path
             "recipe.micro_batch=4", "recipe.lora.dropout=0", "task.benchmark={}", f"output={tmp_path / name}", *more,
         )  # fmt: skip
         store = do(c)
-        record = json.loads((store.place(c.chain.warmup) / "record.json").read_text())
+        record = json.loads((store.folder(c.chain.warmup) / "record.json").read_text())
         assert record["data"]["samples"] == record["metrics"]["samples_seen"] == 12
         assert record["metrics"]["steps"] == 3
         weights[name] = adapter(c)

@@ -12,6 +12,7 @@ from doing import do, only
 from d2lora import plan, report
 from d2lora.command import summary
 from d2lora.outputs import Outputs
+from d2lora.records import Result
 from d2lora.stages import flips
 from d2lora.store import Store, garbage
 
@@ -26,18 +27,18 @@ def test_answers_scores_and_their_difference_are_counted() -> None:
     alone = [item(0, "4", accuracy=1.0), item(1, "5", accuracy=0.0), item(2, "6", accuracy=1.0), item(3, "7", accuracy=0.0)]  # fmt: skip
     together = [alone[0], item(1, "50", accuracy=0.0), item(2, "7", accuracy=0.0), alone[3]]
     found, differing = flips.compare(alone, together, ["accuracy"])
-    assert {name: f["value"] for name, f in found.items()} == {
+    assert {name: f.value for name, f in found.items()} == {
         "answers_flipped": 0.5,
         "accuracy_flipped": 0.25,
         "accuracy_difference": -0.25,
     }
-    assert {f["items"] for f in found.values()} == {4}
-    assert found["accuracy_flipped"]["stderr"] == pytest.approx(0.25)
+    assert {f.items for f in found.values()} == {4}
+    assert found["accuracy_flipped"].stderr == pytest.approx(0.25)
     assert differing == [
         {"index": 1, "prompt": "1?", "answer": ["5", "50"], "accuracy": [0.0, 0.0]},
         {"index": 2, "prompt": "2?", "answer": ["6", "7"], "accuracy": [1.0, 0.0]},
     ]
-    record = {"benchmark": "mine", "base": "small", "batches": [1, 64], "metrics": found}
+    record = Result(benchmark="mine", base="small", batches=[1, 64], metrics=found)
     assert flips.text(record) == (
         "mine of the base small in bfloat16, batch 1 against 64: 50.0 % of 4 answers differ, "
         "accuracy by -25.0 points (in 25.0 % of items)"
@@ -48,7 +49,7 @@ def test_a_score_may_move_where_it_falls_and_rises_alike() -> None:
     alone = [item(0, "a", rouge1=0.2), item(1, "b", rouge1=0.6)]
     together = [item(0, "c", rouge1=0.4), item(1, "d", rouge1=0.4)]
     found, differing = flips.compare(alone, together, ["rouge1"])
-    assert (found["rouge1_flipped"]["value"], found["rouge1_difference"]["value"]) == (1.0, pytest.approx(0))
+    assert (found["rouge1_flipped"].value, found["rouge1_difference"].value) == (1.0, pytest.approx(0))
     assert len(differing) == 2
 
 
@@ -124,16 +125,16 @@ def test_the_shares_are_those_of_two_evaluations(cell, tmp_path: Path) -> None:
         return cell(f"recipe.eval_batch={batch}", "task.benchmark.lab_facts.limit=4", *short, *facts)
 
     def items(this, stage) -> list[dict]:
-        return [json.loads(line) for line in (Store(Outputs.of(this.config).root).place(stage) / "items.jsonl").open()]
+        return [json.loads(line) for line in (Store(Outputs.of(this.config).root).folder(stage) / "items.jsonl").open()]
 
     eight, one = base(8), base(1)
     store = do(only(eight, *eight.chain.stages))
     do(one)
-    assert [store.record(s)["eval_batch"] for s in eight.chain.evaluations] == [8, 8]
+    assert [store.record(s).eval_batch for s in eight.chain.evaluations] == [8, 8]
     alone, together = (items(c, c.chain.evaluations[0]) for c in (one, eight))
     found, differing = flips.compare(alone, together, ["accuracy"])
     stage = eight.chain.flips[0]
-    assert store.record(stage)["metrics"] == found
+    assert store.record(stage).metrics == found
     assert items(eight, stage) == differing
     assert f"  {flips.text(store.record(stage))}" in summary.cell_text(eight, store).splitlines()
 
@@ -143,9 +144,9 @@ def test_only_the_first_items_are_asked(cell, tiny: Path, tmp_path: Path, monkey
     short = ["task.benchmark.lab_math.max_new_tokens=2", "task.benchmark.lab_math.limit=3", f"model.path={tiny}"]
     this = cell("n=0", "m=0", *BF16, *short, f"output={tmp_path}")
     store = do(only(this, *this.chain.flips))
-    math, facts = (store.record(s)["metrics"] for s in this.chain.flips)
-    assert {m["items"] for m in math.values()} == {3}, "its own limit is less"
-    assert {m["items"] for m in facts.values()} == {5}
+    math, facts = (store.record(s).metrics for s in this.chain.flips)
+    assert {m.items for m in math.values()} == {3}, "its own limit is less"
+    assert {m.items for m in facts.values()} == {5}
     assert not any(store.done(s) for s in this.chain.results)
 
 

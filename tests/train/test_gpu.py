@@ -17,15 +17,15 @@ from d2lora import data
 from d2lora.base import memory_mb
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.settings import METHOD_NAMES
 from d2lora.store import Store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu")]
-METHODS = ["sft", "dpo", "orpo"]
 INITS = sorted((data.ROOT / "conf/init").glob("*.yaml"))
 SMALL = [
     *("n=22", "m=20", "recipe.batch=8", "recipe.micro_batch=4"),
-    *(f"recipe.lr.{phase}=1e-3" for phase in ("warmup", *METHODS)),
-    *(f"recipe.epochs.{method}=1" for method in METHODS),
+    *(f"recipe.lr.{phase}=1e-3" for phase in ("warmup", "sft", "dpo", "orpo")),  # others take that of one they are like
+    "method.epochs=1",
     *("task.benchmark.lab_math.limit=40", "task.benchmark.lab_facts.limit=40"),
 ]
 LAYOUTS = {
@@ -56,31 +56,38 @@ def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 def items(cell: Cell, benchmark: str) -> list[dict]:
     store = Store(Outputs.of(cell.config).root)
-    stage = next(s for s in cell.chain.evaluations if store.record(s)["benchmark"] == benchmark)
-    return [json.loads(line) for line in (store.place(stage) / "items.jsonl").read_text().splitlines()]
+    stage = next(s for s in cell.chain.evaluations if store.record(s).benchmark == benchmark)
+    return [json.loads(line) for line in (store.folder(stage) / "items.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a grid whose machine has no GPU: every method, from the same command."""
     output = tmp_path_factory.mktemp("cpu")
-    command = [sys.executable, str(data.ROOT / "run.py"), "-m", "method=sft,dpo,orpo", f"output={output}", *SMALL]
+    command = [
+        sys.executable,
+        str(data.ROOT / "run.py"),
+        "-m",
+        f"method={','.join(METHOD_NAMES)}",
+        f"output={output}",
+        *SMALL,
+    ]
     subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True)
     return output
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_in_float32_a_gpu_trains_and_answers_as_a_cpu(make, on_cpu: Path, method: str, layout: str) -> None:
     cell = make("gpu", f"method={method}", *LAYOUTS[layout])
     record = do(cell).record(cell.chain.adapt)
     there = make(str(on_cpu), f"method={method}")
     assert there.chain.adapt.key == cell.chain.adapt.key
     assert apart(adapter(cell), adapter(there)) < 0.02
-    expected = Store(Outputs.of(there.config).root).record(there.chain.adapt)["metrics"]["first_loss"]
-    assert record["metrics"]["first_loss"] == pytest.approx(expected, rel=1e-4)
-    assert record["provenance"]["hardware"]["gpu"] == torch.cuda.get_device_name()
-    assert 0 < record["peak_memory_mb"] < torch.cuda.get_device_properties(0).total_memory / 2**20
+    expected = Store(Outputs.of(there.config).root).record(there.chain.adapt).metrics["first_loss"]
+    assert record.metrics["first_loss"] == pytest.approx(expected, rel=1e-4)
+    assert record.provenance.hardware["gpu"] == torch.cuda.get_device_name()
+    assert 0 < record.peak_memory_mb < torch.cuda.get_device_properties(0).total_memory / 2**20
     for here, expected in zip(items(cell, "lab_facts"), items(there, "lab_facts"), strict=True):
         assert here["loglikelihoods"] == pytest.approx(expected["loglikelihoods"], abs=0.05)
     pairs = zip(items(cell, "lab_math"), items(there, "lab_math"), strict=True)
@@ -88,12 +95,12 @@ def test_in_float32_a_gpu_trains_and_answers_as_a_cpu(make, on_cpu: Path, method
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_in_bfloat16_it_learns_nearly_the_same(make, method: str, layout: str) -> None:
     exact, rounded = make("float32", f"method={method}"), make(
         "bfloat16", f"method={method}", "model.dtype=bfloat16", *LAYOUTS[layout]
     )  # fmt: skip
-    wanted, found = (do(c).record(c.chain.adapt)["metrics"] for c in (exact, rounded))
+    wanted, found = (do(c).record(c.chain.adapt).metrics for c in (exact, rounded))
     assert found["first_loss"] == pytest.approx(wanted["first_loss"], rel=0.02)
     assert found["last_loss"] == pytest.approx(wanted["last_loss"], rel=0.1, abs=0.02)
     assert apart(adapter(rounded), adapter(exact)) < 0.6
@@ -107,12 +114,12 @@ def test_every_initialization_runs(make, init: Path, dtype: str) -> None:
         pytest.skip("needs bitsandbytes")
     rows = ["init.data=general", "init.samples=64"] if "samples" in init.read_text() else []
     cell = make("out", "method=dpo", f"init={init.stem}", f"model.dtype={dtype}", *rows)
-    metrics = do(cell).record(cell.chain.adapt)["metrics"]
+    metrics = do(cell).record(cell.chain.adapt).metrics
     assert metrics["first_loss"] == pytest.approx(math.log(2), abs=0.02 if dtype == "bfloat16" else 1e-4)
     assert all(math.isfinite(entry["loss"]) for entry in metrics["log"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_same_cell_twice_gives_the_same_adapter(make, method: str) -> None:
     one, other = make("one", f"method={method}"), make("other", f"method={method}")
     do(one), do(other)
@@ -129,7 +136,7 @@ def test_an_interrupted_training_goes_on(make) -> None:
     do(calm)
     with pytest.raises(KeyboardInterrupt):
         do(broken, interrupt)
-    assert do(broken).record(broken.chain.adapt)["metrics"]["resumed"]["step"] == 6
+    assert do(broken).record(broken.chain.adapt).metrics["resumed"]["step"] == 6
     assert apart(adapter(broken), adapter(calm)) < 1e-5
 
 
@@ -149,20 +156,20 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_memory_that_ends_halves_the_micro_batch(make, wide: Path, method: str, capsys) -> None:
     settings = [f"model.path={wide}", f"method={method}", "n=128", "m=0", "recipe.batch=64", "recipe.micro_batch=64"]
     calm, tight = make("calm", *settings), make("tight", *settings)
     wanted = do(alone(calm)).record(calm.chain.adapt)
     base_mb = memory_mb()
     torch.cuda.empty_cache()
-    room = (base_mb + 0.6 * (wanted["peak_memory_mb"] - base_mb)) * 2**20
+    room = (base_mb + 0.6 * (wanted.peak_memory_mb - base_mb)) * 2**20
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
     try:
         found = do(alone(tight)).record(tight.chain.adapt)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "again with recipe.micro_batch=32" in capsys.readouterr().err
-    assert found["metrics"]["micro_batch"] in (16, 32)
-    assert found["metrics"]["steps"] == wanted["metrics"]["steps"] == 2
+    assert found.metrics["micro_batch"] in (16, 32)
+    assert found.metrics["steps"] == wanted.metrics["steps"] == 2
     assert apart(adapter(tight), adapter(calm)) < 0.02

@@ -18,12 +18,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from d2lora import data, plan, worker
-from d2lora.adapters import attach, inits
+from d2lora.adapters import attach, eva, lora_ga
+from d2lora.adapters.coverage import layers
+from d2lora.adapters.loftq import nf4, quantized
+from d2lora.adapters.preparations import PREPARATIONS, prepare
+from d2lora.adapters.start import Start, fresh
 from d2lora.base import Base, load_base
 from d2lora.command import preflight
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.settings import INITS as CLASSES
+from d2lora.settings import Lora, init_of
 from d2lora.stages import Run, Stage, rows, training
 from d2lora.store import Store
 
@@ -65,6 +71,11 @@ def of(cell: Cell) -> Base:
     return load_base(cell.config.model, Outputs.of(cell.config).root)
 
 
+def start_of(cell: Cell) -> Start:
+    """What the cell's trainings give an adapter to begin from."""
+    return Start(cell.config.recipe.lora, cell.config.init, cell.config.seed)
+
+
 @torch.inference_mode()
 def logits(some_model: torch.nn.Module) -> torch.Tensor:
     return some_model(input_ids=IDS).logits.float()
@@ -86,21 +97,21 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
     stages = [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]
     plain, counts = logits(base.model), []
     for stage in stages:
-        with attach.adapter(base, cell.chain.adapt.spec.content(), store.place(stage)) as wrapped:
+        with attach.adapter(base, start_of(cell), store.folder(stage)) as wrapped:
             counts.append(parameters(wrapped))
             continued = logits(wrapped)
             with wrapped.disable_adapter():
                 assert torch.equal(logits(wrapped), plain), "without its adapter it is the base"
-        anyone = logits(original(tiny, store.place(stage)))
+        anyone = logits(original(tiny, store.folder(stage)))
         assert (anyone - continued).abs().max() < 1e-4, stage.kind
         moved = (continued - plain).abs().max()
         assert moved < 1e-4 if stage.kind == "prepare" else moved > 1e-4, stage.kind
-    with attach.adapter(base, cell.chain.adapt.spec.content(), None) as wrapped:
+    with attach.adapter(base, start_of(cell), None) as wrapped:
         assert (logits(wrapped) - plain).abs().max() < 1e-4, "at step 0 it is the base"
         counts.append(parameters(wrapped) if init != "eva" else counts[0])
     assert len(set(counts)) == 1, "the same parameters are trained from start to end"
     if method == "dpo":
-        first = store.record(cell.chain.adapt)["metrics"]["first_loss"]
+        first = store.record(cell.chain.adapt).metrics["first_loss"]
         assert first == pytest.approx(math.log(2), abs=1e-5)
 
 
@@ -108,7 +119,7 @@ def test_an_init_keeps_its_promises_under_every_method(make, tiny: Path, init: s
 def test_adding_dpo_s_reference_changes_the_policy_by_nothing(make, init: str) -> None:
     cell = make(f"init={init}", "method=dpo", m=8)
     store, base = train(cell), of(cell)
-    with attach.adapter(base, cell.chain.adapt.spec.content(), store.place(cell.chain.warmup)) as wrapped:
+    with attach.adapter(base, start_of(cell), store.folder(cell.chain.warmup)) as wrapped:
         before, trained = logits(wrapped), {n for n, p in wrapped.named_parameters() if p.requires_grad}
         wrapped.add_adapter("ref", wrapped.peft_config["default"])  # as TRL does
         wrapped.delete_adapter("ref")
@@ -156,10 +167,10 @@ def test_dpo_s_reference_is_what_the_config_says(
     values, drawn = reference_values(cell)
     with contextlib.ExitStack() as stack:
         if init == "loftq":
-            start = store.place(cell.chain.adapt.parent)
-            policy = stack.enter_context(attach.adapter(base, cell.chain.adapt.spec.content(), start))
+            start = store.folder(cell.chain.adapt.parent)
+            policy = stack.enter_context(attach.adapter(base, start_of(cell), start))
         elif m and reference == "warm_start":
-            policy = original(tiny, store.place(cell.chain.warmup))
+            policy = original(tiny, store.folder(cell.chain.warmup))
         else:
             policy = base.model
         for example, value in zip([*drawn.examples, *drawn.ahead], values, strict=True):
@@ -170,11 +181,11 @@ def test_dpo_s_reference_is_what_the_config_says(
 def test_on_a_bfloat16_base_it_starts_as_the_base_bit_for_bit(make, init: str) -> None:
     cell = make(f"init={init}", "model.dtype=bfloat16")
     store, base = train(cell), of(cell)
-    place = store.place(cell.chain.prepare) if cell.chain.prepare else None
-    with attach.adapter(base, cell.chain.adapt.spec.content(), place) as wrapped:
+    place = store.folder(cell.chain.prepare) if cell.chain.prepare else None
+    with attach.adapter(base, start_of(cell), place) as wrapped:
         assert torch.equal(logits(wrapped), logits(base.model))
         assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
-    tensors = load_file(store.place(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(store.folder(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 
@@ -185,9 +196,9 @@ def started(make, init: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch
     """(W, A, B, s, name) of each layer before it is trained."""
     cell = make(f"init={init}")
     store, base = train(cell), of(cell)
-    place = store.place(cell.chain.prepare) if cell.chain.prepare else None
-    with attach.adapter(base, cell.chain.adapt.spec.content(), place) as wrapped:
-        found = inits.layers(wrapped)
+    place = store.folder(cell.chain.prepare) if cell.chain.prepare else None
+    with attach.adapter(base, start_of(cell), place) as wrapped:
+        found = layers(wrapped)
         assert len(found) == LAYERS
         for name, layer in found.items():
             A, B = (layer.__getattr__(f"lora_{x}")["default"].weight.detach() for x in "AB")
@@ -209,11 +220,11 @@ def test_lora_is_kaiming_uniform_and_zero(make) -> None:
 
 
 def test_gaussian_is_normal_and_zero(make) -> None:
-    layers = list(started(make, "gaussian"))
-    every = torch.cat([A.flatten() for _, A, *_ in layers])
+    started_layers = list(started(make, "gaussian"))
+    every = torch.cat([A.flatten() for _, A, *_ in started_layers])
     assert every.std() == pytest.approx(1 / R, rel=0.05)
     assert (every.abs() < 1 / R).float().mean() == pytest.approx(0.683, abs=0.04), "of a normal"
-    assert not any(B.any() for _, _, B, *_ in layers)
+    assert not any(B.any() for _, _, B, *_ in started_layers)
 
 
 def test_orthogonal_is_random_with_a_product_of_zero(make) -> None:
@@ -225,7 +236,7 @@ def test_orthogonal_is_random_with_a_product_of_zero(make) -> None:
 def test_a_randomized_svd_draws_other_numbers_with_another_seed(make) -> None:
     def state(init: str, seed: int) -> dict[str, torch.Tensor]:
         cell = make(f"init={init}", f"seed={seed}")
-        return load_file(train(cell).place(cell.chain.prepare) / "state" / "adapter_model.safetensors")
+        return load_file(train(cell).folder(cell.chain.prepare) / "state" / "adapter_model.safetensors")
 
     exact, first, second = state("pissa", 0), state("pissa_niter_16", 0), state("pissa_niter_16", 1)
     assert all(not torch.equal(A, second[name]) and not torch.equal(A, exact[name]) for name, A in first.items())
@@ -258,20 +269,19 @@ def test_layers_that_keep_their_weight_transposed_start_alike(init: str) -> None
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
     plain = logits(base.eval())
-    lora = {"r": R, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
-    spec = {"lora": lora, "init": {"name": init}}
-    wrapped = inits.fresh(base, spec)
-    inits.prepare(wrapped, spec, [], lambda done, total: None)
-    assert len(inits.layers(wrapped)) == 4, "GPT-2's Conv1D"
-    weights = {name: layer.get_base_layer().weight.T for name, layer in inits.layers(wrapped).items()}
-    for name, layer in inits.layers(wrapped).items():
+    start = Start(Lora(r=R, alpha=8), init_of(init)())
+    wrapped = fresh(base, start)
+    prepare(wrapped, start, [], lambda done, total: None)
+    assert len(layers(wrapped)) == 4, "GPT-2's Conv1D"
+    weights = {name: layer.get_base_layer().weight.T for name, layer in layers(wrapped).items()}
+    for name, layer in layers(wrapped).items():
         W, taken = weights[name], layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # fmt: skip
         if init == "milora":
             assert (taken - truncated(W, slice(-R, None))).norm() < 1e-5 * W.norm(), name
         else:
-            Q = inits.nf4(W)
+            Q = nf4(W)
             assert (taken - truncated(W - Q, slice(None, R))).norm() < 1e-5 * W.norm(), name
-            with inits.quantized(wrapped):
+            with quantized(wrapped):
                 assert torch.equal(layer.get_base_layer().weight, Q.T), name
         assert torch.equal(layer.get_base_layer().weight.T, W)
     assert (logits(wrapped) - plain).abs().max() < 1e-4 or init == "loftq"
@@ -288,15 +298,15 @@ def test_olora_is_orthonormal(make) -> None:
 def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> None:
     cell = make("init=multilora", "init.modules=2")
     store, base = train(cell), of(cell)
-    with attach.adapter(base, cell.chain.adapt.spec.content(), None) as wrapped:
-        for layer in inits.layers(wrapped).values():
+    with attach.adapter(base, start_of(cell), None) as wrapped:
+        for layer in layers(wrapped).values():
             assert not layer.lora_scale["default"].any()
             assert layer.lora_scale["default"].shape == (2, layer.out_features)
             largest = layer.lora_B["default"].weight.abs().max()
             assert 0.5 / math.sqrt(R / 2) < largest <= 1 / math.sqrt(R / 2), (
                 "Kaiming-uniform for a fan-in of r / modules"
             )
-    state = load_file(store.place(cell.chain.adapt) / "state" / "adapter_model.safetensors")
+    state = load_file(store.folder(cell.chain.adapt) / "state" / "adapter_model.safetensors")
     scales = [t for name, t in state.items() if "lora_scale" in name]
     assert len(scales) == LAYERS
     assert all(t.any() for t in scales)
@@ -375,7 +385,7 @@ def test_d2lora_keeps_training_the_adapter_that_was_prepared(make, init: str) ->
     cell = make(f"init={init}", m=8)
     store, before = train(cell), None
     for stage in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt):
-        place = store.place(stage)
+        place = store.folder(stage)
         state = load_file((place / "state" if init in MOVING else place / "adapter") / "adapter_model.safetensors")
         start = load_file(place / "state" / "start.safetensors") if init in MOVING else {}
         if before is not None:
@@ -392,7 +402,7 @@ def test_an_adapter_is_the_same_bit_for_bit_whatever_was_before(make, tmp_path: 
 
     def adapter(init: str, *output: str) -> dict[str, torch.Tensor]:
         cell = make(f"init={init}", "method=dpo", *output, m=8 if "pissa" in init else 0)
-        return load_file(train(cell).place(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
+        return load_file(train(cell).folder(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
 
     several = ["pissa_niter_16", "olora", *LOFTQ, "lora_ga", "corda_ipm", "eva", "multilora"]
     forth = {init: adapter(init) for init in several}
@@ -408,7 +418,7 @@ def test_a_preparation_that_is_interrupted_leaves_nothing_to_those_after_it(make
 
     def prepared(output: str) -> dict[str, torch.Tensor]:
         other = make("init=eva", f"output={tmp_path / output}")
-        return load_file(train(other).place(other.chain.prepare) / "adapter" / "adapter_model.safetensors")
+        return load_file(train(other).folder(other.chain.prepare) / "adapter" / "adapter_model.safetensors")
 
     cell = make(f"init={init}", f"output={tmp_path / 'failed'}")
     linear = [m for m in of(cell).model.modules() if isinstance(m, torch.nn.Linear)]
@@ -431,18 +441,18 @@ def failure(cell: Cell) -> str:
     stage: Stage = cell.chain.prepare
     assert stage in lost
     of(cell).check()
-    assert not inits.layers(of(cell).model)
+    assert not layers(of(cell).model)
     return json.loads(Outputs.of(cell.config).failed(stage.key).read_text())["error"]
 
 
 def test_a_layer_that_eva_has_no_directions_for_is_an_error(make, tmp_path: Path, monkeypatch) -> None:
-    plain = inits.get_eva_state_dict
-    monkeypatch.setattr(inits, "get_eva_state_dict", lambda *a, **k: dict(list(plain(*a, **k).items())[1:]))
+    plain = eva.get_eva_state_dict
+    monkeypatch.setattr(eva, "get_eva_state_dict", lambda *a, **k: dict(list(plain(*a, **k).items())[1:]))
     assert "EVA has no directions for" in failure(make("init=eva", f"output={tmp_path}"))
 
 
 def test_lora_ga_without_gradients_is_an_error(make, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(inits, "preprocess_loraga", lambda *a, **k: None)
+    monkeypatch.setattr(lora_ga, "preprocess_loraga", lambda *a, **k: None)
     assert "LoRA-GA has no gradient of" in failure(make("init=lora_ga", f"output={tmp_path}"))
 
 
@@ -454,7 +464,7 @@ def test_too_few_tokens_for_eva_are_refused_instead_of_going_round_for_ever(make
 
 def test_a_last_row_with_few_tokens_does_not_keep_eva_from_starting(make, tmp_path: Path) -> None:
     cell = make("init=eva", f"output={tmp_path}", "recipe.lora.r=16", "init.samples=9", "n=9")
-    assert 0 < inits._answer_tokens(looked_at(cell, 9)[8:]) < 32
+    assert 0 < eva.answer_tokens(looked_at(cell, 9)[8:]) < 32
     train(cell)
 
 
@@ -471,7 +481,7 @@ def test_a_last_row_with_few_tokens_does_not_keep_eva_from_starting(make, tmp_pa
 )
 def test_each_batch_of_eva_s_has_enough_tokens_and_eight_rows_where_these_have(answers: list, sizes: list) -> None:
     rows = [{"labels": [-100, *[5] * answer]} for answer in answers]
-    batches = inits._eva_batches(rows, 18)
+    batches = eva.batches(rows, 18)
     assert [len(batch) for batch in batches] == sizes
     assert [row for batch in batches for row in batch] == rows
 
@@ -486,8 +496,14 @@ def test_a_rank_that_the_layers_do_not_have_is_refused(make, tmp_path: Path, ini
     [
         (["init=unknown_one"], ["unknown_one"]),
         (["init.name=lora_gb"], ["init.name=lora_gb", "lora_ga"]),
-        (["init.name=corda_kpm"], ["init", "corda_kpm takes data, samples"]),
-        (["init=lora", "+init.samples=3"], ["lora takes no settings", "samples"]),
+        (
+            ["init.name=corda_kpm"],
+            ["init.data: missing with init=corda_kpm, which takes data, samples", "init.samples"],
+        ),
+        (
+            ["init=lora", "+init.samples=3"],
+            ["init.samples: there is no such key with init=lora, which takes no settings"],
+        ),
         (["init=eva", "init.data=all"], ["init.data=all", "general", "task"]),
         (["init=eva", "init.rho=0.5"], ["init.rho=0.5", "greater than or equal to 1"]),
         (["init=eva", "m=8", "n=0"], ["init.data=task", "n=0", "general"]),
@@ -508,6 +524,10 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(overrides: list[str], 
     if not overrides[0].endswith("unknown_one"):
         assert isinstance(caught.value, UserError)
         assert "\n" not in message
+
+
+def test_each_initialization_that_computes_something_has_a_preparation_and_no_other() -> None:
+    assert set(PREPARATIONS) == {init for init in CLASSES if init.prepared}
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
@@ -535,7 +555,7 @@ def test_what_can_change_a_preparation_changes_its_key(cell) -> None:
 def test_a_preparation_never_sees_rows_that_the_cell_does_not_have(make) -> None:
     cell = make("init=eva", "init.samples=64")
     store = train(cell)
-    prepared, adapted = (store.record(s)["data"] for s in (cell.chain.prepare, cell.chain.adapt))
+    prepared, adapted = (store.record(s).data for s in (cell.chain.prepare, cell.chain.adapt))
     assert prepared == adapted, "its own 8 rows"
     assert cell.chain.prepare.spec.rows["samples"] == 8
 
@@ -546,7 +566,7 @@ def test_a_preparation_looks_at_all_rows_where_the_task_has_fewer_than_it_takes(
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cell = make("init=eva", "n=all", f"task.data.path={tmp_path / 'few.jsonl'}", "init.samples=64")
     store = train(cell)
-    prepared, adapted = (store.record(s)["data"] for s in (cell.chain.prepare, cell.chain.adapt))
+    prepared, adapted = (store.record(s).data for s in (cell.chain.prepare, cell.chain.adapt))
     assert prepared == adapted
     assert prepared["samples"] == 5
 
@@ -611,15 +631,15 @@ def test_a_quantized_weight_is_nf4_in_blocks_of_64(loftq, shape: tuple[int, int]
     blocks = torch.nn.functional.pad(W.flatten(), (0, -W.numel() % 64)).view(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
     nearest = levels[(blocks / largest).unsqueeze(-1).sub(levels).abs().argmin(-1)] * largest
-    assert torch.allclose(inits.nf4(W).flatten(), nearest.flatten()[: W.numel()], atol=1e-6)
+    assert torch.allclose(nf4(W).flatten(), nearest.flatten()[: W.numel()], atol=1e-6)
 
 
 def test_loftq_is_nearer_to_the_base_than_the_quantized_base_is(loftq) -> None:
     cell = loftq()
     store, base = train(cell), of(cell)
     weights = {name: m.weight.detach().clone() for name, m in base.model.named_modules() if hasattr(m, "weight")}
-    with attach.adapter(base, cell.chain.adapt.spec.content(), store.place(cell.chain.prepare)) as wrapped:
-        for name, layer in inits.layers(wrapped).items():
+    with attach.adapter(base, start_of(cell), store.folder(cell.chain.prepare)) as wrapped:
+        for name, layer in layers(wrapped).items():
             W, Q = weights[name.removeprefix("base_model.model.")], layer.get_base_layer().weight
             assert 0 < (W - Q - layer.get_delta_weight("default")).norm() < (W - Q).norm() < 0.2 * W.norm(), name
 
@@ -631,14 +651,14 @@ def test_loftq_continues_on_its_quantized_base(loftq, tiny: Path, method: str, m
     store, base = train(cell), of(cell)
     before = logits(base.model)
     for stage in [s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s]:
-        with attach.adapter(base, cell.chain.adapt.spec.content(), store.place(stage)) as wrapped:
+        with attach.adapter(base, start_of(cell), store.folder(stage)) as wrapped:
             continued = logits(wrapped)
-        with attach.trained(base, store.place(stage) / "adapter", "loftq") as (tested, _):
+        with attach.trained(base, store.folder(stage) / "adapter", "loftq") as (tested, _):
             assert (logits(tested) - continued).abs().max() < 1e-4
         assert (continued - before).abs().max() > 1e-4, "not the base itself"
     assert torch.equal(logits(base.model), before), "the base is put back"
     if method == "dpo":
-        first = store.record(cell.chain.adapt)["metrics"]["first_loss"]
+        first = store.record(cell.chain.adapt).metrics["first_loss"]
         assert first == pytest.approx(math.log(2), abs=1e-5)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.utils import add_fused_lm_head
@@ -21,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from preference_step import orpo_row
 
 from d2lora import data, worker
-from d2lora.base import Base, _loaded
+from d2lora.base import LOADED, Base
 from d2lora.data import Subset, sft_examples
 from d2lora.layouts import packing
 from d2lora.layouts.families import Reach, Snapshot
@@ -80,6 +82,7 @@ ARGUMENTS = {
     "num_train_epochs": 1,
     "learning_rate": RATE,
     "lr_scheduler_type": "cosine",
+    "logging_steps": 1,
     "report_to": [],
     "use_cpu": True,
     "disable_tqdm": True,
@@ -102,8 +105,17 @@ class PlainORPO(ORPOTrainer):
     tokenize_row = orpo_row
 
 
-def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], folder: Path) -> dict:
-    """What TRL's own trainer makes of the examples."""
+class PlainSimPO(CPOTrainer):
+    tokenize_row = orpo_row  # the two have it in common
+
+
+def losses(log: list[dict]) -> list[float]:
+    """The losses of a log, of step 1 and then the mean of every two: what a record keeps of 50 steps."""
+    return [entry["loss"] for entry in training.thin([entry for entry in log if "loss" in entry], 2)]
+
+
+def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], folder: Path) -> tuple[dict, list[float]]:
+    """The adapter that TRL's own trainer makes of the examples, and its losses."""
     common = {"model": wrapped, "processing_class": tokenizer}
     if method["name"] == "sft":
         args = SFTConfig(str(folder), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **ARGUMENTS)
@@ -113,24 +125,29 @@ def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], fol
         trainer = PlainDPO(args=args, train_dataset=Dataset.from_list(examples), **common)
         if method["reference"] == "base":
             wrapped.delete_adapter("ref")
+    elif method["name"] == "simpo":
+        own = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": method["beta"], "simpo_gamma": method["gamma"]}
+        args = CPOConfig(str(folder), max_length=512, **own, **ARGUMENTS)
+        trainer = PlainSimPO(args=args, train_dataset=Dataset.from_list(examples), **common)
     else:
         args = ORPOConfig(str(folder), max_length=512, beta=method["beta"], **ARGUMENTS)
         collator = DPODataCollatorWithPadding(tokenizer.pad_token_id)
         trainer = PlainORPO(args=args, train_dataset=Dataset.from_list(examples), data_collator=collator, **common)
     trainer.train()
-    return adapter(wrapped)
+    return adapter(wrapped), losses(trainer.state.log_history)
 
 
-def ours(cell, base: Base, wrapped: PeftModel, method: dict, examples: list[dict], folder: Path, *more: str) -> dict:
-    """What our train() makes of them, through the recipe's packing."""
-    config = cell(f"recipe.batch={BATCH}", f"recipe.micro_batch={BATCH}", *more).config
-    spec = {
-        "method": method, "batch": BATCH, "epochs": 1, "lr": RATE, "schedule": "cosine", "lr_warmup_ratio": 0.0,
-        "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "max_length": 512, "model": {"dtype": "float32"},
-    }  # fmt: skip
+def ours(
+    cell, base: Base, wrapped: PeftModel, method: dict, examples: list[dict], folder: Path, *more: str
+) -> tuple[dict, list[float]]:
+    """The adapter and the losses of our train(), through the recipe's packing."""
+    chosen = [f"method={method['name']}", *(f"method.{k}={v}" for k, v in method.items() if k != "name")]
+    sizes = [f"recipe.batch={BATCH}", f"recipe.micro_batch={BATCH}", "recipe.max_length=512", "method.epochs=1"]
+    this = cell(*chosen, *sizes, *more)
+    spec, recipe = replace(this.chain.adapt.spec, lr=RATE), this.config.recipe
     drawn = Subset(examples, list(range(len(examples))), [])
-    training.train(base, wrapped, drawn, spec, config.recipe, folder, lambda done, total: None, folder / "reference")
-    return adapter(wrapped)
+    metrics = training.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
+    return adapter(wrapped), losses(metrics["log"])
 
 
 METHODS = [
@@ -138,6 +155,7 @@ METHODS = [
     {"name": "dpo", "beta": 0.1, "reference": "warm_start"},
     {"name": "dpo", "beta": 0.1, "reference": "base"},
     {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
+    {"name": "simpo", "beta": 2.0, "gamma": 1.0},
 ]
 
 
@@ -149,12 +167,13 @@ METHODS = [
 )
 def test_after_50_steps_the_adapter_is_trl_s(cell, tiny, tmp_path, pairs, method, warm, packed) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    expected = plain(started(tiny, warm), tokenizer, method, pairs, tmp_path / "trl")
+    expected, expected_losses = plain(started(tiny, warm), tokenizer, method, pairs, tmp_path / "trl")
     wrapped = started(tiny, warm)
     base = Base("tiny", wrapped.get_base_model(), tokenizer, 0, Snapshot.of(wrapped.get_base_model()))
     start = adapter(wrapped)
-    found = ours(cell, base, wrapped, method, pairs, tmp_path / "ours", f"recipe.packing={packed}")
+    found, found_losses = ours(cell, base, wrapped, method, pairs, tmp_path / "ours", f"recipe.packing={packed}")
     assert_same(found, expected, start)
+    assert found_losses == pytest.approx(expected_losses, abs=1e-5)
 
 
 def test_a_pair_s_log_probabilities_are_those_of_separate_sequences(tiny, pairs) -> None:
@@ -226,11 +245,11 @@ def test_the_reference_is_computed_once_for_nested_sizes_and_seeds(cell, tiny, t
         this = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", *more)
         store = Store(Outputs.of(this.config).root)
         worker.do_stage(this.config, this.chain.adapt, store, lambda done, total: None)
-        metrics = store.record(this.chain.adapt)["metrics"]
+        metrics = store.record(this.chain.adapt).metrics
         assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
         computed.append(metrics["reference_pairs_computed"])
     assert computed == [20, 10, 0, 0, 0]
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_a_reference_remembered_wrongly_is_noticed(cell, tiny, tmp_path) -> None:
@@ -244,7 +263,7 @@ def test_a_reference_remembered_wrongly_is_noticed(cell, tiny, tmp_path) -> None
     other = cell(f"model.path={tiny}", f"output={tmp_path}", "method=dpo", "method.epochs=1", "n=20", "seed=1")
     with pytest.raises(RuntimeError, match="DPO's reference is not the warm_start model"):
         worker.do_stage(other.config, other.chain.adapt, store, lambda done, total: None)
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_subsets_look_ahead_to_a_whole_block() -> None:

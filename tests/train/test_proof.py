@@ -14,13 +14,15 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import families
 from configurations import configurations, tiny
 
-from d2lora.adapters import attach, coverage, inits
-from d2lora.base import Base, _load
+from d2lora.adapters import attach, coverage, saving
+from d2lora.adapters.coverage import layers
+from d2lora.adapters.preparations import prepare
+from d2lora.base import Base, read_base
 from d2lora.errors import UserError
 from d2lora.layouts import packing, proof
 from d2lora.layouts.families import Reach
 from d2lora.layouts.packing import Layout
-from d2lora.settings import Model
+from d2lora.settings import Model, init_of
 
 CONFIGURATIONS = configurations()
 PLAIN = Layout("single", "whole")
@@ -38,7 +40,7 @@ def load(tmp_path: Path):
     def make(what, dtype: str = "float32") -> Base:
         config = CONFIGURATIONS[what]() if isinstance(what, str) else what
         families.loaded("it", config, tmp_path)
-        return _load(Model(name="it", path=str(tmp_path / "model"), dtype=dtype), tmp_path)
+        return read_base(Model(name="it", path=str(tmp_path / "model"), dtype=dtype), tmp_path)
 
     return make
 
@@ -124,30 +126,45 @@ def test_a_router_s_own_loss_is_off_and_the_base_s_settings_are_put_back(load, s
 
 def test_a_start_that_fails_leaves_no_layer_on_the_base(load) -> None:
     base = load("mixtral")
-    spec = families.SPEC | {"method": {"name": "sft"}}
-    for lora in ({"dropout": 0.1}, {"target_modules": ["nope"]}):  # PEFT's experts take no dropout: it fails half-way
-        with pytest.raises(UserError, match=r"recipe.lora.target_modules="), attach.adapter(base, spec | {"lora": spec["lora"] | lora}, None):  # fmt: skip
+    for changes in (
+        {"dropout": 0.1},
+        {"target_modules": ["nope"]},
+    ):  # PEFT's experts take no dropout: it fails half-way
+        start = replace(families.START, lora=families.START.lora.model_copy(update=changes))
+        with pytest.raises(UserError, match=r"recipe.lora.target_modules="), attach.adapter(base, start, None):
             pass
         assert not any(isinstance(module, BaseTunerLayer) for module in base.model.modules())
-    with attach.adapter(base, spec, None) as wrapped:
-        assert inits.layers(wrapped)
+    with attach.adapter(base, families.START, None) as wrapped:
+        assert layers(wrapped)
 
 
 @pytest.mark.parametrize("name", ["multilora", "orthogonal", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"])
 def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load, name: str) -> None:
-    init = {"name": name} | ({"modules": 2} if name == "multilora" else {})
-    with pytest.raises(UserError, match=f"init={name}: starts linear layers only, and all-linear takes parameters of ") as refused, attach.adapter(load("mixtral"), families.SPEC | {"init": init}, None):  # fmt: skip
+    from_rows = {"data": "task", "samples": 8}
+    settings = {"multilora": {"modules": 2}, "corda_kpm": from_rows, "eva": from_rows | {"rho": 2}}
+    settings["lora_ga"] = from_rows | {"direction": "ArB2r", "gamma": 16}
+    init = init_of(name).model_validate(settings.get(name, {}))
+    with pytest.raises(UserError, match=f"init={name}: starts linear layers only, and all-linear takes parameters of ") as refused, attach.adapter(load("mixtral"), replace(families.START, init=init), None):  # fmt: skip
         pass
     assert "\n" not in str(refused.value)
+
+
+def test_an_embedding_is_refused_in_one_line(load) -> None:
+    base, lora = load("llama"), families.START.lora
+    for names in (["embed_tokens"], ["q_proj", "embed_tokens"]):
+        start = replace(families.START, lora=lora.model_copy(update={"target_modules": names}))
+        with pytest.raises(UserError, match=r"target_modules=.*: model.embed_tokens is an embedding: name linear layers, for example"), attach.adapter(base, start, None):  # fmt: skip
+            pass
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora", "milora"])
 def test_a_layer_with_turned_weights_starts_as_a_linear_one_does(load, name: str) -> None:
     """GPT-2's Conv1D has its weight as (in, out)."""
     base = load("gpt2")
-    with attach.adapter(base, families.SPEC | {"init": {"name": name}}, None) as wrapped:
-        inits.prepare(wrapped, families.SPEC | {"init": {"name": name}}, [], lambda done, total: None)
-        layer = next(iter(inits.layers(wrapped).values()))
+    start = replace(families.START, init=init_of(name)())
+    with attach.adapter(base, start, None) as wrapped:
+        prepare(wrapped, start, [], lambda done, total: None)
+        layer = next(iter(layers(wrapped).values()))
         start = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
         weight = layer.get_base_layer().weight.T
     U, S, Vh = torch.linalg.svd(weight)
@@ -163,7 +180,7 @@ def test_a_layer_with_turned_weights_starts_as_a_linear_one_does(load, name: str
 def test_an_adapter_that_is_not_read_again_whole_is_refused_before_it_is_trained(
     load, settings, tmp_path, monkeypatch
 ) -> None:
-    save = inits.save
+    save = saving.save
 
     def without_a_layer(wrapped, record: Path) -> None:
         save(wrapped, record)
@@ -171,20 +188,20 @@ def test_an_adapter_that_is_not_read_again_whole_is_refused_before_it_is_trained
         tensors = load_file(file)
         save_file({k: t for k, t in tensors.items() if "layers.1.mlp.up_proj" not in k}, file, {"format": "pt"})
 
-    monkeypatch.setattr(inits, "save", without_a_layer)
+    monkeypatch.setattr(saving, "save", without_a_layer)
     base = load("llama")
     with pytest.raises(
         UserError, match=r"target_modules=all-linear: .* 1 of 28 layers differ.*up_proj: name layers that"
     ):
         families.trained(base, "sft", tmp_path / "it", settings)
-    with attach.adapter(base, families.SPEC, None) as wrapped:
+    with attach.adapter(base, families.START, None) as wrapped:
         saved = attach.save(base, wrapped, tmp_path / "record")
     with pytest.raises(RuntimeError, match="the saved adapter is not the trained one: 1 of 28 layers differ"):
-        attach.check_saved(base, saved, tmp_path / "record", "lora")
+        attach.check_saved(base, saved, tmp_path / "record")
 
 
 def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
-    with attach.adapter(load("deepseek_v3"), families.SPEC, None) as wrapped:
+    with attach.adapter(load("deepseek_v3"), families.START, None) as wrapped:
         found = coverage.of(wrapped)
     assert "model.layers.*.mlp.experts.gate_up_proj" in found["adapted"]
     assert {"model.embed_tokens", "lm_head", "model.layers.*.mlp.shared_experts.up_proj"} <= found["left_out"].keys()
@@ -192,6 +209,6 @@ def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
 
 
 def test_a_vision_tower_is_left_out(load) -> None:
-    with attach.adapter(load("gemma3 multimodal sw8"), families.SPEC, None) as wrapped:
-        assert all("vision" not in name for name in inits.layers(wrapped))
+    with attach.adapter(load("gemma3 multimodal sw8"), families.START, None) as wrapped:
+        assert all("vision" not in name for name in layers(wrapped))
         assert any("vision" in name for name in coverage.of(wrapped)["left_out"])

@@ -17,11 +17,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from d2lora import data, provenance, report, worker
 from d2lora.adapters import attach
-from d2lora.base import _loaded, load_base
+from d2lora.base import LOADED, load_base
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.records import Record
 from d2lora.report.manifest import write_manifest
-from d2lora.settings import METHODS, Model, method_of
+from d2lora.settings import METHOD_NAMES, METHODS, Model, method_of
 from d2lora.store import Store
 from d2lora.train import training
 from d2lora.train.methods import OBJECTIVES
@@ -43,14 +44,14 @@ def make(cell, tiny: Path, tmp_path: Path):
     return lambda *overrides: cell(f"model.path={tiny}", f"output={tmp_path / 'out'}", *TINY, *overrides)
 
 
-def finish(cell: Cell) -> tuple[Store, dict[str, dict]]:
+def finish(cell: Cell) -> tuple[Store, dict[str, Record]]:
     store = do(cell)
     return store, {s.kind: record for s in cell.chain.stages if (record := store.record(s))}
 
 
 def trained(cell: Cell) -> dict:
     """What is measured of the cell's adaptation, which nothing is evaluated after."""
-    return do(alone(cell)).record(cell.chain.adapt)["metrics"]
+    return do(alone(cell)).record(cell.chain.adapt).metrics
 
 
 def proven(make, *overrides: str) -> Cell:
@@ -59,7 +60,7 @@ def proven(make, *overrides: str) -> Cell:
     return make(*overrides)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
 def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, packing: str, tmp_path: Path) -> None:
     """Also when n is no multiple of the batch, where the mean of micro-batches' means is another number."""
@@ -106,10 +107,10 @@ def test_gradient_checkpointing_computes_each_layer_again_and_changes_nothing(
 
 
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
-def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: Path) -> None:
+def test_all_methods_train_on_identical_ids(make, packing: str, tmp_path: Path) -> None:
     """What goes through the model in a step of four pairs: not what data.py made of them, but what the trainers did with that."""
     seen: dict[str, list[list[int]]] = {}
-    for method in ("sft", "dpo", "orpo"):
+    for method in METHOD_NAMES:
         given = ["method.epochs=1", "recipe.batch=4", "recipe.micro_batch=1", f"recipe.packing={packing}"]
         cell = proven(make, f"method={method}", "n=4", *given)
         base = load_base(cell.config.model, tmp_path)
@@ -129,10 +130,11 @@ def test_the_three_methods_train_on_identical_ids(make, packing: str, tmp_path: 
     assert sorted(seen["sft"]) == sorted(p + c for p, c, _ in pairs)
     packed = [p + c + r for p, c, r in pairs]
     padded = [p + answer for p, c, r in pairs for answer in (c, r)]
-    assert sorted(seen["dpo"]) == sorted(seen["orpo"]) == sorted(packed if packing == "prefix_shared" else padded)
+    for method in (m for m in METHOD_NAMES if method_of(m).needs_pairs):
+        assert sorted(seen[method]) == sorted(packed if packing == "prefix_shared" else padded), method
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_dropout_is_at_work_in_training_and_not_in_the_reference(
     make, method: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -185,9 +187,9 @@ def test_anyone_can_load_the_adapter(make, tiny: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny)
     ids = torch.arange(10)[None]
     before = base(input_ids=ids).logits
-    loaded = PeftModel.from_pretrained(base, store.place(cell.chain.adapt) / "adapter")
+    loaded = PeftModel.from_pretrained(base, store.folder(cell.chain.adapt) / "adapter")
     assert not torch.equal(before, loaded(input_ids=ids).logits)
-    text = (store.place(cell.chain.adapt) / "adapter" / "adapter_config.json").read_text()
+    text = (store.folder(cell.chain.adapt) / "adapter" / "adapter_config.json").read_text()
     assert str(tiny) not in text, "no path of a machine in what is published"
 
 
@@ -207,14 +209,14 @@ def test_a_base_that_was_changed_is_noticed(tiny: Path, tmp_path: Path) -> None:
         base.model.lm_head.weight[0, 0] += 1
     with pytest.raises(RuntimeError, match="changed by an earlier stage"):
         base.check()
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_adapters_are_float32_on_a_bfloat16_base(make) -> None:
     cell = make("n=16", "model.dtype=bfloat16", "method.epochs=1")
     do(alone(cell))
     assert {w.dtype for w in adapter(cell).values()} == {torch.float32}
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_orpo_s_nll_covers_what_the_config_says(make) -> None:
@@ -253,7 +255,7 @@ def test_each_method_has_an_objective() -> None:
 
 
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_loss_that_is_no_number_stops_the_stage_and_says_where(make, method: str, packing: str, monkeypatch) -> None:
     cell = make(f"method={method}", "n=24", "recipe.micro_batch=4", f"recipe.packing={packing}", "method.epochs=1")
     trainer, batches = OBJECTIVES[method_of(method)].trainer, []
@@ -310,21 +312,21 @@ def test_a_record_says_where_its_numbers_came_from(make) -> None:
     store, records = finish(only(cell, *cell.chain.stages))
     for stage in cell.chain.stages:
         record = store.record(stage)
-        assert record["spec"] == stage.spec.content()
-        assert record["parent"] == (stage.parent.key if stage.parent else None)
-        assert {"packages", "python", "git", "hardware", "threads", "started"} <= set(record["provenance"])
-        assert record["seconds"] > 0
-        assert record["peak_memory_mb"] > 0
-        assert all(data.digest(store.place(stage) / name) == digest for name, digest in record["files"].items())
-    assert records["adapt"]["data"]["samples"] == 16
-    assert records["adapt"]["metrics"]["samples_seen"] == 32
+        assert record.spec == stage.spec.content()
+        assert record.parent == (stage.parent.key if stage.parent else None)
+        assert {"packages", "python", "git", "hardware", "threads", "started"} <= set(record.provenance.as_read())
+        assert record.seconds > 0
+        assert record.peak_memory_mb > 0
+        assert all(data.digest(store.folder(stage) / name) == digest for name, digest in record.files.items())
+    assert records["adapt"].data["samples"] == 16
+    assert records["adapt"].metrics["samples_seen"] == 32
     for stage, names in zip(cell.chain.evaluations, (["accuracy"], ["acc", "acc_norm"]), strict=True):
-        metrics = store.record(stage)["metrics"]
-        items = [json.loads(line) for line in (store.place(stage) / "items.jsonl").read_text().splitlines()]
-        assert sorted(metrics) == names
-        for name, metric in metrics.items():
-            assert metric["items"] == len(items) == 4
-            assert metric["value"] == pytest.approx(sum(item[name] for item in items) / 4)
+        scores = store.record(stage).scores
+        items = [json.loads(line) for line in (store.folder(stage) / "items.jsonl").read_text().splitlines()]
+        assert sorted(scores) == names
+        for name, score in scores.items():
+            assert score.items == len(items) == 4
+            assert score.value == pytest.approx(sum(item[name] for item in items) / 4)
 
 
 def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path:
     monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda self, x: self.base_layer(x))
     with (
         pytest.raises(RuntimeError, match="not applied"),
-        attach.trained(base, store.place(cell.chain.adapt) / "adapter"),
+        attach.trained(base, store.folder(cell.chain.adapt) / "adapter"),
     ):
         pass
 
@@ -345,13 +347,13 @@ def test_an_adapter_that_bfloat16_rounds_away_is_applied_and_the_table_says_what
     _, records = finish(cell)
     assert "no GPU here: lab runs in bfloat16 on the CPU, slowly" in capsys.readouterr().err
     assert any(w.any() for name, w in adapter(cell).items() if "lora_B" in name)
-    assert records["evaluate"]["adapter_changes_logits"] is False
+    assert records["evaluate"].adapter_changes_logits is False
     write_manifest(Outputs.of(cell.config).root, [cell])
     text = report.finish(Outputs.of(cell.config).root, cell.config.sweep, draw=False)
     assert "In 2 of 2 evaluations of adapters the adapter was too small to change a logit" in text
     larger = make("n=8", "method.epochs=1", "model.dtype=bfloat16")
     assert finish(larger)[1]["evaluate"]["adapter_changes_logits"] is True
-    _loaded.clear()
+    LOADED.clear()
 
 
 def test_ids_of_the_lab_fit_the_recipe(cell) -> None:

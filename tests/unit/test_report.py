@@ -17,7 +17,8 @@ from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.records import Records
 from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables
-from d2lora.report.points import MACHINE, Point, points_of
+from d2lora.report.axes import MACHINE
+from d2lora.report.points import Point, points_of
 from d2lora.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +222,7 @@ def test_table_2_shows_what_ran(tmp_path: Path) -> None:
     cells += grid("scale=paper", methods=("sft",), n=[0, 1000], m=[0, 40000])
     made.publish(tmp_path, cells, items=4)
     text = report.finish(tmp_path, "mine")
-    assert "no table: a table would hide that its cells differ in task.continuation" in text
+    assert "SFT D2LoRA(40k, n) continuation=rest " in text
     table = (tmp_path / "report" / "mine" / "table2.md").read_text()
     assert "| phase 2: lr | 1e-06 | 1e-06 | 1e-06 |" in table
     assert "| beta | N/A | 0.1 | N/A |" in table
@@ -355,8 +356,11 @@ def test_contamination_is_shown_where_it_was_checked(tmp_path: Path) -> None:
 
 def test_a_record_that_lacks_what_it_needs_is_named_in_one_line(tmp_path: Path) -> None:
     (cell,) = grid(n=[0], m=[0])
-    made.publish(tmp_path, [cell], more=lambda stage: {"seconds": "long"})
+    made.publish(tmp_path, [cell])
     folder = tmp_path / "store" / "evaluate" / cell.chain.evaluations[0].key
+    content = records.read(folder).as_read() | {"seconds": "long"}
+    del content["digest"]
+    (folder / "record.json").write_text(json.dumps(content | {"digest": records.record_digest(content)}))
     with pytest.raises(
         UserError, match=r"record.json: not a record \(seconds\.\w+: .*\); move its folder away"
     ) as error:
@@ -512,20 +516,19 @@ def test_what_a_recipe_sets_is_shown_with_it_and_what_is_about_the_machine_is_no
     made.publish(tmp_path, recipes[0] + recipes[1])
     assert {p.recipe for p in points(tmp_path)} == {"lab", "laptop"}
     made.publish(tmp_path, recipes[0] + grid("recipe=laptop", "method.beta=0.2", methods=("dpo",), n=[8], m=[0, 8]))
-    with pytest.raises(UserError, match=r"hide that its cells differ in method\.beta"):
-        points(tmp_path)
+    assert {p.axes.get("method.beta") for p in points(tmp_path) if p.n != 0} == {"0.1", "0.2"}
     how = (
         "micro_batch=4 eval_batch=7 attention=flex_attention gradient_checkpointing=true threads=2 checkpoint_minutes=1"
     )
     other = [f"recipe.{x}" for x in (*how.split(), "packing=padded")]
-    assert [x.split("=")[0] for x in other[:-1]] == list(MACHINE)
+    assert {x.split("=")[0] for x in other[:-1]} == set(MACHINE)
     assert [c.id for c in grid(n=[8])] == [c.id for c in grid(*other, n=[8])], "in no stage's key"
     made.publish(tmp_path, grid(n=[8]) + grid(*other, n=[16]))
     assert {p.n for p in points(tmp_path)} == {8, 16}
     dropout = "recipe.lora.dropout=0.1"
     made.publish(tmp_path, grid(dropout, n=[8]) + grid(dropout, *other, n=[16]))
-    with pytest.raises(UserError, match=r"differ in recipe\.packing"):
-        points(tmp_path)
+    layout = {"recipe.packing", "recipe.micro_batch", "recipe.attention"}
+    assert all(set(p.axes) == layout for p in points(tmp_path)), "they decide which units are dropped"
 
 
 def test_general_rows_that_only_the_preparation_sees_are_an_axis_too(tmp_path: Path) -> None:
@@ -535,8 +538,7 @@ def test_general_rows_that_only_the_preparation_sees_are_an_axis_too(tmp_path: P
     made.publish(tmp_path, named("one") + named("two", "warmup.messages=rejected"))
     assert {p.warmup for p in points(tmp_path)} == {"one", "two"}
     made.publish(tmp_path, named("one") + named("one", "warmup.messages=rejected"))
-    with pytest.raises(UserError, match=r"hide that its cells differ in warmup\.messages"):
-        points(tmp_path)
+    assert {p.axes["warmup.messages"] for p in points(tmp_path)} == {"chosen", "rejected"}
 
 
 def test_answers_that_were_cut_or_are_empty_are_said_and_in_results_csv(tmp_path: Path) -> None:
@@ -559,3 +561,92 @@ def test_an_exact_benchmark_is_shown_and_compared_as_right_or_wrong(tmp_path: Pa
     pairs = compare.comparisons(p for p in points(tmp_path) if p.benchmark == "lab_math")
     assert {c.test for c in pairs.values()} == {"exact McNemar"}
     assert "lab_math: accuracy in %" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a grid over SFT's learning rate, with its report."""
+    output = tmp_path_factory.mktemp("rates")
+    cells = [
+        cell
+        for rate in ("5e-4", "1e-3", "2e-3", "4e-3")
+        for replicate in range(3)
+        for cell in grid(f"recipe.lr.sft={rate}", f"replicate={replicate}", n=[0, 500], m=[0, 4000])
+    ]
+    made.publish(output, cells)
+    report.write(output, ["mine"])
+    return output
+
+
+def test_a_swept_learning_rate_has_a_table_a_figure_and_a_verdict(rates: Path) -> None:
+    table = tables.build(points(rates))[0]
+    assert [tables.column_name(table, c) for c in table.columns] == ["lr=0.0005", "lr=0.001", "lr=0.002", "lr=0.004"]
+    assert [line.label for line in table.lines] == ["SFT LoRA n=0", "SFT LoRA n=500", "SFT D2LoRA(4k, 0)", "SFT D2LoRA(4k, 500)"]  # fmt: skip
+    base, trained = table.lines[0], table.lines[1]
+    assert len(set(base.points.values())) == 1, "the base knows no learning rate: it stands in each column"
+    assert len(set(trained.points.values())) == 4
+    assert len(table.unique_pairs) == 5, "each rate with its own, and D2LoRA(4k, 0) with the base"
+    assert all(c.lora.axes == c.d2lora.axes for c in table.unique_pairs)
+    text = formats.text(table)
+    assert "D2LoRA beats LoRA in" in text
+    assert "3 replicates (0, 1, 2), folded into each number. Each is another draw of the rows" in " ".join(text.split())
+    panel = figures.panels(table, "method")[0]
+    assert (panel.x, [x for x, _ in panel.curves[0].points]) == ("recipe.lr", [0.0005, 0.001, 0.002, 0.004])
+    assert (rates / "report" / "mine" / "curves.png").exists()
+
+
+def test_results_have_a_column_for_each_axis_empty_where_it_does_not_matter(rates: Path) -> None:
+    rows = read_csv(rates / "report" / "results.csv")
+    assert {r["recipe.lr"] for r in rows if r["n"] == "500"} == {"0.0005", "0.001", "0.002", "0.004"}
+    assert {r["recipe.lr"] for r in rows if r["n"] == "0"} == {""}
+    table = read_csv(rates / "report" / "mine" / "table.csv")
+    assert {r["recipe.lr"] for r in table if r["n"] == "500"} == {"0.0005", "0.001", "0.002", "0.004"}
+
+
+@pytest.mark.parametrize(
+    ("column", "names", "rows"),
+    [
+        ("n", ["n=8", "n=16"], 4),
+        ("recipe.lora.r", ["r=4", "r=8", "r=16"], 4),
+        ("m", ["m=0", "m=8"], 6),
+    ],
+)
+def test_report_columns_decides_what_the_columns_are(tmp_path: Path, column: str, names: list[str], rows: int) -> None:
+    asked = f"report.columns={column}"
+    ranks = ("4", "8", "16") if column != "n" else ("4", "8")
+    cells = [c for r in ranks for c in grid(f"recipe.lora.r={r}", asked, n=[8, 16], m=[0, 8])]
+    made.publish(tmp_path, cells)
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    assert [tables.column_name(table, c) for c in table.columns] == names
+    assert len(table.lines) == rows
+    assert len({line.label for line in table.lines}) == rows, "every axis is in the rows or the columns"
+    assert len(table.unique_pairs) == 2 * len(ranks)
+    assert all((c.lora.n, c.lora.axes) == (c.d2lora.n, c.d2lora.axes) for c in table.unique_pairs)
+
+
+@pytest.mark.parametrize("column", ["recipe.lora.rank", "sample", "seed", "report.margin"])
+def test_columns_of_no_setting_are_refused(column: str) -> None:
+    with pytest.raises(UserError, match=f"report.columns={column}: "):
+        grid(f"report.columns={column}", n=[8])
+
+
+def test_each_kind_of_setting_is_an_axis_of_the_cells_that_depend_on_it(tmp_path: Path) -> None:
+    beta = [c for b in ("0.1", "0.3") for c in grid(f"method.beta={b}", methods=["dpo", "orpo"], n=[0, 8], m=[0, 8])]
+    warm = [
+        c for e in ("1", "2") for c in grid(f"warmup.epochs={e}", "method.beta=0.1", methods=["dpo"], n=[8], m=[0, 8])
+    ]
+    tokens = grid("task.benchmark.lab_math.max_new_tokens=32", "method.beta=0.1", methods=["dpo"], n=[8])
+    draws = [c for d in (0, 1) for c in grid(f"data_seed={d}", "method.beta=0.1", methods=["dpo"], n=[8], m=[8])]
+    made.publish(tmp_path, [*beta, *warm, *tokens, *draws])
+    found = points(tmp_path)
+    assert not any("method.beta" in p.axes for p in found if p.n == 0)
+    assert not any("warmup.epochs" in p.axes for p in found if p.m == 0)
+    assert not any("data_seed" in p.axes for p in found if p.is_base)
+    assert {p.axes["data_seed"] for p in found if p.n == 8} == {"0", "1"}
+    limits = "task.benchmark.lab_math.max_new_tokens"
+    assert {p.axes.get(limits) for p in found if p.benchmark == "lab_math"} == {"32", "64"}
+    assert {p.axes.get(limits) for p in found if p.benchmark == "lab_facts"} == {None}
+    for table in tables.build(found):
+        labels = [line.label for line in table.lines]
+        assert len(labels) == len(set(labels))
+        assert {p for line in table.lines for p in line.points.values()} == set(table.points), "none is lost"

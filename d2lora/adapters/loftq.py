@@ -1,0 +1,55 @@
+"""LoftQ (Li et al. 2023, arXiv 2310.08659): the base in 4 bits, and an adapter that begins as what that loses."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from d2lora.adapters.coverage import layers
+from d2lora.adapters.layers import ADAPTER, base_weight, matrices, turned
+from d2lora.adapters.passes import Sequence
+from d2lora.adapters.start import Start
+from d2lora.progress import Progress
+from d2lora.settings.inits import BaseInit
+
+
+@torch.no_grad()
+def loftq(wrapped: PeftModel, start: Start[BaseInit], rows: list[Sequence], progress: Progress) -> None:
+    """Start with one iteration: s B A is the part of rank r of W - Q, Q being W in NF4.
+
+    One iteration, so that Q is what a 4-bit load of the base gives. PEFT's own wants a GPU and leaves out the scale s.
+    """
+    adapted = layers(wrapped)
+    for index, layer in enumerate(adapted.values()):
+        W, r = turned(base_weight(layer).data, layer), layer.r[ADAPTER]
+        U, S, Vh = torch.linalg.svd(W.float() - nf4(W).float(), full_matrices=False)
+        root = (S[:r] / layer.scaling[ADAPTER]).sqrt()
+        A, B = matrices(layer)
+        A.data, B.data = root[:, None] * Vh[:r], U[:, :r] * root
+        progress(index + 1, len(adapted))
+
+
+def nf4(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight after 4-bit quantization: NF4 in blocks of 64, as bitsandbytes loads models."""
+    import bitsandbytes.functional as bnb  # late: an extra, and only LoftQ's
+
+    row = weight.reshape(1, -1)  # bitsandbytes mixes up the blocks on a CPU where several rows share one
+    codes, state = bnb.quantize_4bit(row, blocksize=64, compress_statistics=False, quant_type="nf4")
+    return bnb.dequantize_4bit(codes, state).to(weight.dtype).view_as(weight)
+
+
+@contextlib.contextmanager
+def quantized(wrapped: nn.Module) -> Iterator[None]:
+    """Have the base's weights under the adapter in NF4 for a while; put back as they were, bit for bit."""
+    adapted = layers(wrapped).values()
+    originals = [base_weight(layer).data for layer in adapted]
+    try:
+        for layer, original in zip(adapted, originals, strict=True):
+            W = turned(original, layer)  # as a 4-bit load turns Conv1D's weights
+            base_weight(layer).data = turned(nf4(W), layer)
+        yield
+    finally:
+        for layer, original in zip(adapted, originals, strict=True):
+            base_weight(layer).data = original

@@ -1,0 +1,60 @@
+"""Adapters on disk: record/adapter for everyone, and where training needs more, record/state."""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from d2lora.adapters.coverage import layers
+from d2lora.adapters.layers import ADAPTER, Matrices, MultiLora, Residual, config_of, plain_matrices
+
+
+def save(wrapped: PeftModel, record: Path) -> None:
+    """Save the adapter as record/adapter, in PEFT's format for the original base.
+
+    Where that is another one than is trained, the trained one (rank r) is saved in record/state.
+    """
+    config = config_of(wrapped)
+    if isinstance(config.target_modules, set):  # a set's order, and with it the file, would be another in each process
+        config.target_modules = sorted(config.target_modules)
+    variants = {name: layer.lora_variant.get(ADAPTER) for name, layer in layers(wrapped).items()}
+    folded = any(isinstance(variant, Residual | MultiLora) for variant in variants.values())
+    _save_peft(wrapped, record / ("state" if folded else "adapter"))
+    start = {f"{n}.{part}": getattr(v, part) for n, v in variants.items() if isinstance(v, Residual) for part in "AB"}
+    if start:
+        save_file({name: tensor.contiguous() for name, tensor in start.items()}, record / "state" / "start.safetensors")
+    if folded:
+        _save_folded(wrapped, record / "adapter")
+
+
+def plain_weights(wrapped: PeftModel) -> dict[str, Matrices]:
+    """Return A (r, in) and B (out, r) of each layer's plain adapter, copied, by the layer's name."""
+    return {name: _copied(plain_matrices(layer)) for name, layer in layers(wrapped).items()}
+
+
+def _copied(pair: Matrices) -> Matrices:
+    A, B = (weight.detach().float().cpu().clone() for weight in pair)
+    return A, B
+
+
+def _save_peft(wrapped: PeftModel, folder: Path) -> None:
+    wrapped.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def _save_folded(wrapped: PeftModel, folder: Path) -> None:
+    """Save a plain adapter with the same output, in PEFT's format."""
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    rank = 0
+    for name, layer in layers(wrapped).items():
+        down, up = plain_matrices(layer)
+        tensors |= {f"{name}.lora_A.weight": down.contiguous(), f"{name}.lora_B.weight": up.contiguous()}
+        rank = len(down)
+    save_file({k: t.detach().cpu() for k, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = copy.deepcopy(config_of(wrapped))
+    config.lora_alpha, config.r = config.lora_alpha * rank // config.r, rank  # alpha / r stays
+    config.inference_mode = True
+    config.save_pretrained(str(folder))

@@ -1,0 +1,113 @@
+"""Axes: the settings that a sweep's cells differ in beside method, m, n, seeds and the named parts of a config."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from d2lora.records import ManifestCell
+from d2lora.settings import Machine
+
+# The named parts of a config: shown by their names where cells differ in them.
+LABELS = ("model", "task", "init", "warmup", "recipe")
+# The learning rate of a cell's own method, whichever it is.
+RATE = "recipe.lr"
+# Decides which units dropout drops, and is in a key then.
+_LAYOUT = ("recipe.packing", "recipe.micro_batch", "recipe.attention")
+# In no stage's key, so no axis; of the layout without dropout only.
+MACHINE = tuple(f"recipe.{name}" for name in Machine.model_fields if name != "packing")
+# Not settings of a cell's result, or shown otherwise: n and m as columns and arms, seeds folded into each number.
+_NOT_SETTINGS = ("n", "m", "seed", "replicate", "sweep", "report")
+# Where a setting's value comes from beside the part that it stands in: conf takes epochs from the recipe's.
+_ORIGINS = {"method.epochs": {"method", "recipe"}, "warmup.epochs": {"warmup", "recipe"}, RATE: {"method", "recipe"}}
+
+Axes = dict[str, str]  # a setting's dotted key -> its value as text; only those that matter for the result
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys of nested mappings with their values as text."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, str(value)
+
+
+def general(config: dict[str, Any]) -> bool:
+    """Tell whether a cell uses general data: in a warm-up, or to start its adapter."""
+    return config["m"] != 0 or config["init"].get("data") == "general"
+
+
+def settings_of(cell: ManifestCell) -> Axes:
+    """Return the settings that the cell's result depends on."""
+    own_rate = f"{RATE}.{cell.config['method']['name']}"
+    settings = {RATE if key == own_rate else key: value for key, value in flat(cell.config)}
+    return {key: value for key, value in settings.items() if _matters(key, cell)}
+
+
+def _matters(key: str, cell: ManifestCell) -> bool:
+    """Tell whether the cell's result depends on a setting: not on one of a phase that it has not, nor on how its machine works."""
+    config, part = cell.config, key.split(".")[0]
+    adapted, warmed = cell.stages.adapt is not None, cell.stages.warmup is not None
+    trained = adapted or warmed or cell.stages.prepare is not None
+    if key in _LAYOUT:
+        return trained and bool(config["recipe"]["lora"]["dropout"])
+    if key in MACHINE or part in _NOT_SETTINGS or key.startswith("recipe.epochs"):
+        return False
+    if key.startswith(RATE):
+        return {RATE: adapted, f"{RATE}.warmup": warmed}.get(key, False)
+    if part == "warmup":
+        return general(config) and (warmed or key != "warmup.epochs")
+    if key.startswith("task.benchmark"):
+        return True
+    needs = {"method": adapted, "task": adapted, "recipe": trained, "init": trained, "data_seed": trained}
+    return needs.get(part, True)
+
+
+def differing_settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[str]]:
+    """Return the named parts that cells differ in, and the settings that they differ in beside them.
+
+    A setting that follows from the names of where it is from is shown by these: DPO's epochs by the method and the recipe. A
+    `data_seed` that follows from the seed is another draw for each training (replicate=0,1,2), and is folded like the seeds.
+    """
+    cells = list(cells)
+    names = [{k: c.config[k]["name"] for k in (*LABELS, "method")} for c in cells]
+    labels = [k for k in LABELS if len({n[k] for n in names}) > 1]
+    values: dict[str, dict[tuple[str, ...], set[str]]] = defaultdict(lambda: defaultdict(set))
+    for cell, name in zip(cells, names, strict=True):
+        for key, value in settings_of(cell).items():
+            origins = _ORIGINS.get(key, {key.split(".")[0]})
+            shown = [name[k] for k in (*labels, "method") if k in origins]
+            shown += [str(cell.config["seed"])] * (key == "data_seed")
+            values[key][tuple(shown)].add(value)
+    return labels, [key for key, groups in values.items() if any(len(v) > 1 for v in groups.values())]
+
+
+def axes_of(cell: ManifestCell, benchmark: str, keys: Iterable[str]) -> Axes:
+    """Return the cell's values of the settings `keys`, of those that a benchmark's result depends on."""
+    settings = settings_of(cell)
+    others = [f"task.benchmark.{name}." for name in cell.config["task"]["benchmark"] if name != benchmark]
+    return {k: settings[k] for k in keys if k in settings and not any(k.startswith(other) for other in others)}
+
+
+def compatible(general_axes: Axes, axes: Axes) -> bool:
+    """Tell whether a result with `general_axes` stands for `axes` too: it has their values, or does not depend on them."""
+    return all(axes.get(key, value) == value for key, value in general_axes.items())
+
+
+def number(value: str) -> float | None:
+    """Return the number that a setting's text is; None if it is none."""
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def short_name(key: str) -> str:
+    """Return a setting's name for a row's label: beta for method.beta, lr.warmup for recipe.lr.warmup."""
+    parts = key.split(".")
+    return ".".join(parts[-2:]) if parts[-1] in (*LABELS, "name", "data", "path") else parts[-1]
+
+
+def text(key: str, value: str) -> str:
+    """Return a setting as in a row's label: lr=0.001."""
+    return f"{short_name(key)}={value}"
