@@ -1,4 +1,4 @@
-"""Records as a run leaves them, with made-up scores: what a report is tested and timed on. Nothing is trained."""
+"""Write records with made-up scores, as a run would, to test and time reports. Nothing is trained."""
 
 import hashlib
 import json
@@ -29,12 +29,12 @@ METRICS = {kind.name: kind.metrics for kind in KINDS}
 
 
 def cells(config: Config, **axes: Iterable) -> list[Cell]:
-    """The grid of a config over the values of its top-level keys, each cell once."""
+    """Return the grid of a config over the values of its top-level keys, each cell once."""
     grid = [{}]
     for key, values in axes.items():
         grid = [{**point, key: value} for point in grid for value in values]
-    made = (config.model_copy(update=point) for point in grid)
-    return list({c.id: c for c in (Cell(m, chain(m)) for m in made)}.values())
+    configs = (config.model_copy(update=point) for point in grid)
+    return list({c.id: c for c in (Cell(m, chain(m)) for m in configs)}.values())
 
 
 def grid(*overrides: str, methods: Iterable[str] = ("sft",), **axes: Iterable) -> list[Cell]:
@@ -44,7 +44,7 @@ def grid(*overrides: str, methods: Iterable[str] = ("sft",), **axes: Iterable) -
 
 
 def gain(cell: Cell) -> float:
-    """Chance to solve an item of middling difficulty: grows with n; a warm-up adds little."""
+    """Return the chance to solve an item of medium difficulty: it grows with n, and a warm-up adds little."""
     n = 7000 if cell.config.n == "all" else int(cell.config.n)
     return 0.4 + 0.04 * np.log1p(n / 50) + (0.02 if cell.config.m != 0 else 0.0)
 
@@ -108,7 +108,7 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
 
 
 def _scores(stage: Stage, kind: str, items: int, ability: float) -> dict[str, list[float]]:
-    """Scores of each item; items have a difficulty of their own, so evaluations agree more than chance would have it."""
+    """Make scores of each item. Items have a fixed difficulty, so evaluations agree more than by chance."""
     difficulty = np.random.default_rng(0).random(items)
     noise = np.random.default_rng(int(hashlib.sha256(stage.key.encode()).hexdigest()[:8], 16)).normal(0, 0.15, items)
     solved = ability - difficulty + noise
