@@ -103,7 +103,7 @@ def pairs(count: int = 8) -> list[dict[str, list[int]]]:
 
 
 def cell(method: str) -> Cell:
-    """A cell of the default recipe, with batches of four examples in two micro-batches."""
+    """Return a cell of the default recipe, with batches of four examples in two micro-batches."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return grid.cell_of(compose("config", overrides=[f"method={method}", *SETTINGS]))
 
@@ -115,7 +115,7 @@ def recipe() -> Recipe:
 
 @functools.cache
 def spec_of(method: str) -> AdaptSpec:
-    """What a training is told, of a model that only its type tells apart."""
+    """Return the spec of a training; a model is identified by its type alone."""
     adapt = cell(method).chain.adapt
     assert adapt is not None, "n is above 0"
     return replace(adapt.spec, model={"dtype": "float32"})

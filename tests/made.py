@@ -70,7 +70,7 @@ def publish(
 
 
 def record(stage: Stage, **facts: object) -> Record:
-    """A record of a stage that took a second and 100 MB; `facts` are other fields, or other values of these."""
+    """Return the record of a stage that took a second and 100 MB; `facts` are further fields, or other values of these."""
     content = {"key": stage.key, "stage": stage.kind, "label": stage.label, "version": 1, "spec": stage.spec.content()}
     content |= {"parent": stage.parent.key if stage.parent else None, "metrics": {}, "provenance": PROVENANCE}
     return Record.model_validate(content | {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0} | facts)
@@ -84,7 +84,7 @@ def _record(folder, stage, cell, benchmark, items, ability, text, provenance, mo
 
 
 def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
-    """The fields that the kind of the stage decides; an evaluation's items are written into the folder."""
+    """Return the fields that depend on the stage's kind; an evaluation's items are written into the folder."""
     if stage.kind == "contamination":
         return {"metrics": {"exact": {"value": 0.0, "items": items}}, "data": {"rows": 100}}
     if stage.kind == "flips":

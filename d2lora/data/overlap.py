@@ -1,11 +1,12 @@
-"""How much of a test set a training set contains: the same question, or 13 words in a row. Pure functions.
+"""Search a test set in a training set: the same question, or 13 words in a row. Pure functions.
 
-As in GPT-3's check (Brown et al. 2020, appendix C) texts are compared as words, lower-cased and without punctuation, and an
-item counts as overlapping if one of its word 13-grams occurs in the training set. Two differences: here a question of fewer
-than 13 words can only be found as a whole (GPT-3 goes down to 8-grams), and no 13-gram is left out for being frequent.
+As in GPT-3's check (Brown et al. 2020, appendix C) texts are compared as words, lower-cased and without punctuation,
+and an item counts as overlapping if one of its word 13-grams occurs in the training set. Two differences: a question of
+fewer than 13 words is only found as a whole (GPT-3 goes down to 8-grams), and no 13-gram is ignored for being frequent.
 
-Questions are compared as columns have them and as templates render them. 13-grams are of what rows fill in: a template's own
-wording is the same in all rows, so a 13-gram with a word of it says nothing of an item.
+Questions are compared both as the columns have them and as the prompt templates render them. 13-grams are taken only
+from the values that rows fill in: a template's own wording is the same in all rows, so a 13-gram with a word of it says
+nothing of an item.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from d2lora.records import Score
 
 NGRAM = 13
 
-# Vowel signs and tone marks of India's and South-East Asia's scripts are part of a word, and \w has none of them.
+# Vowel signs and tone marks in the scripts of India and South-East Asia are part of a word, but \w does not match them.
 _SIGNS = "".join(
     chr(c) for c in (*range(0x900, 0x10A0), *range(0x1780, 0x1800)) if unicodedata.category(chr(c)) in ("Mn", "Mc")
 )
@@ -38,31 +39,37 @@ _UNSPACED = re.compile(
     f"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af][{_SIGNS}]*"
 )
 _THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
-# In a template; a field's text may end a sentence too: "{question} Please reason ..."
+# The ends of sentences in a template; a field's value may end one too: "{question} Please reason ..."
 _SENTENCE_END = re.compile(r"[.?!:;](?=\s|$)|[\n。？！：；]|^\s+(?=[A-Z])")
 
 
-@functools.lru_cache(256)  # the texts of a row are read in several ways
+@functools.lru_cache(256)  # each text of a row is needed several times
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, lower-cased and without punctuation; characters where a script has no spaces between words."""
+    """Return the words of a text, lower-cased and without punctuation; single characters in scripts without spaces
+    between words.
+    """
     if text.isascii():
         return tuple(_MARKS.sub("", text.lower()).split())
     plain = unicodedata.normalize("NFKC", _THOUSANDS.sub("", text)).casefold()
     return tuple(_UNSPACED.sub(r" \g<0> ", _MARKS_BUT_SIGNS.sub("", plain)).split())
 
 
-def ngrams(found: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """All runs of NGRAM words, in order."""
-    return zip(*(found[start:] for start in range(NGRAM)), strict=False)
+def ngrams(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield all runs of NGRAM words, in order."""
+    return zip(*(text_words[start:] for start in range(NGRAM)), strict=False)
 
 
 def texts(row: Row, columns: Iterable[str]) -> list[str]:
-    """The texts of a row's columns, each for itself; of a list (a conversation, a question's options), those of its elements."""
+    """Return the texts in a row's columns, each by itself; of a list (a conversation, options to choose from) those of
+    its elements.
+    """
     return [text for column in columns for text in _inner(row.get(column))]
 
 
 def _inner(value: Any) -> list[str]:
-    """The texts in a value: of a turn its content, of other mappings all values, of a list all elements; of a null none."""
+    """Return the texts in a value: a turn's content, all values of another mapping, all elements of a list; none for a
+    null.
+    """
     if isinstance(value, dict):
         value = [value["content"]] if "content" in value else list(value.values())
     elif isinstance(value, str) and (turns := _written(value)):
@@ -73,24 +80,25 @@ def _inner(value: Any) -> list[str]:
 
 
 def _written(text: str) -> list[dict] | None:
-    """The turns that a text is, as a CSV has them."""
+    """Return the turns that a text is, as a CSV has them; None if it is no conversation."""
     with contextlib.suppress(NotText):
         return written(text)
     return None
 
 
 def _is_typed(value: list) -> bool:
-    """Whether it begins as the typed parts of a content do; `text_of` says the rest."""
+    """Tell whether a list begins like a content of typed parts."""
     return bool(value) and isinstance(value[0], dict) and value[0].get("type") == "text"
 
 
-# What chat templates write around turns, in rows that are rendered already.
+# The tokens that chat templates write around turns. They separate the texts of rows that are rendered already.
 _TURNS = re.compile(
     r"(?:<[|｜][^<>]*[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>)(?:(?:system|developer|user|assistant|model|tool)\n)?"
 )
 
 
 def _plain(value: Any) -> list[str]:
+    """Return a value's texts, those of rendered conversations apart; any other value as Python spells it."""
     try:
         text = text_of(value)
         return [text] if "<" not in text else [part for part in _TURNS.split(text) if part.strip()]
@@ -104,16 +112,18 @@ def _plain(value: Any) -> list[str]:
 
 # --- templates -----------------------------------------------------------------------------------------------------
 
-Piece = tuple[str, str]  # fixed wording, or a field such as "{question}"; the other is empty
-Group = tuple[str, ...]  # texts that stand side by side
+Piece = tuple[str, str]  # (fixed wording, "") or ("", a field such as "{question}")
+Group = tuple[str, ...]  # texts that follow each other without words between them
 
 
 @dataclass(frozen=True)
 class Template:
-    """A text with fields in pieces: all of them, and those of its `core`, the sentences that have a field.
+    r"""A template split into fixed wording and fields: all `pieces`, and the `core`, those of the sentences that have a
+    field.
 
-    So "{question} Please reason step by step." and "Question: {question}\nAnswer:" ask the same. A core without wording of its
-    own is no question by itself where it joins short values: "{a}, {b}. Which is larger?" asks another than "{a}, {b}. Add them."
+    The core tells what is asked: "{question} Please reason step by step." and "Question: {question}\nAnswer:" ask the
+    same. A core without words of its own that only joins short values is no question by itself: "{a}, {b}. Which is
+    larger?" and "{a}, {b}. Add them." ask different things.
     """
 
     pieces: tuple[Piece, ...]
@@ -121,22 +131,23 @@ class Template:
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
+        """Return the fields, each once."""
         return tuple(dict.fromkeys(field for _, field in self.pieces if field))
 
     def values(self, row: Row) -> Group | None:
-        """The texts of its fields; None if the row can't fill them."""
+        """Return the texts of the fields; None if the row can't fill them."""
         try:
             return tuple([_value(field, row) for field in self.fields])
         except (LeftOut, LookupError, AttributeError, TypeError, ValueError):
             return None
 
     def read(self, values: Group) -> tuple[list[Group], list[Group]]:
-        """What the template makes of values: questions, and runs of values."""
+        """Return what the template makes of the fields' values: its questions, and its runs of values."""
         named = dict(zip(self.fields, values, strict=True))
         return list(self.questions(named)), list(self.runs(named))
 
     def questions(self, values: dict[str, str]) -> Iterator[Group]:
-        """The filled template, and its core where that differs."""
+        """Yield the filled template, and its filled core if that differs."""
         yield _joined(self.pieces, values)
         if self.core != self.pieces:
             core = _joined(self.core, values)
@@ -144,7 +155,7 @@ class Template:
                 yield core
 
     def runs(self, values: dict[str, str]) -> Iterator[Group]:
-        """The values between which the core has no words, each group of them as one."""
+        """Yield the values in groups: values are in one group if the core has no words between them."""
         group: list[str] = []
         for fixed, field in self.core:
             if field:
@@ -157,36 +168,38 @@ class Template:
 
 
 def _value(field: str, row: Row) -> str:
+    """Return the text of a field."""
     name = field[1:-1]
     return text_of(row[name]) if name in row else fill(field, row)  # the short way is the same, and faster
 
 
 @functools.cache
 def _has_words(pieces: tuple[Piece, ...]) -> bool:
+    """Tell whether the pieces have wording of their own."""
     return any(words(fixed) for fixed, _ in pieces)
 
 
 @functools.cache
 def _are_apart(pieces: tuple[Piece, ...]) -> bool:
-    """Whether something stands between any two fields."""
+    """Tell whether there is something between any two fields."""
     return not any(one and next_ for (_, one), (_, next_) in itertools.pairwise(pieces))
 
 
 def _joined(pieces: tuple[Piece, ...], values: dict[str, str]) -> Group:
-    """The text of pieces; their values where that has the same words, which are then known already."""
+    """Return the text of the pieces. If it is the values' words only, return the values: their words are cached."""
     if _are_apart(pieces) and not _has_words(pieces):
         return tuple(values[field] for _, field in pieces if field)
     return ("".join(values[field] if field else fixed for fixed, field in pieces),)
 
 
 def _as_one(group: Group) -> tuple[str, ...]:
-    """The words of texts that stand side by side."""
+    """Return the words of a group, as if it were one text."""
     return words(group[0]) if len(group) == 1 else tuple(itertools.chain.from_iterable(map(words, group)))
 
 
 @functools.cache
 def template(text: str) -> Template:
-    """The template of a text with {column} fields."""
+    """Parse a text with {column} fields as a Template, cached."""
     pieces: list[Piece] = []
     sentences: list[list[Piece]] = [[]]
     for fixed, name, spec, conversion in Formatter().parse(text):
@@ -198,12 +211,12 @@ def template(text: str) -> Template:
         pieces += [(fixed, ""), ("", field)]
     core = [piece for sentence in sentences if any(field for _, field in sentence) for piece in sentence]
     is_core = all(any(field for _, field in sentence) for sentence in sentences)
-    whole, asking = (tuple(piece for piece in kept if any(piece)) for kept in (pieces, core))
-    return Template(whole, whole if is_core else asking)
+    pieces, core = ([piece for piece in some if any(piece)] for some in (pieces, core))
+    return Template(tuple(pieces), tuple(pieces if is_core else core))
 
 
 def _filled(row: Row, text: str) -> tuple[list[Group], list[Group]]:
-    """What a template makes of a row; nothing if the row can't fill it."""
+    """Return the questions and runs of values that a template makes of a row; nothing if the row can't fill it."""
     values = template(text).values(row)
     return ([], []) if values is None else template(text).read(values)
 

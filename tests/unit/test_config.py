@@ -105,7 +105,7 @@ def test_a_method_may_take_its_rate_from_one_it_is_like(cell, monkeypatch) -> No
 
 
 def test_each_method_carries_its_facts() -> None:
-    assert METHOD_NAMES == tuple(m.model_fields["name"].default for m in METHODS)
+    assert tuple(m.model_fields["name"].default for m in METHODS) == METHOD_NAMES
     assert METHOD_NAMES[:3] == ("sft", "dpo", "orpo"), "the paper's, in its order"
     assert [m.label for m in METHODS[:3]] == ["SFT", "DPO", "ORPO"]
     assert len({m.colour for m in METHODS}) == len({m.marker for m in METHODS}) == len(METHODS)
