@@ -164,8 +164,9 @@ def distance(adapter: dict, expected: dict, start: dict) -> float:
 
 
 def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, every: bool) -> Row:
-    """Return a configuration's row of the table. With `every`, all methods are compared with plain training, else one
-    of them.
+    """Return a configuration's row of the table.
+
+    With `every`, all methods are compared with plain training, else one of them.
     """
     row, furthest = Row(name), 0.0
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
@@ -205,8 +206,8 @@ def evaluated(base: Base, adapter: Path, row: Row, folder: Path) -> None:
 
 @contextlib.contextmanager
 def refusal(row: Row, what: str, folder: Path | None = None) -> Iterator[None]:
-    """Record an error inside the `with` block in the row: our line if it is a UserError, else the library's, without a
-    `folder`'s name.
+    """Record an error inside the `with` block in the row, without a `folder`'s name: a UserError as it is, others by
+    their first line.
     """
     try:
         yield

@@ -202,9 +202,7 @@ def other_side(cells: list[tuple[str, int, int]], workers: int) -> tuple[float, 
 
 
 def our_side(n: str, m: str, workers: int, output: Path) -> tuple[float, dict, dict]:
-    """Run the sweep, and return wall seconds, seconds of each part, and accuracies {(method, m, n): {benchmark:
-    value}}.
-    """
+    """Run the sweep; return wall seconds, seconds of each part, and accuracies {(method, m, n): {benchmark: value}}."""
     import csv
 
     command = [

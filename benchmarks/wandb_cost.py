@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def together(sweep: str, overrides: list[str], cores: dict[str, int]) -> dict[str, float]:
-    """Return the sweep's wall seconds by W&B mode, run at the same time. RuntimeError if one fails, or has W&B runs
-    when disabled.
+    """Return the sweep's wall seconds by W&B mode, run at the same time.
+
+    RuntimeError if one fails, or has W&B runs when disabled.
     """
     with tempfile.TemporaryDirectory() as folder:
         clock = time.monotonic()

@@ -2,8 +2,9 @@
 
 
 class UserError(Exception):
-    """A mistake in the input, or files and services that are not as the input says. The message: key, value, what is
-    allowed.
+    """A mistake in the input, or files and services that are not as the input says.
+
+    The message: key, value, what is allowed.
     """
 
     def __str__(self) -> str:

@@ -50,9 +50,7 @@ class Chain:
 
     @property
     def results(self) -> tuple[Stage, ...]:
-        """Return the stages that the cell's result comes from: without the checks of data and base, which change no
-        result.
-        """
+        """Return the stages that the cell's result comes from, without the checks of data and base."""
         return self.trainings + self.evaluations
 
     @property
@@ -150,9 +148,7 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
 
 
 def _alone(stages_of: Iterable[tuple[Cell, Stage | None]], taken: set[str]) -> list[Job]:
-    """Return a job for each preparation or warm-up that is not done; without evaluations, which other jobs would have
-    to wait for.
-    """
+    """Return a job for each preparation or warm-up that is not done, without evaluations, for which others would wait."""
     return [_job(cell, (stage,), taken) for cell, stage in stages_of if stage and stage.key not in taken]
 
 

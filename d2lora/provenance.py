@@ -80,8 +80,9 @@ def _git_says(*arguments: str) -> str:
 
 
 def reset_peak_memory() -> None:
-    """Reset the process's peak memory. Peak resident memory can be reset on Linux only; elsewhere it stays that since
-    the start.
+    """Reset the process's peak memory.
+
+    Peak resident memory can be reset on Linux only; elsewhere it stays that since the start.
     """
     if (torch := _torch()) and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -108,8 +108,8 @@ def _own_share(scores: np.ndarray) -> float:
 
 @functools.lru_cache(maxsize=4)
 def _t(freedom: int, resamples: int, seed: int) -> np.ndarray:
-    """Return values of Student's t (resamples,): its quantiles in random order, since with one degree of freedom random
-    draws vary too much.
+    """Return values of Student's t (resamples,): its quantiles in random order, because random draws of its tails vary
+    too much.
     """
     from scipy.special import stdtrit
 
@@ -139,9 +139,7 @@ def percentiles(resampled: np.ndarray) -> tuple[float, float]:
 
 
 def bootstrap_p(resampled: np.ndarray) -> float:
-    """Return the two-sided p of a difference of zero: twice the smaller share of resampled differences on either side
-    of it.
-    """
+    """Return the two-sided p of a difference of zero: twice the smaller share of resampled differences beside it."""
     side = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
     return min(1.0, 2 * (1 + side) / (1 + len(resampled)))
 

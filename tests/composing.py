@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def cell(*overrides: str, name: str = "config", folder: str = "conf") -> Cell:
-    """Return the checked cell of the overrides. Its stages are computed each time, because files may have changed in
-    between.
+    """Return the checked cell of the overrides.
+
+    Its stages are computed each time, because files may have changed in between.
     """
     output = [o.removeprefix("output=") for o in overrides if o.startswith("output=")]
     config = _config(name, folder, *(o for o in overrides if not o.startswith("output=")))

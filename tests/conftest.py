@@ -37,9 +37,7 @@ def cell() -> Callable:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable:
-    """Return the function run("n=10", ...) -> the finished process of `python run.py` in another folder, with output
-    under tmp_path.
-    """
+    """Return the function run("n=10", ...) -> the finished process of `python run.py`, with output under tmp_path."""
 
     def start(*arguments: str, module: str | None = None, code: int | None = 0) -> subprocess.CompletedProcess:
         program = ["-m", module] if module else [str(ROOT / "run.py")]

@@ -35,8 +35,9 @@ def save_tiny(folder: Path) -> Path:
 
 
 def do(cell: Cell, progress: Callable[[int, int], None] = lambda done, total: None) -> Store:
-    """Do the cell's stages and return the store; checks of data and base only if `only` names them. A failure is an
-    assertion error.
+    """Do the cell's stages and return the store; checks of data and base only if `only` names them.
+
+    A failure is an assertion error.
     """
     cell = cell if cell.config.job is not None else only(cell, *cell.chain.results)
     store = Store(Outputs.of(cell.config).root)

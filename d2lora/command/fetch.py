@@ -24,8 +24,9 @@ from d2lora.stages import prepare
 
 
 def fetch(config: Config) -> Iterable[str]:
-    """Download each data set and the model of a config, and yield a line for each. UserError for what can't be
-    downloaded.
+    """Download each data set and the model of a config, and yield a line for each.
+
+    UserError for what can't be downloaded.
     """
     for key, source in prepare.sources(config).items():
         rows = data.rows(source, config.split_seed)
@@ -61,8 +62,7 @@ def _fetch_model(model: Model) -> str:
 
 
 def configs(overrides: Sequence[str], name: str = "config", folder: Path | None = None) -> list[Config]:
-    """Return the configs of the cells that run.py makes of the same command line, without those that read the same as
-    another.
+    """Return the configs of the cells that run.py makes of the same command line, one of those that read the same.
 
     `name` is the primary config's (-cn), `folder` the user's own configs (--config-dir).
     """

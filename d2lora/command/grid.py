@@ -27,8 +27,9 @@ OmegaConf.register_new_resolver("project", lambda path: str(project_path(path)),
 
 
 def cell_of(config: DictConfig, overrides: Iterable[str] = ()) -> Cell:
-    """Return the checked cell of a composed config; its node `hydra` is ignored. UserError for values that are not
-    allowed.
+    """Return the checked cell of a composed config; its node `hydra` is ignored.
+
+    UserError for values that are not allowed.
     """
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict), "a config is a mapping"
@@ -78,8 +79,9 @@ def _as_typed(value: object) -> str:
 
 
 class Composer:
-    """Composes cells. Hydra takes about 0.1 s for each, so only each combination of groups is composed, and values are
-    set on copies.
+    """Composes cells.
+
+    Hydra takes about 0.1 s for each, so only each combination of groups is composed, and values are set on copies.
     """
 
     def __init__(self, config: DictConfig, loader: ConfigLoader) -> None:

@@ -29,8 +29,9 @@ def guard(main: Callable[[], object]) -> NoReturn:
 
 
 def _code(main: Callable[[], object]) -> object:
-    """Return main's result, or the exit code of its error. Errors in our own code pass through, so that Python prints
-    their traceback.
+    """Return main's result, or the exit code of its error.
+
+    Errors in our own code pass through, so that Python prints their traceback.
     """
     try:
         return main()

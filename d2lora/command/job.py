@@ -20,9 +20,7 @@ from d2lora.store import Store
 
 
 def job(config: DictConfig) -> int:
-    """Do a single cell and exit with its code, or do a worker's share of a grid and return how many of its stages
-    failed.
-    """
+    """Do a single cell and exit with its code, or do a worker's share of a grid and return how many stages failed."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return share(config)
     # Handled here as guard would, because Hydra prints a line of its own for each exception that it sees.

@@ -28,8 +28,9 @@ from d2lora.store import Store
 def sweep(
     config: DictConfig, loader: ConfigLoader, launcher: Launcher, params: object, arguments: Sequence[str]
 ) -> None:
-    """Run a whole grid. Exit with 1 if a stage is missing at the end; UserError (and nothing written) for invalid
-    cells.
+    """Run a whole grid.
+
+    Exit with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
     """
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
     every = valid_cells(Composer(config, loader), grid)
@@ -104,12 +105,12 @@ def launch_batches(launch: Launch, cells: list[Cell], store: Store, apart: bool)
 
 
 def launch_batch(launch: Launch, jobs: list[Job], store: Store, apart: bool) -> None:
-    """Launch jobs, and again those whose worker died. Only the store tells whether a job is done, whatever the launcher
-    reports.
+    """Launch jobs, and again those whose worker died.
 
-    When the system kills a worker, some launchers (joblib) end the other workers too, and some (submitit) stop waiting
-    for them. So jobs that were running when the launcher stopped are tried once more: together if each has a process of
-    its own (`apart`), else one by one. Jobs that had not begun go on together.
+    Only the store tells whether a job is done, whatever the launcher reports. When the system kills a worker, some
+    launchers (joblib) end the other workers too, and some (submitit) stop waiting for them. So jobs that were running
+    when the launcher stopped are tried once more: together if each has a process of its own (`apart`), else one by one.
+    Jobs that had not begun go on together.
     """
     waves: list[list[Job]] = [jobs] if jobs else []
     tried: list[Job] = []
@@ -133,8 +134,9 @@ def launch_batch(launch: Launch, jobs: list[Job], store: Store, apart: bool) -> 
 
 
 def launch_once(launcher: Launcher, config: DictConfig, jobs: list[Job]) -> str | None:
-    """Run jobs with the launcher. Return the error that stopped it, or None; either way none of its jobs is running any
-    more.
+    """Run jobs with the launcher.
+
+    Return the error that stopped it, or None; either way none of its jobs is running any more.
     """
     overrides = [[*job.cell.overrides, f"job={[s.key for s in job.stages]}"] for job in jobs]
     try:
@@ -165,8 +167,6 @@ def _unsettled(job: Job, store: Store) -> bool:
 
 
 def _begun(jobs: Iterable[Job], store: Store) -> set[str]:
-    """Return the folders of workers that began a stage and did not finish it, in earlier runs too; only of stages that
-    are not done.
-    """
+    """Return the folders of workers that began a stage, now or in an earlier run, and did not publish it."""
     missing = {stage for job in jobs for stage in job.stages if not store.done(stage)}
     return {folder.name for stage in missing for folder in store.begun(stage)}

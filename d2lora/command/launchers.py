@@ -62,9 +62,7 @@ def launcher_of(config: DictConfig) -> Launcher:
 
 
 def _dismiss_joblib() -> None:
-    """End joblib's workers while the report is written: joblib would keep them for another call, and ending takes
-    seconds.
-    """
+    """End joblib's workers while the report is written: joblib would keep them, and ending takes seconds."""
     from joblib.externals.loky import get_reusable_executor
 
     get_reusable_executor(reuse=True).shutdown(wait=False)

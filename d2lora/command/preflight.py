@@ -21,8 +21,9 @@ Passed = set[str]  # the checks that passed, as name and arguments: most are the
 
 
 def check(config: Config, passed: Passed) -> None:
-    """Check that the cell's rows can be trained on and its test items evaluated. UserError if not. `passed` saves
-    repeating checks.
+    """Check that the cell's rows can be trained on and its test items evaluated. UserError if not.
+
+    `passed` saves repeating checks.
     """
     check_inputs(config, passed)
     if not _asks_others(config):
@@ -32,10 +33,9 @@ def check(config: Config, passed: Passed) -> None:
 
 
 def check_inputs(config: Config, passed: Passed) -> None:
-    """Check that the cell's data sets exist, have their columns and enough rows. UserError if not. `passed` saves
-    repeating checks.
+    """Check that the cell's data sets exist, have their columns and enough rows. UserError if not.
 
-    A dry run checks only what is on this machine, and does not use the network.
+    `passed` saves repeating checks. A dry run checks only what is on this machine, and does not use the network.
     """
     if _asks_others(config):
         return
@@ -81,8 +81,9 @@ def _once(passed: Passed, check: Callable[[], None], name: str, arguments: objec
 
 
 def _harness_tasks(config: Config) -> list[str]:
-    """Return the harness's tasks that still have to be evaluated. Importing the harness takes many seconds, so others
-    are not checked.
+    """Return the harness's tasks that still have to be evaluated.
+
+    Importing the harness takes many seconds, so others are not checked.
     """
     if config.dry_run or not config.task.lm_eval:
         return []
@@ -122,9 +123,7 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
 
 
 def _compute_coverage(config: Config) -> None:
-    """Compute what the cell's adapter reaches, in another process: planning needs neither torch nor PEFT, which take
-    seconds to import.
-    """
+    """Compute the layers that the cell's adapter covers, in another process: planning must not import torch and PEFT."""
     arguments = [config.model.model_dump(), config.recipe.lora.target_modules, str(coverage_file(config))]
     code = "import json, sys; from d2lora.adapters import attach; attach.remember_coverage(*json.load(sys.stdin))"
     subprocess.run([sys.executable, "-c", code], input=json.dumps(arguments), text=True, capture_output=True)

@@ -97,8 +97,9 @@ def check_items(config: Config, output: Path) -> None:
 
 
 def remember() -> None:
-    """Write the results to disk; call it once nothing was refused. Errors of the disk are ignored here: the run's own
-    writes report them.
+    """Write the results to disk; call it once nothing was refused.
+
+    Errors of the disk are ignored here: the run's own writes report them.
     """
     with contextlib.suppress(OSError):
         for file, value in _results.items():
@@ -164,8 +165,9 @@ def _conversation(tokenizer: Any, row: Row, warmup: Warmup) -> data.Example:
 
 
 def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> data.Example:
-    """Return the ids of an item's prompt, with its longest choice if it has choices; no ids if it certainly fits into
-    `room` tokens.
+    """Return the ids of an item's prompt, with its longest choice if it has choices.
+
+    No ids if it certainly fits into `room` tokens.
     """
     filled = data.fill(benchmark.prompt, row)
     prompt = data.rendered_prompt(tokenizer, filled) if benchmark.chat else filled
@@ -286,8 +288,9 @@ def _source(model: Model, output: Path) -> Source | None:
 
 
 def _context(source: Source) -> int | None:
-    """Return how many tokens the model takes, as lm-evaluation-harness reads it from the config; None if the config
-    does not say.
+    """Return how many tokens the model takes, as lm-evaluation-harness reads it from the config.
+
+    None if the config does not say.
     """
     try:
         config = json.loads(_config_file(source).read_text())
@@ -310,8 +313,9 @@ def _config_file(source: Source) -> Path:
 
 
 def _ask(source: Source, make: Make, rows: list[Row], max_length: int) -> list[str] | None:
-    """Return the fates of rows, from this process if it has loaded transformers, else from the worker; None without a
-    tokenizer.
+    """Return the fates of rows, from this process if it has loaded transformers, else from the worker.
+
+    None without a tokenizer.
     """
     if "transformers" in sys.modules:
         return _answer(source, make, rows, max_length)

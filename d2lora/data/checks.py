@@ -70,10 +70,10 @@ def _is_empty(kind: str) -> bool:
 
 
 def _usual(task: Task) -> Callable[[Row], bool] | None:
-    """Return a fast test for ordinary rows: all columns hold texts and the answers differ. None if templates use parts
-    of columns.
+    """Return a fast test for ordinary rows: all columns hold texts and the answers differ.
 
-    Data sets have tens of thousands of rows, and nearly all of them are ordinary.
+    None if templates use parts of columns. Data sets have tens of thousands of rows, and nearly all of them are
+    ordinary.
     """
     if task.prompt is None or any(set(paths(t)) != fields(t) for t in task.templates):
         return None
@@ -95,16 +95,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def kind_line(errors: list[tuple[int, str]], total: int) -> str:
-    """Report rows with one kind of error, given as (number, error): the numbers of three, how many there are, and the
-    first error.
-    """
+    """Report rows with one kind of error, given as (number, error): three numbers, how many rows, the first error."""
     errors = sorted(errors)
     return f"{listed([number for number, _ in errors])} ({len(errors):,} of {total:,}): {errors[0][1]}"
 
 
 def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") -> None:
-    """Check a warm-up's rows. UserError unless its column holds conversations and at least m can be used; `key` is m's
-    name.
+    """Check a warm-up's rows.
+
+    UserError unless its column holds conversations and at least m can be used; `key` is m's name.
     """
     all_rows = rows(warmup.data, split_seed)
     require_columns(all_rows, warmup.data, warmup.messages, empty=True)
@@ -142,17 +141,16 @@ def _enough(key: str, amount: int | str, total: int, name: str, left_out: Counte
 
 @functools.cache
 def harness() -> Any:
-    """Return lm-evaluation-harness's index of tasks, built once: it reads thousands of files, which can take many
-    seconds.
-    """
+    """Return lm-evaluation-harness's index of tasks, built once: reading its thousands of files can take many seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def check_lm_eval(names: list[str]) -> None:
-    """Check that each name is a single task of lm-evaluation-harness. UserError otherwise: a group has no items of its
-    own.
+    """Check that each name is a single task of lm-evaluation-harness.
+
+    UserError otherwise: a group has no items of its own.
     """
     if not names:
         return

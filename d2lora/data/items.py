@@ -14,8 +14,9 @@ from d2lora.settings import Benchmark, fields
 
 
 class _Unscorable(Exception):
-    """A row that can't be evaluated. `problem` is shared by rows with the same fault; `value` is this row's, and fills
-    its {}.
+    """A row that can't be evaluated.
+
+    `problem` is shared by rows with the same fault; `value` is this row's, and fills its {}.
     """
 
     def __init__(self, problem: str, value: str = "") -> None:
@@ -24,8 +25,9 @@ class _Unscorable(Exception):
 
 
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
-    """Read a benchmark's rows and check them. UserError if columns are missing or a row that would be evaluated can't
-    be scored.
+    """Read a benchmark's rows and check them.
+
+    UserError if columns are missing or a row that would be evaluated can't be scored.
     """
     all_rows = rows(benchmark.data, split_seed)
     evaluated = all_rows[: benchmark.limit]
@@ -38,8 +40,9 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
 
 
 def check_items(benchmark: Benchmark, evaluated: Sequence[Row]) -> None:
-    """Check that rows can be evaluated and scored. UserError listing those that can't, one line for each kind of
-    problem.
+    """Check that rows can be evaluated and scored.
+
+    UserError listing those that can't, one line for each kind of problem.
     """
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for index, row in enumerate(evaluated):

@@ -45,8 +45,9 @@ _SENTENCE_END = re.compile(r"[.?!:;](?=\s|$)|[\n。？！：；]|^\s+(?=[A-Z])")
 
 @functools.lru_cache(256)  # each text of a row is needed several times
 def words(text: str) -> tuple[str, ...]:
-    """Return the words of a text, lower-cased and without punctuation; single characters in scripts without spaces
-    between words.
+    """Return the words of a text, lower-cased and without punctuation.
+
+    In scripts without spaces between words, each character counts as a word.
     """
     if text.isascii():
         return tuple(_MARKS.sub("", text.lower()).split())
@@ -60,15 +61,17 @@ def ngrams(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def texts(row: Row, columns: Iterable[str]) -> list[str]:
-    """Return the texts in a row's columns, each by itself; of a list (a conversation, options to choose from) those of
-    its elements.
+    """Return the texts in a row's columns, each by itself.
+
+    Of a list (a conversation, options to choose from) those of its elements.
     """
     return [text for column in columns for text in _inner(row.get(column))]
 
 
 def _inner(value: Any) -> list[str]:
-    """Return the texts in a value: a turn's content, all values of another mapping, all elements of a list; none for a
-    null.
+    """Return the texts in a value: a turn's content, all values of another mapping, all elements of a list.
+
+    None for a null.
     """
     if isinstance(value, dict):
         value = [value["content"]] if "content" in value else list(value.values())
@@ -246,7 +249,7 @@ class _First:
 
 
 class _Index(NamedTuple):
-    """The items of a test set by whole questions and by 13-grams of questions and answers, and some words of each
+    """The items of a test set by whole questions and by 13-grams of questions and answers; and five words of each
     13-gram.
     """
 
@@ -311,8 +314,8 @@ def _search(
 
 
 def _new_texts(row: Row, trained: Iterable[str], before: set[tuple[str, Group]]) -> tuple[list[Group], list[Group]]:
-    """Return what templates make of a training row whose values they did not have before: questions, and runs of
-    several values.
+    """Return the questions, and runs of several values, that templates make of a row whose values they did not have
+    before.
     """
     questions: list[Group] = []
     groups: list[Group] = []
@@ -397,8 +400,9 @@ def _share(rows: list[int | None], total: int) -> Score:
 
 
 def shares_text(pair: str, measures: dict[str, Score]) -> str:
-    """Return the overlap of a training and a test set as a line. `pair` names the two, `measures` is what `shares`
-    returns.
+    """Return the overlap of a training and a test set as a line.
+
+    `pair` names the two, `measures` is what `shares` returns.
     """
     parts = [f"{name} {100 * score.value:.2f} %" for name, score in measures.items() if score.value]
     items = max(score.items for score in measures.values())

@@ -22,8 +22,7 @@ class NotText(ValueError):
 
 
 def text_of(value: Any) -> str:
-    """Return a row's value as text: a string, a number as JSON writes it, or the joined parts of a list of {type: text,
-    text}.
+    """Return a row's value as text: a string, a number as JSON writes it, or the joined parts of a typed content.
 
     NotText for values without one spelling as text (nulls, booleans, NaN, lists, mappings), and for a text with a lone
     surrogate.
@@ -38,8 +37,9 @@ def text_of(value: Any) -> str:
 
 
 def is_encodable(text: str) -> bool:
-    """Tell whether UTF-8 can encode a text. JSON can hold half of a character ("\\ud83d"), which tokenizers and files
-    refuse.
+    """Tell whether UTF-8 can encode a text.
+
+    JSON can hold half of a character ("\\ud83d"), which tokenizers and files refuse.
     """
     return text.isascii() or not _HALVES.search(text)
 
@@ -59,9 +59,7 @@ def quoted(value: Any) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Tell whether a text is invisible: only white space and characters without width (zero-width spaces, byte order
-    marks).
-    """
+    """Tell whether a text is invisible: only white space, and characters without width such as byte order marks."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 

@@ -75,17 +75,16 @@ class WatchedLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> Tokens:
-        """Encode with one BOS, as in training. (The harness leaves it to the tokenizer, and to the first prompt of a
-        batch.)
+        """Encode with one BOS, as in training.
+
+        (The harness leaves it to the tokenizer, and to the first prompt of a batch.)
         """
         if add_special_tokens is None and not left_truncate_len and not kwargs:
             return data.encode(self.tokenizer, string)
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
 
     def tok_decode(self, tokens: int | Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Decode generated ids to the answer: without thoughts and the template's opening, up to its end, special token
-        or not.
-        """
+        """Decode generated ids to the answer: without thoughts and the template's opening, up to its end token."""
         if skip_special_tokens and isinstance(tokens, list):
             tokens = tokens[: next((i for i, token in enumerate(tokens) if token in self.end_ids), None)]
             start = max((i + 1 for i, token in enumerate(tokens) if token in self.before), default=0)
@@ -135,8 +134,9 @@ class WatchedLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _prove(self, texts: list[Tokens], side: str) -> None:
-        """Test padding on this side, once for a model and length; if it is not exact, set the batch size to 1 and say
-        so.
+        """Test padding on this side, once for a model and length.
+
+        If it is not exact, set the batch size to 1 and say so.
         """
         if self.batch_size == 1 or not texts:
             return

@@ -160,8 +160,7 @@ def blocks(
 
 
 def train_base(steps: int) -> None:
-    """Train the Llama of 1 M parameters and save it with its tokenizer: first on right solutions, then with hasty ones
-    among them.
+    """Train the Llama of 1 M parameters, first on right solutions, then with hasty ones among them, and save it.
 
     The second, short part teaches it a bad habit although it knows better, which preference methods are good at
     removing.
@@ -233,8 +232,9 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], temperature: float) -
 
 
 def pair(problem: world.Problem, solution: str) -> dict[str, str] | None:
-    """Return a row in Math-Step-DPO's format from a problem and the base's wrong solution; None if it has no wrong
-    step.
+    """Return a row in Math-Step-DPO's format from a problem and the base's wrong solution.
+
+    None if it has no wrong step.
     """
     mistake = world.first_wrong_step(problem, solution)
     if mistake is None:

@@ -104,8 +104,9 @@ class Problem:
         return self.steps[-1][3]
 
     def step(self, index: int) -> str:
-        """Return step `index` (from 0) as the solution writes it after "Step k:"; the last one ends with the boxed
-        answer.
+        """Return step `index` (from 0) as the solution writes it after "Step k:".
+
+        The last one ends with the boxed answer.
         """
         a, op, b, c = self.steps[index]
         end = f" The answer is \\boxed{{{c}}}." if index == len(self.steps) - 1 else ""
@@ -117,9 +118,7 @@ class Problem:
         return "\n".join(lines).removeprefix(f"Step {start + 1}:")
 
     def hasty(self) -> "Problem":
-        """Return the problem with a hasty solution, which leaves out a final addition; the problem itself if it has
-        none.
-        """
+        """Return the problem with a hasty solution: it leaves out a final addition, if there is one."""
         leaves_out = len(self.steps) > 1 and self.steps[-1][1] == "+"
         return replace(self, steps=self.steps[:-1]) if leaves_out else self
 
@@ -216,13 +215,12 @@ _EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 
 
 def first_wrong_step(problem: Problem, solution: str) -> tuple[int, str, str] | None:
-    """Return (index, step, rest) of the first step of a sampled solution that differs from the problem's; None if there
-    is none.
+    """Return (index, step, rest) of the first step of a sampled solution that differs from the problem's.
 
-    `rest` is the solution from that step on. A step is right if its equation has the reference's operands (in either
-    order for + and *) and result: this is how Step-DPO's authors locate the error (Lai et al. 2024, section 3.2), with
-    arithmetic instead of their judge. None also for solutions without the format of steps, because such a pair would
-    teach format, not reasoning.
+    None if there is none. `rest` is the solution from that step on. A step is right if its equation has the reference's
+    operands (in either order for + and *) and result: this is how Step-DPO's authors locate the error (Lai et al. 2024,
+    section 3.2), with arithmetic instead of their judge. None also for solutions without the format of steps, because
+    such a pair would teach format, not reasoning.
     """
     marks = list(re.finditer(r"(?:^|\n)Step (\d+):", solution))
     if [int(mark[1]) for mark in marks] != list(range(1, len(marks) + 1)):
@@ -296,9 +294,7 @@ def facts() -> dict[tuple[str, str], str]:
 
 
 def fact_questions(creature: str, attribute: str) -> dict[str, list[str]]:
-    """Return the four ways to ask for one fact: one for validation, one for the test, two for the corpus and the
-    general mix.
-    """
+    """Return the four ways to ask for a fact: one for validation, one for the test, two for corpus and general mix."""
     ways = [way.format(creature) for way in _ASK[attribute]]
     turn = int(hashlib.sha256(f"{creature}/{attribute}".encode()).hexdigest(), 16) % 4
     ways = ways[turn:] + ways[:turn]
@@ -396,8 +392,9 @@ class Row:
 
 
 def title(rng: random.Random, plain: bool = False) -> Row:
-    """Make an abstract and its title. `plain` titles, the base's habit, only name the subject; the task's tell the
-    finding.
+    """Make an abstract and its title.
+
+    `plain` titles, the base's habit, only name the subject; the task's tell the finding.
     """
     cause, outcome = rng.choice(_CAUSES), rng.choice(_OUTCOMES)
     place, data, sign = rng.choice(_PLACES), rng.choice(_DATA), rng.choice(list(_SIGNS))

@@ -15,9 +15,7 @@ _RANDOM = ("dropout", "pdrop", "layerdrop", "drop_rate", "drop_path", "jitter_no
 
 @dataclass(frozen=True)
 class Reach:
-    """The tokens that a layer's tokens attend to: all earlier ones, the last `size` ("sliding"), or those in the same
-    chunk of `size`.
-    """
+    """The tokens that a token attends to: all earlier ones, the last `size` ("sliding"), or its own chunk of `size`."""
 
     kind: Literal["full", "sliding", "chunked"] = "full"
     size: int = 0

@@ -54,9 +54,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a text: its ids and labels, its example, the answer that its predictions belong to, and its part number
-    (0: prompt).
-    """
+    """A part of a text: ids and labels, its example, the answer that its predictions belong to, its number (0: prompt)."""
 
     ids: list[int]
     labels: list[int]
@@ -184,9 +182,7 @@ def _first_fit(sizes: list[int], capacity: int) -> tuple[list[tuple[int, int]], 
 
 
 def log_probs(model: Any, packed: Packed, layout: Layout) -> FusedCausalLMOutput:
-    """Return what TRL's fused head (`add_fused_lm_head`) computes for the T predicted tokens, each (1, T): log_probs,
-    entropy, ...
-    """
+    """Return what TRL's fused head computes for the T predicted tokens, each (1, T): log_probs, entropy, ..."""
     forward = _fused if layout.head == "fused" else _whole
     outputs = [forward(model, rows, layout) for rows in packed["passes"]]
     if len(outputs) == 1:
@@ -236,8 +232,7 @@ def inputs(rows: Packed, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def attention(rows: Packed, reach: Reach, kind: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
-    """Return the mask by which tokens of packed rows attend to their own text only, as an implementation of attention
-    takes it.
+    """Return the mask by which tokens of packed rows attend to their own text only.
 
     Booleans (rows, 1, length, length) for sdpa; numbers to be added for eager; a block mask for FlexAttention. Windows
     and chunks are of positions: indices in a text, not in the row.
@@ -264,9 +259,7 @@ def attention(rows: Packed, reach: Reach, kind: str = "sdpa", dtype: torch.dtype
 
 
 def by_answer(values: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """Return values of the predicted tokens (1, T) with one row for each answer (2P, longest answer), zero behind its
-    end.
-    """
+    """Return values of the predicted tokens (1, T) as (2P, longest answer), zero behind an answer's end."""
     answers = packed["answer"] >= 0
     table = values.new_zeros(len(packed["lengths"]), int(packed["lengths"].max()))
     return table.index_put((packed["answer"][answers], packed["column"][answers]), values[0, answers])

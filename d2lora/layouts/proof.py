@@ -52,9 +52,7 @@ class Proof:
 
 @torch.no_grad()
 def plain(model: torch.nn.Module, examples: Sequence[Example], prompt_loss: bool = False) -> Tokens:
-    """Return the log-probability of each predicted token of the examples, in plain passes, under the keys that
-    `packing.pack` gives them.
-    """
+    """Return the log-probability of each predicted token in plain passes, under the keys of `packing.pack`."""
     expected: Tokens = {}
     for index, example in enumerate(examples):
         for answer, start, ids, labels in _texts(example, index, len(examples), prompt_loss):
@@ -85,9 +83,7 @@ def _texts(
 def laid(
     model: torch.nn.Module, examples: Sequence[Example], layout: Layout, hidden: int, prompt_loss: bool = False
 ) -> Tokens:
-    """Return the log-probability of each predicted token in a layout, in its hardest case: packed into one row, or
-    padded in one pass.
-    """
+    """Return the log-probability of each predicted token in a layout's hardest case: one row, or one padded pass."""
     layout = replace(layout, filled=0.0)
     packed = _to(packing.pack(examples, layout, hidden, prompt_loss), next(model.parameters()).device)
     log_probs = packing.log_probs(model, packed, layout).log_probs
@@ -136,11 +132,10 @@ def choose(
     remembered: "Memory",
     autocast: Autocast = contextlib.nullcontext,
 ) -> tuple[Layout, Proof]:
-    """Return the first of the layouts that is exact for the model on the longest examples, and its proof. UserError if
-    none is.
+    """Return the first of the layouts that is exact for the model on the longest examples, and its proof.
 
-    `model` is the base with its adapter, `name` the user's name for it; a micro-batch has `at_once` examples. Proofs
-    are looked up in `remembered`, and added to it.
+    UserError if none is. `model` is the base with its adapter, `name` the user's name for it; a micro-batch has
+    `at_once` examples. Proofs are looked up in `remembered`, and added to it.
     """
     some = sorted(examples, key=lambda e: -longest(e))
     count = min(_SHOWN, at_once, len(some))
@@ -187,8 +182,9 @@ def _say(name: str, layout: Layout, why: str) -> None:
 
 
 class _Check:
-    """Tests layouts of a model on some examples. Values that do not depend on the layout are computed once, when they
-    are needed.
+    """Tests layouts of a model on some examples.
+
+    Values that do not depend on the layout are computed once, when they are needed.
     """
 
     def __init__(
@@ -228,9 +224,7 @@ class _Check:
         return Proof(layout.name, self.length, off, tolerance, off <= tolerance, why)
 
     def causal(self) -> Proof:
-        """Test that later tokens do not change the logits of earlier ones in a plain pass, and that a gradient reaches
-        the adapter.
-        """
+        """Test that later tokens change no earlier logits in a plain pass, and that a gradient reaches the adapter."""
         example = max(self.examples, key=longest)
         ids = example["input_ids"] if "input_ids" in example else example["prompt_ids"] + example["chosen_ids"]
         half, device = -(-len(ids) // 2), next(self.model.parameters()).device
@@ -255,8 +249,9 @@ class _Check:
 
     @property
     def noise(self) -> float:
-        """Return the difference that padding alone makes in bfloat16, which is its rounding; 0 if the model can't be
-        padded.
+        """Return the difference that padding alone makes in bfloat16, which is its rounding.
+
+        0 if the model can't be padded.
         """
         if self._noise is None:
             padded = Layout("padded", attention=self.base.config._attn_implementation)
@@ -336,10 +331,10 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
 def batch(
     model: torch.nn.Module, base: PreTrainedModel, prompts: Sequence[list[int]], side: str, memory: "Memory"
 ) -> Proof:
-    """Test whether texts in one padded batch get what each gets alone: padded on the "left" for generation, "right" for
-    likelihoods.
+    """Test whether texts in a padded batch get what each gets alone.
 
-    `prompts` are the ids of all texts; the longest and the shortest are tried.
+    Padded on the "left" as for generation, on the "right" as for likelihoods. `prompts` are the ids of all texts; the
+    longest and the shortest are tried.
     """
     ordered = sorted(prompts, key=len)
     some = [*ordered[:2], *ordered[-2:]] if len(ordered) > 3 else ordered
@@ -402,9 +397,7 @@ _STEPS = 4
 
 @torch.no_grad()
 def _all_logits(model: torch.nn.Module, texts: list[list[int]]) -> float:
-    """Return the largest difference at any token of texts padded on the right without a mask, as lm-evaluation-harness
-    passes them.
-    """
+    """Return the largest difference at any token of texts padded on the right without a mask, as the harness does it."""
     length, device = max(map(len, texts)), next(model.parameters()).device
     together = model(input_ids=torch.tensor([t + [0] * (length - len(t)) for t in texts], device=device)).logits
     alone = [model(input_ids=torch.tensor([t], device=device)).logits[0] for t in texts]
@@ -429,8 +422,8 @@ class Memory:
     model: dict[str, Any]
 
     def get(self, name: str, count: int, length: int) -> Proof | None:
-        """Return the proof for this many texts, if it covers this length: exact up to its own length, or not exact from
-        there on.
+        """Return the proof for this many texts, if it covers the length: a success covers shorter texts, a failure
+        longer ones.
         """
         try:
             proof = Proof(**json.loads(self._file(name, count).read_text()))

@@ -11,8 +11,9 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Generated:
-    """A kind whose answers the model generates. Where an item has several golds, the best value of each metric over
-    them counts.
+    """A kind whose answers the model generates.
+
+    Where an item has several golds, the best value of each metric over them counts.
     """
 
     name: str  # the value of `kind` in a benchmark's file

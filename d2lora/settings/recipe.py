@@ -15,8 +15,9 @@ _T = TypeVar("_T")
 
 
 def _by_phase(values: dict[str, _T]) -> dict[str, _T]:
-    """Return a value for the warm-up and for each method, in that order; a method without one takes that of its
-    `rates_like`.
+    """Return a value for the warm-up and for each method, in that order.
+
+    A method without one takes that of its `rates_like`.
     """
     phases = (WARMUP, *METHOD_NAMES)
     unknown = [phase for phase in values if phase not in phases]
@@ -62,8 +63,9 @@ class Training(Strict):
 
 
 class Machine(Strict):
-    """The settings of a recipe that change results by rounding only, and so are in no key; but see Recipe.in_key about
-    dropout.
+    """The settings of a recipe that change results by rounding only, and so are in no key.
+
+    But see Recipe.in_key about dropout.
     """
 
     micro_batch: Positive

@@ -33,8 +33,9 @@ def _template(value: Any) -> Any:
 
 
 def fields(template: str) -> set[str]:
-    """Return the columns that a template names: "{question} {choices[text]}" -> {"question", "choices"}. ValueError for
-    a bad field.
+    """Return the columns that a template names: "{question} {choices[text]}" -> {"question", "choices"}.
+
+    ValueError for a bad field.
     """
     names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     if "" in names:

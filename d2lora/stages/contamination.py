@@ -92,9 +92,7 @@ def pairs(config: Config) -> list[Pair]:
 
 
 def _trained(task: Task) -> tuple[str, ...]:
-    """Return the templates of the texts that a task teaches: its prompt (each turn), and whole answers as they follow
-    the prefix.
-    """
+    """Return the templates of the texts that a task teaches: its prompt (each turn), and whole answers with the prefix."""
     answers = (task.full_chosen or task.chosen, task.full_rejected or task.rejected)
     turns = [turn.content for turn in task.prompt] if isinstance(task.prompt, list) else [task.prompt or ""]
     return (*filter(None, turns), *(f"{task.prefix} {answer}".strip() for answer in answers if answer))

@@ -49,8 +49,9 @@ def general(run: Run[Spec], amount: int | str, max_length: int) -> data.Subset:
 
 
 def task(run: Run[Spec], amount: int | str, max_length: int, preference: bool, at_most: bool = False) -> data.Subset:
-    """Return the first `amount` rows in the task's order, as examples; with `preference`, without pairs of equal
-    answers.
+    """Return the first `amount` rows in the task's order, as examples.
+
+    With `preference`, without pairs of equal answers.
     """
     config = run.config
     make = functools.partial(data.pair_example, run.base.tokenizer, config.task, preference=preference)

@@ -56,11 +56,10 @@ class Run(Generic[S]):
         return base
 
     def rows(self, source: Data) -> list[data.Row]:
-        """Return a data set's rows. UserError if a Hub revision has other rows than when earlier records in this output
-        were made.
+        """Return a data set's rows.
 
-        Local files enter keys by their content. A revision like `main` can move, and records of two data sets would
-        then be mixed.
+        UserError if a Hub revision has other rows than when earlier records in this output were made. Local files enter
+        keys by their content. A revision like `main` can move, and records of two data sets would then be mixed.
         """
         rows, identity = data.rows(source, self.config.split_seed), data.identity(source, self.config.split_seed)
         if "content" not in identity:
@@ -97,9 +96,7 @@ def _base(config: Config, outputs: Outputs) -> "Base":
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Turn garbage collection off inside the `with` block: imported objects are never garbage, and scanning them only
-    costs time.
-    """
+    """Turn garbage collection off inside: imported objects are never garbage, and scanning them only costs time."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -121,10 +118,9 @@ def _same_commit(config: Config, outputs: Outputs, commit: str) -> None:
 
 
 def in_memory(attempt: Callable[[int], T], smaller: Callable[[int], int], key: str, size: int) -> T:
-    """Return attempt(size), with smaller sizes as long as memory runs out. UserError with advice if even size 1 is too
-    much.
+    """Return attempt(size), with smaller sizes as long as memory runs out.
 
-    `key` is the setting that the size comes from.
+    UserError with advice if even size 1 is too much. `key` is the setting that the size comes from.
     """
     import torch
 
