@@ -50,7 +50,7 @@ def only(cell: Cell, *stages: Stage) -> Cell:
 
 def alone(cell: Cell) -> Cell:
     """The cell's trainings and what they start from alone: no evaluation."""
-    return only(cell, *(s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s))
+    return only(cell, *cell.chain.trainings)
 
 
 def adapter(cell: Cell) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from d2lora.data.checks import (
 )
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.items import check_benchmark, check_items, choices, golds, right
+from d2lora.data.placebo import exchanged
 from d2lora.data.sources import (
     ROOT,
     Row,
@@ -37,6 +38,7 @@ from d2lora.data.tokens import (
     general_example,
     longest,
     made,
+    mixed,
     pair_example,
     rendered_conversation,
     rendered_prompt,
@@ -68,6 +70,7 @@ __all__ = [
     "digest",
     "encode",
     "ends",
+    "exchanged",
     "fill",
     "fingerprint",
     "general_example",
@@ -80,6 +83,7 @@ __all__ = [
     "local",
     "longest",
     "made",
+    "mixed",
     "model_files",
     "model_identity",
     "need",

@@ -8,7 +8,7 @@ import numpy as np
 
 from d2lora import stats
 from d2lora.report.axes import compatible
-from d2lora.report.looks import QUANTIZING
+from d2lora.report.looks import NAMES, QUANTIZING
 from d2lora.report.points import Point, differing, label_texts
 from d2lora.settings import amount
 
@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def label(self) -> str:
-        names = ", ".join(m.upper() for m in self.methods)
+        names = ", ".join(NAMES[m] for m in self.methods)
         return f"{names} m={amount(self.d2lora.m)} n={amount(self.d2lora.n)} {self.where}".strip()
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from d2lora.report import axes, variances, worth
 from d2lora.report.axes import LABELS
 from d2lora.report.compare import MARGIN, Comparison, comparisons
-from d2lora.report.looks import METHODS
+from d2lora.report.looks import METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.verdict import verdict
 from d2lora.settings import amount
@@ -148,7 +148,7 @@ def row_label(point: Point, keys: Iterable[str]) -> str:
     """Return a row's label: method, arm, and what else tells rows apart."""
     keys = list(keys)
     others = label_texts(point, (k for k in keys if k not in ("m", "n") and _of_row(point, k) != ""))
-    return " ".join(filter(None, (point.method.upper(), *_shape(point, keys), *others)))
+    return " ".join(filter(None, (NAMES[point.method], *_shape(point, keys), *others)))
 
 
 def _shape(point: Point, keys: list[str]) -> list[str]:
