@@ -88,16 +88,17 @@ def _size(point: Point) -> float | None:
 
 
 def _text(line: "Line", worths: dict[int | str, Worth | None]) -> str:
-    texts = [_worth_text(w) for w in worths.values() if w]
+    known = [w for w in worths.values() if w]
+    texts = [_worth_text(w, " task samples" if w is known[0] else "") for w in known]
     unknown = [amount(n) for n, w in worths.items() if w is None]
-    text = f"{line.label}: {amount(line.m)} general samples are worth in task samples {', '.join(texts)}"
+    text = f"{line.label}: {amount(line.m)} general samples are worth {', '.join(texts)}"
     return text + (f"; not determinable at n = {', '.join(unknown)}." if unknown else ".")
 
 
-def _worth_text(worth: Worth) -> str:
+def _worth_text(worth: Worth, unit: str) -> str:
     low, high = worth.interval
     least, most = LESS if np.isinf(low) else _round(low), MORE if np.isinf(high) else _round(high)
-    return f"{_round(worth.samples)} [{least}, {most}] at n = {amount(worth.n)}"
+    return f"{_round(worth.samples)} [{least}, {most}]{unit} at n = {amount(worth.n)}"
 
 
 def _round(samples: float) -> str:
