@@ -77,7 +77,7 @@ def shared(config: Config, phase: str, method: Method, source: data.Data) -> dic
 def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -> Result:
     """Train an adapter on a subset, from the parent's adapter or a fresh one, and save it.
 
-    `reference` is the folder that remembers the log-probabilities of DPO's reference. When memory ends, the micro-batch is halved.
+    `reference` is the folder that remembers the log-probabilities of a method's reference. When memory ends, the micro-batch is halved.
     """
     from d2lora.adapters import attach, coverage
     from d2lora.adapters.start import Start
@@ -109,7 +109,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -
 
 
 def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Path:
-    """Return where the log-probabilities of DPO's reference are remembered: one folder a policy, for all cells that start from it.
+    """Return where the log-probabilities of a method's reference are remembered: one folder a policy, for all cells that start from it.
 
     `of_base`: the reference is the base, wherever the training starts.
     """
