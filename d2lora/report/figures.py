@@ -156,7 +156,7 @@ def _figure(found: list[Panel], pyplot):
         _draw_panel(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         if place + columns >= len(found):  # the last of its column
-            axis.set_xlabel(_AXIS_LABELS.get(panel.x, short_name(panel.x)))
+            axis.set_xlabel(x_label(panel))
     figure.legend(
         handles.values(),
         handles,
@@ -175,12 +175,23 @@ def _draw_panel(axis, panel: Panel) -> None:
         _draw_curve(axis, curve, panel)
     ticks = sorted({x for c in panel.curves for x, _ in c.points})
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
-    if spread := panel.x != "n" and ticks[0] > 0 and ticks[-1] >= _WIDE * ticks[0]:
+    if spread := is_logarithmic(panel):
         axis.set_xscale("log")
         axis.minorticks_off()
     crowded = _crowded([math.log(x) for x in ticks] if spread else ticks)
     axis.set_xticks(ticks, [_tick(x) for x in ticks], rotation=45 if crowded else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
+
+
+def x_label(panel: Panel) -> str:
+    """Return what is on the x axis."""
+    return _AXIS_LABELS.get(panel.x, short_name(panel.x))
+
+
+def is_logarithmic(panel: Panel) -> bool:
+    """Tell whether the x axis is logarithmic: that of n never is."""
+    xs = [x for curve in panel.curves for x, _ in curve.points]
+    return panel.x != "n" and min(xs) > 0 and max(xs) >= _WIDE * min(xs)
 
 
 def _tick(x: float) -> str:
@@ -215,14 +226,18 @@ def _draw_curve(axis, curve: Curve, panel: Panel) -> None:
         axis.plot(x, y, label=theirs[0], **style | {"linestyle": "--", "linewidth": 0.9, "markersize": 2.2})
 
 
-def _style(curve: Curve, panel: Panel) -> dict:
+def look(curve: Curve, panel: Panel) -> tuple[str, str]:
+    """Return a curve's colour and marker (matplotlib's letter): of its arm, or of its method where the panel has several."""
+    if panel.arms:
+        return (LORA, "o") if curve.m == 0 else (D2LORA, "s")
+    return COLOURS[curve.method], MARKS[curve.method]
+
+
+def _style(curve: Curve, panel: Panel) -> dict[str, Any]:
     """Colour and marker tell arms or methods apart; open markers, and dots where methods do not, are LoRA's."""
     lora = curve.m == 0
     style: dict = {"markersize": 3.5, "linewidth": 1.2}
-    if panel.arms:
-        style |= {"color": LORA if lora else D2LORA, "marker": "o" if lora else "s"}
-    else:
-        style |= {"color": COLOURS[curve.method], "marker": MARKS[curve.method]}
-        if lora and any(c.m != 0 for c in panel.curves):
-            style["linestyle"] = ":"
+    style["color"], style["marker"] = look(curve, panel)
+    if not panel.arms and lora and any(c.m != 0 for c in panel.curves):
+        style["linestyle"] = ":"
     return style | ({"markerfacecolor": "white"} if lora else {})

@@ -88,6 +88,8 @@ KEYS: dict[str, list[str]] = {
     "loftq": ["init=loftq", "n=100"],
     "loftq's base": ["init=loftq", "n=0"],
     "multilora": ["init=multilora", "n=100", "m=100"],
+    "rslora": ["init=rslora", "n=100", "m=100"],
+    "dora": ["init=dora", "n=100", "m=100"],
 }  # fmt: skip
 
 _RATES = [f"recipe.lr.{phase}=3e-3" for phase in ("warmup", "sft", "dpo", "orpo")]
@@ -108,6 +110,8 @@ NUMBERS: dict[str, list[str]] = {
     "gaussian": [*_TINY, "init=gaussian"],
     "orthogonal": [*_TINY, "init=orthogonal"],
     "multilora": [*_TINY, "init=multilora", "m=16"],
+    "rslora": [*_TINY, "init=rslora", "m=16"],
+    "dora": [*_TINY, "init=dora", "m=16"],
     "pissa": [*_TINY, "init=pissa"],
     "pissa_niter_16": [*_TINY, "init=pissa_niter_16"],
     "olora": [*_TINY, "init=olora"],

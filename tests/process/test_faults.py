@@ -41,7 +41,8 @@ def assert_equal(one: Cell, other: Cell) -> None:
 
 @pytest.mark.filterwarnings("error:Unable to fetch remote file")  # nobody is asked when a checkpoint is saved
 @pytest.mark.parametrize(
-    ("method", "init"), [*((method, "lora") for method in METHOD_NAMES), ("sft", "pissa"), ("sft", "multilora")]
+    ("method", "init"),
+    [*((method, "lora") for method in METHOD_NAMES), ("sft", "pissa"), ("sft", "multilora"), ("sft", "dora")],
 )
 def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, method: str, init: str) -> None:
     def interrupt(done: int, total: int) -> None:

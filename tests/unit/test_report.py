@@ -16,7 +16,7 @@ from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.records import Records
-from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables
+from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables, verdict
 from d2lora.report.axes import MACHINE
 from d2lora.report.points import Point, points_of
 from d2lora.store import Store
@@ -86,7 +86,7 @@ def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numb
     assert {f.stem for f in folder.glob("*.png")} == {"curves", "figure1", "figure2", "figure3"}
     assert (folder / "figure2.pdf").read_bytes().startswith(b"%PDF")
     loaded = artefacts.load(table3, "mine", Records(table3))
-    panels = {s.name: s.panels for s in loaded.shown}
+    panels = {s.artefact.name: s.content.panels for s in loaded.shown}
     assert [len(panels[f"figure{i}"]) for i in (1, 2, 3)] == [1, 3, 3]
     assert [c.label for c in panels["figure1"][0].curves] == ["SFT LoRA", "DPO LoRA", "ORPO LoRA"]
     assert panels["figure2"][1].curves[1].paper[-1] == (10000, pytest.approx(0.8347))
@@ -99,7 +99,7 @@ def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None
     inits = ("lora", "gaussian", "milora")
     cells = [c for i in inits for c in grid(f"init={i}", methods=METHODS, n=[8, 16], m=[0, 8, 40])]
     made.publish(tmp_path, cells, items=8)
-    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0]
+    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table")
     figure = figures._figure(shown.panels, pyplot)
     axes = figure.axes
     assert len({axis.get_title() for axis in axes}) == len(axes) == 2 * len(inits) * 2, "one a benchmark, init and m"
@@ -114,7 +114,7 @@ def test_the_paper_s_curves_can_be_told_apart_too(table3: Path) -> None:
     from matplotlib import pyplot
 
     shown = artefacts.load(table3, "mine", Records(table3)).shown
-    for panels in [s.panels for s in shown if s.panels]:
+    for panels in [s.content.panels for s in shown if s.content.panels]:
         figure = figures._figure(panels, pyplot)
         for axis in figure.axes:
             looks = {(x.get_color(), x.get_marker(), x.get_linestyle(), x.get_markerfacecolor()) for x in axis.lines}
@@ -128,7 +128,7 @@ def test_lora_stands_beside_each_warmup_set_and_a_model_without_d2lora_alone(tmp
     ]
     cells += grid("scale=paper", "model=llama-3.2-1b", n=[0, 1000, 2000], m=[0])
     made.publish(tmp_path, list({c.id: c for c in cells}.values()), items=8)
-    found = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].panels
+    found = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").panels
     assert {p.title: [c.label for c in p.curves] for p in found if p.title.startswith("gsm8k")} == {
         "gsm8k, llama-3.1-8b-instruct, mix40k": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
         "gsm8k, llama-3.1-8b-instruct, mix-math": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
@@ -167,8 +167,9 @@ def test_a_cell_that_is_not_the_paper_s_is_not_set_beside_its_number(
 
 
 def names(output: Path) -> list[str]:
-    """What the report shows of a sweep: its own table and what it has of the paper's."""
-    return [s.name for s in artefacts.load(output, "mine", Records(output)).shown]
+    """What the report shows of a sweep: what it has of the paper's, and its own table."""
+    shown = artefacts.load(output, "mine", Records(output)).shown
+    return [s.artefact.name for s in shown if s.content.tables or s.content.panels]
 
 
 @pytest.mark.parametrize(
@@ -187,12 +188,12 @@ def test_a_sweep_over_something_else_is_not_called_table_3(tmp_path: Path, overr
         c for x in overrides for c in grid("scale=paper", *filter(None, [x]), methods=methods, n=[1000, 2000], m=m)
     ]
     made.publish(tmp_path, list({c.id: c for c in cells}.values()), items=8)
-    assert names(tmp_path) == ["table", *found]
+    assert names(tmp_path) == [*found, "table"]
 
 
 def test_a_part_of_the_grid_gets_its_table_3(tmp_path: Path) -> None:
     made.publish(tmp_path, grid("scale=paper", "init=pissa", methods=METHODS, n=[1000, 5000], m=[0, 40000]), items=8)
-    assert names(tmp_path) == ["table", "table3", "figure1", "figure2", "figure3"]
+    assert names(tmp_path) == ["table3", "figure1", "figure2", "figure3", "table"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -211,9 +212,9 @@ def test_table_1_says_the_true_size_of_all(tmp_path: Path) -> None:
 def test_figure_4_is_orpo_with_few_samples(tmp_path: Path) -> None:
     cells = grid("scale=paper", methods=("orpo",), n=[100, 200, 500, 1000], m=[0, 40000])
     made.publish(tmp_path, cells, items=20)
-    assert names(tmp_path) == ["table", "figure4"]
-    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown
-    assert [x for x, _ in shown[1].panels[0].curves[0].points] == [100, 200, 500, 1000]
+    assert names(tmp_path) == ["figure4", "table"]
+    figure = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("figure4")
+    assert [x for x, _ in figure.panels[0].curves[0].points] == [100, 200, 500, 1000]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -298,7 +299,7 @@ def test_four_items_are_no_difference_and_none_is_no_certainty(tmp_path: Path) -
         assert (pair.interval[0] < 0 < pair.interval[1]) == few
         assert (pair.p > 0.05) == few
         assert pair.detectable > 0.079
-    assert "before Holm's correction a cell shows differences from" in compare.verdict([pair])
+    assert "before Holm's correction a cell shows differences from" in verdict.verdict([pair])
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -487,6 +488,27 @@ def test_the_same_records_give_the_same_report(tmp_path: Path) -> None:
     assert [f for f, content in files.items() if f.read_bytes() != content] == []
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_each_arm_s_costs_are_means_over_seeds_and_a_shared_warm_up_stands_at_each(tmp_path: Path) -> None:
+    cells = grid(methods=("sft", "simpo"), n=[0, 100, 200], m=[0, 40], seed=[0, 1])
+    made.publish(tmp_path, cells, missing=lambda stage: stage.label.startswith("simpo") and ", 200)" in stage.label)
+    report.write(tmp_path, ["mine"])
+    rows = read_csv(tmp_path / "report" / "mine" / "costs.csv")
+    arms = [(r["method"], r["m"], r["n"]) for r in rows]
+    assert arms == [("SFT", m, n) for m in ("0", "40") for n in ("100", "200")] + [
+        ("SimPO", "0", "100"),
+        ("SimPO", "40", "100"),
+    ]
+    assert {r["seeds"] for r in rows} == {"2"}
+    assert {(r["m"], r["warm-up (s)"]) for r in rows} == {("0", "-"), ("40", "1.0")}
+    assert [(r["samples"], r["tokens"], r["tokens/s"]) for r in rows[:2]] == [
+        ("100", "900", "900"),
+        ("200", "1800", "1800"),
+    ]
+    assert {(r["adaptation (s)"], r["peak memory (MB)"]) for r in rows} == {("1.0", "100")}
+    assert "What each arm cost to train" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) -> None:
     grid_ = [c for i in ("lora", "milora", "eva") for c in grid(f"init={i}", n=[8, 16], m=[0, 8], seed=range(4))]
     better = lambda cell: made.gain(cell) + (0.4 if cell.config.init.name == "milora" else 0)  # noqa: E731
@@ -616,7 +638,7 @@ def test_report_columns_decides_what_the_columns_are(tmp_path: Path, column: str
     ranks = ("4", "8", "16") if column != "n" else ("4", "8")
     cells = [c for r in ranks for c in grid(f"recipe.lora.r={r}", asked, n=[8, 16], m=[0, 8])]
     made.publish(tmp_path, cells)
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     assert [tables.column_name(table, c) for c in table.columns] == names
     assert len(table.lines) == rows
     assert len({line.label for line in table.lines}) == rows, "every axis is in the rows or the columns"
@@ -650,3 +672,21 @@ def test_each_kind_of_setting_is_an_axis_of_the_cells_that_depend_on_it(tmp_path
         labels = [line.label for line in table.lines]
         assert len(labels) == len(set(labels))
         assert {p for line in table.lines for p in line.points.values()} == set(table.points), "none is lost"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_artefact_of_the_documentation_is_written_and_on_the_page(tmp_path: Path, monkeypatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (code,) = re.findall(r"<!-- artefact: \S+ -->\n```python\n(.*?)```", text, re.S)
+    defined: dict = {}
+    exec(code, defined)
+    monkeypatch.setattr(artefacts, "ARTEFACTS", (*artefacts.ARTEFACTS, defined["ARTEFACT"]))
+    cells = grid(n=[100, 200], m=[0])
+    for stage in (cell.chain.adapt for cell in cells):
+        facts = {"metrics": {"samples_seen": 9}, "data": {"samples": 9, "misfits": 3}}
+        Store(tmp_path).ensure(stage, lambda folder, s=stage, f=facts: made.record(s, **f))
+    made.publish(tmp_path, cells)
+    report.write(tmp_path, ["mine"])
+    rows = read_csv(tmp_path / "report" / "mine" / "too_long.csv")
+    assert [row["rows too long"] for row in rows] == ["3", "3"]
+    assert "Rows that were too long, by training" in (tmp_path / "report" / "index.html").read_text()
