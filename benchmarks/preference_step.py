@@ -125,7 +125,7 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
         {**e, "length": max(len(e["chosen_ids"]), len(e["rejected_ids"])) + len(e["prompt_ids"])}
         for e in drawn.examples
     ]
-    settings = training.arguments(spec, recipe, folder, 1) | {"beta": spec.method.beta}
+    settings = training.arguments(spec, recipe, folder, 1, spec.epochs) | {"beta": spec.method.beta}
     settings |= {"max_length": None if dpo else spec.max_length}
     if best:
         settings |= {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}

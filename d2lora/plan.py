@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 from d2lora.keys import digest
 from d2lora.settings import Config
+from d2lora.settings.controls import MergedControl
 from d2lora.stages import (
     Stage,
     adapt,
     contamination,
     evaluate,
     flips,
+    merge,
     prepare,
     warmup,
 )
@@ -28,6 +30,7 @@ from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.contamination import ContaminationSpec
 from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.flips import FlipsSpec
+from d2lora.stages.merge import MergeSpec
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.warmup import WarmupSpec
 
@@ -42,6 +45,7 @@ class Chain:
     contamination: tuple[Stage[ContaminationSpec], ...] = ()
     prepare: Stage[PrepareSpec] | None = None
     flips: tuple[Stage[FlipsSpec], ...] = ()
+    merge: Stage[MergeSpec] | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -56,21 +60,26 @@ class Chain:
     @property
     def trainings(self) -> tuple[Stage, ...]:
         """Return the stages that make an adapter, in order."""
-        return tuple(stage for stage in (self.prepare, self.warmup, self.adapt) if stage)
+        return tuple(stage for stage in (self.prepare, self.warmup, self.adapt, self.merge) if stage)
 
     @property
     def adapter(self) -> Stage | None:
         """Return the stage whose adapter is evaluated; None for the base itself."""
-        return self.adapt or self.warmup or self.prepare
+        return self.merge or self.adapt or self.warmup or self.prepare
 
 
 def chain(config: Config) -> Chain:
     """Return the stages of a cell. UserError for a data set or model that is not where the config says."""
     start = prepare.stage(config)
     first = warmup.stage(config, start)
-    second = adapt.stage(config, first or start)
-    evaluations = tuple(evaluate.stages(config, second or first or start))
-    return Chain(first, second, evaluations, contamination.stages(config), start, tuple(flips.stages(config)))
+    control = config.effective_control
+    apart = isinstance(control, MergedControl)  # the warm-up is added to what was trained without it
+    second = adapt.stage(config, start if apart else first or start, warmed=first is not None and not apart)
+    added = (
+        merge.stage(config, control, second, first) if isinstance(control, MergedControl) and first and second else None
+    )
+    evaluations = tuple(evaluate.stages(config, added or second or first or start))
+    return Chain(first, second, evaluations, contamination.stages(config), start, tuple(flips.stages(config)), added)
 
 
 # --- a grid --------------------------------------------------------------------------------------------------------
@@ -101,8 +110,8 @@ class Job:
 
     @property
     def waits_for(self) -> list[Stage]:
-        """Return the stages of other jobs that must be done first."""
-        return [s.parent for s in self.stages if s.parent and s.parent not in self.stages]
+        """Return the stages of other jobs that must be done before."""
+        return [parent for s in self.stages for parent in s.parents if parent not in self.stages]
 
     @property
     def cost(self) -> float:

@@ -53,7 +53,7 @@ def only(cell: Cell, *stages: Stage) -> Cell:
 
 def alone(cell: Cell) -> Cell:
     """Return the cell with only its trainings and preparation to do: no evaluation."""
-    return only(cell, *(s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s))
+    return only(cell, *cell.chain.trainings)
 
 
 def adapter(cell: Cell) -> dict[str, torch.Tensor]:

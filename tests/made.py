@@ -96,7 +96,8 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
     if stage.kind != "evaluate":
         n = stage.spec.content().get("n", stage.spec.content().get("m"))
         samples = 6970 if n == "all" else n
-        return {"metrics": {"samples_seen": samples}, "data": {"samples": samples, "misfits": 0}}
+        seen = {"samples_seen": samples, "tokens_seen": 9 * (samples or 0)}
+        return {"metrics": seen, "data": {"samples": samples, "misfits": 0}}
     kind = cell.config.task.benchmark[benchmark].kind
     scores = _scores(stage, kind, items, ability(cell))
     with (folder / "items.jsonl").open("w") as file:

@@ -376,7 +376,7 @@ def _answer(source: Source, make: Make, rows: list[Row], max_length: int) -> lis
 
 
 def _fate(make: Callable[[Row], data.Example], row: Row, max_length: int) -> str:
-    """Return a row's fate: as `data.made` has it, or _EQUAL for a pair of equal answers."""
+    """Return a row's fate: as `data.example_and_fate` has it, or _EQUAL for a pair of equal answers."""
     example, fate = data.example_and_fate(make, row, max_length)
     return (
         _EQUAL if example and "chosen_ids" in example and example["chosen_ids"] == example.get("rejected_ids") else fate

@@ -13,6 +13,7 @@ from d2lora.data.checks import (
 )
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.items import check_benchmark, check_items, choices, golds, right_choice
+from d2lora.data.placebo import exchanged
 from d2lora.data.sources import (
     ROOT,
     Row,
@@ -38,6 +39,7 @@ from d2lora.data.tokens import (
     example_and_fate,
     general_example,
     longest,
+    mixed,
     pair_example,
     rendered_conversation,
     rendered_prompt,
@@ -72,6 +74,7 @@ __all__ = [
     "encode",
     "ends",
     "example_and_fate",
+    "exchanged",
     "fill",
     "fingerprint",
     "general_example",
@@ -83,6 +86,7 @@ __all__ = [
     "kind_line",
     "local",
     "longest",
+    "mixed",
     "model_files",
     "model_identity",
     "number_of",

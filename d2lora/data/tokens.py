@@ -361,6 +361,17 @@ def _assistant_head(tokenizer: "Tokenizer") -> tuple[str, str]:
     return full.split("<think>")[0], full
 
 
+def mixed(first: tuple[Subset, int], second: tuple[Subset, int], seed: str) -> Subset:
+    """Return the examples of two subsets, each as often as its number says, in one seeded order, for SFT in a single epoch."""
+    parts = [
+        (example, row)
+        for subset, repeats in (first, second)
+        for example, row in zip(subset.examples * repeats, subset.rows * repeats, strict=True)
+    ]
+    ordered = [parts[index] for index in shuffled(len(parts), seed)]
+    return Subset([example for example, _ in ordered], [row for _, row in ordered], [])
+
+
 def sequences(example: Example) -> list[Example]:
     """Return the sequences of an example: one, or one for each turn."""
     return example.get("turns", [example])

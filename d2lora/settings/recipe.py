@@ -25,7 +25,7 @@ def _by_phase(values: dict[str, _T]) -> dict[str, _T]:
         raise ValueError(f"there is no {', '.join(unknown)}: {', '.join(phases)}")
     like = {name: method_of(name).rates_like for name in METHOD_NAMES}
     all_values = {name: values[other] for name, other in like.items() if other in values} | values
-    missing = [phase for phase in phases if phase not in all_values]
+    missing = [phase for phase in phases if phase not in all_values and not like.get(phase)]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
     return {phase: all_values[phase] for phase in phases}

@@ -48,6 +48,24 @@ def general(run: Run[Spec], amount: int | str, max_length: int) -> data.Subset:
     return data.subset(run.rows(config.warmup.data), make, amount, max_length, f"warmup/{config.data_seed}")
 
 
+def exchanged(run: Run[Spec], subset: data.Subset, max_length: int) -> data.Subset:
+    """Return the subset's conversations with answers exchanged; those that are too long now, or can't be rendered, are left out."""
+    config = run.config
+    rows = run.rows(config.warmup.data)
+    seed = f"placebo/{config.data_seed}"
+    others = data.exchanged([rows[index] for index in subset.rows], config.warmup.messages, seed)
+    make = functools.partial(data.general_example, run.base.tokenizer, config.warmup)
+    examples, used, left_out = [], [], dict(subset.left_out)
+    for index, row in zip(subset.rows, others, strict=True):
+        example, fate = data.example_and_fate(make, row, max_length)
+        if example is not None:
+            examples.append(example)
+            used.append(index)
+        else:
+            left_out.setdefault(f"with another's answer: {fate}", []).append(index)
+    return data.Subset(examples, used, subset.misfits, left_out=left_out)
+
+
 def task(run: Run[Spec], amount: int | str, max_length: int, preference: bool, at_most: bool = False) -> data.Subset:
     """Return the first `amount` rows in the task's order, as examples.
 

@@ -47,6 +47,11 @@ class Run(Generic[S]):
         parent = self.stage.parent
         return self.outputs.record(parent.kind, parent.key) if parent else None
 
+    @property
+    def others(self) -> list[Path]:
+        """The folders of the records of the other stages that it waits for."""
+        return [self.outputs.record(other.kind, other.key) for other in self.stage.others]
+
     @functools.cached_property
     def base(self) -> "Base":
         """Return the base model, loaded once a process. torch gets the recipe's number of threads."""

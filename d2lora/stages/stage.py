@@ -47,11 +47,19 @@ class Stage(Generic[S]):
     label: str = field(default="", compare=False)
     samples: int | None = field(default=0, compare=False)
     subject: str = field(default="", compare=False)
+    others: "tuple[Stage[Spec], ...]" = field(
+        default=(), compare=False
+    )  # more that it waits for; its spec has their keys
 
     @property
     def kind(self) -> str:
         """Return the name of its kind."""
         return self.spec.KIND
+
+    @property
+    def parents(self) -> "tuple[Stage[Spec], ...]":
+        """Return the stages that must be done before."""
+        return ((self.parent,) if self.parent else ()) + self.others
 
     @functools.cached_property
     def key(self) -> str:
