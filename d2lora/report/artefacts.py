@@ -52,13 +52,15 @@ def _settings(sweep: Sweep) -> Content | None:
 
 OWN = Artefact("table", "Sweep {sweep}", _own, title="All cells of this sweep", figure="curves", folded="below others")
 
+CONTROLS = Artefact("controls", controls.CAPTION, controls.content)
+
 # In the order of the page.
 ARTEFACTS: tuple[Artefact, ...] = (
     Artefact("differences", "D2LoRA minus LoRA on the same items, with 95 % intervals", _differences),
     *(Artefact(a.name, a.caption, functools.partial(_paper_table, a)) for a in paper.TABLES),
     *(Artefact(a.name, a.caption, functools.partial(_paper_figure, a)) for a in paper.FIGURES),
     OWN,
-    Artefact("controls", controls.CAPTION, controls.content),
+    CONTROLS,
     Artefact("inits", inits.CAPTION, inits.content),
     Artefact("costs", "What each arm cost to train", costs.content, folded="yes"),
     Artefact("contamination", "Test items found in a training set", evidence.contamination_content, files=False),
@@ -116,6 +118,8 @@ def text(loaded: Loaded) -> str:
     if loaded.problem or own is None:
         return f"no table: {loaded.problem}"
     parts = [formats.text(table) for table in own.tables] + [f"note: {line}" for line in own.notes]
+    if against := loaded.content(CONTROLS.name):
+        parts += against.notes
     shares = evidence.contamination(loaded.sweep.cells, loaded.sweep.records)
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(shares)]))
 
