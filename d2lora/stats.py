@@ -201,3 +201,45 @@ def smallest_detectable(resampled: np.ndarray, exact_items: int | None = None) -
 
     low, lower, upper, high = np.percentile(resampled, (2.5, 20, 80, 97.5))
     return max(float(high - low + upper - lower) / 2, gammaincinv(6, 0.8) / exact_items if exact_items else 0.0)
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+def spreads(differences: np.ndarray) -> tuple[float, float]:
+    """Standard deviations that a plan needs, from differences (runs, items): of items' own differences, of the runs' means.
+
+    What items have of their own stays when more replicates are trained; the noise of single answers is in the runs' means.
+    """
+    runs = differences.mean(axis=1, dtype=float)
+    items = (_own_share(differences) if len(runs) > 1 else 1.0) * differences.mean(axis=0, dtype=float).var(ddof=1)
+    return float(items**0.5), float(runs.std(ddof=1)) if len(runs) > 1 else 0.0
+
+
+def smallest_effect(items: int, replicates: int, item_sd: float, run_sd: float, equivalence: bool = False) -> float:
+    """The smallest true difference that so many items and replicates (three or more) find in four of five studies, at 5 %.
+
+    With `equivalence`, the smallest margin within which arms that do not differ are called equivalent as often. Spreads are those
+    of `spreads`. The interval is bootstrap's: Student's t with (replicates - 1) / share degrees of freedom. Fractions.
+    """
+    from scipy.special import nctdtrinc, stdtrit
+
+    of_items, of_runs = item_sd**2 / items, run_sd**2 / replicates
+    error = (of_items + of_runs) ** 0.5
+    if error == 0:
+        return 0.0
+    freedom = min((replicates - 1) * error**2 / of_runs, 1e6) if of_runs else 1e6
+    if equivalence:  # either of the one-sided tests fails in one of ten studies
+        return float(error * (stdtrit(freedom, 0.95) + stdtrit(freedom, 0.9)))
+    return float(error * nctdtrinc(freedom, 0.2, stdtrit(freedom, 0.975)))
+
+
+def replicates_needed(
+    effect: float, items: int, item_sd: float, run_sd: float, equivalence: bool = False, most: int = 200
+) -> int | None:
+    """The fewest replicates, three or more, whose smallest_effect is no larger than `effect`; None where `most` are too few.
+
+    More replicates do not help where the items are too few for it.
+    """
+    plans = (r for r in range(3, most + 1) if smallest_effect(items, r, item_sd, run_sd, equivalence) <= effect)
+    return next(plans, None)

@@ -69,7 +69,7 @@ def _values(override: Override) -> list[str]:
         raise UserError(f"{override.input_line}: a grid needs listed values: {key}=a,b,c or {key}=range(a,b)")
     values = [f"{key}={text}" for text in override.sweep_string_iterator()]
     if not values:
-        raise UserError(f"{override.input_line}: no value is meant by this, so the grid has no cells")
+        raise UserError(f"{override.input_line}: this lists no value, so the grid has no cells")
     return values
 
 

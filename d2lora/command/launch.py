@@ -155,7 +155,9 @@ def launch_once(launcher: Launcher, config: DictConfig, jobs: list[Job]) -> str 
 def _report_dead(jobs: Iterable[Job], store: Store, stopped: str) -> None:
     """Write a failure for jobs whose worker died twice, or died when it was alone."""
     for job in jobs:
-        error = RuntimeError(f"its worker died without a word: killed by the system, often for memory ({stopped})")
+        error = RuntimeError(
+            f"its worker died without an error: killed by the system, often for lack of memory ({stopped})"
+        )
         stage = next(s for s in job.stages if not store.done(s))
         worker.write_failure(store.outputs, stage.key, stage.label, error)
 

@@ -89,7 +89,9 @@ def _slurm_jobs(name: str) -> list[str]:
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={name}"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:  # if this counted as "no jobs", they would be started twice
-        raise UserError(f"Slurm does not say whether jobs of this sweep are left: squeue: {answer.stderr.strip()}")
+        raise UserError(
+            f"Slurm does not say whether jobs of this sweep are queued or running: squeue: {answer.stderr.strip()}"
+        )
     return answer.stdout.split()
 
 

@@ -36,7 +36,7 @@ def conversation(value: Any) -> Conversation:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _parsed(value)
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise UserError("no conversation: a list of {role, content} or of {from, value} is wanted")
+        raise UserError("no conversation: a list of {role, content} or of {from, value} is expected")
     read = [message(m, f"turn {number}") for number, m in enumerate(value, 1)]
     messages = [parsed for parsed, _ in read]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -48,7 +48,7 @@ def conversation(value: Any) -> Conversation:
     if not learned:
         raise LeftOut("no turn to learn (weight 0)")
     if all(m["role"] in ("system", "developer") for m in messages[: learned[0]]):
-        raise UserError("a conversation that opens with the assistant: nothing asks for what it says")
+        raise UserError("a conversation that begins with the assistant: no turn before it to answer")
     return Conversation(messages, learned)
 
 
@@ -119,7 +119,7 @@ def message(turn: Turn, where: str) -> tuple[Message, bool]:
     if role is None:
         raise UserError(f"{where}: role {role_name!r} is none of {', '.join(_ROLES)}")
     if unread := [k for k in _UNREAD if k in turn]:
-        raise UserError(f"{where}: {unread[0]} is not read: a turn's own are content, tool_calls and weight")
+        raise UserError(f"{where}: {unread[0]} is not supported: a turn may have content, tool_calls and weight")
     message: Message = {k: v for k, v in turn.items() if k not in ("from", "value", "weight", *_THOUGHTS)}
     message |= {"role": role, "content": _content(content, where)}
     thoughts = {turn[k] for k in _THOUGHTS if isinstance(turn.get(k), str)}

@@ -64,7 +64,7 @@ def pair_texts(task: Task, row: Row) -> PairTexts:
         raise LeftOut(PARTED)
     prompt = _prompt(task, row, turns[0] if turns else [])
     if not isinstance(prompt, str) and all(turn["role"] in ("system", "developer") for turn in prompt):
-        raise BadRow("nothing asks for the answer: before it stand system turns only")
+        raise BadRow("nothing to answer: only system turns before the answer")
     prefix = _text(task, row, task.prefix, blank=True)
     return PairTexts(prompt, prefix, chosen[0], rejected[0], chosen[1], rejected[1])
 

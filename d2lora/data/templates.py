@@ -54,7 +54,7 @@ def set_up(tokenizer: "Tokenizer", thinking: bool = False) -> None:
     _edit(tokenizer, lambda text: undated(_without_head(text)))
     switches = [name for name in _SWITCHES if _switches(tokenizer, name)]
     if thinking and not switches:
-        raise UserError("model.thinking=true: the model's chat template knows no such choice (enable_thinking)")
+        raise UserError("model.thinking=true: the model's chat template has no switch for it (enable_thinking)")
     head = "".join(f"{{%- set {name} = {str(thinking).lower()} %}}" for name in switches)
     _edit(tokenizer, lambda text: head + text)
 
@@ -232,7 +232,7 @@ def answer_starts(tokenizer: "Tokenizer") -> list[int]:
 def _named_end(tokenizer: "Tokenizer") -> tuple[str, int]:
     """Return the tokenizer's EOS as text and id. UserError if it has none."""
     if tokenizer.eos_token is None:
-        raise UserError("the model's chat template ends no turn by a token, and its tokenizer names no end (eos_token)")
+        raise UserError("the model's chat template ends no turn with a token, and its tokenizer has no eos_token")
     return tokenizer.eos_token, tokenizer.eos_token_id
 
 

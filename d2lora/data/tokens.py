@@ -303,7 +303,7 @@ def _turn(
         raise UserError(problem)
     end = templates.turn_end(tokenizer, turn, message)
     if end is None and shape.ended:
-        raise UserError(f"the model's chat template does not end turn {index + 1} by {shape.end}")
+        raise UserError(f"the model's chat template does not end turn {index + 1} with {shape.end}")
     if end is None:  # a template without ends: the tokenizer's
         unended = turn.rstrip() if message.get("tool_calls") else turn[: turn.rfind(content) + len(content)]
         return before, unended + shape.end
@@ -314,7 +314,7 @@ def _sequence(tokenizer: "Tokenizer", text: str, turns: list[tuple[str, str]]) -
     """Tokenize a rendered text, {input_ids, labels}, with the loss on its `turns`, given as (the text before one, the turn)."""
     spans = [(len(before), len(before) + len(turn)) for before, turn in turns]
     if not tokenizer.is_fast:
-        raise UserError("the model's tokenizer is a slow one, which does not tell where a token begins: use m=0")
+        raise UserError("the model's tokenizer is a slow one, which gives no token offsets: use m=0")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [

@@ -161,7 +161,7 @@ def choose(
             return layout, proof
         missed.append(proof)
     tried = "; ".join(f"{p.layout}: {miss(p)}" for p in missed)
-    raise UserError(f"model={name}: no way of laying its rows gives what plain passes of single texts give ({tried})")
+    raise UserError(f"model={name}: no layout of its rows gives what plain passes of single texts give ({tried})")
 
 
 def miss(proof: Proof) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.records import Records
-from d2lora.report import costs, evidence, figures, formats, inits, paper, settings, tables
+from d2lora.report import controls, costs, differences, evidence, figures, formats, inits, paper, settings, tables
 from d2lora.report.content import Artefact, Content, Rows, Sweep
 from d2lora.report.manifest import read_manifest
 from d2lora.report.points import points_of
@@ -39,6 +39,13 @@ def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
     return Content(panels=figures.of(selection, built), notes=evidence.notes(points, sweep.records), verdicts=untold)
 
 
+def _differences(sweep: Sweep) -> Content | None:
+    """Return how D2LoRA differs from LoRA in the sweep's own tables; None where no pair is finished."""
+    own = tables.build(sweep.points, sweep.columns, sweep.margin)
+    panels = [panel for table in own for panel in differences.panels(table)]
+    return Content(differences=panels) if panels else None
+
+
 def _settings(sweep: Sweep) -> Content | None:
     return Content(rows=Rows(*settings.settings(sweep.cells)))
 
@@ -47,9 +54,11 @@ OWN = Artefact("table", "Sweep {sweep}", _own, title="All cells of this sweep", 
 
 # In the order of the page.
 ARTEFACTS: tuple[Artefact, ...] = (
+    Artefact("differences", "D2LoRA minus LoRA on the same items, with 95 % intervals", _differences),
     *(Artefact(a.name, a.caption, functools.partial(_paper_table, a)) for a in paper.TABLES),
     *(Artefact(a.name, a.caption, functools.partial(_paper_figure, a)) for a in paper.FIGURES),
     OWN,
+    Artefact("controls", controls.CAPTION, controls.content),
     Artefact("inits", inits.CAPTION, inits.content),
     Artefact("costs", "What each arm cost to train", costs.content, folded="yes"),
     Artefact("contamination", "Test items found in a training set", evidence.contamination_content, files=False),
@@ -133,6 +142,8 @@ def _write(folder: Path, artefact: Artefact, content: Content, sweep: str) -> No
         (folder / f"{artefact.name}.{suffix}").write_text(written)
     stem = folder / (artefact.figure or artefact.name)
     figures.draw(content.panels, stem)
+    if content.differences:
+        figures.save(stem, functools.partial(figures.stacked, content.differences, differences.draw_panel))
     if content.draw:
         figures.save(stem, content.draw)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from d2lora.records import ManifestCell, Records
+from d2lora.report import differences as paired
 from d2lora.report.compare import MARGIN
 from d2lora.report.figures import Panel
 from d2lora.report.points import Point
@@ -48,13 +49,14 @@ class Rows:
 class Content:
     """What an artefact shows of a sweep, in any of these shapes; each is written to files and shown on the page.
 
-    `tables` have a score a point, with comparisons; `rows` are any other table. `panels` are curves; `draw` draws any other figure,
-    given matplotlib's pyplot. The page shows panels, and of figures that `draw` draws it says nothing.
+    `tables` have a score a point, with comparisons; `rows` are any other table. `panels` are curves, `differences` those of pairs;
+    `draw` draws any other figure, given matplotlib's pyplot. The page shows panels, and of figures that `draw` draws it says nothing.
     """
 
     tables: list[Table] = field(default_factory=list)
     rows: Rows | None = None
     panels: list[Panel] = field(default_factory=list)
+    differences: list[paired.Panel] = field(default_factory=list)
     draw: Callable[[Any], Any] | None = None
     notes: list[str] = field(default_factory=list)
     verdicts: list[Table] = field(default_factory=list)  # of a figure: tables whose verdict is told nowhere else

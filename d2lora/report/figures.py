@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from d2lora.report import paper
 from d2lora.report.axes import RATE, compatible, number, short_name
@@ -44,6 +44,25 @@ class Panel:
     arms: bool  # told apart by arm (one method), else by method
     x: str = "n"  # the setting on the x axis
 
+    @property
+    def xs(self) -> list[float]:
+        """Where points are on the x axis, in order."""
+        return sorted({x for curve in self.curves for x, _ in curve.points})
+
+
+class Placed(Protocol):
+    """A panel of whatever is drawn over a setting."""
+
+    title: str
+    unit: str
+    x: str
+
+    @property
+    def xs(self) -> list[float]: ...
+
+
+_P = TypeVar("_P", bound=Placed)
+
 
 def panels(table: Table, panel: str) -> list[Panel]:
     """Return a table's lines as panels: of one method each, or of all. No panel without two points in a curve.
@@ -51,7 +70,7 @@ def panels(table: Table, panel: str) -> list[Panel]:
     A panel has one D2LoRA and the LoRA that it is compared with, for more could not be told apart. What the panels differ
     in (models, initializations, warm-up sets, m, rates ...) is in their titles.
     """
-    if not all(_x(table.column, value, None) is not None for value in table.columns if value != "all"):
+    if not all(x_of(table.column, value, None) is not None for value in table.columns if value != "all"):
         return []
     groups = _beside_each_other(table.lines, table.column)
     heads = [max(group, key=lambda line: size(line.m)).first for group in groups]
@@ -70,7 +89,7 @@ def panels(table: Table, panel: str) -> list[Panel]:
     return drawn
 
 
-def _x(column: str, value: Value, point: Point | None) -> float | None:
+def x_of(column: str, value: Value, point: Point | None) -> float | None:
     """Return where a column stands on the x axis; None for what is no number. n = all is where its records say."""
     if column == "n" and value == "all":
         return point.samples if point else None
@@ -87,7 +106,11 @@ def _beside_each_other(lines: list[Line], column: str) -> list[list[Line]]:
 def _what(point: Point, column: str) -> list[object]:
     """Return what tells one panel from another, but for methods."""
     others = sorted((k, v) for k, v in point.axes.items() if k != column)
-    return [*(getattr(point, k) for k in (*_SHARED, "warmup", "m")), *([point.n] if column != "n" else []), *others]
+    return [
+        *(getattr(point, k) for k in (*_SHARED, "warmup", "m", "control")),
+        *([point.n] if column != "n" else []),
+        *others,
+    ]
 
 
 def _is_beside(line: Line, head: Line, column: str) -> bool:
@@ -95,15 +118,16 @@ def _is_beside(line: Line, head: Line, column: str) -> bool:
     own, its = line.first, head.first
     same = all(getattr(own, k) == getattr(its, k) for k in _SHARED) and (column == "n" or own.n == its.n)
     others = {k: v for k, v in own.axes.items() if k != column}
-    return same and own.m in (0, its.m) and own.warmup in ("", its.warmup) and compatible(others, its.axes)
+    same = same and (own.m == 0 or (own.m, own.control) == (its.m, its.control))
+    return same and own.warmup in ("", its.warmup) and compatible(others, its.axes)
 
 
 def _curve(line: Line, column: str, short: bool) -> Curve:
     """Return a line as a curve; with a short name where the panel's title has the m."""
-    placed = [(_x(column, value, p), p) for value, p in line.points.items()]
+    placed = [(x_of(column, value, p), p) for value, p in line.points.items()]
     known = sorted(((x, p) for x, p in placed if x is not None), key=lambda pair: pair[0])
     theirs = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
-    arm = "" if column == "m" else "D2LoRA" if short and line.m != 0 else line.first.arm
+    arm = "" if column == "m" else line.first.arm.split("(")[0] if short and line.m != 0 else line.first.arm
     label = f"{NAMES[line.method]} {arm}".strip()
     return Curve(label, line.method, line.m, [(x, p) for x, p in known if p.scores], theirs)
 
@@ -145,19 +169,24 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
 
 
 def _figure(drawn: list[Panel], pyplot: Any) -> Any:
-    labels = list(dict.fromkeys(label for panel in drawn for c in panel.curves for label in _labels(c, panel)))
+    return stacked(drawn, _draw_curves, pyplot)
+
+
+def stacked(drawn: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
+    """Return a figure of panels, one below the other, with one legend for all; draw_panel(axis, panel) draws their curves."""
     columns = -(-len(drawn) // _TALLEST)
     rows = -(-len(drawn) // columns)
-    size_ = (WIDTH * columns, HEIGHT * rows + 0.15 * ((len(labels) + 1) // 2))
-    figure, axes = pyplot.subplots(rows, columns, figsize=size_, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict = {}
     for axis in axes.flat[len(drawn) :]:
         axis.remove()
     for index, (axis, panel) in enumerate(zip(axes.flat, drawn, strict=False)):
-        _draw_panel(axis, panel)
+        draw_panel(axis, panel)
+        _dress(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         if index + columns >= len(drawn):  # the last of its column
             axis.set_xlabel(x_label(panel))
+    figure.set_size_inches(WIDTH * columns, HEIGHT * rows + 0.15 * ((len(handles) + 1) // 2))
     figure.legend(
         handles.values(),
         handles,
@@ -171,10 +200,14 @@ def _figure(drawn: list[Panel], pyplot: Any) -> Any:
     return figure
 
 
-def _draw_panel(axis, panel: Panel) -> None:
+def _draw_curves(axis: Any, panel: Panel) -> None:
     for curve in panel.curves:
         _draw_curve(axis, curve, panel)
-    ticks = sorted({x for c in panel.curves for x, _ in c.points})
+
+
+def _dress(axis: Any, panel: Placed) -> None:
+    """Give an axis its title, labels, scale and ticks."""
+    ticks = panel.xs
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
     if spread := is_logarithmic(panel):
         axis.set_xscale("log")
@@ -184,15 +217,14 @@ def _draw_panel(axis, panel: Panel) -> None:
     axis.grid(alpha=0.3, linewidth=0.5)
 
 
-def x_label(panel: Panel) -> str:
+def x_label(panel: Placed) -> str:
     """Return what is on the x axis."""
     return _AXIS_LABELS.get(panel.x, short_name(panel.x))
 
 
-def is_logarithmic(panel: Panel) -> bool:
+def is_logarithmic(panel: Placed) -> bool:
     """Tell whether the x axis is logarithmic: that of n never is."""
-    xs = [x for curve in panel.curves for x, _ in curve.points]
-    return panel.x != "n" and min(xs) > 0 and max(xs) >= _WIDE * min(xs)
+    return panel.x != "n" and panel.xs[0] > 0 and panel.xs[-1] >= _WIDE * panel.xs[0]
 
 
 def _tick(x: float) -> str:

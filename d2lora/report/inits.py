@@ -14,6 +14,7 @@ from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, PLAIN
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import order_of
 from d2lora.settings import amount
+from d2lora.settings.controls import NO_CONTROL
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.warmup import WarmupSpec
@@ -60,7 +61,7 @@ def content(sweep: Sweep) -> Content | None:
 
 def compare(points: Iterable[Point], records: Records) -> list[Row]:
     """Return the rows of a sweep with several initializations, in the order of the sweep; none otherwise."""
-    points = list(points)
+    points = [p for p in points if p.control == NO_CONTROL]
     if len({p.init for p in points if not p.is_base}) < 2:
         return []
     placed = places(points)

@@ -14,12 +14,12 @@ import numpy as np
 
 from d2lora.keys import canonical, digest
 from d2lora.records import Record, Records, Score
-from d2lora.report import evidence, figures, formats, paper
+from d2lora.report import differences, evidence, figures, formats, paper
 from d2lora.report.artefacts import Loaded, Shown
 from d2lora.report.compare import Comparison
 from d2lora.report.content import Rows
 from d2lora.report.figures import Curve, Panel
-from d2lora.report.looks import METHODS, NAMES, outline
+from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point
 from d2lora.report.tables import Table, column_name
 
@@ -62,6 +62,7 @@ class _Data:
             "records": self._records(),
             "environments": [json.loads(e) for e in self.environments],
             "markers": self.markers,
+            "pair_head": formats.PAIR_HEAD,
             "methods": [{"name": name, "label": NAMES[name]} for name in METHODS],  # in the order of tables
         } | samples
 
@@ -80,7 +81,7 @@ class _Data:
             "notes": [*(formats.footnotes(content.tables) if content.tables else []), *content.notes],
             "verdicts": [table.verdict for table in content.verdicts if table.pairs],
             "tables": [self._table(table) for table in content.tables],
-            "panels": [self._panel(panel) for panel in content.panels],
+            "panels": [*map(self._panel, content.panels), *map(self._differences, content.differences)],
             "rows": _rows(content.rows) if content.rows else None,
         }
 
@@ -89,6 +90,7 @@ class _Data:
             "title": table.title,
             "columns": [column_name(table, n) for n in table.columns],
             "verdict": table.verdict,
+            "remarks": table.remarks,
             "pairs": [
                 {"points": [self._index(p) for p, own in table.pairs.items() if own is c], "row": row}
                 for c, row in zip(table.unique_pairs, formats.pair_rows(table), strict=True)
@@ -105,26 +107,38 @@ class _Data:
         pair = table.pairs.get(point)
         return {
             "p": self._index(point),
-            "c": self.comparisons.setdefault(pair, len(self.comparisons)) if pair else None,
+            "c": self._pair(pair) if pair else None,
         }
 
     def _panel(self, panel: Panel) -> JSON:
-        x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel)}
-        curves = [self._curve(curve, panel) for curve in panel.curves]
-        return {"title": panel.title, "unit": panel.unit, "x": x, "curves": curves}
+        return _placed(panel) | {"curves": [self._curve(curve, panel) for curve in panel.curves]}
 
-    def _curve(self, curve: Curve, panel: Panel) -> JSON:
-        colour, marker = figures.look(curve, panel)
+    def _differences(self, panel: differences.Panel) -> JSON:
+        """Return a panel of differences: it has a margin, and each point its comparison."""
+        curves = [
+            self._look(COLOURS[curve.method], MARKS[curve.method])
+            | {"label": curve.label, "lora": False, "paper": []}
+            | {"points": [[x, self._index(point), self._pair(comparison)] for x, point, comparison in curve.points]}
+            for curve in panel.curves
+        ]
+        margin = {"margin": panel.margin / 100, "band": differences.margin_label(panel)}
+        return _placed(panel) | margin | {"curves": curves}
+
+    def _look(self, colour: str, marker: str) -> JSON:
         if marker not in self.markers:
             self.markers[marker] = outline(marker)
-        return {
+        return {"colour": colour, "marker": marker}
+
+    def _curve(self, curve: Curve, panel: Panel) -> JSON:
+        return self._look(*figures.look(curve, panel)) | {
             "label": curve.label,
-            "colour": colour,
-            "marker": marker,
             "lora": curve.m == 0,
             "points": [[x, self._index(point)] for x, point in curve.points],
             "paper": curve.paper,
         }
+
+    def _pair(self, comparison: Comparison) -> int:
+        return self.comparisons.setdefault(comparison, len(self.comparisons))
 
     def _index(self, point: Point) -> int:
         return self.points.setdefault(point, len(self.points))
@@ -151,6 +165,11 @@ class _Data:
         }
 
 
+def _placed(panel: figures.Placed) -> JSON:
+    x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel)}
+    return {"title": panel.title, "unit": panel.unit, "x": x}
+
+
 def fingerprint(value: object) -> str:
     """Return twelve digits that tell one value from another."""
     return digest(value, 12)
@@ -174,7 +193,7 @@ def _rows(table: Rows) -> JSON:
 
 
 def _comparison(c: Comparison) -> JSON:
-    numbers = ("difference", "interval", "detectable", "p", "adjusted", "test", "seeds")
+    numbers = ("difference", "interval", "detectable", "p", "adjusted", "test", "seeds", "decision")
     return {k: getattr(c, k) for k in numbers} | {"beyond": c.beyond_chance}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,13 +28,39 @@ class Worth:
     interval: tuple[float, float]
 
 
+@dataclass(eq=False)
+class Curve:
+    """LoRA's points by n in samples, in its order, and the monotone fit of their values (isotonic regression)."""
+
+    points: dict[float, Point]
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return np.array(list(self.points))
+
+    @cached_property
+    def levels(self) -> np.ndarray:
+        """The fit (sizes,)."""
+        return _monotone(np.array([p.value for p in self.points.values()]))
+
+    @cached_property
+    def drawn(self) -> list[np.ndarray]:
+        """The fit of each resample: the same items for all points, another luck of trainings for each."""
+        drawn = [stats.bootstrap(p.table, RESAMPLES, luck=i) for i, p in enumerate(self.points.values(), 1)]
+        return [_monotone(values) for values in np.column_stack(drawn)]
+
+
 def lines(table: "Table") -> list[str]:
     """Say for each D2LoRA row of a table over n what its warm-up is worth; nothing where LoRA has a single size."""
     if table.column != "n":
         return []
-    rows = [(line, lora) for line in table.lines if line.m != 0 and (lora := _lora_of(line, table))]
-    curves = [(line, curve) for line, lora in rows if len(curve := _curve(lora.points.values())) > 1]
-    known = [(line, {p.n: worth(p, curve) for p in line.points.values() if p.scores}) for line, curve in curves]
+    curves = {id(line): Curve(_by_size(line.points.values())) for line in table.lines if line.m == 0}
+    rows = [(line, curves[id(lora)]) for line in table.lines if line.m != 0 and (lora := _lora_of(line, table))]
+    known = [
+        (line, {p.n: worth(p, curve) for p in line.points.values() if p.scores})
+        for line, curve in rows
+        if len(curve.points) > 1
+    ]
     silent = [line.label for line, worths in known if not any(worths.values())]
     texts = [_text(line, worths) for line, worths in known if any(worths.values())]
     if silent:
@@ -49,7 +76,7 @@ def _lora_of(line: "Line", table: "Table") -> "Line | None":
     return best if best and shared[id(best)] else None
 
 
-def _curve(points: Iterable[Point]) -> dict[float, Point]:
+def _by_size(points: Iterable[Point]) -> dict[float, Point]:
     """Return scored points by n in samples, in its order; those that were asked other items than the first are left out."""
     by_size = {size: p for p in points if p.scores and (size := _size(p)) is not None}
     tested = next(iter(by_size.values())).tested if by_size else set()
@@ -61,42 +88,41 @@ def _size(point: Point) -> float | None:
 
 
 def _text(line: "Line", worths: dict[int | str, Worth | None]) -> str:
-    texts = [_worth_text(w) for w in worths.values() if w]
+    known = [w for w in worths.values() if w]
+    texts = [_worth_text(w, " task samples" if w is known[0] else "") for w in known]
     unknown = [amount(n) for n, w in worths.items() if w is None]
-    text = f"{line.label}: {amount(line.m)} general samples are worth {'; '.join(texts)} task samples"
+    text = f"{line.label}: {amount(line.m)} general samples are worth {', '.join(texts)}"
     return text + (f"; not determinable at n = {', '.join(unknown)}." if unknown else ".")
 
 
-def _worth_text(worth: Worth) -> str:
+def _worth_text(worth: Worth, unit: str) -> str:
     low, high = worth.interval
-    least, most = LESS if np.isinf(low) else f"{low:,.0f}", MORE if np.isinf(high) else f"{high:,.0f}"
-    return f"{worth.samples:,.0f} [{least}, {most}] at n = {amount(worth.n)}"
+    least, most = LESS if np.isinf(low) else _round(low), MORE if np.isinf(high) else _round(high)
+    return f"{_round(worth.samples)} [{least}, {most}]{unit} at n = {amount(worth.n)}"
 
 
-def worth(point: Point, curve: dict[float, Point]) -> Worth | None:
-    """Read from LoRA's curve (points by n) where it has a D2LoRA point's accuracy, less the n that this had itself.
+def _round(samples: float) -> str:
+    return f"{round(samples):,}"
 
-    The curve is the monotone fit of LoRA's values (isotonic regression), straight between sizes. Its interval draws items
-    again, the same in all points, and the luck of trainings in each point by itself. None where the curves do not say: the
-    value is above or below LoRA's curve or where that is flat, the interval has no end on either side, or LoRA has fewer than three
-    sizes.
+
+def worth(point: Point, curve: Curve) -> Worth | None:
+    """Read from LoRA's curve, straight between its sizes, where it has a D2LoRA point's value; less the n that this had itself.
+
+    None where the curve does not say: the value is above or below it, it is flat there, the interval has no end on
+    either side, or LoRA has fewer than three sizes.
     """
     own = _size(point)
-    if own is None or len(curve) < _FEWEST or any(p.tested != point.tested for p in curve.values()):
+    if own is None or len(curve.points) < _FEWEST or any(p.tested != point.tested for p in curve.points.values()):
         return None
-    sizes = np.array(list(curve))
-    levels = _monotone(np.array([p.value for p in curve.values()]))
-    value = float(point.value or 0.0)
+    value, levels = float(point.value or 0.0), curve.levels
     if not levels[0] <= value <= levels[-1] or np.isclose(levels, value, rtol=0, atol=1e-9).sum() > 1:
         return None
-    drawn = [stats.bootstrap(p.table, RESAMPLES, luck=i) for i, p in enumerate((point, *curve.values()), 1)]
-    reached = [
-        _reach(_monotone(row), sizes, d2lora) for d2lora, row in zip(drawn[0], np.column_stack(drawn[1:]), strict=True)
-    ]
-    low, high = np.percentile(np.array(reached) - own, (2.5, 97.5), method="nearest")
+    drawn = zip(stats.bootstrap(point.table, RESAMPLES), curve.drawn, strict=True)
+    reached = np.array([_reach(fit, curve.sizes, other) for other, fit in drawn]) - own
+    low, high = np.percentile(reached, (2.5, 97.5), method="nearest")
     if np.isinf(low) and np.isinf(high):
         return None
-    return Worth(point.n, _reach(levels, sizes, value) - own, (float(low), float(high)))
+    return Worth(point.n, _reach(levels, curve.sizes, value) - own, (float(low), float(high)))
 
 
 def _monotone(values: np.ndarray) -> np.ndarray:

@@ -730,7 +730,7 @@ def test_a_system_turn_alone_asks_for_nothing(folder: Path) -> None:
     system = {"role": "system", "content": "Be brief."}
     pair = {name: [system, {"role": "assistant", "content": ROW[name]}] for name in ("good", "bad")}
     beside = {name: [system, ASKS, turns[-1]] for name, turns in pair.items()}
-    assert "row 2 (1 of 2): nothing asks for the answer" in str(line_of(folder, pair, prompt=None, beside=beside))
+    assert "row 2 (1 of 2): nothing to answer" in str(line_of(folder, pair, prompt=None, beside=beside))
     with pytest.raises(ValueError, match="'system', 'developer', 'user', 'assistant' or 'tool'"):
         line_of(folder, {}, prompt=[{"role": "usr", "content": "{q}"}])
 

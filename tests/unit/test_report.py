@@ -674,6 +674,134 @@ def test_each_kind_of_setting_is_an_axis_of_the_cells_that_depend_on_it(tmp_path
         assert {p for line in table.lines for p in line.points.values()} == set(table.points), "none is lost"
 
 
+def test_each_comparison_is_better_worse_equivalent_or_undecided(tmp_path: Path) -> None:
+    """D2LoRA gains much at n = 100, nothing at n = 200, where runs differ in the noise of single answers only."""
+    gains = {100: 0.2, 200: 0.0, 400: -0.2}
+    ability = lambda c: 0.5 + (gains[c.config.n] if c.config.m else 0)  # noqa: E731
+    wide = "report.margin=6"
+    cells = grid(wide, n=[100, 200, 400], m=[0, 4000], seed=range(5))
+    made.publish(tmp_path, cells, items=400, ability=ability)
+    report.write(tmp_path, ["mine"])
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    assert {c.d2lora.n: c.decision for c in table.unique_pairs} == {100: "better", 200: "equivalent", 400: "worse"}
+    said = "Equivalent within 6 points (two one-sided tests, 5 %) in 1, undecided in 0."
+    files = {f.name: f.read_text() for f in (tmp_path / "report" / "mine").iterdir() if f.suffix in (".md", ".tex")}
+    assert said in files["table.md"]
+    assert "| equivalent |" in files["table.md"]
+    assert "& equivalent " in files["table.tex"]
+    assert "D2LoRA is" in (tmp_path / "report" / "index.html").read_text()
+    rows = read_csv(tmp_path / "report" / "mine" / "table.csv")
+    row = next(r for r in rows if r["decision"] == "equivalent" and r["benchmark"] == "lab_math")
+    assert -0.06 < float(row["equivalence_low"]) < float(row["difference"]) < float(row["equivalence_high"]) < 0.06
+    pair = next(c for c in table.unique_pairs if c.d2lora.n == 200)
+    pair.margin = 0.001
+    assert pair.decision == "undecided"
+
+
+def test_one_seed_s_equivalence_is_newcombe_s_interval_within_one_point_where_a_manifest_does_not_say(
+    tmp_path: Path,
+) -> None:
+    made.publish(tmp_path, grid(n=[100], m=[0, 4000]), items=100)
+    file = tmp_path / "manifests" / "mine.json"
+    content = json.loads(file.read_text())
+    for cell in content["cells"]:
+        del cell["config"]["report"]
+    file.write_text(json.dumps(content))
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    (pair,) = table.unique_pairs
+    assert table.margin == 1.0
+    assert pair.equivalence[0] > pair.interval[0]
+    assert pair.decision == "undecided", "100 items are too few for one point"
+
+
+def test_the_pooled_effect_is_of_the_cells_with_the_same_items_and_seeds(tmp_path: Path) -> None:
+    cells = grid(methods=("sft", "orpo"), n=[100, 200], m=[0, 4000], seed=range(3))
+    lost = next(c for c in cells if c.config.seed == 2 and c.config.m == 4000)
+    made.publish(tmp_path, cells, items=300, missing=lambda stage: stage in lost.chain.evaluations)
+    table = tables.build(points(tmp_path))[0]
+    effect = verdict.pooled(table.unique_pairs)
+    assert (effect.cells, effect.left_out) == (3, 1)
+    whole = [c for c in table.unique_pairs if len(c.seeds) == 3]
+    assert effect.difference == pytest.approx(np.mean([c.difference for c in whole]))
+    widths = [high - low for low, high in (c.interval for c in whole)]
+    assert effect.interval[1] - effect.interval[0] < min(widths)
+    assert re.search(r"Pooled over 3 cells: \S+ points \[\S+, \S+\] \(95 %\), without 1 cell of other", table.verdict)
+    assert "Pooled" not in verdict.verdict(whole[:1]), "one cell's effect is in the table"
+
+
+def test_cells_that_share_an_arm_are_not_pooled_as_if_they_were_independent(tmp_path: Path) -> None:
+    """Two equal D2LoRA arms against one LoRA: pooling them tells no more than one of them."""
+    made.publish(tmp_path, grid(n=[100], m=[0, 4000]), items=300)
+    (pair,) = tables.build(points(tmp_path))[0].unique_pairs
+    twin = compare.compared(pair.lora, pair.d2lora)
+    (low, high), alone = verdict.pooled([pair, twin]).interval, pair.interval
+    assert high - low == pytest.approx(alone[1] - alone[0], rel=0.05)
+
+
+def worth_lines(output: Path) -> list[str]:
+    return tables.build(points(output))[0].remarks
+
+
+def test_a_warm_up_is_worth_the_task_samples_that_lora_needs_more_for_the_same(tmp_path: Path) -> None:
+    """Accuracy rises by 5 points in 100 samples; a warm-up counts as 200 of them, so that at n = 800 it leaves LoRA's curve."""
+    ability = lambda c: 0.3 + 0.0005 * (c.config.n + (200 if c.config.m else 0))  # noqa: E731
+    made.publish(tmp_path, grid(n=[0, 200, 400, 800], m=[0, 4000], seed=range(3)), items=1500, ability=ability)
+    (line,) = worth_lines(tmp_path)
+    assert line.startswith("SFT D2LoRA(4k, n): 4k general samples are worth ")
+    assert line.count("task samples at n = ") == 1
+    assert line.endswith("; not determinable at n = 800.")
+    known = re.findall(r"(-?\d+) \[(-?\d+|less), (\d+|more)\](?: task samples)? at n = (\d+)", line)
+    assert [n for *_, n in known] == ["0", "200", "400"]
+    for value, low, high, _ in known:
+        assert 130 < float(value) < 270
+        assert low == "less" or float(low) < 200
+        assert high == "more" or float(high) > 200
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gain", "said"),
+    [
+        ([0, 400], 0.1, "LoRA's curve does not say"),  # two points make no curve
+        ([0, 200, 400], 2.0, "LoRA's curve does not say"),  # above it
+        ([0, 200, 400], -2.0, "LoRA's curve does not say"),  # below it
+        ([400], 0.1, None),
+    ],
+)
+def test_what_a_warm_up_is_worth_is_not_said_where_the_curve_does_not(tmp_path: Path, sizes, gain, said) -> None:
+    ability = lambda c: 0.3 + 0.0005 * c.config.n + (gain if c.config.m else 0)  # noqa: E731
+    made.publish(tmp_path, grid(n=sizes, m=[0, 4000]), items=200, ability=ability)
+    lines = worth_lines(tmp_path)
+    assert len(lines) == bool(said)
+    assert all(said in line for line in lines)
+
+
+def test_a_flat_curve_does_not_say_what_a_warm_up_is_worth(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid(n=[0, 200, 400], m=[0, 4000]), items=100, ability=lambda c: 9.0)
+    assert worth_lines(tmp_path) == ["SFT D2LoRA(4k, n): LoRA's curve does not say what the warm-up is worth in task samples."]  # fmt: skip
+
+
+def test_shares_of_the_variance_where_seeds_and_draws_are_crossed(tmp_path: Path) -> None:
+    """Draws of the rows differ by 10 points and more, seeds hardly."""
+    luck = {0: -0.15, 1: 0.0, 2: 0.15}
+    cells = [c for d in luck for c in grid(f"data_seed={d}", n=[100], m=[0, 4000], seed=range(3))]
+    made.publish(tmp_path, cells, items=300, ability=lambda c: 0.5 + luck[c.config.data_seed])
+    (line,) = [x for x in worth_lines(tmp_path) if x.startswith("Shares")]
+    assert "(300 items, 3 seeds on each of 3 draws, 2 arms)" in line
+    shares = {k: int(v) for k, v in re.findall(r"(items|training seed|draw of the rows|rest) (\d+) %", line)}
+    assert 99 <= sum(shares.values()) <= 101
+    assert shares["draw of the rows"] > 90
+    assert shares["training seed"] < 3
+
+
+def test_shares_of_the_variance_of_replicates(tmp_path: Path) -> None:
+    cells = [c for r in range(3) for c in grid(f"replicate={r}", n=[100], m=[0, 4000])]
+    made.publish(tmp_path, cells, items=300)
+    text = report.finish(tmp_path, "mine", draw=False)
+    assert re.search(r"\(300 items, 3 replicates,\s2\sarms\):\s+items \d+ %,\s+replicate\s+\d+ %", text)
+    made.publish(tmp_path, grid("sweep=other", n=[100], m=[0, 4000], seed=range(3)), items=300)
+    assert "Shares" not in report.finish(tmp_path, "other", draw=False)
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_the_artefact_of_the_documentation_is_written_and_on_the_page(tmp_path: Path, monkeypatch) -> None:
     text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
