@@ -70,8 +70,8 @@ def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
 def log(values: dict[str, float], samples_seen: int) -> None:
     """Log a training's current values to the run of the stage at work, if it has one."""
     if run := _at_work.get():
-        now = {f"train/{k}": v for k, v in values.items()} | {"samples_seen": samples_seen, "_timestamp": time.time()}
-        run.do(lambda r: r.log(now))
+        shown = {f"train/{k}": v for k, v in values.items()} | {"samples_seen": samples_seen, "_timestamp": time.time()}
+        run.do(lambda r: r.log(shown))
 
 
 def _about(config: Config, stage: Stage) -> About:
@@ -343,13 +343,13 @@ def _where(outputs: Outputs) -> str:
 
 def _log_once(about: About, content: object, whose: Config, outputs: Outputs, fill: Callable[[Any], None]) -> None:
     """Log a run unless it was logged with this content before; <output>/wandb/logged remembers that."""
-    file, now = outputs.logged(about.id), _digest(content)
-    if file.exists() and cached(file, str) == now:
+    file, current = outputs.logged(about.id), _digest(content)
+    if file.exists() and cached(file, str) == current:
         return
 
     def fill_and_note(run: Any) -> None:  # one task: a run that could not be filled is sent again
         fill(run)
-        write_json(file, now)
+        write_json(file, current)
 
     run = Run(whose, outputs, about)
     run.do(fill_and_note)

@@ -103,8 +103,8 @@ def load(output: Path, name: str, records: Records) -> Loaded:
     except UserError as error:
         points, problem = [], str(error)
     sweep = Sweep(name, manifest.cells, points, records)
-    made = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
-    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in made if content is not None])
+    contents = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
+    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in contents if content is not None])
 
 
 def damaged(name: str, records: Records, problem: str) -> Loaded:

@@ -133,16 +133,17 @@ def _curve(line: Line, column: str, short: bool) -> Curve:
 
 
 def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
+    """Return the panels of one of the paper's figures."""
     return [panel for table in tables for panel in panels(table, artefact.panel)]
 
 
-def draw(found: list[Panel], stem: Path) -> list[Path]:
-    """Draw panels, one below the other, to stem.png, .svg and .pdf; the files, none without panels."""
-    return save(stem, functools.partial(_figure, found)) if found else []
+def draw(drawn: list[Panel], stem: Path) -> list[Path]:
+    """Draw panels, one below the other, to stem.png, .svg and .pdf. Returns the files, none without panels."""
+    return save(stem, functools.partial(_figure, drawn)) if drawn else []
 
 
 def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
-    """Write the figure that make(pyplot) draws, in the report's style, to stem.png, .svg and .pdf; the files."""
+    """Write the figure that make(pyplot) draws, in the report's style, to stem.png, .svg and .pdf. Returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,23 +168,23 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
     return files
 
 
-def _figure(found: list[Panel], pyplot: Any) -> Any:
-    return stacked(found, _draw_curves, pyplot)
+def _figure(drawn: list[Panel], pyplot: Any) -> Any:
+    return stacked(drawn, _draw_curves, pyplot)
 
 
-def stacked(found: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
+def stacked(drawn: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
     """Return a figure of panels, one below the other, with one legend for all; draw_panel(axis, panel) draws their curves."""
-    columns = -(-len(found) // _TALLEST)
-    rows = -(-len(found) // columns)
+    columns = -(-len(drawn) // _TALLEST)
+    rows = -(-len(drawn) // columns)
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict = {}
-    for axis in axes.flat[len(found) :]:
+    for axis in axes.flat[len(drawn) :]:
         axis.remove()
-    for place, (axis, panel) in enumerate(zip(axes.flat, found, strict=False)):
+    for index, (axis, panel) in enumerate(zip(axes.flat, drawn, strict=False)):
         draw_panel(axis, panel)
         _dress(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        if place + columns >= len(found):  # the last of its column
+        if index + columns >= len(drawn):  # the last of its column
             axis.set_xlabel(x_label(panel))
     figure.set_size_inches(WIDTH * columns, HEIGHT * rows + 0.15 * ((len(handles) + 1) // 2))
     figure.legend(
@@ -236,7 +237,7 @@ def _crowded(ticks: Sequence[float]) -> bool:
 
 
 def _labels(curve: Curve, panel: Panel) -> list[str]:
-    """A curve's name in the legend, and that of the paper's; where panels are methods, without the method."""
+    """Return a curve's name in the legend, and that of the paper's; where panels are methods, without the method."""
     label = curve.label.removeprefix(f"{NAMES[curve.method]} ") if panel.arms else curve.label
     return [label, f"{label}, paper"] if curve.paper else [label]
 
@@ -266,7 +267,7 @@ def look(curve: Curve, panel: Panel) -> tuple[str, str]:
 
 
 def _style(curve: Curve, panel: Panel) -> dict[str, Any]:
-    """Colour and marker tell arms or methods apart; open markers, and dots where methods do not, are LoRA's."""
+    """Return matplotlib's style of a curve: open markers, and dots where colours are methods', are LoRA's."""
     lora = curve.m == 0
     style: dict = {"markersize": 3.5, "linewidth": 1.2}
     style["color"], style["marker"] = look(curve, panel)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2lora.errors import UserError
+from d2lora.outputs import Outputs
 from d2lora.records import Manifest, Record, Records
 from d2lora.report import axes
 from d2lora.report.axes import general
@@ -104,7 +105,7 @@ def unused(trained: list[Record]) -> dict[str, int | str]:
 
 def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
     """outputs/report/results.csv from all manifests; the file, and a line for each sweep that is not in it: damaged."""
-    file = output / "report" / "results.csv"
+    file = Outputs(output).results
     file.parent.mkdir(parents=True, exist_ok=True)
     rows, damaged = [], []
     for sweep in sweeps(output):
