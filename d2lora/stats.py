@@ -1,7 +1,8 @@
-"""Intervals and paired tests on per-item scores. Pure functions; seeded, so a report made again has the same numbers.
+"""Compute intervals and paired tests on per-item scores. Pure functions, seeded, so a report always has the same
+numbers.
 
-Scores are arrays (runs, items): one row a training seed, one column a test item; a comparison takes the difference of two
-such arrays, item by item, because both arms answered the same items.
+Scores are arrays (runs, items): one row for each training seed, one column for each test item. A comparison takes the
+difference of two such arrays item by item, because both were measured on the same items.
 """
 
 import functools
@@ -15,25 +16,25 @@ LEVEL = 0.95  # of intervals
 
 
 def interval(scores: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of scores (runs, items).
+    """Return the 95 % interval of the mean of scores (runs, items).
 
-    One run of right or wrong: Wilson's, which keeps its coverage with few items and near 0 or 1, where a resampling
-    interval shrinks to nothing. Anything else: percentiles of the two-level bootstrap.
+    One run of right or wrong answers: Wilson's interval, which keeps its coverage with few items and near 0 or 1, where
+    a resampled interval is far too narrow. Otherwise: percentiles of the two-level bootstrap.
     """
     if len(scores) == 1 and is_binary(scores):
         return wilson(int(scores.sum()), scores.shape[1])
     return clipped(percentiles(bootstrap(scores)), 0.0, scores)
 
 
-def clipped(found: tuple[float, float], lowest: float, *scores: np.ndarray) -> tuple[float, float]:
-    """An interval kept within lowest and 1 if all scores are within 0 and 1: few runs would leave room for more."""
+def clipped(bounds: tuple[float, float], lowest: float, *scores: np.ndarray) -> tuple[float, float]:
+    """Clip an interval to [lowest, 1] if all scores are within 0 and 1: with few runs it can be wider."""
     if all(x.min() >= 0 and x.max() <= 1 for x in scores):
-        return max(lowest, found[0]), min(1.0, found[1])
-    return found
+        return max(lowest, bounds[0]), min(1.0, bounds[1])
+    return bounds
 
 
 def is_binary(scores: np.ndarray) -> bool:
-    """Whether all scores are right (1) or wrong (0)."""
+    """Tell whether all scores are right (1) or wrong (0)."""
     return bool(np.isin(scores, (0, 1)).all())
 
 
@@ -47,9 +48,10 @@ def wilson(right: int, items: int, level: float = LEVEL) -> tuple[float, float]:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided exact McNemar test of two arrays (items,) of right (1) and wrong (0): p.
+    """Return p of the two-sided exact McNemar test of two arrays (items,) of right (1) and wrong (0).
 
-    Under the null each item that only one of them has right is a fair coin (McNemar 1947); ties say nothing.
+    Under the null hypothesis each item that only one of them gets right is a fair coin (McNemar 1947); ties do not
+    count.
     """
     from scipy.special import bdtr
 
@@ -60,13 +62,13 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 def newcombe(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """Interval of second - first, shares of right (1) among the same items (items,), by adding Wilson's in squares.
 
-    Newcombe 1998 (Stat Med 17:2635), method 10. Resampling would find [0, 0] where no item differs and exclude 0 where
-    four do, all on one side (exact McNemar: p = 0.125).
+    Newcombe 1998 (Stat Med 17:2635), method 10: Wilson's intervals of both shares, combined. Resampling would return
+    [0, 0] where no item differs, and would exclude 0 where four differ in one direction (exact McNemar: p = 0.125).
     """
     items, a, b = len(first), int(first.sum()), int(second.sum())
     (low_a, high_a), (low_b, high_b) = wilson(a, items, level), wilson(b, items, level)
     together = items * float((first * second).sum()) - a * b
-    together = max(together - items / 2, 0.0) if together > 0 else together  # his continuity correction
+    together = max(together - items / 2, 0.0) if together > 0 else together  # Newcombe's continuity correction
     spread = (a * (items - a) * b * (items - b)) ** 0.5
     phi = together / spread if spread else 0.0
     add = lambda x, y: (x * x - 2 * phi * x * y + y * y) ** 0.5  # noqa: E731
@@ -109,8 +111,11 @@ def bootstrap(
 
 
 def _own_share(scores: np.ndarray) -> float:
-    """How much of the variance between items' means is the items' own; the rest, noise of single runs, is in the spread of
-    the runs already. From the mean squares of a two-way analysis of variance (items, runs)."""
+    """Return which share of the variance between items' means comes from the items themselves.
+
+    The rest is noise of single runs, which the spread of the runs includes already. Computed from the mean squares of a
+    two-way analysis of variance (items, runs).
+    """
     means = scores.mean(axis=0, dtype=float)
     rest = scores - means - (scores.mean(axis=1, keepdims=True, dtype=float) - means.mean())
     return max(0.0, 1 - rest.var() / ((len(scores) - 1) * means.var())) if means.var() else 0.0
@@ -118,7 +123,9 @@ def _own_share(scores: np.ndarray) -> float:
 
 @functools.lru_cache(maxsize=4)
 def _t(freedom: int, resamples: int, seed: int) -> np.ndarray:
-    """Student's t (resamples,): its quantiles in random order, as the tails of one degree of freedom are far out."""
+    """Return values of Student's t (resamples,): its quantiles in random order, because random draws of its tails vary
+    too much.
+    """
     from scipy.special import stdtrit
 
     quantiles = stdtrit(freedom, (np.arange(resamples) + 0.5) / resamples)
@@ -148,16 +155,16 @@ def _stretch(freedom: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _draws(size: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of `size` things is drawn in each resample: counts (resamples, size), exact in float32.
+    """Return how often each of `size` items is drawn in each resample: counts (resamples, size), exact in float32.
 
-    The same for all arrays of a size, so a mean of many arrays is one matrix product.
+    They are the same for all arrays of a size, so the resampled means of an array are one matrix product.
     """
     generator = np.random.default_rng([seed, size])
     counts = np.empty((resamples, size), np.float32)
     for start in range(0, resamples, 1000):  # in parts: the indices take twice the memory of the counts
         rows = min(1000, resamples - start)
-        places = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
-        counts[start : start + rows] = np.bincount(places.ravel(), minlength=rows * size).reshape(rows, size)
+        positions = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+        counts[start : start + rows] = np.bincount(positions.ravel(), minlength=rows * size).reshape(rows, size)
     return counts
 
 
@@ -168,13 +175,13 @@ def percentiles(resampled: np.ndarray, level: float = LEVEL) -> tuple[float, flo
 
 
 def bootstrap_p(resampled: np.ndarray) -> float:
-    """Two-sided p of a difference of zero: twice the smaller share of resampled differences on either side of it."""
+    """Return the two-sided p of a difference of zero: twice the smaller share of resampled differences beside it."""
     side = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
     return min(1.0, 2 * (1 + side) / (1 + len(resampled)))
 
 
 def holm(p: list[float]) -> list[float]:
-    """P values adjusted for being several (Holm 1979): significant at alpha where the adjusted value is at most alpha."""
+    """Adjust p values for multiple tests (Holm 1979): significant at alpha where the adjusted value is at most alpha."""
     order = sorted(range(len(p)), key=p.__getitem__)
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
@@ -184,11 +191,11 @@ def holm(p: list[float]) -> list[float]:
 
 
 def smallest_detectable(resampled: np.ndarray, exact_items: int | None = None) -> float:
-    """The smallest true difference that a two-sided test at 5 % finds with power 80 %, before any correction.
+    """Return the smallest true difference that a two-sided test at 5 % detects with power 80 %, before any correction.
 
-    Half of the middle 95 % of resampled differences and half of their middle 60 %: 1.96 and 0.84 standard errors where
-    they are normal, more with few runs. The exact McNemar test of `exact_items` items needs 6 that differ, all on one side
-    (5 have p = 0.06); where 7.9 are expected at least so many come four times in five (Poisson).
+    It is half of the middle 95 % of resampled differences plus half of their middle 60 %: 1.96 and 0.84 standard errors
+    if they are normal, more with few runs. The exact McNemar test of `exact_items` items needs 6 items that differ in
+    one direction (5 have p = 0.06); if 7.9 are expected, at least 6 occur with probability 80 % (Poisson).
     """
     from scipy.special import gammaincinv
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.records import Records
-from d2lora.report import costs, differences, evidence, figures, formats, inits, paper, settings, tables
+from d2lora.report import controls, costs, differences, evidence, figures, formats, inits, paper, settings, tables
 from d2lora.report.content import Artefact, Content, Rows, Sweep
 from d2lora.report.manifest import read_manifest
 from d2lora.report.points import points_of
@@ -58,6 +58,7 @@ ARTEFACTS: tuple[Artefact, ...] = (
     *(Artefact(a.name, a.caption, functools.partial(_paper_table, a)) for a in paper.TABLES),
     *(Artefact(a.name, a.caption, functools.partial(_paper_figure, a)) for a in paper.FIGURES),
     OWN,
+    Artefact("controls", controls.CAPTION, controls.content),
     Artefact("inits", inits.CAPTION, inits.content),
     Artefact("costs", "What each arm cost to train", costs.content, folded="yes"),
     Artefact("contamination", "Test items found in a training set", evidence.contamination_content, files=False),

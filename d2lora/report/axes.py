@@ -6,6 +6,7 @@ from typing import Any
 
 from d2lora.records import ManifestCell
 from d2lora.settings import Machine
+from d2lora.settings.controls import NO_CONTROL, control_of, in_effect
 
 # The named parts of a config: shown by their names where cells differ in them.
 LABELS = ("model", "task", "init", "warmup", "recipe")
@@ -37,6 +38,12 @@ def general(config: dict[str, Any]) -> bool:
     return config["m"] != 0 or config["init"].get("data") == "general"
 
 
+def control(config: dict[str, Any]) -> str:
+    """Return the name of the control arm that a cell is of; older manifests have none."""
+    name = config.get("control", {}).get("name", NO_CONTROL)
+    return in_effect(name, config["m"], config["n"])
+
+
 def settings_of(cell: ManifestCell) -> Axes:
     """Return the settings that the cell's result depends on."""
     own_rate = f"{RATE}.{cell.config['method']['name']}"
@@ -47,6 +54,7 @@ def settings_of(cell: ManifestCell) -> Axes:
 def _matters(key: str, cell: ManifestCell) -> bool:
     """Tell whether the cell's result depends on a setting: not on one of a phase that it has not, nor on how its machine works."""
     config, part = cell.config, key.split(".")[0]
+    arm = control(config)
     adapted, warmed = cell.stages.adapt is not None, cell.stages.warmup is not None
     trained = adapted or warmed or cell.stages.prepare is not None
     if key in _LAYOUT:
@@ -55,8 +63,10 @@ def _matters(key: str, cell: ManifestCell) -> bool:
         return False
     if key.startswith(RATE):
         return {RATE: adapted, f"{RATE}.warmup": warmed}.get(key, False)
-    if part == "warmup":
-        return general(config) and (warmed or key != "warmup.epochs")
+    if part == "control":
+        return arm != NO_CONTROL and key != "control.name"
+    if part == "warmup":  # a control arm without a warm-up has as many epochs of general rows, or tokens
+        return general(config) and (warmed or not control_of(arm).warms_up or key != "warmup.epochs")
     if key.startswith("task.benchmark"):
         return True
     needs = {"method": adapted, "task": adapted, "recipe": trained, "init": trained, "data_seed": trained}

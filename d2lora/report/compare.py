@@ -11,6 +11,7 @@ from d2lora.report.axes import compatible
 from d2lora.report.looks import NAMES, QUANTIZING
 from d2lora.report.points import Point, differing, label_texts
 from d2lora.settings import amount
+from d2lora.settings.controls import NO_CONTROL
 
 ALPHA = 0.05
 MARGIN = 1.0  # points within which arms are called equivalent where a manifest, an older one, does not say
@@ -76,7 +77,7 @@ def comparisons(points: Iterable[Point], margin: float = MARGIN) -> dict[Point, 
     distinct: dict[tuple, Comparison] = {}
     for point in points:
         other = counterpart(placed, point, point.init, 0)
-        if point.m == 0 or other is None or (pair := _paired(other, point)) is None:
+        if point.m == 0 or point.control != NO_CONTROL or other is None or (pair := _paired(other, point)) is None:
             continue
         keys = tuple((_evaluation(other, s), _evaluation(point, s)) for s in pair[0])
         if keys not in distinct:
@@ -110,12 +111,12 @@ def places(points: Iterable[Point]) -> Places:
     by_place: Places = {}
     for p in points:
         origins = _BASE if p.is_base else (p.init, p.recipe, p.warmup)
-        by_place.setdefault((*_shared(p), p.m, *origins), []).append(p)
+        by_place.setdefault((*_shared(p), p.m, p.control, *origins), []).append(p)
     return by_place
 
 
-def counterpart(by_place: Places, point: Point, init: str, m: int | str) -> Point | None:
-    """Return the point that differs from `point` in initialization or m alone; None where the sweep has none.
+def counterpart(by_place: Places, point: Point, init: str, m: int | str, control: str = NO_CONTROL) -> Point | None:
+    """Return the point that differs from `point` in initialization, m or control arm alone; None where the sweep has none.
 
     LoRA has no warm-up, unless its initialization looked at one's rows; at n = 0 it is the base, which may be quantized. Settings
     that it does not depend on, as of the warm-up's learning rate, may be any.
@@ -123,7 +124,7 @@ def counterpart(by_place: Places, point: Point, init: str, m: int | str) -> Poin
     origins = [(init, point.recipe, point.warmup), (init, point.recipe, "")]
     if point.n == 0 and m == 0 and init not in QUANTIZING:
         origins = [_BASE]
-    others = (p for o in origins for p in by_place.get((*_shared(point), m, *o), []))
+    others = (p for o in origins for p in by_place.get((*_shared(point), m, control, *o), []))
     return next((p for p in others if compatible(p.axes, point.axes)), None)
 
 

@@ -106,7 +106,11 @@ def _beside_each_other(lines: list[Line], column: str) -> list[list[Line]]:
 def _what(point: Point, column: str) -> list[object]:
     """Return what tells one panel from another, but for methods."""
     others = sorted((k, v) for k, v in point.axes.items() if k != column)
-    return [*(getattr(point, k) for k in (*_SHARED, "warmup", "m")), *([point.n] if column != "n" else []), *others]
+    return [
+        *(getattr(point, k) for k in (*_SHARED, "warmup", "m", "control")),
+        *([point.n] if column != "n" else []),
+        *others,
+    ]
 
 
 def _is_beside(line: Line, head: Line, column: str) -> bool:
@@ -114,7 +118,8 @@ def _is_beside(line: Line, head: Line, column: str) -> bool:
     own, its = line.first, head.first
     same = all(getattr(own, k) == getattr(its, k) for k in _SHARED) and (column == "n" or own.n == its.n)
     others = {k: v for k, v in own.axes.items() if k != column}
-    return same and own.m in (0, its.m) and own.warmup in ("", its.warmup) and compatible(others, its.axes)
+    same = same and (own.m == 0 or (own.m, own.control) == (its.m, its.control))
+    return same and own.warmup in ("", its.warmup) and compatible(others, its.axes)
 
 
 def _curve(line: Line, column: str, short: bool) -> Curve:
@@ -122,7 +127,7 @@ def _curve(line: Line, column: str, short: bool) -> Curve:
     placed = [(x_of(column, value, p), p) for value, p in line.points.items()]
     known = sorted(((x, p) for x, p in placed if x is not None), key=lambda pair: pair[0])
     theirs = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
-    arm = "" if column == "m" else "D2LoRA" if short and line.m != 0 else line.first.arm
+    arm = "" if column == "m" else line.first.arm.split("(")[0] if short and line.m != 0 else line.first.arm
     label = f"{NAMES[line.method]} {arm}".strip()
     return Curve(label, line.method, line.m, [(x, p) for x, p in known if p.scores], theirs)
 

@@ -14,6 +14,7 @@ from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, PLAIN
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import order_of
 from d2lora.settings import amount
+from d2lora.settings.controls import NO_CONTROL
 
 CAPTION = "Initializations: scores in %, differences to init=lora in points on the same items"
 
@@ -57,7 +58,7 @@ def content(sweep: Sweep) -> Content | None:
 
 def compare(points: Iterable[Point], records: Records) -> list[Row]:
     """The rows of a sweep with several initializations, in the order of the sweep; none otherwise."""
-    points = list(points)
+    points = [p for p in points if p.control == NO_CONTROL]
     if len({p.init for p in points if not p.is_base}) < 2:
         return []
     placed = places(points)

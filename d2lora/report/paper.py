@@ -11,6 +11,7 @@ from typing import Literal
 from d2lora.report.axes import LABELS
 from d2lora.report.looks import PLAIN
 from d2lora.report.points import Point
+from d2lora.settings.controls import NO_CONTROL
 
 _ALL_TITLES = 7000  # Table 1's last column says 7k and can only mean all pairs that are not held out
 _WARMUPS = ("", "mix40k")  # none, and the paper's mix
@@ -82,7 +83,7 @@ def _is_one_grid(points: list[Point]) -> bool:
 def _shown(artefact: Artefact, scale: Scale, point: Point) -> bool:
     if (point.task, point.benchmark) != getattr(scale, artefact.role):
         return False
-    if point.method not in artefact.methods or not (artefact.warmed or point.m == 0):
+    if point.control != NO_CONTROL or point.method not in artefact.methods or not (artefact.warmed or point.m == 0):
         return False
     size = float("inf") if point.n == "all" else float(point.n)
     return 0 < size <= scale.small if artefact.sizes == "small" else size == 0 or size >= scale.small

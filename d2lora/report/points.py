@@ -17,6 +17,7 @@ from d2lora.report.axes import LABELS, Axes, general
 from d2lora.report.looks import QUANTIZING
 from d2lora.scoring import shown_metrics
 from d2lora.settings import amount
+from d2lora.settings.controls import NO_CONTROL, control_of
 
 
 def differing(points: Iterable[Any]) -> list[str]:
@@ -59,6 +60,7 @@ class Point:
     n: int | str
     benchmark: str
     metric: str  # empty while no cell has a result
+    control: str = NO_CONTROL  # the control arm that it is of
     limit: int | None = None  # of its benchmark's items: the first ones only
     axes: Axes = field(
         default_factory=dict
@@ -71,11 +73,16 @@ class Point:
 
     @property
     def arm(self) -> str:
-        return "LoRA" if self.m == 0 else f"D2LoRA({amount(self.m)}, n)"
+        return "LoRA" if self.m == 0 else self.arm_label.format(m=amount(self.m), n="n")
+
+    @property
+    def arm_label(self) -> str:
+        """The label of an arm with a warm-up or of a control arm, with {m} and {n} to fill in."""
+        return control_of(self.control).label
 
     def value_of(self, key: str) -> int | str:
         """Return n, m, a named part or another setting; empty where the point does not depend on it."""
-        return getattr(self, key) if key in ("n", "m", "method", *LABELS) else self.axes.get(key, "")
+        return getattr(self, key) if key in ("n", "m", "method", "control", *LABELS) else self.axes.get(key, "")
 
     @property
     def is_base(self) -> bool:
@@ -110,7 +117,7 @@ def points_of(manifest: Manifest, records: Records) -> list[Point]:
     for cell in tqdm(manifest.cells, desc=f"reading {manifest.sweep}", leave=False, disable=None):
         c, stages = cell.config, cell.stages
         names = {k: c[k]["name"] for k in LABELS} | ({} if general(c) else {"warmup": ""})
-        shape = {"method": c["method"]["name"], "m": c["m"], "n": c["n"]}
+        shape = {"method": c["method"]["name"], "m": c["m"], "n": c["n"], "control": axes.control(c)}
         for benchmark, key in stages.evaluate.items():
             others = axes.axes_of(cell, benchmark, keys)
             run = Run(cell.id, key, stages.adapt, stages.warmup, stages.prepare, stages.flips.get(benchmark))

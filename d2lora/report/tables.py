@@ -11,6 +11,7 @@ from d2lora.report.looks import METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.verdict import verdict
 from d2lora.settings import amount
+from d2lora.settings.controls import CONTROL_NAMES
 
 # Which rows are drawn and how hold-outs are made have numbers without an order: never columns unless asked for.
 _NO_AMOUNTS = ("data_seed", "split_seed")
@@ -99,7 +100,7 @@ def order_of(value: Value) -> tuple[float, str]:
 
 
 def _table(benchmark: str, metric: str, points: list[Point], column: str, margin: float) -> Table:
-    keys = [k for k in ("m", "n", *differing(points)) if k != column]
+    keys = [k for k in ("m", "control", "n", *differing(points)) if k != column]
     lines = _lines(points, keys, column)
     columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
     title = f"{benchmark}: {metric or 'no result yet'} in %"
@@ -116,7 +117,7 @@ def _lines(points: list[Point], keys: list[str], column: str) -> list[Line]:
     own = [row for row in dict.fromkeys(rows) if not any(_covers(row, other) for other in rows)]
     columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
     lines = []
-    for row in sorted(own, key=lambda row: (METHODS.index(row[0]), *map(order_of, row[1]))):
+    for row in sorted(own, key=lambda row: (METHODS.index(row[0]), *map(_order, keys, row[1]))):
         inside = [p for p, its in zip(points, rows, strict=True) if its == row]
         own_base = inside[0].own_base  # of which the base is not the start
         inside += [p for p, its in zip(points, rows, strict=True) if _covers(its, row) and not (own_base and p.is_base)]
@@ -128,6 +129,10 @@ def _lines(points: list[Point], keys: list[str], column: str) -> list[Line]:
         first = inside[0]
         lines.append(Line(row_label(first, keys), first.method, 0 if column == "m" else first.m, cells))
     return lines
+
+
+def _order(key: str, value: Value) -> tuple[float, str]:
+    return (CONTROL_NAMES.index(str(value)), "") if key == "control" else order_of(value)
 
 
 _Row = tuple[str, tuple[Value, ...]]  # method, values of the keys that tell rows apart
@@ -147,7 +152,7 @@ def _covers(general: _Row, row: _Row) -> bool:
 def row_label(point: Point, keys: Iterable[str]) -> str:
     """Return a row's label: method, arm, and what else tells rows apart."""
     keys = list(keys)
-    others = label_texts(point, (k for k in keys if k not in ("m", "n") and _of_row(point, k) != ""))
+    others = label_texts(point, (k for k in keys if k not in ("m", "n", "control") and _of_row(point, k) != ""))
     return " ".join(filter(None, (NAMES[point.method], *_shape(point, keys), *others)))
 
 
@@ -157,7 +162,11 @@ def _shape(point: Point, keys: list[str]) -> list[str]:
         return [point.arm]
     if "m" not in keys:
         return [f"n={amount(point.n)}"]
-    return [point.arm, f"n={amount(point.n)}"] if point.m == 0 else [f"D2LoRA({amount(point.m)}, {amount(point.n)})"]
+    return (
+        [point.arm, f"n={amount(point.n)}"]
+        if point.m == 0
+        else [point.arm_label.format(m=amount(point.m), n=amount(point.n))]
+    )
 
 
 def column_name(table: Table, value: Value) -> str:

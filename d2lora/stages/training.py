@@ -84,7 +84,7 @@ def tokens(method: Method, subset: data.Subset) -> int:
 def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, epochs: float | None = None) -> Result:
     """Train an adapter on a subset, from the parent's adapter or a fresh one, and save it.
 
-    `reference` is the folder that remembers the log-probabilities of DPO's reference; `epochs` are those of the spec without a
+    `reference` is the folder that remembers the log-probabilities of a method's reference; `epochs` are those of the spec without a
     control arm that has others. When memory ends, the micro-batch is halved.
     """
     from d2lora.adapters import attach, coverage
@@ -117,7 +117,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
 
 
 def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Path:
-    """Return where the log-probabilities of DPO's reference are remembered: one folder a policy, for all cells that start from it.
+    """Return where the log-probabilities of a method's reference are remembered: one folder a policy, for all cells that start from it.
 
     `of_base`: the reference is the base, wherever the training starts.
     """

@@ -44,10 +44,10 @@ def train(
 ) -> dict[str, Any]:
     """Train the adapter on the drawn examples as `spec` says, which is in the stage's key; what `machine` says is not.
 
-    `epochs` are the spec's unless given. `folder` is for checkpoints, from the last of which it goes on; `reference` remembers what DPO's reference says (one folder a
-    policy), `proofs` which layouts were shown to be exact (next to `folder`, if not said). Returns metrics: first and last loss,
-    steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the steps). FloatingPointError for a loss or
-    weights that are no number.
+    `epochs` are the spec's unless given. `folder` is for checkpoints, from the last of which it goes on; `reference` remembers what a
+    method's reference says (one folder a policy), `proofs` which layouts were shown to be exact (next to `folder`, if not said).
+    Returns metrics: first and last loss, steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the steps).
+    FloatingPointError for a loss or weights that are no number.
     """
     how = objective(spec.method)
     rows = how.examples(drawn)

@@ -76,8 +76,8 @@ def test_a_known_layout_is_read_as_what_it_says(tokenizer, value: object) -> Non
         (["Hello", "Hi"], "no conversation: a list of"),
         ({"role": "user"}, "no conversation: a list of"),
         ([user()], "a conversation without an assistant turn"),
-        ([assistant(), user(), assistant()], "opens with the assistant"),
-        ([PLAIN[0], assistant()], "opens with the assistant"),
+        ([assistant(), user(), assistant()], "begins with the assistant"),
+        ([PLAIN[0], assistant()], "begins with the assistant"),
         ([user(), {"role": "narrator", "content": "x"}, assistant()], r"turn 2: role 'narrator' is none of system, .*human"),
         ([{"content": "x"}, assistant()], "turn 1: role None is none of"),
         ([user(), {"role": "assistant", "from": "human", "content": "x"}], "turn 2: role and from differ"),
@@ -88,8 +88,8 @@ def test_a_known_layout_is_read_as_what_it_says(tokenizer, value: object) -> Non
         ([user(True), assistant()], "turn 1: content True is no text"),
         ([user(), assistant(weight=0.5)], r"turn 2: weight 0.5 is neither 0 nor 1"),
         ([user(weight=1), assistant()], "turn 1: weight 1 of a user turn"),
-        ([user(), assistant(function_call={"name": "f", "arguments": "{}"})], "turn 2: function_call is not read"),
-        ([user(), assistant(refusal="I can't.")], "turn 2: refusal is not read"),
+        ([user(), assistant(function_call={"name": "f", "arguments": "{}"})], "turn 2: function_call is not supported"),
+        ([user(), assistant(refusal="I can't.")], "turn 2: refusal is not supported"),
         ([user(), assistant(tool_calls="f()")], "turn 2: tool_calls is no list"),
         ([user(), assistant(tool_calls=[{"function": {"name": "f"}}])], "turn 2: a tool call is"),
         ([user(), assistant(None, tool_calls=[{"function": {"name": "f", "arguments": "{}"}}])], "leaves out the tool call of turn 2: 'f'"),
@@ -330,7 +330,7 @@ def test_the_lab_s_base_is_as_it_was(tmp_path: Path, tokenizer, capsys) -> None:
 def test_a_base_without_any_end_is_refused(tokenizer) -> None:
     own = of(tokenizer, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
     own.eos_token = None
-    with pytest.raises(UserError, match=r"its tokenizer names no end"):
+    with pytest.raises(UserError, match=r"its tokenizer has no eos_token"):
         data.conversation_example(own, PLAIN)
 
 

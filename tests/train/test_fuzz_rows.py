@@ -540,7 +540,7 @@ def test_a_conversation_is_learned_as_it_reads_or_refused_or_left_out(
     tokenizer = calling() if knows_calls else lab()
     warmup = Warmup(name="w", data=Data(path="x"))
     make = functools.partial(data.general_example, tokenizer, warmup)
-    trained, fate = data.made(make, {"chosen": json.dumps(talk) if as_json else talk}, 10**6)
+    trained, fate = data.example_and_fate(make, {"chosen": json.dumps(talk) if as_json else talk}, 10**6)
     assert len(fate.splitlines()) == 1, fate
     says = Talk(talk, knows_calls)
     if trained is None:
@@ -730,7 +730,7 @@ def test_a_system_turn_alone_asks_for_nothing(folder: Path) -> None:
     system = {"role": "system", "content": "Be brief."}
     pair = {name: [system, {"role": "assistant", "content": ROW[name]}] for name in ("good", "bad")}
     beside = {name: [system, ASKS, turns[-1]] for name, turns in pair.items()}
-    assert "row 2 (1 of 2): nothing asks for the answer" in str(line_of(folder, pair, prompt=None, beside=beside))
+    assert "row 2 (1 of 2): nothing to answer" in str(line_of(folder, pair, prompt=None, beside=beside))
     with pytest.raises(ValueError, match="'system', 'developer', 'user', 'assistant' or 'tool'"):
         line_of(folder, {}, prompt=[{"role": "usr", "content": "{q}"}])
 

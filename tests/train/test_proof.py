@@ -81,7 +81,7 @@ def test_a_model_that_nothing_is_exact_for_is_refused(load, settings, tmp_path, 
 
     monkeypatch.setattr(packing, "log_probs", off)
     with pytest.raises(
-        UserError, match=r"model=it: no way of laying its rows .*packed: a token's log-probability is off by 0.01"
+        UserError, match=r"model=it: no layout of its rows .*packed: a token's log-probability is off by 0.01"
     ):
         families.trained(load("llama"), "sft", tmp_path / "it", settings)
 

@@ -682,7 +682,7 @@ def test_each_comparison_is_better_worse_equivalent_or_undecided(tmp_path: Path)
     cells = grid(wide, n=[100, 200, 400], m=[0, 4000], seed=range(5))
     made.publish(tmp_path, cells, items=400, ability=ability)
     report.write(tmp_path, ["mine"])
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     assert {c.d2lora.n: c.decision for c in table.unique_pairs} == {100: "better", 200: "equivalent", 400: "worse"}
     said = "Equivalent within 6 points (two one-sided tests, 5 %) in 1, undecided in 0."
     files = {f.name: f.read_text() for f in (tmp_path / "report" / "mine").iterdir() if f.suffix in (".md", ".tex")}
@@ -707,7 +707,7 @@ def test_one_seed_s_equivalence_is_newcombe_s_interval_within_one_point_where_a_
     for cell in content["cells"]:
         del cell["config"]["report"]
     file.write_text(json.dumps(content))
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     (pair,) = table.unique_pairs
     assert table.margin == 1.0
     assert pair.equivalence[0] > pair.interval[0]
