@@ -1,4 +1,4 @@
-"""A sweep's dashboard in W&B: accuracy over n, the loss curves, the tables and figures, as a W&B report.
+"""Write a sweep's dashboard, a W&B report: accuracy over n, loss curves, tables and figures.
 
 `python -m d2lora dashboard SWEEP` writes it with wandb-workspaces (the extra `dashboard`) and prints its address.
 """

@@ -1,4 +1,6 @@
-"""What stands behind a table's numbers: how its records were made, where they disagree, and tainted test items."""
+"""Report what a table's numbers are based on: how its records were made, where they disagree, and test items seen in
+training.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,7 @@ from d2lora.stages.warmup import WarmupSpec
 
 
 def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[Record, str]]:
-    """Return the finished records behind points by key, each with the name that its data set goes by in the config."""
+    """Return the finished records of points by key, each with the config's name of its data set."""
     named = {}
     for point in points:
         for run in point.runs.values():
@@ -34,8 +36,12 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[Rec
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
-    """Return what to know of a table's records: rows left out, what a bfloat16 model's batch does, adapters too small to act, answers without
-    an end, and why they may not be comparable (versions of packages, hardware, data under one name, uncommitted code)."""
+    """Return the notes under a table, a line each.
+
+    They are about rows left out, the batch size of a bfloat16 model, adapters too small to matter, answers that were
+    cut, and records that may not be comparable (package versions, hardware, other data under the same name, uncommitted
+    code).
+    """
     points = list(points)
     named = list(records_of(points, records).values())
     origins = [record.provenance for record, _ in named]
@@ -45,7 +51,7 @@ def notes(points: Iterable[Point], records: Records) -> list[str]:
 
 
 def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
-    """Yield the rows that trainings passed over: those that do not fit, and those left out, by reason; of each data set the most."""
+    """Yield how many rows trainings left out, too long or for another reason; the most of each data set."""
     most: dict[tuple[str, str], int] = {}
     for record, name in named:
         if record.stage in (WarmupSpec.KIND, AdaptSpec.KIND):
@@ -70,7 +76,9 @@ def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:
 
 
 def _rounded(named: list[tuple[Record, str]]) -> Iterator[str]:
-    """Yield how many adapters a bfloat16 base rounds away, as it may after a rate of 1e-7: such results are the base's, not the method's."""
+    """Yield a line if trainings changed their adapters so little (at 1e-7, say) that a bfloat16 base rounds the change
+    away.
+    """
     tested = [record for record, _ in named if record.adapter_changes_logits is not None]
     if away := sum(not record.adapter_changes_logits for record in tested):
         yield (
@@ -83,7 +91,7 @@ _COUNTS = {"cut": "stopped at max_new_tokens, before an end of their own", "empt
 
 
 def _counts(named: list[tuple[Record, str]]) -> Iterator[str]:
-    """Yield how many answers were never finished or say nothing: they are scored as they are, so a low score may be due to them."""
+    """Yield a line if answers were cut or empty: they are scored as they are, and may explain a low score."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record, name in named:
         if record.counts:
@@ -108,7 +116,9 @@ def _versions(origins: list[Provenance]) -> Iterator[str]:
 
 
 def _hardware(origins: list[Provenance]) -> Iterator[str]:
-    """Yield a line if processors differ: each rounds otherwise, and training carries that on, as noise of unknown size."""
+    """Yield a line if processors or GPUs differ: they round differently, and training amplifies that by an unknown
+    amount.
+    """
     parts = [origin.hardware for origin in origins]
     names = Counter(h.get("gpu") or " ".join(h[k] for k in ("cpu", "simd") if h.get(k)) for h in parts)
     del names[""]  # not recorded
@@ -158,7 +168,7 @@ def contamination_content(sweep: Sweep) -> Content | None:
 
 
 def contamination_text(shares: dict[str, dict[str, Score]]) -> str:
-    """Return the same as lines; empty where nothing was checked."""
+    """Return the shares as lines; empty if nothing was checked."""
     if not shares:
         return ""
     lines = [

@@ -1,4 +1,4 @@
-"""Curves over n, or another setting, with the 95 % interval as a band, panels as wide as a paper's column; the paper's own curve is dashed."""
+"""Draw curves over n, or over another setting, with the 95 % interval as a band and the paper's own curve dashed."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ _TALLEST = 6  # panels in a column of a figure
 
 @dataclass
 class Curve:
-    """A line of a table as points (x, point), x being n or another setting; `paper` are the paper's (n, value)."""
+    """A row of a table as points (x, point), x being n or another setting; `paper` has the paper's (n, value)."""
 
     label: str
     method: str
@@ -104,7 +104,7 @@ def _beside_each_other(lines: list[Line], column: str) -> list[list[Line]]:
 
 
 def _what(point: Point, column: str) -> list[object]:
-    """Return what tells one panel from another, but for methods."""
+    """Return what tells one panel from another, except methods."""
     others = sorted((k, v) for k, v in point.axes.items() if k != column)
     return [
         *(getattr(point, k) for k in (*_SHARED, "warmup", "m", "control")),
@@ -114,7 +114,9 @@ def _what(point: Point, column: str) -> list[object]:
 
 
 def _is_beside(line: Line, head: Line, column: str) -> bool:
-    """Tell whether a panel of the head's shows a line. LoRA has no warm-up set, unless its initialization looks at it."""
+    """Tell whether a line belongs into the panel of `head`. LoRA has no warm-up set, unless its initialization uses
+    one.
+    """
     own, its = line.first, head.first
     same = all(getattr(own, k) == getattr(its, k) for k in _SHARED) and (column == "n" or own.n == its.n)
     others = {k: v for k, v in own.axes.items() if k != column}
@@ -138,7 +140,7 @@ def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
 
 
 def draw(drawn: list[Panel], stem: Path) -> list[Path]:
-    """Draw panels, one below the other, to stem.png, .svg and .pdf. Returns the files, none without panels."""
+    """Draw panels below each other to stem.png, .svg and .pdf. Return the files: none without panels."""
     return save(stem, functools.partial(_figure, drawn)) if drawn else []
 
 
@@ -237,7 +239,7 @@ def _crowded(ticks: Sequence[float]) -> bool:
 
 
 def _labels(curve: Curve, panel: Panel) -> list[str]:
-    """Return a curve's name in the legend, and that of the paper's; where panels are methods, without the method."""
+    """Return a curve's name in the legend and that of the paper's; without the method if each panel is a method."""
     label = curve.label.removeprefix(f"{NAMES[curve.method]} ") if panel.arms else curve.label
     return [label, f"{label}, paper"] if curve.paper else [label]
 
@@ -267,7 +269,9 @@ def look(curve: Curve, panel: Panel) -> tuple[str, str]:
 
 
 def _style(curve: Curve, panel: Panel) -> dict[str, Any]:
-    """Return matplotlib's style of a curve: open markers, and dots where colours are methods', are LoRA's."""
+    """Return a curve's style: colour and marker by arm or method; LoRA's markers are open, and its line dotted if
+    methods share a panel.
+    """
     lora = curve.m == 0
     style: dict = {"markersize": 3.5, "linewidth": 1.2}
     style["color"], style["marker"] = look(curve, panel)

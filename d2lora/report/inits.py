@@ -1,4 +1,4 @@
-"""A sweep's initializations side by side: scores, how they differ from plain LoRA's, time of preparation, memory."""
+"""Compare a sweep's initializations: scores, differences to plain LoRA, time of preparation, memory."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -24,7 +24,8 @@ CAPTION = "Initializations: scores in %, differences to init=lora in points on t
 
 @dataclass
 class Row:
-    """One initialization under one method, m and n: its point a benchmark and metric, and the comparison with init=lora.
+    """One initialization with one method, m and n: a point for each benchmark and metric, and the comparison with
+    init=lora.
 
     The base is plain LoRA's row at m = n = 0.
     """
@@ -60,7 +61,7 @@ def content(sweep: Sweep) -> Content | None:
 
 
 def compare(points: Iterable[Point], records: Records) -> list[Row]:
-    """Return the rows of a sweep with several initializations, in the order of the sweep; none otherwise."""
+    """Return the rows of a sweep with several initializations, in the order of the sweep; none for other sweeps."""
     points = [p for p in points if p.control == NO_CONTROL]
     if len({p.init for p in points if not p.is_base}) < 2:
         return []
@@ -96,7 +97,7 @@ def _labels(rows: Iterable[Row]) -> list[str]:
 
 
 def _adjust(rows: Iterable[Row]) -> None:
-    """Apply Holm's correction over each benchmark's column."""
+    """Apply Holm's correction to each benchmark's column."""
     columns: dict[str, list[Comparison]] = {}
     for row in rows:
         for benchmark, comparison in row.against.items():
@@ -116,7 +117,9 @@ def _add_costs(row: Row, records: Records) -> None:
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows: for each benchmark the score, its interval, the difference to init=lora and its interval."""
+    """Return (head, rows of texts): for each benchmark the score, its interval, the difference to init=lora and its
+    interval.
+    """
     benchmarks = list(dict.fromkeys(k for row in rows for k in row.points))
     labels = _labels(rows)
     head = ["initialization", *(k if k in LABELS else short_name(k) for k in labels), "method", "m", "n"]
@@ -140,7 +143,7 @@ def _texts(row: Row, labels: list[str], benchmarks: list[str]) -> list[str]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """Return what a reader must know of the table."""
+    """Return what a reader must know about the table."""
     seeds = {seed for row in rows for p in row.points.values() for seed in p.scores}
     tests = sum(len(row.against) for row in rows)
     return [
@@ -151,9 +154,9 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def _figure(rows: list[Row], pyplot):
-    """Draw a panel a benchmark and n: scores with intervals by initialization; filled markers have a warm-up.
+    """Draw a panel for each benchmark and n: scores with intervals by initialization; filled markers have a warm-up.
 
-    More models, tasks, recipes or warm-ups have panels of their own. The base is a line in all of them.
+    Several models, tasks, recipes or warm-ups have panels of their own. The base is a line in all of them.
     """
     labels = _labels(rows)
     where = lambda r: " ".join(label_texts(r, labels))  # noqa: E731
@@ -184,7 +187,7 @@ def _figure(rows: list[Row], pyplot):
 
 
 def _draw(axis, rows: list[Row], benchmark: str, inits: list[str], shift: float) -> None:
-    """Draw one method and m: a marker an initialization, beside those of the others."""
+    """Draw one method and m: a marker for each initialization, beside those of the others."""
     scored = [(inits.index(r.init) + shift, r.points[benchmark]) for r in rows if benchmark in r.points]
     shown = [(x, 100 * p.value, [100 * b for b in p.interval]) for x, p in scored if p.value is not None and p.interval]
     if not shown:

@@ -1,7 +1,7 @@
-"""Manifests: what a sweep planned, each cell's resolved config with the keys of its stages.
+"""Write and read manifests: what a sweep planned, each cell's resolved config with the keys of its stages.
 
-`cells` are those of the grid as it was typed last: its tables. `earlier` are others that this sweep's name once had; their
-results stay in results.csv, and their records in the store.
+`cells` are those of the sweep's latest grid, which its tables show. `earlier` are those of earlier grids of the same
+name; their results stay in results.csv, and their records in the store.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from d2lora.stages.warmup import WarmupSpec
 
 
 def write_manifest(output: Path, cells: list[Cell]) -> None:
-    """Write the grid as planned: each cell's resolved config and the keys of its stages."""
+    """Write a grid's manifest: each cell's resolved config and the keys of its stages."""
     sweep, entries = cells[0].config.sweep, [_entry(c) for c in cells]
     with _held(output, sweep) as before:
         _write(output, sweep, entries, [*before.earlier, *before.cells])
 
 
 def add_to_manifest(output: Path, cell: Cell) -> None:
-    """Add a cell typed by hand to its sweep's manifest."""
+    """Add a single cell to its sweep's manifest."""
     sweep, entry = cell.config.sweep, _entry(cell)
     with _held(output, sweep) as before:
         others = [e for e in before.cells if e.id != cell.id]
@@ -41,7 +41,7 @@ def add_to_manifest(output: Path, cell: Cell) -> None:
 
 @contextlib.contextmanager
 def _held(output: Path, sweep: str) -> Iterator[Manifest]:
-    """Yield the sweep's manifest, or an empty one; meanwhile no other process writes it, so that no cell is lost."""
+    """Yield the sweep's manifest, or an empty one, locked against other processes so that no cell is lost."""
     file = Outputs(output).manifest(sweep)
     with lock(file.with_suffix(".lock")):
         try:
@@ -76,12 +76,12 @@ def _entry(cell: Cell) -> ManifestCell:
 
 
 def sweeps(output: Path) -> list[str]:
-    """Return the names of all sweeps that have a manifest."""
+    """Return the names of all sweeps with a manifest."""
     return sorted(f.stem for f in Outputs(output).manifests.glob("*.json"))
 
 
 def read_manifest(output: Path, sweep: str) -> Manifest:
-    """Read a sweep's manifest. UserError if there is none or it is damaged."""
+    """Read a sweep's manifest. UserError if there is none, or if it is damaged."""
     file = Outputs(output).manifest(sweep)
     try:
         content = json.loads(file.read_text())

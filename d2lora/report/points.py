@@ -1,4 +1,4 @@
-"""Points: what tables and figures show, from a manifest and its records, each with its items' scores."""
+"""Make points, the entries of tables and figures, from a manifest and its records, with their items' scores."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -86,17 +86,19 @@ class Point:
 
     @property
     def is_base(self) -> bool:
-        """The base itself: one evaluation serves all seeds, methods, initializations and recipes but those of own_base."""
+        """Tell whether it is the base itself: one evaluation serves all seeds, methods, initializations and recipes,
+        except own_base.
+        """
         return self.m == 0 and self.n == 0 and not self.own_base
 
     @property
     def own_base(self) -> bool:
-        """Whether it starts from a quantized base, which is another model than the base itself."""
+        """Tell whether it starts from a quantized base, which is another model than the base itself."""
         return self.init in QUANTIZING
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Scores (runs, items), equal evaluations once."""
+        """Return the scores (runs, items); seeds with the same evaluation count once."""
         return np.stack(list({self.runs[s].evaluate: x for s, x in self.scores.items()}.values()))
 
     @property
@@ -105,7 +107,7 @@ class Point:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the value: stats.interval."""
+        """Return the 95 % interval of the value (stats.interval)."""
         return stats.interval(self.table) if self.scores else None
 
 
@@ -149,7 +151,7 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
 
 
 def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:
-    """Each benchmark's metrics to show: [""] while it has no result."""
+    """Return each benchmark's metrics to show: [""] while it has no result."""
     shown: dict[str, list[str]] = {}
     for cell in manifest.cells:
         for benchmark, key in cell.stages.evaluate.items():
@@ -160,5 +162,5 @@ def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:
 
 
 def size(amount: int | str) -> float:
-    """Sorts amounts: all comes last."""
+    """Return a sort key for amounts: "all" comes last."""
     return float("inf") if amount == "all" else float(amount)
