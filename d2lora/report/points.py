@@ -18,6 +18,8 @@ from d2lora.report.looks import QUANTIZING
 from d2lora.scoring import shown_metrics
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL, control_of
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.evaluate import EvaluateSpec
 
 
 def differing(points: Iterable[Any]) -> list[str]:
@@ -137,7 +139,7 @@ def points_of(manifest: Manifest, records: Records) -> list[Point]:
 
 def _add(point: Point, seed: int, run: Run, records: Records) -> None:
     point.runs[seed] = run
-    record = records.get("evaluate", run.evaluate)
+    record = records.get(EvaluateSpec.KIND, run.evaluate)
     if record and point.metric in record.scores:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
         spec = record.spec
@@ -146,7 +148,7 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"
             )
-    if (adapt := records.get("adapt", run.adapt)) and adapt.data is not None:
+    if (adapt := records.get(AdaptSpec.KIND, run.adapt)) and adapt.data is not None:
         point.samples = adapt.data["samples"]
 
 
@@ -156,7 +158,7 @@ def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:
     for cell in manifest.cells:
         for benchmark, key in cell.stages.evaluate.items():
             metrics = shown.setdefault(benchmark, [])
-            if not metrics and (record := records.get("evaluate", key)):
+            if not metrics and (record := records.get(EvaluateSpec.KIND, key)):
                 metrics += shown_metrics(list(record.scores))
     return {benchmark: metrics or [""] for benchmark, metrics in shown.items()}
 

@@ -11,6 +11,9 @@ from d2lora.records import Manifest, Record, Records
 from d2lora.report import axes
 from d2lora.report.axes import general
 from d2lora.report.manifest import read_manifest, sweeps
+from d2lora.stages.evaluate import EvaluateSpec
+from d2lora.stages.flips import FlipsSpec
+from d2lora.stages.prepare import PrepareSpec
 
 COLUMNS = [
     "cell_id",
@@ -52,7 +55,9 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
     Beside COLUMNS, rows have the settings that the sweep's cells differ in, by key, if the cell depends on them. Cells
     of earlier grids with the sweep's name have rows if they are finished.
     """
-    finished = (c for c in manifest.earlier if all(records.get("evaluate", k) for k in c.stages.evaluate.values()))
+    finished = (
+        c for c in manifest.earlier if all(records.get(EvaluateSpec.KIND, k) for k in c.stages.evaluate.values())
+    )
     _, keys = axes.differing_settings(manifest.cells)
     for cell in [*manifest.cells, *finished]:
         c, stages = cell.config, cell.stages
@@ -67,11 +72,11 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
             **unused(trained),
-            "train_seconds": round(sum(r.seconds for r in trained if r.stage != "prepare"), 3),
+            "train_seconds": round(sum(r.seconds for r in trained if r.stage != PrepareSpec.KIND), 3),
         }
         for benchmark, key in stages.evaluate.items():
-            record = records.get("evaluate", key)
-            flips = records.get("flips", stages.flips.get(benchmark))
+            record = records.get(EvaluateSpec.KIND, key)
+            flips = records.get(FlipsSpec.KIND, stages.flips.get(benchmark))
             memory = max((r.peak_memory_mb for r in [*trained, record] if r), default="")
             measured = {
                 "eval_seconds": record.seconds if record else "",
@@ -96,7 +101,7 @@ def _batch(flips: Record | None, metric: str) -> dict:
 
 def unused(trained: list[Record]) -> dict[str, int | str]:
     """Return how many rows a cell's trainings left out: too long ones, and others by reason; empty without a training."""
-    counted = [r for r in trained if r.stage != "prepare" and r.data]
+    counted = [r for r in trained if r.stage != PrepareSpec.KIND and r.data]
     reasons: Counter[str] = Counter()
     for record in counted:
         reasons.update(record.passed_over)
