@@ -19,6 +19,7 @@ from d2lora.settings import Benchmark, Config, Task, fields
 from d2lora.settings.methods import Referenced
 from d2lora.stages import VERSIONS, Stage
 from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.contamination import ContaminationSpec
 from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.flips import FlipsSpec
 from d2lora.stages.prepare import PrepareSpec
@@ -76,15 +77,13 @@ class Forecast:
 
     def _kind_line(self, kind: str, these: list[Stage]) -> str:
         estimates = [self.of(stage) for stage in these]
-        amount = self._amount(sum(e.seconds for e in estimates))
+        seconds, on_gpu = sum(e.seconds for e in estimates), self.gpu and kind != ContaminationSpec.KIND
+        amount = f"{seconds / 3600:.2f} GPU-hours" if on_gpu else span(seconds)
         peak = max(e.memory for e in estimates)
         memory = f", peak {peak / 1e9:.1f} GB" if peak else ""
         if self.device.memory and peak > self.device.memory:
             memory += f" (more than the {self.device.memory / 1e9:.0f} GB there are)"
         return f"  {kind:<13} {amount}{memory}: {_how(estimates)}"
-
-    def _amount(self, seconds: float) -> str:
-        return f"{seconds / 3600:.2f} GPU-hours" if self.gpu else span(seconds)
 
     def _total(self) -> str:
         text = span(self.seconds) + (f" with {self.workers} workers" if self.workers > 1 else "")
@@ -140,7 +139,7 @@ class _Work:
     def at(self, pace: Pace) -> Estimate:
         """Return the estimate at the pace of records like this stage."""
         size, how = self._size
-        return Estimate(pace.seconds(size), pace.memory_mb * 2**20, "", (how,), pace.keys)
+        return Estimate(pace.seconds(size, self._theory), pace.memory_mb * 2**20, "", (how,), pace.keys)
 
     @property
     def _size(self) -> tuple[float, str]:
@@ -152,19 +151,31 @@ class _Work:
             return self._items
         return 1.0, ""
 
+    def _theory(self, size: float) -> float:
+        """Return the seconds of a stage like this one of another size, from FLOP and rates."""
+        spec = self.stage.spec
+        if isinstance(spec, TrainingSpec):
+            return _FIXED + self._training_seconds(spec, size)
+        if isinstance(spec, FlipsSpec):
+            return _FIXED + sum(self._evaluation_seconds(size, batch) for batch in spec.batches)
+        if isinstance(spec, EvaluateSpec):
+            return _FIXED + self._evaluation_seconds(size, self.config.recipe.eval_batch)
+        return _FIXED + self._preparation_seconds(spec) if isinstance(spec, PrepareSpec) else _CHECK
+
     @property
     def estimate(self) -> Estimate:
         """Return the estimate from FLOP and rates."""
-        spec = self.stage.spec
-        if isinstance(spec, TrainingSpec):
-            return self._training(spec)
-        if isinstance(spec, FlipsSpec):
-            return self._flips(spec)
-        if isinstance(spec, EvaluateSpec):
-            return self._evaluation(*self._items, self.config.recipe.eval_batch)
-        if isinstance(spec, PrepareSpec):
-            return self._preparation(spec)
-        return Estimate(_CHECK, 0, "assumed")
+        spec, shape = self.stage.spec, self.shape
+        size, words = self._size
+        seconds = self._theory(size)
+        if not isinstance(spec, TrainingSpec | EvaluateSpec | PrepareSpec):
+            return Estimate(seconds, 0, "assumed")
+        beside = self._evaluation_bytes if isinstance(spec, EvaluateSpec) else 4 * 14 * shape.hidden**2
+        beside = self._training_bytes(spec) if isinstance(spec, TrainingSpec) else beside
+        prompts = self._prompt.how if isinstance(spec, EvaluateSpec) else ""
+        of_model = shape.assumed or f"{sizes.size_text(shape.parameters)} parameters"
+        memory = self.device.process + shape.parameters * _bytes(self.config) + beside
+        return Estimate(seconds, memory, f"from {self.device.label}", (of_model, words, prompts))
 
     # --- trainings ------------------------------------------------------------------------------------------------
 
@@ -209,13 +220,12 @@ class _Work:
         control = self.stage.spec.control if isinstance(self.stage.spec, AdaptSpec) else None
         return control["m"] * control["epochs"] if control and control["m"] != "all" else 0
 
-    def _training(self, spec: TrainingSpec) -> Estimate:
-        tokens, words = self._tokens
+    def _training_seconds(self, spec: TrainingSpec, tokens: float) -> float:
         method = spec.method
         passes = 4 + 2 * method.extra_forwards + (2 / method.epochs if isinstance(method, Referenced) else 0)
         seconds = passes * self.shape.parameters * tokens / self.device.flops
-        seconds += self.device.step * self.shape.layers * self._rows[0] / self.config.recipe.micro_batch
-        return self._sum(seconds, self._training_bytes(spec), words)
+        rows = tokens / self._row.count
+        return seconds + self.device.step * self.shape.layers * rows / self.config.recipe.micro_batch
 
     def _training_bytes(self, spec: TrainingSpec) -> float:
         """Return the weights, the adapter with its gradient and Adam's two moments in float32, and activations."""
@@ -225,12 +235,11 @@ class _Work:
         layers = 1 + shape.layers / 17 if recipe.gradient_checkpointing else shape.layers  # kept: 2 of 34 bytes a layer
         return adapter + tokens * layers * shape.hidden * _PER_LAYER * _bytes(self.config) / 2
 
-    def _preparation(self, spec: PrepareSpec) -> Estimate:
-        rows, shape = spec.rows.get("samples", 0), self.shape
-        tokens = rows * self.config.recipe.max_length / 4
-        seconds = 4 * shape.parameters * tokens / self.device.flops
-        seconds += 7 * shape.layers * 14 * shape.hidden**3 / self.device.svd
-        return self._sum(seconds, 4 * 14 * shape.hidden**2, "")
+    def _preparation_seconds(self, spec: PrepareSpec) -> float:
+        """Return the seconds of forward and backward passes over its rows, and of a decomposition a layer's matrix."""
+        shape, tokens = self.shape, spec.rows.get("samples", 0) * self.config.recipe.max_length / 4
+        decompositions = 7 * shape.layers * 14 * shape.hidden**3
+        return 4 * shape.parameters * tokens / self.device.flops + decompositions / self.device.svd
 
     # --- evaluations ----------------------------------------------------------------------------------------------
 
@@ -248,35 +257,35 @@ class _Work:
         items = known if known is not None else _LM_EVAL[0]
         return min(items, limit or items), "" if known is not None else f"{items:,} items assumed"
 
-    def _evaluation(self, items: float, words: str, batch: int) -> Estimate:
-        benchmark, shape = self._benchmark, self.shape
-        prompt = sizes.prompt_tokens(self.config, benchmark) if benchmark else Tokens(sizes.PROMPT, "")
-        generates = benchmark is None or benchmark.scoring.generates
-        answer = benchmark.max_new_tokens if benchmark else _LM_EVAL[1]
-        asked = items if generates else items * _CHOICES
-        seconds = asked * prompt.count * 2 * shape.parameters / self.device.flops
-        passes = -(-asked // batch)
-        weights = shape.parameters * _bytes(self.config)
-        if generates:  # a batch ends with its longest answer
-            seconds += passes * answer * self.device.decode(shape, weights)
-            memory = batch * (prompt.count + answer) * shape.layers * shape.kv * 2 * _bytes(self.config)
-        else:
-            seconds += passes * self.device.token * shape.layers
-            memory = batch * prompt.count * shape.vocabulary * 8  # logits, and their log-softmax in float32
-        return self._sum(seconds, memory, _joined(words, prompt.how))
+    @cached_property
+    def _prompt(self) -> Tokens:
+        return sizes.prompt_tokens(self.config, self._benchmark) if self._benchmark else Tokens(sizes.PROMPT, "")
 
-    def _flips(self, spec: FlipsSpec) -> Estimate:
-        halves = [self._evaluation(*self._items, batch) for batch in spec.batches]
-        return Estimate(
-            sum(h.seconds for h in halves), max(h.memory for h in halves), halves[0].rate, halves[0].assumed
-        )
+    @property
+    def _generates(self) -> bool:
+        return self._benchmark is None or self._benchmark.scoring.generates
 
-    def _sum(self, seconds: float, beside: float, words: str) -> Estimate:
-        """Return the estimate of a stage with the base: the fixed seconds, and its weights beside other memory."""
+    @property
+    def _answer(self) -> int:
+        """Return the tokens after which a batch ends: with its longest answer."""
+        return self._benchmark.max_new_tokens if self._benchmark else _LM_EVAL[1]
+
+    def _evaluation_seconds(self, items: float, batch: int) -> float:
         shape = self.shape
-        size = shape.assumed or f"{sizes.size_text(shape.parameters)} parameters"
-        memory = self.device.process + shape.parameters * _bytes(self.config) + beside
-        return Estimate(_FIXED + seconds, memory, f"from {self.device.label}", (size, words))
+        asked = items if self._generates else items * _CHOICES
+        passes = -(-asked // batch)
+        seconds = asked * self._prompt.count * 2 * shape.parameters / self.device.flops
+        if not self._generates:
+            return seconds + passes * self.device.token * shape.layers
+        return seconds + passes * self._answer * self.device.decode(shape, shape.parameters * _bytes(self.config))
+
+    @property
+    def _evaluation_bytes(self) -> float:
+        """Return the cache of keys and values of a batch; of choices their logits, and log-softmax in float32."""
+        shape, batch, prompt = self.shape, self.config.recipe.eval_batch, self._prompt.count
+        if not self._generates:
+            return batch * prompt * shape.vocabulary * 8
+        return batch * (prompt + self._answer) * shape.layers * shape.kv * 2 * _bytes(self.config)
 
 
 def _texts(task: Task, pairs: bool) -> list[str]:

@@ -1,7 +1,7 @@
 """Read from finished records how long stages take, what memory they need, and how many tokens rows have."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -30,16 +30,23 @@ Group = tuple[str, ...]  # what the time of a stage of some size depends on most
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a stage, `fixed` + `each` x its size (tokens of a training, items of an evaluation), and peak memory."""
+    """Seconds of stages by their size (tokens of a training, items of an evaluation), and the peak of their memory.
 
-    fixed: float
-    each: float
+    `fixed` + `each` x size where the records are of several sizes; else `mean` seconds are of the one `size` that they have.
+    """
+
+    mean: float
+    size: float
+    line: tuple[float, float] | None  # fixed and each
     memory_mb: float
     keys: frozenset[str]  # of the records that this is from
 
-    def seconds(self, size: float) -> float:
-        """Return the time of a stage of this size."""
-        return self.fixed + self.each * size
+    def seconds(self, size: float, theory: Callable[[float], float]) -> float:
+        """Return the time of a stage of this size; from records of another one only, as `theory` has the two differ."""
+        if self.line:
+            fixed, each = self.line
+            return fixed + each * size
+        return self.mean if size == self.size else self.mean * theory(size) / theory(self.size)
 
 
 @dataclass
@@ -148,12 +155,11 @@ def _size(record: Record) -> float:
 
 
 def _pace(these: Sequence[Record]) -> Pace:
-    """Fit fixed seconds and seconds of the size by least squares; of stages of about one size, all are of the size."""
+    """Return the pace of records: of several sizes the line of least squares."""
     sizes, seconds = [_size(r) for r in these], [float(r.seconds) for r in these]
-    fixed, each = 0.0, sum(seconds) / sum(sizes)
-    if max(sizes) >= _APART * min(sizes):
-        fixed, each = _line(sizes, seconds)
-    return Pace(fixed, each, max(float(r.peak_memory_mb) for r in these), frozenset(r.key for r in these))
+    line = _line(sizes, seconds) if max(sizes) >= _APART * min(sizes) else None
+    memory = max(float(r.peak_memory_mb) for r in these)
+    return Pace(mean(seconds), mean(sizes), line, memory, frozenset(r.key for r in these))
 
 
 def _line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
