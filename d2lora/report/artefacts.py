@@ -1,4 +1,6 @@
-"""The report's tables and figures: ARTEFACTS, in the order of the page, and the files and texts that are made of them."""
+"""Collect a sweep's artefacts: its own table and curves, Table 2, and the paper's tables and figures that its cells
+cover.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -96,15 +98,15 @@ class Loaded:
 
 
 def load(output: Path, name: str, records: Records) -> Loaded:
-    """Read a sweep's manifest and records, and make the artefacts that apply to it. UserError for a damaged manifest."""
+    """Return a sweep's tables and panels, from its manifest and records."""
     manifest = read_manifest(output, name)
     try:
         points, problem = points_of(manifest, records), ""
     except UserError as error:
         points, problem = [], str(error)
     sweep = Sweep(name, manifest.cells, points, records)
-    made = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
-    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in made if content is not None])
+    contents = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
+    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in contents if content is not None])
 
 
 def damaged(name: str, records: Records, problem: str) -> Loaded:
@@ -113,7 +115,7 @@ def damaged(name: str, records: Records, problem: str) -> Loaded:
 
 
 def text(loaded: Loaded) -> str:
-    """Return what the terminal shows of a sweep: its own tables with verdicts, and what speaks against them."""
+    """Return what the terminal shows of a sweep: its own tables with their verdicts, and notes on what limits them."""
     own = loaded.content(OWN.name)
     if loaded.problem or own is None:
         return f"no table: {loaded.problem}"
@@ -125,7 +127,7 @@ def text(loaded: Loaded) -> str:
 
 
 def write(output: Path, loaded: Loaded) -> None:
-    """Write a sweep's artefacts: tables as Markdown, LaTeX and CSV, figures as PNG, SVG and PDF."""
+    """Write tables as Markdown, LaTeX and CSV, and figures as PNG, SVG and PDF."""
     folder = Outputs(output).artefacts(loaded.sweep.name)
     folder.mkdir(parents=True, exist_ok=True)
     for shown in loaded.shown:
