@@ -69,12 +69,16 @@ def work(run: Run[EvaluateSpec]) -> Result:
 
 
 def _clustered(run: Run[EvaluateSpec], items: Sequence[Item]) -> list[Item]:
-    """Give items what their rows have in the benchmark's `cluster` column, if it names one."""
+    """Give items what their rows have in the benchmark's `cluster` column, if it names one; a row without a value stands alone."""
     benchmark = run.config.task.benchmark.get(run.stage.subject)
     if run.stage.spec.lm_eval or benchmark is None or benchmark.cluster is None:
         return list(items)
     rows = run.rows(benchmark.data)
-    return [item | {CLUSTER: str(rows[item["index"]][benchmark.cluster])} for item in items]
+    values = [rows[item["index"]].get(benchmark.cluster) for item in items]
+    return [
+        item | {CLUSTER: f"row {item['index']}" if value is None else str(value)}
+        for item, value in zip(items, values, strict=True)
+    ]
 
 
 def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limit: int | None = None) -> "Evaluation":
