@@ -1,9 +1,8 @@
-"""Records and manifests as typed objects, validated where they are read.
+"""Define records and manifests as types, validated when they are read.
 
-A record is what a finished stage leaves (record.json). A manifest lists a sweep's cells with the keys of their stages. Keys that
-these types do not name are kept, and fields that older records lack have defaults.
-
-Of the store's folders this module only reads: store.py writes them.
+A record is the result of a finished stage (record.json). A manifest lists a sweep's cells with the keys of their
+stages. Unknown keys are kept, and fields that older records lack have defaults. This module only reads the store;
+store.py writes it.
 """
 
 import json
@@ -61,7 +60,7 @@ class Provenance(_Read):
 
 
 class _Header(_Read):
-    """What a stage was asked to do."""
+    """What identifies a stage: its kind, version, spec, parent and label."""
 
     key: str
     stage: str
@@ -72,7 +71,7 @@ class _Header(_Read):
 
 
 class Result(_Read):
-    """What a stage's work gives, beside the files that it leaves.
+    """What a stage's work returns, beside the files that it writes.
 
     `metrics` of an evaluation, an overlap check or flips are Scores; of a training they are losses, counts and the log.
     """
@@ -105,17 +104,17 @@ class Result(_Read):
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """Return the rows that a training passed over, by reason; its misfits are not in it."""
+        """Return how many rows a training left out, by reason, except those that are too long (`misfits`)."""
         return (self.data or {}).get("left_out", {})
 
     @property
     def misfits(self) -> int:
-        """Return how many rows a training passed over as too long."""
+        """Return how many rows a training left out as too long."""
         return (self.data or {}).get("misfits", 0)
 
 
 class Record(Result, _Header):
-    """What a finished stage leaves: what it was asked, what came out, and from where. Times are in seconds, memory in MB."""
+    """The record of a finished stage: its inputs, its result and its provenance. Times are in seconds, memory in MB."""
 
     files: dict[str, str] = Field(default_factory=dict)  # SHA-256 by name
     provenance: Provenance = Field(default_factory=Provenance)
@@ -195,7 +194,7 @@ def record_digest(content: object) -> str:
 
 
 def read_items(folder: Path) -> list[Item]:
-    """Read the items in a stage's folder; none of a stage that leaves no items."""
+    """Read the items in a stage's folder; [] for a stage without items."""
     file = folder / ITEMS
     if not file.exists():
         return []

@@ -1,4 +1,6 @@
-"""The report's tables and figures: ARTEFACTS, in the order of the page, and the files and texts that are made of them."""
+"""Collect a sweep's artefacts: its own table and curves, Table 2, and the paper's tables and figures that its cells
+cover.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -17,9 +19,8 @@ def _own(sweep: Sweep) -> Content | None:
     """Return the sweep's own table and curves: all of its cells."""
     if not sweep.points:
         return None
-    own = tables.build(sweep.points, sweep.columns, sweep.margin)
-    curves = [panel for table in own for panel in figures.panels(table, "all")]
-    return Content(tables=own, panels=curves, notes=evidence.notes(sweep.points, sweep.records))
+    curves = [panel for table in sweep.own_tables for panel in figures.panels(table, "all")]
+    return Content(tables=sweep.own_tables, panels=curves, notes=evidence.notes(sweep.points, sweep.records))
 
 
 def _paper_table(selection: paper.Artefact, sweep: Sweep) -> Content | None:
@@ -41,8 +42,7 @@ def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
 
 def _differences(sweep: Sweep) -> Content | None:
     """Return how D2LoRA differs from LoRA in the sweep's own tables; None where no pair is finished."""
-    own = tables.build(sweep.points, sweep.columns, sweep.margin)
-    panels = [panel for table in own for panel in differences.panels(table)]
+    panels = [panel for table in sweep.own_tables for panel in differences.panels(table)]
     return Content(differences=panels) if panels else None
 
 
@@ -52,13 +52,15 @@ def _settings(sweep: Sweep) -> Content | None:
 
 OWN = Artefact("table", "Sweep {sweep}", _own, title="All cells of this sweep", figure="curves", folded="below others")
 
+CONTROLS = Artefact("controls", controls.CAPTION, controls.content)
+
 # In the order of the page.
 ARTEFACTS: tuple[Artefact, ...] = (
     Artefact("differences", "D2LoRA minus LoRA on the same items, with 95 % intervals", _differences),
     *(Artefact(a.name, a.caption, functools.partial(_paper_table, a)) for a in paper.TABLES),
     *(Artefact(a.name, a.caption, functools.partial(_paper_figure, a)) for a in paper.FIGURES),
     OWN,
-    Artefact("controls", controls.CAPTION, controls.content),
+    CONTROLS,
     Artefact("inits", inits.CAPTION, inits.content),
     Artefact("costs", "What each arm cost to train", costs.content, folded="yes"),
     Artefact("contamination", "Test items found in a training set", evidence.contamination_content, files=False),
@@ -94,15 +96,15 @@ class Loaded:
 
 
 def load(output: Path, name: str, records: Records) -> Loaded:
-    """Read a sweep's manifest and records, and make the artefacts that apply to it. UserError for a damaged manifest."""
+    """Return a sweep's tables and panels, from its manifest and records."""
     manifest = read_manifest(output, name)
     try:
         points, problem = points_of(manifest, records), ""
     except UserError as error:
         points, problem = [], str(error)
     sweep = Sweep(name, manifest.cells, points, records)
-    made = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
-    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in made if content is not None])
+    contents = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
+    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in contents if content is not None])
 
 
 def damaged(name: str, records: Records, problem: str) -> Loaded:
@@ -111,17 +113,19 @@ def damaged(name: str, records: Records, problem: str) -> Loaded:
 
 
 def text(loaded: Loaded) -> str:
-    """Return what the terminal shows of a sweep: its own tables with verdicts, and what speaks against them."""
+    """Return what the terminal shows of a sweep: its own tables with their verdicts, and notes on what limits them."""
     own = loaded.content(OWN.name)
     if loaded.problem or own is None:
         return f"no table: {loaded.problem}"
     parts = [formats.text(table) for table in own.tables] + [f"note: {line}" for line in own.notes]
+    if against := loaded.content(CONTROLS.name):
+        parts += against.notes
     shares = evidence.contamination(loaded.sweep.cells, loaded.sweep.records)
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(shares)]))
 
 
 def write(output: Path, loaded: Loaded) -> None:
-    """Write a sweep's artefacts: tables as Markdown, LaTeX and CSV, figures as PNG, SVG and PDF."""
+    """Write tables as Markdown, LaTeX and CSV, and figures as PNG, SVG and PDF."""
     folder = Outputs(output).artefacts(loaded.sweep.name)
     folder.mkdir(parents=True, exist_ok=True)
     for shown in loaded.shown:

@@ -1,4 +1,4 @@
-"""Axes: the settings that a sweep's cells differ in beside method, m, n, seeds and the named parts of a config."""
+"""Find the settings that a sweep's cells differ in, beside method, m, n, seeds and the named parts of a config."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -52,7 +52,9 @@ def settings_of(cell: ManifestCell) -> Axes:
 
 
 def _matters(key: str, cell: ManifestCell) -> bool:
-    """Tell whether the cell's result depends on a setting: not on one of a phase that it has not, nor on how its machine works."""
+    """Tell whether the cell's result depends on a setting: not if its phase has no training, or if only the machine
+    differs.
+    """
     config, part = cell.config, key.split(".")[0]
     arm = control(config)
     adapted, warmed = cell.stages.adapt is not None, cell.stages.warmup is not None
@@ -105,7 +107,7 @@ def compatible(general_axes: Axes, axes: Axes) -> bool:
 
 
 def number(value: str) -> float | None:
-    """Return the number that a setting's text is; None if it is none."""
+    """Return a setting's value as a number; None if it is none."""
     try:
         return float(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Curves over n, or another setting, with the 95 % interval as a band, panels as wide as a paper's column; the paper's own curve is dashed."""
+"""Draw curves over n, or over another setting, with the 95 % interval as a band and the paper's own curve dashed."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ _TALLEST = 6  # panels in a column of a figure
 
 @dataclass
 class Curve:
-    """A line of a table as points (x, point), x being n or another setting; `paper` are the paper's (n, value)."""
+    """A row of a table as points (x, point), x being n or another setting; `paper` has the paper's (n, value)."""
 
     label: str
     method: str
@@ -104,7 +104,7 @@ def _beside_each_other(lines: list[Line], column: str) -> list[list[Line]]:
 
 
 def _what(point: Point, column: str) -> list[object]:
-    """Return what tells one panel from another, but for methods."""
+    """Return what tells one panel from another, except methods."""
     others = sorted((k, v) for k, v in point.axes.items() if k != column)
     return [
         *(getattr(point, k) for k in (*_SHARED, "warmup", "m", "control")),
@@ -114,7 +114,9 @@ def _what(point: Point, column: str) -> list[object]:
 
 
 def _is_beside(line: Line, head: Line, column: str) -> bool:
-    """Tell whether a panel of the head's shows a line. LoRA has no warm-up set, unless its initialization looks at it."""
+    """Tell whether a line belongs into the panel of `head`. LoRA has no warm-up set, unless its initialization uses
+    one.
+    """
     own, its = line.first, head.first
     same = all(getattr(own, k) == getattr(its, k) for k in _SHARED) and (column == "n" or own.n == its.n)
     others = {k: v for k, v in own.axes.items() if k != column}
@@ -133,16 +135,17 @@ def _curve(line: Line, column: str, short: bool) -> Curve:
 
 
 def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
+    """Return the panels of one of the paper's figures."""
     return [panel for table in tables for panel in panels(table, artefact.panel)]
 
 
-def draw(found: list[Panel], stem: Path) -> list[Path]:
-    """Draw panels, one below the other, to stem.png, .svg and .pdf; the files, none without panels."""
-    return save(stem, functools.partial(_figure, found)) if found else []
+def draw(drawn: list[Panel], stem: Path) -> list[Path]:
+    """Draw panels below each other to stem.png, .svg and .pdf. Return the files: none without panels."""
+    return save(stem, functools.partial(_figure, drawn)) if drawn else []
 
 
 def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
-    """Write the figure that make(pyplot) draws, in the report's style, to stem.png, .svg and .pdf; the files."""
+    """Write the figure that make(pyplot) draws, in the report's style, to stem.png, .svg and .pdf. Returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,23 +170,23 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
     return files
 
 
-def _figure(found: list[Panel], pyplot: Any) -> Any:
-    return stacked(found, _draw_curves, pyplot)
+def _figure(drawn: list[Panel], pyplot: Any) -> Any:
+    return stacked(drawn, _draw_curves, pyplot)
 
 
-def stacked(found: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
+def stacked(drawn: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
     """Return a figure of panels, one below the other, with one legend for all; draw_panel(axis, panel) draws their curves."""
-    columns = -(-len(found) // _TALLEST)
-    rows = -(-len(found) // columns)
+    columns = -(-len(drawn) // _TALLEST)
+    rows = -(-len(drawn) // columns)
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict = {}
-    for axis in axes.flat[len(found) :]:
+    for axis in axes.flat[len(drawn) :]:
         axis.remove()
-    for place, (axis, panel) in enumerate(zip(axes.flat, found, strict=False)):
+    for index, (axis, panel) in enumerate(zip(axes.flat, drawn, strict=False)):
         draw_panel(axis, panel)
         _dress(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        if place + columns >= len(found):  # the last of its column
+        if index + columns >= len(drawn):  # the last of its column
             axis.set_xlabel(x_label(panel))
     figure.set_size_inches(WIDTH * columns, HEIGHT * rows + 0.15 * ((len(handles) + 1) // 2))
     figure.legend(
@@ -236,7 +239,7 @@ def _crowded(ticks: Sequence[float]) -> bool:
 
 
 def _labels(curve: Curve, panel: Panel) -> list[str]:
-    """A curve's name in the legend, and that of the paper's; where panels are methods, without the method."""
+    """Return a curve's name in the legend and that of the paper's; without the method if each panel is a method."""
     label = curve.label.removeprefix(f"{NAMES[curve.method]} ") if panel.arms else curve.label
     return [label, f"{label}, paper"] if curve.paper else [label]
 
@@ -266,7 +269,9 @@ def look(curve: Curve, panel: Panel) -> tuple[str, str]:
 
 
 def _style(curve: Curve, panel: Panel) -> dict[str, Any]:
-    """Colour and marker tell arms or methods apart; open markers, and dots where methods do not, are LoRA's."""
+    """Return a curve's style: colour and marker by arm or method; LoRA's markers are open, and its line dotted if
+    methods share a panel.
+    """
     lora = curve.m == 0
     style: dict = {"markersize": 3.5, "linewidth": 1.2}
     style["color"], style["marker"] = look(curve, panel)

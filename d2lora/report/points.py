@@ -1,4 +1,4 @@
-"""Points: what tables and figures show, from a manifest and its records, each with its items' scores."""
+"""Make points, the entries of tables and figures, from a manifest and its records, with their items' scores."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from d2lora.report.looks import QUANTIZING
 from d2lora.scoring import shown_metrics
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL, control_of
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.evaluate import EvaluateSpec
 
 
 def differing(points: Iterable[Any]) -> list[str]:
@@ -87,22 +89,24 @@ class Point:
 
     @property
     def is_base(self) -> bool:
-        """The base itself: one evaluation serves all seeds, methods, initializations and recipes but those of own_base."""
+        """Tell whether it is the base itself: one evaluation serves all seeds, methods, initializations and recipes,
+        except own_base.
+        """
         return self.m == 0 and self.n == 0 and not self.own_base
 
     @property
     def own_base(self) -> bool:
-        """Whether it starts from a quantized base, which is another model than the base itself."""
+        """Tell whether it starts from a quantized base, which is another model than the base itself."""
         return self.init in QUANTIZING
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Scores (runs, items), equal evaluations once."""
+        """Return the scores (runs, items); seeds with the same evaluation count once."""
         return np.stack(list({self.runs[s].evaluate: x for s, x in self.scores.items()}.values()))
 
     @property
     def units(self) -> np.ndarray:
-        """Scores by what may be drawn by itself (runs, units): items, or clusters where items belong together."""
+        """Return scores by what may be drawn by itself (runs, units): items, or clusters where items belong together."""
         return self.units_of(self.table)
 
     def units_of(self, scores: np.ndarray) -> np.ndarray:
@@ -115,7 +119,7 @@ class Point:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the value: stats.interval; of clustered items, from clusters drawn again."""
+        """Return the 95 % interval of the value: stats.interval; of clustered items, from clusters drawn again."""
         if not self.scores:
             return None
         if self.clusters is None:
@@ -149,7 +153,7 @@ def points_of(manifest: Manifest, records: Records) -> list[Point]:
 
 def _add(point: Point, seed: int, run: Run, records: Records) -> None:
     point.runs[seed] = run
-    record = records.get("evaluate", run.evaluate)
+    record = records.get(EvaluateSpec.KIND, run.evaluate)
     if record and point.metric in record.scores:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
         point.clusters = records.clusters(run.evaluate)
@@ -159,21 +163,21 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"
             )
-    if (adapt := records.get("adapt", run.adapt)) and adapt.data is not None:
+    if (adapt := records.get(AdaptSpec.KIND, run.adapt)) and adapt.data is not None:
         point.samples = adapt.data["samples"]
 
 
 def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:
-    """Each benchmark's metrics to show: [""] while it has no result."""
+    """Return each benchmark's metrics to show: [""] while it has no result."""
     shown: dict[str, list[str]] = {}
     for cell in manifest.cells:
         for benchmark, key in cell.stages.evaluate.items():
             metrics = shown.setdefault(benchmark, [])
-            if not metrics and (record := records.get("evaluate", key)):
+            if not metrics and (record := records.get(EvaluateSpec.KIND, key)):
                 metrics += shown_metrics(list(record.scores))
     return {benchmark: metrics or [""] for benchmark, metrics in shown.items()}
 
 
 def size(amount: int | str) -> float:
-    """Sorts amounts: all comes last."""
+    """Return a sort key for amounts: "all" comes last."""
     return float("inf") if amount == "all" else float(amount)

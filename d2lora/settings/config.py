@@ -1,4 +1,4 @@
-"""The configuration of one cell, checked before any data or model is loaded."""
+"""Define the configuration of one cell, checked before any data or model is loaded."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -24,7 +24,7 @@ from d2lora.settings.values import Amount, PathText, Seed, Strict, Text
 
 
 class Wandb(Strict):
-    """Where W&B mirrors the records. Nothing of it changes a result, so nothing of it is in a key or a manifest."""
+    """Settings of the mirror in W&B. None of them changes a result, so they are in no key and no manifest."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with credentials, offline without
     project: Text | None = None  # WANDB_PROJECT, or d2lora
@@ -34,7 +34,7 @@ class Wandb(Strict):
 
 
 class Report(Strict):
-    """How a sweep's tables are laid out and read. Nothing of it changes a result, so nothing of it is in a key."""
+    """Settings of a sweep's tables. None of them changes a result, so they are in no key."""
 
     columns: Text | None = (
         None  # the setting of the columns and the x axis, by its key; the one with the most values without it
@@ -157,7 +157,7 @@ def _has_key(values: Mapping[str, Any], key: str) -> bool:
 
 
 def parse(values: dict) -> Config:
-    """The checked Config of a resolved mapping; UserError with one line a problem otherwise."""
+    """Return the checked Config of a resolved mapping. UserError with one line for each problem."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -173,7 +173,7 @@ _CLASSES: dict[str, dict[str, type[BaseModel]]] = {
 
 
 def _line(problem: Any) -> str:
-    """Tell a problem of pydantic's as key=value and what is allowed."""
+    """Return one of pydantic's problems as key=value and what is allowed."""
     loc, choice, allowed = problem["loc"], "", ""
     classes = _CLASSES.get(loc[0], {}) if loc else {}
     if len(loc) > 1 and loc[1] in classes:  # pydantic names the class that was meant between a setting and its fields

@@ -1,4 +1,4 @@
-"""The evaluation of an adapter, or of the base, on one benchmark."""
+"""Evaluate an adapter, or the base, on one benchmark."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateSpec(Spec):
-    """A benchmark of ours, or a task of lm-evaluation-harness; of the base itself also the model."""
+    """A benchmark of ours, or a task of lm-evaluation-harness; for the base itself also the model."""
 
     benchmark: Identity | None = None
     lm_eval: str | None = None
@@ -40,7 +40,7 @@ class EvaluateSpec(Spec):
 
 
 def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
-    """Yield the evaluations of an adapter, or without a parent of the base: it knows no seed or recipe."""
+    """Yield the evaluations of an adapter; without a parent those of the base, whose specs have no seed or recipe."""
     model = None if parent else data.model_identity(config.model)
     whose = parent.label if parent else f"base {config.model.name}"
     for name, benchmark in config.task.benchmark.items():
@@ -52,7 +52,7 @@ def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[Evaluat
 
 
 def work(run: Run[EvaluateSpec]) -> Result:
-    """Evaluate, and keep every item."""
+    """Evaluate, and write every item."""
     from d2lora.adapters import attach
     from d2lora.evaluate import harness
 
@@ -82,7 +82,9 @@ def _clustered(run: Run[EvaluateSpec], items: Sequence[Item]) -> list[Item]:
 
 
 def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limit: int | None = None) -> "Evaluation":
-    """Return a benchmark's metrics, its items (the first `limit`), and the batch that memory and the model had them done in."""
+    """Return a benchmark's metrics, its items (the first `limit`), and the batch size that memory and the model
+    allowed.
+    """
     from d2lora.evaluate import harness
     from d2lora.layouts import proof
 

@@ -16,7 +16,7 @@ from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.records import Records
-from d2lora.report import artefacts, compare, differences, evidence, figures, formats, paper, tables, verdict
+from d2lora.report import artefacts, compare, controls, differences, evidence, figures, formats, paper, tables, verdict
 from d2lora.report.axes import MACHINE
 from d2lora.report.points import Point, points_of
 from d2lora.store import Store
@@ -818,6 +818,61 @@ def test_the_artefact_of_the_documentation_is_written_and_on_the_page(tmp_path: 
     rows = read_csv(tmp_path / "report" / "mine" / "too_long.csv")
     assert [row["rows too long"] for row in rows] == ["3", "3"]
     assert "Rows that were too long, by training" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a grid with all control arms: merged is as good as D2LoRA, and the others are as LoRA."""
+    output = tmp_path_factory.mktemp("controlled")
+    cells = [
+        cell
+        for control in ("none", "longer", "mixed", "merged", "placebo")
+        for replicate in range(3)
+        for cell in grid(f"control={control}", f"replicate={replicate}", n=[0, 100, 500], m=[0, 4000])
+    ]
+
+    def ability(cell: Cell) -> float:
+        return 0.6 if cell.config.m != 0 and cell.config.control.name in ("none", "merged") else 0.4
+
+    made.publish(output, cells, items=200, ability=ability)
+    report.write(output, ["mine"])
+    return output
+
+
+def test_control_arms_are_rows_of_their_own_and_d2lora_is_still_compared_with_lora(controlled: Path) -> None:
+    table = tables.build(points(controlled))[0]
+    arms = ["LoRA", "D2LoRA(4k, n)", "longer(4k, n)", "mixed(4k, n)", "merged(4k, n)", "placebo(4k, n)"]
+    assert [line.label for line in table.lines] == [f"SFT {arm}" for arm in arms]
+    assert [sorted(line.points) for line in table.lines] == [[0, 100, 500]] * 2 + [[100, 500]] * 3 + [[0, 100, 500]]
+    assert {(c.lora.arm, c.d2lora.arm) for c in table.unique_pairs} == {("LoRA", "D2LoRA(4k, n)")}
+
+
+def test_d2lora_is_compared_with_its_best_control(controlled: Path) -> None:
+    chosen = [p for p in points(controlled) if p.benchmark == "lab_math"]
+    found = controls.against(chosen)
+    assert [(each.point.n, sorted(each.comparisons)) for each in found] == [
+        (0, ["placebo"]),
+        (100, ["longer", "merged", "mixed", "placebo"]),
+        (500, ["longer", "merged", "mixed", "placebo"]),
+    ]
+    for each in found:
+        for name, comparison in each.comparisons.items():
+            assert comparison.beyond_chance == (name != "merged"), name
+        assert each.best.lora.control == ("merged" if each.point.n else "placebo")
+    told = controls.verdict(found)
+    assert "its best control (longer, mixed, merged, placebo)" in told
+    assert "beyond chance in 1 (Holm over 9 comparisons" in told
+    assert controls.verdict([]) == ""
+    rows = read_csv(controlled / "report" / "mine" / "controls.csv")
+    assert {r["rules out"] for r in rows} == {"more steps", "two phases", "it must be continued", "any tokens do"}
+    assert "D2LoRA beats its best control" in report.finish(controlled, "mine", draw=False)
+
+
+def test_a_setting_of_a_control_is_an_axis_of_its_arm_alone(tmp_path: Path) -> None:
+    cells = [c for w in ("0.5", "1.0") for c in grid("control=merged", f"control.weight={w}", n=[8], m=[0, 8])]
+    made.publish(tmp_path, [*cells, *grid(n=[8], m=[8])])
+    weights = {(p.control, p.m): {q.axes.get("control.weight") for q in points(tmp_path) if (q.control, q.m) == (p.control, p.m)} for p in points(tmp_path)}  # fmt: skip
+    assert weights == {("none", 0): {None}, ("none", 8): {None}, ("merged", 8): {"0.5", "1.0"}}
 
 
 def difference_panels(output: Path) -> list[differences.Panel]:
