@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Number = int | float  # as JSON has it: 1 stays 1
 Item: TypeAlias = dict[str, Any]  # a line of items.jsonl: of an evaluation index, prompt, answer, gold, and its metrics
 
+CLUSTER = "cluster"  # of an item: what its row has in the benchmark's cluster column
 RECORD, ITEMS = "record.json", "items.jsonl"  # in a stage's folder
 
 
@@ -225,10 +226,17 @@ class Records:
 
         UserError if the items are not those of the record.
         """
+        return self._columns(key)[metric]
+
+    def clusters(self, key: str) -> "np.ndarray | None":
+        """Return a number for each item (items,), the same for those that belong together; None where no column says so."""
+        return self._columns(key).get(CLUSTER)
+
+    def _columns(self, key: str) -> dict[str, "np.ndarray"]:
         if key not in self._scores:
             record = self._records["evaluate", key]
             self._scores[key] = _read_scores(self._file(key), record.scores)
-        return self._scores[key][metric]
+        return self._scores[key]
 
     def texts(self, key: str, lines: list[int]) -> list[Item]:
         """Read whole items of a finished evaluation by their lines in its file."""
@@ -247,12 +255,16 @@ def _read_scores(file: Path, metrics: dict[str, Score]) -> dict[str, "np.ndarray
     columns = ["index", *metrics]
     try:
         text = file.read_text().strip().replace("\n", ",")  # one call of the decoder a file: a third of the time
-        table = np.array([[item[c] for c in columns] for item in json.loads(f"[{text}]")], float)
+        items = json.loads(f"[{text}]")
+        table = np.array([[item[c] for c in columns] for item in items], float)
+        clusters = [str(item[CLUSTER]) for item in items] if CLUSTER in items[0] else None
         table = table.reshape(-1, len(columns))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{file}: not readable ({error!r}); move its folder away to have it done again") from None
     scores = {c: table[:, i].astype(np.float32) for i, c in enumerate(columns)}
     for metric, score in metrics.items():
         if len(table) != score.items or abs(float(table[:, columns.index(metric)].mean()) - score.value) > 1e-6:
             raise UserError(f"{file}: its items do not give the record's {metric}; move its folder away")
+    if clusters:
+        scores[CLUSTER] = np.unique(clusters, return_inverse=True)[1]
     return scores

@@ -19,9 +19,8 @@ def _own(sweep: Sweep) -> Content | None:
     """Return the sweep's own table and curves: all of its cells."""
     if not sweep.points:
         return None
-    own = tables.build(sweep.points, sweep.columns, sweep.margin)
-    curves = [panel for table in own for panel in figures.panels(table, "all")]
-    return Content(tables=own, panels=curves, notes=evidence.notes(sweep.points, sweep.records))
+    curves = [panel for table in sweep.own_tables for panel in figures.panels(table, "all")]
+    return Content(tables=sweep.own_tables, panels=curves, notes=evidence.notes(sweep.points, sweep.records))
 
 
 def _paper_table(selection: paper.Artefact, sweep: Sweep) -> Content | None:
@@ -43,8 +42,7 @@ def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
 
 def _differences(sweep: Sweep) -> Content | None:
     """Return how D2LoRA differs from LoRA in the sweep's own tables; None where no pair is finished."""
-    own = tables.build(sweep.points, sweep.columns, sweep.margin)
-    panels = [panel for table in own for panel in differences.panels(table)]
+    panels = [panel for table in sweep.own_tables for panel in differences.panels(table)]
     return Content(differences=panels) if panels else None
 
 

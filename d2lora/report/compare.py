@@ -21,7 +21,10 @@ _BASE = ("", "", "")
 
 @dataclass(eq=False)
 class Comparison:
-    """D2LoRA minus LoRA in one entry of a table, as fractions. `adjusted` is Holm's p over the table."""
+    """D2LoRA minus LoRA in one entry of a table, as fractions. `adjusted` is Holm's p over the table.
+
+    `differences` (runs, units) are those of the items' scores, or of clusters of items; `equivalence` is the 90 % interval of their mean.
+    """
 
     lora: Point
     d2lora: Point
@@ -152,15 +155,17 @@ def _paired(lora: Point, d2lora: Point) -> tuple[tuple[int, ...], np.ndarray, np
 
 
 def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarray, second: np.ndarray) -> Comparison:
-    difference = second - first
+    difference = d2lora.units_of(second - first)
     drawn = stats.bootstrap(difference)
-    exact = len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
+    clustered = d2lora.clusters is not None
+    exact = not clustered and len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
     if exact:
         p = far_p = stats.mcnemar(first[0], second[0])
         test, interval = "exact McNemar", stats.newcombe(first[0], second[0])
         equivalence = stats.newcombe(first[0], second[0], 1 - 2 * ALPHA)
     else:
         p, test = stats.bootstrap_p(drawn), "paired bootstrap" if len(seeds) == 1 else "two-level bootstrap"
+        test += " of clusters" * clustered
         far_p = stats.bootstrap_p(stats.bootstrap(difference, wide=True)) if len(seeds) > 2 else p
         interval = stats.clipped(stats.percentiles(drawn), -1.0, first, second)
         equivalence = stats.percentiles(drawn, 1 - 2 * ALPHA)

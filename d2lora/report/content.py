@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from d2lora.records import ManifestCell, Records
 from d2lora.report import differences as paired
+from d2lora.report import tables as scores
 from d2lora.report.compare import MARGIN
 from d2lora.report.figures import Panel
 from d2lora.report.points import Point
@@ -30,6 +32,11 @@ class Sweep:
     def margin(self) -> float:
         """The points within which the user calls two arms equivalent."""
         return self._layout.get("margin", MARGIN)
+
+    @cached_property
+    def own_tables(self) -> list[Table]:
+        """Return the tables of all its cells, whose comparisons are made once for all artefacts."""
+        return scores.build(self.points, self.columns, self.margin)
 
     @property
     def _layout(self) -> dict[str, Any]:

@@ -144,6 +144,13 @@ def footnotes(tables: list[Table]) -> list[str]:
     lines = [
         "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
     ]
+    clustered = {
+        p.benchmark: (p.table.shape[1], p.units.shape[1]) for p in points if p.scores and p.clusters is not None
+    }
+    lines += [
+        f"{name}: its {items:,} items are in {clusters:,} clusters, which intervals and tests draw instead of items."
+        for name, (items, clusters) in clustered.items()
+    ]
     if any(t.marked for t in tables):
         lines.append(f"{MARK}.")
     if seeds and not any(t.pairs for t in tables):

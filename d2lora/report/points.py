@@ -69,6 +69,7 @@ class Point:
     )  # other settings that the sweep's cells differ in, where they matter for it
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by seed, of finished evaluations: (items,)
+    clusters: np.ndarray | None = None  # of its items (items,), where the benchmark names a column
     draws: set[int] = field(default_factory=set)  # its cells' data_seed
     samples: int | None = None  # task samples trained on, where a record says so
     tested: set[str] = field(default_factory=set)  # what its evaluations tested on: fingerprints, one if all is well
@@ -104,13 +105,26 @@ class Point:
         return np.stack(list({self.runs[s].evaluate: x for s, x in self.scores.items()}.values()))
 
     @property
+    def units(self) -> np.ndarray:
+        """Return scores by what may be drawn by itself (runs, units): items, or clusters where items belong together."""
+        return self.units_of(self.table)
+
+    def units_of(self, scores: np.ndarray) -> np.ndarray:
+        """Return scores, or differences, of its items (runs, items) by item or cluster (runs, units)."""
+        return scores if self.clusters is None else stats.by_cluster(scores, self.clusters)
+
+    @property
     def value(self) -> float | None:
         return float(self.table.mean(dtype=float)) if self.scores else None
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % interval of the value (stats.interval)."""
-        return stats.interval(self.table) if self.scores else None
+        """Return the 95 % interval of the value: stats.interval; of clustered items, from clusters drawn again."""
+        if not self.scores:
+            return None
+        if self.clusters is None:
+            return stats.interval(self.table)
+        return stats.clipped(stats.percentiles(stats.bootstrap(self.units)), 0.0, self.table)
 
 
 def points_of(manifest: Manifest, records: Records) -> list[Point]:
@@ -142,6 +156,7 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
     record = records.get(EvaluateSpec.KIND, run.evaluate)
     if record and point.metric in record.scores:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
+        point.clusters = records.clusters(run.evaluate)
         spec = record.spec
         point.tested.add(canonical(spec.get("benchmark") or spec.get("lm_eval")))
         if len(point.tested) > 1:

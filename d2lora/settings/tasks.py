@@ -59,6 +59,12 @@ class Benchmark(Strict):
     chat: StrictBool = True
     max_new_tokens: Positive = 512
     limit: Positive | None = None  # the first rows only
+    # The column that says which rows belong together, as those of one passage or template: they are not independent.
+    cluster: Text | None = None
+
+    def content(self) -> dict[str, Any]:
+        """Return what a key has of the benchmark beside its data; without clusters nothing of them, as before there were any."""
+        return self.model_dump(exclude={"data"} if self.cluster else {"data", "cluster"})
 
     @property
     def scoring(self) -> Kind:

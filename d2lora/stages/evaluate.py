@@ -1,12 +1,12 @@
 """Evaluate an adapter, or the base, on one benchmark."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2lora import data
 from d2lora.progress import Progress
-from d2lora.records import Result
+from d2lora.records import CLUSTER, Item, Result
 from d2lora.settings import Config
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run, in_memory
@@ -44,7 +44,7 @@ def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[Evaluat
     model = None if parent else data.model_identity(config.model)
     whose = parent.label if parent else f"base {config.model.name}"
     for name, benchmark in config.task.benchmark.items():
-        scored = benchmark.model_dump(exclude={"data"}) | {"data": data.identity(benchmark.data, config.split_seed)}
+        scored = benchmark.content() | {"data": data.identity(benchmark.data, config.split_seed)}
         yield Stage(EvaluateSpec(benchmark=scored, model=model), parent, f"{name} of {whose}", subject=name)
     for name in config.task.lm_eval:
         spec = EvaluateSpec(lm_eval=name, libraries=versions("lm-eval"), model=model)
@@ -61,11 +61,24 @@ def work(run: Run[EvaluateSpec]) -> Result:
     quantize = isinstance(parent.spec, PrepareSpec | TrainingSpec) and parent.spec.init.quantizes if parent else False
     with attach.trained(run.base, adapter, quantize) as (tested, changes):
         metrics, items, batch = scored(run, tested, run.config.recipe.eval_batch, run.progress)
-    run.write_items(items)
+    run.write_items(_clustered(run, items))
     more: dict[str, Any] = {"adapter_changes_logits": changes} if adapter else {}
     if counts := harness.counts(items):
         more["counts"] = counts
     return Result(benchmark=run.stage.subject, metrics=dict(metrics), eval_batch=batch, **more)
+
+
+def _clustered(run: Run[EvaluateSpec], items: Sequence[Item]) -> list[Item]:
+    """Give items what their rows have in the benchmark's `cluster` column, if it names one; a row without a value stands alone."""
+    benchmark = run.config.task.benchmark.get(run.stage.subject)
+    if run.stage.spec.lm_eval or benchmark is None or benchmark.cluster is None:
+        return list(items)
+    rows = run.rows(benchmark.data)
+    values = [rows[item["index"]].get(benchmark.cluster) for item in items]
+    return [
+        item | {CLUSTER: f"row {item['index']}" if value is None else str(value)}
+        for item, value in zip(items, values, strict=True)
+    ]
 
 
 def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limit: int | None = None) -> "Evaluation":

@@ -922,3 +922,34 @@ def test_each_arm_has_a_panel_of_differences_and_a_swept_rate_is_its_axis(tmp_pa
     assert [p.title for p in panels] == ["lab_math, n=0", "lab_math, n=500"]
     made.publish(tmp_path, grid("sweep=alone", n=[8, 16], m=[0]))
     assert artefacts.load(tmp_path, "alone", Records(tmp_path)).content("differences") is None
+
+
+def test_items_that_belong_together_are_drawn_together(tmp_path: Path) -> None:
+    """Ten questions on each of 20 passages: intervals are wider, tests are not exact, and the report says why."""
+    made.publish(tmp_path / "items", grid(n=[100, 200], m=[0, 4000], seed=range(3)), items=200)
+    column = "+task.benchmark.lab_math.cluster=passage"
+    cells = grid(column, n=[100, 200], m=[0, 4000], seed=range(3))
+    made.publish(tmp_path / "clusters", cells, items=200)
+    for cell in cells:
+        file = tmp_path / "clusters" / "store" / "evaluate" / cell.chain.evaluations[0].key / "items.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        whole = [line | {"cluster": f"passage {line['index'] % 20}"} for line in lines]
+        file.write_text("".join(json.dumps(line) + "\n" for line in whole))
+    text = report.finish(tmp_path / "clusters", "mine")
+    table, plain = (tables.build(points(tmp_path / name))[0] for name in ("clusters", "items"))
+    assert {c.test for c in table.unique_pairs} == {"two-level bootstrap of clusters"}
+    assert all(c.differences.shape == (3, 20) for c in table.unique_pairs)
+    assert [p.value for p in table.points] == pytest.approx([float(p.table.mean()) for p in table.points])
+    assert "Pooled over 2 cells" in table.verdict
+    note = "lab_math: its 200 items are in 20 clusters, which intervals and tests draw instead of items."
+    assert note in formats.footnotes([table])
+    assert note not in formats.footnotes([plain])
+    assert note in (tmp_path / "clusters" / "report" / "mine" / "table.md").read_text()
+    assert "lab_facts" in text
+
+
+def test_a_cluster_column_is_in_the_key_only_where_it_is_named() -> None:
+    (plain,), (named,) = grid(n=[0]), grid("+task.benchmark.lab_math.cluster=question", n=[0])
+    assert "cluster" not in plain.chain.evaluations[0].spec.content()["benchmark"]
+    assert named.chain.evaluations[0].spec.content()["benchmark"]["cluster"] == "question"
+    assert plain.chain.evaluations[1].key == named.chain.evaluations[1].key
