@@ -41,6 +41,7 @@ class Chain:
     contamination: tuple[Stage[ContaminationSpec], ...] = ()
     prepare: Stage[PrepareSpec] | None = None
     flips: tuple[Stage[FlipsSpec], ...] = ()
+    validations: tuple[Stage[EvaluateSpec], ...] = ()  # evaluations that settings are chosen by
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -49,7 +50,7 @@ class Chain:
     @property
     def results(self) -> tuple[Stage, ...]:
         """The stages that the cell's result comes from: checks of data and base change none."""
-        return self.trainings + self.evaluations
+        return self.trainings + self.validations + self.evaluations
 
     @property
     def trainings(self) -> tuple[Stage, ...]:
@@ -68,7 +69,9 @@ def chain(config: Config) -> Chain:
     first = warmup.stage(config, start)
     second = adapt.stage(config, first or start)
     evaluations = tuple(evaluate.stages(config, second or first or start))
-    return Chain(first, second, evaluations, contamination.stages(config), start, tuple(flips.stages(config)))
+    validations = tuple(evaluate.validations(config, second or first or start))
+    checks, batches = contamination.stages(config), tuple(flips.stages(config))
+    return Chain(first, second, evaluations, checks, start, batches, validations)
 
 
 # --- a grid --------------------------------------------------------------------------------------------------------
@@ -84,9 +87,15 @@ class Cell:
 
     @functools.cached_property
     def id(self) -> str:
-        """A readable name with a hash of what the cell computes: equal cells have equal ids."""
-        c = self.config
-        computed = digest([s.key for s in self.chain.results] + [c.method.name, c.task.name], 8)
+        """A readable name with a hash of what the cell computes: equal cells have equal ids.
+
+        Where settings are tuned, a cell is the same whether or not it is evaluated on the test in the end.
+        """
+        c, chain = self.config, self.chain
+        computed = digest(
+            [s.key for s in chain.trainings + (chain.validations or chain.evaluations)] + [c.method.name, c.task.name],
+            8,
+        )
         return f"{c.task.name}-{c.method.name}-m{c.m}-n{c.n}-s{c.seed}-{computed}"
 
 

@@ -97,7 +97,7 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
         n = stage.spec.content().get("n", stage.spec.content().get("m"))
         samples = 6970 if n == "all" else n
         return {"metrics": {"samples_seen": samples}, "data": {"samples": samples, "misfits": 0}}
-    kind = cell.config.task.benchmark[benchmark].kind
+    kind = cell.config.benchmarks[benchmark].kind
     scores = _scores(stage, kind, items, ability(cell))
     with (folder / "items.jsonl").open("w") as file:
         for i in range(items):

@@ -11,13 +11,14 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from d2lora import mirror, plan, report, worker
-from d2lora.command import preflight, rehearsal, summary, terminal
+from d2lora.command import preflight, rehearsal, summary, terminal, tuning
 from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells
 from d2lora.command.guard import one_line
 from d2lora.command.launchers import launcher_of
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell, Job
+from d2lora.records import Tuning
 from d2lora.report import manifest
 from d2lora.stages import Stage
 from d2lora.store import Store
@@ -28,11 +29,13 @@ def sweep(
 ) -> None:
     """Do a whole grid. Exits with 1 if a stage is missing at the end; UserError (nothing written) for invalid cells."""
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
-    every = valid_cells(Composer(config, loader), grid)
+    compose = Composer(config, loader)
+    every = valid_cells(compose, grid)
     cells, this = plan.unique(every), launcher_of(config)
     first = cells[0].config
     store = Store(Outputs.of(first).root)
-    planned = summary.plan_text(cells, store, this.count(config), preflight.coverage(cells))
+    tuner = tuning.Tuner(cells, compose, store) if first.tune else None
+    planned = _plan(cells, tuner, store, this.count(config))
     if not first.dry_run:
         _refuse_twice(first.sweep, this.queued(config.hydra.job.name))
     rehearsal.remember()
@@ -40,9 +43,35 @@ def sweep(
         print(line, file=sys.stderr)
     print(planned, flush=not first.dry_run)
     if not first.dry_run:
-        new = any(not store.done(s) for s in plan.stages(cells))
-        _train(config, launcher, cells, store)
+        do = functools.partial(_train, config, launcher, store=store)
+        cells, new = do_tuned(do, tuner) if tuner else (cells, do(cells, cells))
         _finish(cells, store, new)
+
+
+def _plan(cells: list[Cell], tuner: tuning.Tuner | None, store: Store, workers: int) -> str:
+    """Return the plan as text; where settings are tuned, up to the choice."""
+    notes = preflight.coverage(cells)
+    if tuner is None:
+        return summary.plan_text(cells, store, workers, notes)
+    begun, _ = tuner.begin()
+    return summary.plan_text(begun, store, workers, [*notes, tuner.note()], tuner.later())
+
+
+# Writes the manifest of a sweep's cells, with what is chosen where settings are tuned, and does what is left of some of them. Tells
+# whether there was something to do.
+Do = Callable[..., bool]
+
+
+def do_tuned(do: Do, tuner: tuning.Tuner) -> tuple[list[Cell], bool]:
+    """Do the candidates, choose, and do the chosen ones' evaluations on the test.
+
+    Returns the cells as they are after the choice, and whether there was something to do.
+    """
+    begun, standing = tuner.begin()
+    first = do(begun, begun, standing)
+    cells, chosen, made = tuner.choose()
+    print(tuning.summary(made), flush=True)
+    return cells, do(cells, chosen, made) or first
 
 
 def _refuse_twice(sweep: str, jobs: list[str]) -> None:
@@ -53,14 +82,26 @@ def _refuse_twice(sweep: str, jobs: list[str]) -> None:
         )
 
 
-def _train(config: DictConfig, launcher: Launcher, cells: list[Cell], store: Store) -> None:
-    """Have the launcher do what is left of the cells' stages."""
-    output, this = Outputs.of(cells[0].config).root, launcher_of(config)
-    manifest.write_manifest(output, cells)
+def _train(
+    config: DictConfig,
+    launcher: Launcher,
+    every: list[Cell],
+    cells: list[Cell],
+    made: Tuning | None = None,
+    *,
+    store: Store,
+) -> bool:
+    """Write the manifest of `every` cell and have the launcher do what is left of the stages of `cells`; tell whether something was."""
+    output, this = Outputs.of(every[0].config).root, launcher_of(config)
+    manifest.write_manifest(output, every, made)
+    if not cells:
+        return False
+    new = any(not store.done(s) for s in plan.stages(cells))
     text, at_work = (functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work))
     with terminal.board(text, at_work, output):  # type: ignore[arg-type] # joined, the two types are lost
         launch_batches(functools.partial(launch_once, launcher, config), cells, store, this.apart)
     this.dismiss()
+    return new
 
 
 def _finish(cells: list[Cell], store: Store, new: bool) -> None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2lora.errors import UserError
-from d2lora.records import Records, Score
-from d2lora.report import evidence, figures, formats, inits, paper, settings, tables
+from d2lora.records import Records, Score, Tuning
+from d2lora.report import evidence, figures, formats, inits, paper, settings, tables, tuning
 from d2lora.report.figures import Panel
 from d2lora.report.manifest import read_manifest
 from d2lora.report.points import Point, points_of
@@ -27,7 +27,8 @@ class Shown:
 class Sweep:
     """Everything that a report shows of a sweep; `problem` says why it has no tables, if it has none.
 
-    The first of `shown` is the sweep's own table, the others are the paper's.
+    The first of `shown` is the sweep's own table, the others are the paper's; of a tuned sweep (`tuning`) the first is of the
+    chosen cells, and one more of those at the recipe's own values.
     """
 
     name: str
@@ -36,26 +37,41 @@ class Sweep:
     shown: list[Shown]
     contamination: dict[str, dict[str, Score]]
     inits: list[inits.Row]
+    tuning: Tuning | None = None
 
 
 def load(output: Path, name: str, records: Records) -> Sweep:
     """A sweep's tables and panels from its manifest and records."""
     manifest = read_manifest(output, name)
-    cells = manifest.cells
+    cells = [cell for cell in manifest.cells if cell.stages.evaluate]  # a candidate that was not chosen has met no test
+    views = tuning.views(manifest)
     try:
-        points, problem = points_of(manifest, records), ""
+        points, problem = [points_of(view.manifest, records, view.folded) for view in views], ""
     except UserError as error:
-        points, problem = [], str(error)
+        points, problem = [[]], str(error)
+    if manifest.tuning and not points[0] and not problem:
+        problem = "nothing is chosen yet"
     columns = cells[0].config.get("report", {}).get("columns") if cells else None
-    shown = _shown(name, points, records, columns) if points else []
-    contamination = evidence.contamination(cells, records)
-    return Sweep(name, problem, settings.settings(cells), shown, contamination, inits.compare(points, records))
+    contamination = evidence.contamination(manifest.cells, records)
+    sweep = Sweep(name, problem, settings.settings(cells), [], contamination, inits.compare(points[0], records))
+    if not problem and points[0]:
+        sweep.tuning = manifest.tuning
+        own = [_table(view, its, records, columns) for view, its in zip(views, points, strict=True) if its]
+        if manifest.tuning:
+            own[0].notes[:0] = tuning.notes(manifest.tuning)
+        sweep.shown = [*own, *_of_paper(points[0], records)]
+    return sweep
 
 
-def _shown(name: str, points: list[Point], records: Records, columns: str | None) -> list[Shown]:
-    own = tables.build(points, columns)
-    curves = [panel for t in own for panel in figures.panels(t, "all")]
-    found = [Shown("table", f"Sweep {name}", own, curves, evidence.notes(points, records))]
+def _table(view: tuning.View, points: list[Point], records: Records, columns: str | None) -> Shown:
+    built = tables.build(points, None if columns in view.folded else columns)
+    curves = [panel for t in built for panel in figures.panels(t, "all")]
+    return Shown(view.name, view.caption, built, curves, evidence.notes(points, records))
+
+
+def _of_paper(points: list[Point], records: Records) -> list[Shown]:
+    """The paper's tables and figures that points hold."""
+    found = []
     for artefact in (*paper.TABLES, *paper.FIGURES):
         if chosen := paper.select(artefact, points):
             built = tables.build(chosen, "n")
@@ -68,9 +84,23 @@ def text(sweep: Sweep) -> str:
     """What the terminal shows of a sweep: its own tables with verdicts, and what speaks against them."""
     if sweep.problem:
         return f"no table: {sweep.problem}"
-    own = sweep.shown[0]
-    parts = [formats.text(t) for t in own.tables] + [f"note: {line}" for line in own.notes]
+    parts = [part for own in _own(sweep) for part in _texts(own, headed=sweep.tuning is not None)]
+    if sweep.tuning:
+        parts.append(tuning.text(sweep.tuning))
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(sweep.contamination)]))
+
+
+def _own(sweep: Sweep) -> list[Shown]:
+    """A sweep's own tables: one, but of a tuned sweep two."""
+    return [shown for shown in sweep.shown if shown.name in ("table", tuning.FIXED)]
+
+
+def _texts(shown: Shown, headed: bool) -> list[str]:
+    head = [f"== {shown.caption} =="] * headed
+    return [*head, *map(formats.text, shown.tables), *(f"note: {line}" for line in shown.notes)]
+
+
+_FIGURES = {"table": "curves", tuning.FIXED: "curves_fixed"}  # the files of tables' figures
 
 
 def write(folder: Path, sweep: Sweep) -> None:
@@ -79,12 +109,14 @@ def write(folder: Path, sweep: Sweep) -> None:
     _write_settings(folder, sweep)
     if sweep.inits:
         inits.write(folder, sweep.inits)
+    if sweep.tuning:
+        tuning.write(folder, sweep.tuning)
     for shown in sweep.shown:
         if shown.name.startswith("table"):
             (folder / f"{shown.name}.md").write_text(formats.markdown(shown.caption, shown.tables, shown.notes))
             (folder / f"{shown.name}.tex").write_text(formats.latex(shown.caption, shown.tables, shown.notes))
             (folder / f"{shown.name}.csv").write_text(formats.csv_text(shown.tables))
-        figures.draw(shown.panels, folder / ("curves" if shown.name == "table" else shown.name))
+        figures.draw(shown.panels, folder / _FIGURES.get(shown.name, shown.name))
 
 
 def _write_settings(folder: Path, sweep: Sweep) -> None:

@@ -244,10 +244,14 @@ function inits(found) {
   const rows = found.rows.filter((_, i) => kept(found.of[i]));
   return rows.length ? h("section", {}, h("h3", {}, found.caption), plain(found.head, rows, "initializations"), found.notes.map((n) => h("p", { class: "note" }, n))) : null;
 }
+function candidates(found) {
+  return found ? h("details", { open: "" }, h("summary", {}, found.caption), plain(found.head, found.rows, "candidates")) : null;
+}
 function sweep(w) {
-  const [own, ...papers] = w.shown.map((x, i) => shown(x, i === 0)); // the first is the whole sweep, which the heading names
-  return h("section", {}, h("h2", {}, `Sweep ${w.name}`), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, papers,
-    papers.some(Boolean) && own ? h("details", {}, h("summary", {}, "All cells of this sweep"), own) : own,
+  const [own, ...papers] = w.shown.map((x, i) => shown(x, i === 0 && !w.tuning)); // the first is the whole sweep, which the heading names
+  const first = w.tuning ? [own, ...papers, candidates(w.tuning)] // tuned and fixed, one below the other
+    : [...papers, papers.some(Boolean) && own ? h("details", {}, h("summary", {}, "All cells of this sweep"), own) : own];
+  return h("section", {}, h("h2", {}, `Sweep ${w.name}`), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, first,
     inits(w.inits), contamination(w.contamination), h("details", {}, h("summary", {}, "Table 2: the settings that ran"), plain(w.settings.head, w.settings.rows, "settings")));
 }
 function draw() {

@@ -12,8 +12,8 @@ from importlib.resources import files
 import numpy as np
 
 from d2lora.keys import canonical, digest
-from d2lora.records import Record, Records, Score
-from d2lora.report import evidence, formats, inits, paper
+from d2lora.records import Record, Records, Score, Tuning
+from d2lora.report import evidence, formats, inits, paper, tuning
 from d2lora.report.artefacts import Shown, Sweep
 from d2lora.report.compare import Comparison
 from d2lora.report.figures import Panel
@@ -68,6 +68,7 @@ class _Data:
             "contamination": {p: {m: s.as_read() for m, s in x.items()} for p, x in sweep.contamination.items()},
             "shown": shown,
             "inits": _inits(sweep.inits),
+            "tuning": _tuning(sweep.tuning) if sweep.tuning else None,
         }
 
     def _shown(self, shown: Shown, sweep: Sweep) -> dict:
@@ -169,6 +170,12 @@ def _inits(rows: list[inits.Row]) -> dict | None:
     head, texts = inits.table(rows)
     of = [{"method": row.method, "m": row.m} for row in rows]
     return {"caption": inits.CAPTION, "head": head, "rows": texts, "of": of, "notes": inits.notes(rows)}
+
+
+def _tuning(found: Tuning) -> dict:
+    """The table of a tuned sweep's candidates."""
+    head, rows = tuning.table(found)
+    return {"caption": tuning.caption(found), "head": head, "rows": rows}
 
 
 def _comparison(c: Comparison) -> dict:

@@ -1,6 +1,6 @@
 """Points: what tables and figures show, from a manifest and its records, each with its items' scores."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,7 @@ class Point:
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by seed, of finished evaluations: (items,)
     draws: set[int] = field(default_factory=set)  # its cells' data_seed
     samples: int | None = None  # task samples trained on, where a record says so
+    tuned: Axes = field(default_factory=dict)  # settings that were chosen for it on validation, each arm's its own
     tested: set[str] = field(default_factory=set)  # what its evaluations tested on: fingerprints, one if all is well
 
     @property
@@ -102,9 +103,13 @@ class Point:
         return stats.interval(self.table) if self.scores else None
 
 
-def points_of(manifest: Manifest, records: Records) -> list[Point]:
-    """Return the sweep's points in the benchmarks' main metrics, with the seeds folded and every other axis told apart."""
-    labels, keys = axes.differing_settings(manifest.cells)
+def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()) -> list[Point]:
+    """Return the sweep's points in the benchmarks' main metrics, with the seeds folded and every other axis told apart.
+
+    `folded` are settings of which each arm has one value, chosen for it: they are no axes.
+    """
+    labels, differing_keys = axes.differing_settings(manifest.cells)
+    keys = [key for key in differing_keys if key not in folded]
     metrics = main_metrics(manifest, records)
     points: dict[tuple[object, ...], Point] = {}
     for cell in tqdm(manifest.cells, desc=f"reading {manifest.sweep}", leave=False, disable=None):
@@ -119,8 +124,9 @@ def points_of(manifest: Manifest, records: Records) -> list[Point]:
                 place = (*(names[k] for k in labels), *shape.values(), benchmark, metric, *sorted(others.items()))
                 if place not in points:
                     points[place] = Point(
-                        **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others
-                    )
+                        **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others,
+                        tuned=axes.axes_of(cell, benchmark, folded),
+                    )  # fmt: skip
                 points[place].draws.add(c["data_seed"])
                 _add(points[place], c["seed"], run, records)
     return list(points.values())

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2lora.errors import UserError
-from d2lora.records import Manifest, Record, Records
-from d2lora.report import axes
+from d2lora.records import Manifest, ManifestCell, Record, Records
+from d2lora.report import axes, tuning
 from d2lora.report.axes import general
 from d2lora.report.manifest import read_manifest, sweeps
 
@@ -50,7 +50,8 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
 
     Beside COLUMNS it has the settings that the sweep's cells differ in, by their keys, where they matter for the cell. Earlier cells of the sweep's name have rows where they are finished.
     """
-    finished = (c for c in manifest.earlier if all(records.get("evaluate", k) for k in c.stages.evaluate.values()))
+    finished = (c for c in manifest.earlier if all(records.get("evaluate", k) for k in _evaluations(c).values()))
+    roles = tuning.roles(manifest.tuning)
     _, keys = axes.differing_settings(manifest.cells)
     for cell in [*manifest.cells, *finished]:
         c, stages = cell.config, cell.stages
@@ -64,10 +65,11 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
             "lr": rates[c["method"]["name"]] if stages.adapt else rates["warmup"] if stages.warmup else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
+            **({"tuned": roles[cell.id]} if cell.id in roles else {}),
             **unused(trained),
             "train_seconds": round(sum(r.seconds for r in trained if r.stage != "prepare"), 3),
         }
-        for benchmark, key in stages.evaluate.items():
+        for benchmark, key in _evaluations(cell).items():
             record = records.get("evaluate", key)
             flips = records.get("flips", stages.flips.get(benchmark))
             memory = max((r.peak_memory_mb for r in [*trained, record] if r), default="")
@@ -83,6 +85,11 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
             for metric, score in scores.items():
                 others = axes.axes_of(cell, benchmark, keys)
                 yield common | measured | {"metric": metric, **score} | _batch(flips, metric) | others
+
+
+def _evaluations(cell: ManifestCell) -> dict[str, str]:
+    """The keys of a cell's evaluations by benchmark, those on validation benchmarks too."""
+    return cell.stages.validation | cell.stages.evaluate
 
 
 def _batch(flips: Record | None, metric: str) -> dict:
