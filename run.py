@@ -1,4 +1,4 @@
-"""The entry point: one cell, or with -m (or a file of sweeps/) a grid. `python run.py --help`."""
+"""Run one cell, or with -m (or a file of sweeps/) a grid: `python run.py --help`."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent
 # Launchers' workers import hydra_plugins and d2lora from here, wherever the command was typed.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to guard, which shows what is ours in one line
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises errors, and guard prints the user's in one line
 
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402

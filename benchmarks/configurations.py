@@ -1,6 +1,7 @@
-"""Tiny configurations of transformers' text families, by name: what `families.py` measures.
+"""Define tiny configurations of transformers' text families, by name, for `families.py`.
 
-Each holds every kind of layer its family has. `sw8` is a sliding window of 8 tokens (on texts of 60), `chunk8` chunks of 8.
+Each has every kind of layer of its family. `sw8` is a sliding window of 8 tokens (texts have up to 60), `chunk8` chunks
+of 8.
 """
 
 from collections.abc import Callable
@@ -186,7 +187,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny(model_type: str, **fields: Any) -> PretrainedConfig:
-    """The config of a model type with all its sizes small, and with `fields` as they are given."""
+    """Return the config of a model type with small sizes, and with the values of `fields`."""
     cls = CONFIG_MAPPING[model_type]
     small = {k: v for k, v in SMALL.items() if k in cls.__dataclass_fields__}
     return cls(**(small | FAMILIES.get(model_type, {}) | fields))
@@ -293,7 +294,7 @@ IMAGES = {"image_token_id": NO_IMAGE, "video_token_id": NO_IMAGE + 1, "audio_tok
 
 
 def multimodal(model_type: str, text: PretrainedConfig, vision: dict[str, Any] | None = None, **fields: Any):
-    """The config of a multimodal model around a text model."""
+    """Return the config of a multimodal model around a text model."""
     return CONFIG_MAPPING[model_type](text_config=text.to_dict(), vision_config=vision, **fields)
 
 
@@ -387,18 +388,18 @@ MULTIMODAL: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def configurations() -> dict[str, Callable[[], PretrainedConfig]]:
-    """Name of a configuration -> what makes it."""
-    found: list[tuple[str, Callable[[], PretrainedConfig]]] = [(name, partial(tiny, name)) for name in PLAIN]
+    """Return each configuration's name and the function that makes it."""
+    named: list[tuple[str, Callable[[], PretrainedConfig]]] = [(name, partial(tiny, name)) for name in PLAIN]
     for model_type in WINDOWED:
         window = {WINDOW_FIELD.get(model_type, "sliding_window"): WINDOW}
-        found.append((f"{_short(model_type)} sw{WINDOW}", partial(tiny, model_type, **window)))
-    found += [(name, partial(tiny, model_type, **fields)) for name, (model_type, fields) in VARIANTS.items()]
-    found += MULTIMODAL.items()
-    if len(dict(found)) < len(found):
+        named.append((f"{_short(model_type)} sw{WINDOW}", partial(tiny, model_type, **window)))
+    named += [(name, partial(tiny, model_type, **fields)) for name, (model_type, fields) in VARIANTS.items()]
+    named += MULTIMODAL.items()
+    if len(dict(named)) < len(named):
         raise ValueError("two configurations have one name")
-    return dict(found)
+    return dict(named)
 
 
 def _short(model_type: str) -> str:
-    """The family's name: a text model goes by that of the multimodal one it is part of."""
+    """Return the family's name: a text model is named like the multimodal model that it is a part of."""
     return model_type.removesuffix("_text") if model_type in TEXT_MODELS else model_type

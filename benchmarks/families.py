@@ -1,11 +1,11 @@
-"""Which of transformers' text families d2lora trains and evaluates, and how: each as a tiny random model, by the ways of a real run.
+"""Test which of transformers' text families d2lora can train and evaluate, and how, with tiny random models.
 
     python benchmarks/families.py [--only NAME...] [--jobs 2] [--csv FILE] [--markdown docs/models.md]
 
-Each configuration is saved, loaded and trained by SFT, DPO and ORPO (two steps of four examples, all linear layers, an adapter that
-is not zero) as `run.py` does it. The table says in which layout, and how far the adapters are from those of plain training: each
-text in a forward pass of its own, whole logits. Then the saved adapter is read again, merged where that is exact, and a padded batch
-of an evaluation compared with single texts.
+Each configuration is saved, loaded and trained by SFT, DPO and ORPO as `run.py` does it (two steps of four examples,
+all linear layers, an adapter that is not zero). The table has the layout that was used, and the distance of the
+adapters from those of plain training: each text in a forward pass of its own, the model's own head. Then the saved
+adapter is loaded again, merged if that is exact, and a padded batch of an evaluation is compared with single texts.
 """
 
 # ruff: noqa: E402 (the path and the environment are set before what reads them is imported)
@@ -76,23 +76,23 @@ class Row:
 
     @property
     def right(self) -> bool:
-        """Exact, or refused in a line: not silently wrong."""
+        """Tell whether the model is exact or refused, that is, not silently wrong."""
         return not self.furthest or float(self.furthest) < 5e-3
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
-    """The model with random weights of one seed, on sdpa unless its family has none."""
+    """Return the model with seeded random weights, with sdpa unless its family has none."""
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, weight in made.named_parameters():
+        for name, weight in model.named_parameters():
             if weight.dim() > 1 and "A_log" not in name:
                 weight *= SCALE
-    return made
+    return model
 
 
 def pairs(count: int = 8) -> list[dict[str, list[int]]]:
-    """Pairs whose texts, prompt and answer, have 18 to 60 tokens."""
+    """Return pairs whose texts (prompt and answer) have 18 to 60 tokens."""
     random = torch.Generator().manual_seed(0)
 
     def ids(low: int, high: int) -> list[int]:
@@ -103,19 +103,19 @@ def pairs(count: int = 8) -> list[dict[str, list[int]]]:
 
 
 def cell(method: str) -> Cell:
-    """A cell of the default recipe, with batches of four examples in two micro-batches."""
+    """Return a cell of the default recipe, with batches of four examples in two micro-batches."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return grid.cell_of(compose("config", overrides=[f"method={method}", *SETTINGS]))
 
 
 def recipe() -> Recipe:
-    """The recipe of all trainings."""
+    """Return the default recipe, with batches of four examples in two micro-batches."""
     return cell(METHODS[0]).config.recipe
 
 
 @functools.cache
 def spec_of(method: str) -> AdaptSpec:
-    """What a training is told, of a model that only its type tells apart."""
+    """Return the spec of a training; a model is identified by its type alone."""
     adapt = cell(method).chain.adapt
     assert adapt is not None, "n is above 0"
     return replace(adapt.spec, model={"dtype": "float32"})
@@ -125,7 +125,7 @@ SPEC: dict[str, Any] = spec_of(METHODS[0]).content()
 
 
 def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:
-    """The configuration's model, saved with the lab's tokenizer and loaded as a run loads it."""
+    """Save the configuration's model with the lab's tokenizer, and load it as a run does."""
     build(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(ROOT / "d2lora/lab/base").save_pretrained(folder / "model")
     return read_base(Model(name=name, path=str(folder / "model")), folder)
@@ -134,7 +134,7 @@ def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:
 def trained(
     base: Base, method: str, folder: Path, settings: Recipe, layout: Layout | None = None
 ) -> tuple[dict, dict, dict]:
-    """(metrics, adapter before, adapter after) of a training; with a `layout`, in that one whatever a proof would say."""
+    """Train, and return (metrics, adapter before, adapter after). A `layout` is used without the usual test."""
     drawn, spec = Subset(pairs(), list(range(8)), []), spec_of(method)
     attach.check_round_trip(base, Start(spec.lora, spec.init, spec.seed), spec.model, folder.parent / "proofs")
     forced = mock.patch.object(proof, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
@@ -156,15 +156,18 @@ def weights(wrapped: PeftModel) -> dict[str, torch.Tensor]:
     return {name: w.detach().clone() for name, w in wrapped.named_parameters() if "lora_" in name}
 
 
-def distance(found: dict, expected: dict, start: dict) -> float:
-    """How far two adapters are from each other, relative to what was learned."""
-    apart = sum(float((found[k] - w).square().sum()) for k, w in expected.items())
+def distance(adapter: dict, expected: dict, start: dict) -> float:
+    """Return the distance of two adapters, relative to the change that was learned."""
+    apart = sum(float((adapter[k] - w).square().sum()) for k, w in expected.items())
     learned = sum(float((w - start[k]).square().sum()) for k, w in expected.items())
     return (apart / learned) ** 0.5
 
 
 def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, every: bool) -> Row:
-    """A configuration's line; with `every`, all methods are compared with plain training, else one of the three."""
+    """Return a configuration's row of the table.
+
+    With `every`, all methods are compared with plain training, else one of them.
+    """
     row, furthest = Row(name), 0.0
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(temporary)
@@ -176,13 +179,13 @@ def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, e
         compared = METHODS if every else [METHODS[sum(map(ord, name)) % 3]]
         for method in METHODS:
             with refusal(row, method):
-                metrics, start, found = trained(base, method, folder / method, settings)
+                metrics, start, adapter = trained(base, method, folder / method, settings)
                 setattr(row, method, metrics["layout"]["layout"])
                 row.adapted = f"{100 * metrics['coverage']['share']:.0f} %"
                 if method in compared:
                     plain = Layout("single", "whole", attention=row.attention)
                     _, _, right = trained(base, method, folder / f"{method} plain", settings, plain)
-                    furthest = max(furthest, distance(found, right, start))
+                    furthest = max(furthest, distance(adapter, right, start))
                     row.furthest = f"{furthest:.0e}"
         with refusal(row, "evaluation"):
             evaluated(base, folder / "sft" / "record" / "adapter", row, folder)
@@ -190,7 +193,7 @@ def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, e
 
 
 def evaluated(base: Base, adapter: Path, row: Row, folder: Path) -> None:
-    """How an adapter is evaluated: merged or not, and in batches or one by one."""
+    """Fill in how the adapter is evaluated: merged or not, and in batches or one by one."""
     if not adapter.exists():
         return
     with attach.trained(base, adapter) as (tested, _):
@@ -203,7 +206,9 @@ def evaluated(base: Base, adapter: Path, row: Row, folder: Path) -> None:
 
 @contextlib.contextmanager
 def refusal(row: Row, what: str, folder: Path | None = None) -> Iterator[None]:
-    """Notes an error as the row's: a line of ours where it is refused, else the library's; without the name of a `folder`."""
+    """Record an error inside the `with` block in the row, without a `folder`'s name: a UserError as it is, others by
+    their first line.
+    """
     try:
         yield
     except UserError as error:
@@ -215,7 +220,7 @@ def refusal(row: Row, what: str, folder: Path | None = None) -> Iterator[None]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The page of all rows."""
+    """Return the page with all rows."""
     wrong = [row.family for row in rows if not row.right]
     refused = [row for row in rows if row.refused]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
@@ -226,12 +231,13 @@ def markdown(rows: list[Row]) -> str:
         "as a run does it. Made by `python benchmarks/families.py --markdown docs/models.md`, not by hand.",
         "",
         f"**Silently wrong: {len(wrong)}{' (' + ', '.join(wrong) + ')' if wrong else ''}.** Exact: {len(rows) - len(wrong) - len(refused)}. "
-        f"Refused with a line, in whole or in part: {len(refused)}.",
+        f"Refused with an error line, for all methods or some: {len(refused)}.",
         "",
-        "`packed` shares a pair's prompt and its rows; `padded` and `single` keep texts apart, for layers that carry a state or",
-        "positions of their own; `whole logits` is the model's own head in the place of TRL's fused one. `adapted` is the share of the",
-        "weights that all-linear reaches; `from plain` how far an adapter is from that of plain training, relative to what was learned;",
-        "`batch` how an evaluation's texts are asked. [training.md](training.md) says how a layout is proven.",
+        "`packed` puts several texts into a row, and a pair's prompt only once; `padded` gives each text a row and `single` a forward pass, for",
+        "layers that carry a state or have positions of their own; `whole logits` is the model's own head instead of TRL's fused one. `adapted` is",
+        "the share of the weights that all-linear includes; `from plain` the distance of an adapter from that of plain training, relative to the",
+        "change that was learned; `batch` says how an evaluation's texts are batched: any batch, `generation 1` (one by one in generation) or 1.",
+        "[training.md](training.md) says how a layout is tested.",
         "",
         "| configuration | attention | adapted | SFT | DPO | ORPO | from plain | evaluated | batch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -1,12 +1,13 @@
-"""Training speed on a GPU: pairs/s, tokens/s, MFU and peak memory of SFT, DPO and ORPO.
+"""Measure training speed on a GPU: pairs/s, tokens/s, MFU and peak memory of SFT, DPO and ORPO.
 
     python benchmarks/gpu.py [--layers 32] [--steps 6] [--batch 16] [--micro 4] [--methods ...] [--layouts ...]
 
-Llama-3.1-8B's architecture with random weights in bfloat16, LoRA r = 16 on all linear layers, and pairs with the lengths of real
-step-preference rows, through the project's own train(): padded batches (TRL's) and shared prefixes with `sdpa` and with
-`flex_attention`, with and without gradient checkpointing; Liger's layer kernels if `liger-kernel` is installed. MFU counts
-4 N FLOP a token (LoRA: forward 2 N, backward through the frozen weights 2 N) of the tokens that are no padding, of 989
-TFLOP/s (H100, dense bfloat16). Without a GPU a reduced model runs, to show that the script works; its MFU means nothing.
+The project's own train() runs on Llama-3.1-8B's architecture with random weights in bfloat16, LoRA r = 16 on all linear
+layers, and pairs with the lengths of real step-preference rows: padded batches (TRL's) and shared prefixes with `sdpa`
+and with `flex_attention`, with and without gradient checkpointing; with Liger's layer kernels if `liger-kernel` is
+installed. MFU counts 4 N FLOP a token (LoRA: forward 2 N, backward through the frozen weights 2 N) of the tokens that
+are not padding, relative to 989 TFLOP/s (H100, dense bfloat16). Without a GPU a small model runs, to show that the
+script works; its MFU has no meaning.
 """
 
 import argparse
@@ -44,14 +45,14 @@ def make_pairs(count: int, vocabulary: int) -> list[dict]:
 
 
 def dtype() -> str:
-    """bfloat16; on a CPU, where that is very slow, float32."""
+    """Return bfloat16; on a CPU, where that is very slow, float32."""
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def load(layers: int, hidden: int, liger: bool):
-    """A Base with random weights. Its tokenizer is the lab's: only its padding token is asked for."""
+    """Return a Base with random weights. Its tokenizer is the lab's, of which only the padding token is used."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +78,7 @@ def load(layers: int, hidden: int, liger: bool):
 
 
 def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
-    """Pairs/s, tokens/s and peak memory of the steps after the first two, which compile and warm up."""
+    """Return pairs/s, tokens/s and peak memory of the steps after the first two, in which kernels are compiled."""
     import torch
     from hydra import compose, initialize_config_dir
 
@@ -139,9 +140,9 @@ def main() -> None:
     base = load(args.layers or (32 if gpu else 2), args.hidden or (4096 if gpu else 128), args.liger)
     size = sum(p.numel() for p in base.model.parameters())
     pairs = make_pairs(args.steps * args.batch, base.model.config.vocab_size)
-    place = torch.cuda.get_device_name() if gpu else "no GPU: a reduced model on the CPU, its MFU means nothing"
+    device = torch.cuda.get_device_name() if gpu else "no GPU: a reduced model on the CPU, its MFU means nothing"
     print(
-        f"{place}; {size / 1e9:.2f} B parameters, {dtype()}, micro-batch {args.micro} of {args.batch}, MFU = 4 N x tokens/s / 989 TFLOP/s"
+        f"{device}; {size / 1e9:.2f} B parameters, {dtype()}, micro-batch {args.micro} of {args.batch}, MFU = 4 N x tokens/s / 989 TFLOP/s"
     )
     print(f"{'':<44}{'pairs/s':>9}{'tokens/s':>10}{'MFU %':>7}{'peak GiB':>10}")
     layouts = [layout for layout in args.layouts.split(",") if gpu or layout != "flex_attention"]

@@ -1,12 +1,12 @@
-"""The lab's grid here, against what one would write otherwise: a fresh process a cell, plain TRL, batched generate.
+"""Compare the lab's grid with what one would write otherwise: one process for each cell, plain TRL, batched generation.
 
     python benchmarks/grid.py [--n 0,100] [--m 0,4000] [--workers 2]
 
-Both sides train on the same rows with the same settings and are scored on the same items, one thread a worker. The
-other side's process loads the base, warms up if m > 0, trains with TRL's trainers as they come, and evaluates; it shares
-nothing with the next. Whole solutions (task.continuation=rest), because TRL puts an end after every answer. Neither side logs
-to W&B; ours writes its report.
-Prints the time both sides spend on what, their accuracies, and last the line `speedup: N.Nx` of the wall times.
+Both sides train on the same rows with the same settings and are scored on the same items, with one thread for each
+worker. The other side's processes load the base, warm up if m > 0, train with TRL's trainers as they come, and
+evaluate; they share nothing. Answers are whole solutions (task.continuation=rest), because TRL adds EOS to every
+answer. Neither side logs to W&B; ours writes its report. Prints the seconds of each part for both sides, their
+accuracies, and last the line `speedup: N.Nx` of the wall times.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PARTS = ("start-up", "contamination", "warm-up", "adaptation", "evaluation")
 
 
 def plain_cell(method: str, m: int, n: int) -> dict:
-    """One cell as a script would do it. Seconds by part, and accuracies."""
+    """Run one cell as a script would. Return the seconds of each part, and the accuracies."""
     clock = time.monotonic()
     import torch
     from hydra import compose, initialize_config_dir
@@ -103,7 +103,7 @@ def _task_rows(config, tokenizer) -> list[dict]:
 
 
 def _plain_train(method, model, tokenizer, rows, config, rate, epochs):
-    """TRL's trainer as it comes; gives the trained PeftModel."""
+    """Train with TRL's trainer as it comes, and return the trained PeftModel."""
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -182,7 +182,7 @@ def _plain_facts(model, tokenizer, config, batch: int = 128) -> float:
 
 
 def other_side(cells: list[tuple[str, int, int]], workers: int) -> tuple[float, list[dict]]:
-    """Wall seconds and what each process tells."""
+    """Run all cells, and return the wall seconds and each process's output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def one(cell: tuple[str, int, int]) -> dict:
@@ -191,18 +191,18 @@ def other_side(cells: list[tuple[str, int, int]], workers: int) -> tuple[float, 
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
-        told = json.loads(done.stdout.strip().splitlines()[-1])
-        told["seconds"]["start-up"] += _lap(clock) - sum(told["seconds"].values())
-        return told
+        outputs = json.loads(done.stdout.strip().splitlines()[-1])
+        outputs["seconds"]["start-up"] += _lap(clock) - sum(outputs["seconds"].values())
+        return outputs
 
     clock = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:
-        told = list(pool.map(one, cells))
-    return _lap(clock), told
+        outputs = list(pool.map(one, cells))
+    return _lap(clock), outputs
 
 
 def our_side(n: str, m: str, workers: int, output: Path) -> tuple[float, dict, dict]:
-    """Wall seconds, seconds by part, and accuracies {(method, m, n): {benchmark: value}}."""
+    """Run the sweep; return wall seconds, seconds of each part, and accuracies {(method, m, n): {benchmark: value}}."""
     import csv
 
     command = [

@@ -1,9 +1,9 @@
-"""Whether memory grows over a long multirun: resident memory after each of 40 cells of one process.
+"""Measure whether memory grows over a long multirun: resident memory after each of 40 cells in one process.
 
     python benchmarks/memory.py [--cells 40]
 
-Cells alternate SFT, DPO and ORPO, with and without warm-up, each with its own seed, evaluated on 16 items. Prints a line every
-five cells and last the growth from the fifth to the last.
+Cells alternate SFT, DPO and ORPO, with and without warm-up, each with its own seed, evaluated on 16 items. Prints a
+line every five cells and last the growth from the fifth to the last.
 """
 
 import argparse
@@ -30,17 +30,17 @@ def main() -> None:
     from d2lora.store import Store
 
     axes = itertools.product(range(args.cells), ("sft", "dpo", "orpo"), (0, 16))
-    seen: list[float] = []
+    resident: list[float] = []
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for seed, method, m in itertools.islice(axes, args.cells):
             overrides = [f"seed={seed}", f"method={method}", f"m={m}", "n=16", f"output={folder}", *FEW_ITEMS]
             this = grid.cell_of(compose("config", overrides))
             if worker.do(this.config, this, Store(Path(folder)), lambda stage: lambda done, total: None):
                 raise SystemExit("a cell failed")
-            seen.append(psutil.Process().memory_info().rss / 2**20)
-            if len(seen) % 5 == 0:
-                print(f"{len(seen):>3} cells: {seen[-1]:.0f} MB resident", flush=True)
-    print(f"growth from cell 5 to {len(seen)}: {100 * (seen[-1] / seen[4] - 1):.1f} %")
+            resident.append(psutil.Process().memory_info().rss / 2**20)
+            if len(resident) % 5 == 0:
+                print(f"{len(resident):>3} cells: {resident[-1]:.0f} MB resident", flush=True)
+    print(f"growth from cell 5 to {len(resident)}: {100 * (resident[-1] / resident[4] - 1):.1f} %")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What a step of preference training costs: TRL as it comes, TRL at its best setting, and ours.
+"""Measure what a step of preference training costs: TRL as it comes, TRL at its best, and ours.
 
     python benchmarks/preference_step.py [--rows FOLDER] [--pairs 16] [--epochs 4] [--methods dpo,orpo]
 
-On the lab's pairs and base and then, with --rows, on the step-preference rows in FOLDER (math-step-pref's layout) and
-SmolLM2-135M (extra [laptop]). Each side runs in a process of its own on one thread, on the same pairs with the effective batch of 16: TRL's
-micro-batch of 8 (its default; 4 with real rows, for memory), padded, DPO's reference in every step; the same with the reference computed before and
-similar lengths together; and ours. Each trains one epoch; a reference computed before is paid once for --epochs epochs.
-Prints for each method tokens, seconds a pair, peak memory and first losses, and last `speedup: N.Nx` (TRL as it comes) and
+Runs on the lab's pairs and base and then, with --rows, on the step-preference rows in FOLDER (columns of
+math-step-pref) and SmolLM2-135M (extra [laptop]). Each side runs in a process of its own on one thread, on the same
+pairs with an effective batch of 16. TRL as it comes has its default micro-batch of 8 (4 with real rows, for memory),
+padding, and DPO's reference in every step. TRL at its best computes the reference in advance and groups similar
+lengths. Each side trains one epoch; a reference in advance counts once for --epochs epochs. Prints for each method
+tokens, seconds per pair, peak memory and first losses, and last `speedup: N.Nx` (against TRL as it comes) and
 `speedup_best: N.Nx` over all methods.
 """
 
@@ -29,7 +30,7 @@ SIDES = ("TRL as it comes", "TRL at its best", "d2lora")
 
 
 def prepare(rows: str | None, pairs: int, method: str):
-    """The base, `pairs` tokenized pairs, a spec and a recipe."""
+    """Return the base, `pairs` tokenized pairs, a spec and a recipe."""
     import torch
     from hydra import compose, initialize_config_dir
 
@@ -51,7 +52,7 @@ def prepare(rows: str | None, pairs: int, method: str):
 
 
 class Counter:
-    """Counts the tokens (padding too) that go through a model, and the first loss."""
+    """Counts the tokens (padding included) that go through a model, and notes the first loss."""
 
     def __init__(self, backbone) -> None:
         self.tokens = 0
@@ -95,7 +96,7 @@ def timed(function, spent: list[float], *args, **kwargs):
 
 
 def orpo_row(trainer, pair: dict, model=None) -> dict:
-    """A pair's ids as TRL's ORPOTrainer.tokenize_row would leave them."""
+    """Return a pair's ids as TRL's ORPOTrainer.tokenize_row returns them."""
     row, prompt = {}, pair["prompt_ids"]
     for kind in ("chosen", "rejected"):
         answer = pair[f"{kind}_ids"]
@@ -106,7 +107,7 @@ def orpo_row(trainer, pair: dict, model=None) -> dict:
 
 
 def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
-    """TRL's own trainer; only its tokenization is skipped."""
+    """Train with TRL's own trainer; only its tokenization is skipped."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -124,7 +125,7 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
         {**e, "length": max(len(e["chosen_ids"]), len(e["rejected_ids"])) + len(e["prompt_ids"])}
         for e in drawn.examples
     ]
-    settings = training.arguments(spec, recipe, folder, 1) | {"beta": spec.method.beta}
+    settings = training.arguments(spec, recipe, folder, 1, spec.epochs) | {"beta": spec.method.beta}
     settings |= {"max_length": None if dpo else spec.max_length}
     if best:
         settings |= {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
@@ -147,13 +148,13 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
 
 
 def side(name: str, rows: str | None, pairs: int, method: str) -> dict:
-    """One side's measurements."""
+    """Return one side's measurements."""
     work = {SIDES[0]: functools.partial(theirs, False), SIDES[1]: functools.partial(theirs, True), SIDES[2]: ours}[name]
     prepared = prepare(rows, pairs, method)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
-        found = work(*prepared, Path(folder))
-    return found | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "idle": before / 2**10}
+        measured = work(*prepared, Path(folder))
+    return measured | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "idle": before / 2**10}
 
 
 def compare(rows: str | None, pairs: int, methods: list[str], epochs: int) -> None:

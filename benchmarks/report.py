@@ -1,9 +1,9 @@
-"""How long the report of a large grid takes, and how large it gets: 1,000 evaluations of 1,319 items each.
+"""Measure how long the report of a large grid takes, and its size: 1,000 evaluations of 1,319 items each.
 
-python benchmarks/report.py FOLDER     makes the records in FOLDER (once), then times the report in a process of its own
+    python benchmarks/report.py FOLDER     makes the records in FOLDER (once), then times the report in a process of its own
 
-Prints seconds, peak memory and the page's size, and where a Chromium is installed the seconds until it has drawn the page.
-Bounds: 60 s, 2 GB, 10 MB.
+Prints seconds, peak memory and the page's size, and if a Chromium is installed the seconds until it has drawn the page.
+Limits: 60 s, 2 GB, 10 MB.
 """
 
 import resource
@@ -22,7 +22,7 @@ WORDS = "Step by step, we find that the number of apples times their price gives
 
 
 def make(output: Path) -> None:
-    """Records of the paper's math grid with more m and n and five seeds, as a run would leave them."""
+    """Write records of the paper's math grid with more m and n and five seeds, as a run would write them."""
     import made
     from hydra import compose, initialize_config_dir
 

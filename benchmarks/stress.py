@@ -1,11 +1,12 @@
-"""Kills a grid at random moments until it is done, and looks at what is lost, done twice or different.
+"""Kill a grid at random moments until it is done, and count what is lost, done twice or different.
 
     python benchmarks/stress.py [--kills 50] [--workers 2]
 
-A grid of the smoke sweep's size runs once undisturbed. Then it is started again and again in new folders, and every process of it
-is killed (SIGKILL) at a random moment, until it has been killed --kills times in all; each folder's grid is at last finished.
-Prints a line a kill, and last the counts: records lost (published, then gone or damaged), stages done twice (a record's
-content changed after it was published) and results that differ from the undisturbed grid's, bit for bit.
+A grid of the smoke sweep's size runs once undisturbed. Then it is started again and again in new folders, and all of
+its processes are killed (SIGKILL) at a random moment, until there were --kills kills in all; in the end each folder's
+grid is finished. Prints a line for each kill, and last the counts: records lost (published, then gone or damaged),
+stages done twice (a record's content changed after it was published) and results that differ from the undisturbed
+grid's, bit for bit.
 """
 
 import argparse
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def start(output: Path, workers: int) -> subprocess.Popen:
-    """The grid in a process group of its own, so that all of it can be killed."""
+    """Start the grid in a process group of its own, so that all of it can be killed."""
     command = [
         sys.executable,
         str(ROOT / "run.py"),
@@ -44,13 +45,13 @@ def records(output: Path) -> dict[str, bytes]:
 
 
 def results(output: Path) -> dict[str, dict]:
-    """What a stage computed, by its key: adapters' and items' hashes and metrics, without times."""
-    found = {}
+    """Return what each stage computed, by its key: hashes of adapters and items, and metrics without times."""
+    by_key = {}
     for content in records(output).values():
         record = json.loads(content)
         values = {k: v for k, v in record["metrics"].items() if isinstance(v, dict) and "value" in v}
-        found[record["key"]] = {"files": record["files"], "values": values}
-    return found
+        by_key[record["key"]] = {"files": record["files"], "values": values}
+    return by_key
 
 
 def main() -> None:
@@ -65,33 +66,33 @@ def main() -> None:
         clock = time.monotonic()
         if start(calm, args.workers).wait():
             raise SystemExit("the undisturbed grid failed")
-        whole, expected = time.monotonic() - clock, results(calm)
-        print(f"undisturbed: {len(expected)} records in {whole:.0f} s", flush=True)
+        seconds, expected = time.monotonic() - clock, results(calm)
+        print(f"undisturbed: {len(expected)} records in {seconds:.0f} s", flush=True)
         while kills < args.kills:
             rounds += 1
-            output, known = Path(folder) / f"round{rounds}", dict[str, bytes]()
+            output, published = Path(folder) / f"round{rounds}", dict[str, bytes]()
             while True:
-                process, limit = start(output, args.workers), rng.uniform(0, whole)
+                process, limit = start(output, args.workers), rng.uniform(0, seconds)
                 try:
                     code = process.wait(timeout=limit if kills < args.kills else None)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     kills, code = kills + 1, None
-                now = records(output)
-                lost += sum(name not in now for name in known)
-                twice += sum(name in now and now[name] != content for name, content in known.items())
-                known = now
+                current = records(output)
+                lost += sum(name not in current for name in published)
+                twice += sum(name in current and current[name] != content for name, content in published.items())
+                published = current
                 print(
                     f"round {rounds}: "
                     + (f"killed ({kills}) after {limit:.0f} s" if code is None else f"ended with {code}")
-                    + f", {len(now)} records",
+                    + f", {len(current)} records",
                     flush=True,
                 )
                 if code is not None:
                     break
-            found = results(output)
-            different += sum(found.get(key) != value for key, value in expected.items())
+            final = results(output)
+            different += sum(final.get(key) != value for key, value in expected.items())
             check = subprocess.run(
                 [sys.executable, "-m", "d2lora.store", "gc", "--yes", "--output", str(output)],
                 cwd=ROOT,

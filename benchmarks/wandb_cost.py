@@ -1,10 +1,11 @@
-"""What W&B offline costs: a sweep without it and one with it at the same time, a core each, and once more with the cores swapped.
+"""Measure what W&B offline costs: a sweep with it and one without, at the same time, on a core each, then with the
+cores swapped.
 
     python benchmarks/wandb_cost.py [-cn lab] [OVERRIDE ...]
 
-One after the other they would not compare: a shared machine is a fifth faster or slower five minutes later. Each starts from an
-empty output folder, with the workers that the sweep's file says, all on its core. Prints the wall seconds of each and last the
-line `cost: N.N %`, the geometric mean of both rounds. Needs Linux and two cores.
+One after the other they could not be compared, because a shared machine may be a fifth faster or slower five minutes
+later. Each starts from an empty output folder, with the sweep file's number of workers, all on its core. Prints the
+wall seconds of each and last the line `cost: N.N %`, the geometric mean of both rounds. Needs Linux and two cores.
 """
 
 import argparse
@@ -21,13 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def together(sweep: str, overrides: list[str], cores: dict[str, int]) -> dict[str, float]:
-    """Wall seconds of the sweep by W&B mode, both at once. RuntimeError if one fails, or has runs where it should not."""
+    """Return the sweep's wall seconds by W&B mode, run at the same time.
+
+    RuntimeError if one fails, or has W&B runs when disabled.
+    """
     with tempfile.TemporaryDirectory() as folder:
         clock = time.monotonic()
         sweeps = {mode: _begin(sweep, overrides, mode, core, Path(folder, mode)) for mode, core in cores.items()}
         seconds: dict[str, float] = {}
-        while left := sweeps.keys() - seconds:
-            seconds |= {mode: time.monotonic() - clock for mode in left if sweeps[mode].poll() is not None}
+        while running := sweeps.keys() - seconds:
+            seconds |= {mode: time.monotonic() - clock for mode in running if sweeps[mode].poll() is not None}
             time.sleep(0.05)
         for mode, process in sweeps.items():
             runs = len(list(Path(folder, mode).glob("wandb/*run-*")))
@@ -38,8 +42,8 @@ def together(sweep: str, overrides: list[str], cores: dict[str, int]) -> dict[st
 
 
 def _begin(sweep: str, overrides: list[str], mode: str, core: int, output: Path) -> subprocess.Popen:
-    given = [f"output={output}", f"wandb.mode={mode}", *overrides]
-    command = [sys.executable, str(ROOT / "run.py"), "-cn", sweep, *given]
+    arguments = [f"output={output}", f"wandb.mode={mode}", *overrides]
+    command = [sys.executable, str(ROOT / "run.py"), "-cn", sweep, *arguments]
     pinned = functools.partial(os.sched_setaffinity, 0, {core})
     return subprocess.Popen(command, preexec_fn=pinned, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

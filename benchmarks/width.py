@@ -1,4 +1,4 @@
-"""What a second worker brings: wall time of the lab's sweep with 1 and 2 one-thread workers.
+"""Measure what a second worker gains: wall time of the lab's sweep with one and two workers of one thread.
 
     python benchmarks/width.py [--n 0,100,200,500,1000] [--m 0,4000]
 

@@ -1,4 +1,6 @@
-"""`python -m d2lora COMMAND ...`: all but the training, which run.py does. Each command imports what it needs once it is chosen."""
+"""Run `python -m d2lora COMMAND ...`: everything but training, which run.py does. A command imports what it needs when
+it runs.
+"""
 
 import argparse
 import os
@@ -14,7 +16,7 @@ from d2lora.outputs import project_path
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a wrong command line in one line, as run.py does."""
+    """A parser that reports a wrong command line in one line, as run.py does."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help shows how")
@@ -22,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the line that the overview has of it, its arguments, and what it does with them (returns its exit code)."""
+    """A command: its line in the overview, its arguments, and the function that runs it and returns its exit code."""
 
     line: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -104,13 +106,13 @@ COMMANDS = {
 
 
 def main(name: str | None = None, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Do the command `name`, or the one that is typed first, and exit with its code: 0, 1 or 2 (command/guard.py)."""
+    """Run the command `name`, or the one that is typed first, and exit with its code: 0, 1 or 2 (command/guard.py)."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     guard(lambda: _run(name, typed))
 
 
 def old_store() -> NoReturn:
-    """Do `python -m d2lora.store check|gc`, which took its options before the action, too."""
+    """Run `python -m d2lora.store check|gc`, which also took options before the action."""
     action = next((word for word in sys.argv[1:] if word in ("check", "gc")), None)
     typed = sys.argv[1:]
     if action:
@@ -134,7 +136,7 @@ def _run(name: str | None, typed: list[str]) -> int | None:
 
 
 def _overview() -> Parser:
-    """The parser of the first word: a command, or --help, which lists them."""
+    """Return the parser of the first word: a command, or --help, which lists them."""
     lines = "\n".join(f"  {name:<10} {command.line}" for name, command in COMMANDS.items())
     parser = Parser(
         prog="python -m d2lora",

@@ -1,11 +1,11 @@
-"""Names by content: canonical JSON and its hash."""
+"""Spell JSON in one way, and name things by the hash of it."""
 
 import hashlib
 import json
 
 
 def canonical(value: object) -> str:
-    """Return JSON with one spelling per value; TypeError or ValueError for what JSON can't carry exactly."""
+    """Return a value's JSON in its only spelling. TypeError or ValueError for values that JSON can't carry exactly."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     if json.loads(text) != value:
         raise ValueError(f"JSON does not carry {value!r} exactly")

@@ -1,11 +1,12 @@
-"""Cells -> stages, each once, and in which order a grid does them. No torch here.
+"""Derive the stages of cells, each once, and the order in which a grid does them. No torch here.
 
-    contamination (one a pair of test and training set)
-    flips (one a bfloat16 base and benchmark)
-    prepare (initializations computed from weights or data) -> warm-up -> adapt -> evaluate (one a benchmark)
+    contamination (one for each pair of a test and a training set)
+    flips (one for each bfloat16 base and benchmark)
+    prepare (initializations computed from weights or data) -> warm-up -> adapt -> evaluate (one for each benchmark)
 
-A stage's key is a hash of everything that can change its result and of its parent's key, so cells share what they can:
-a warm-up knows no n, method or task and serves the whole grid; the base's evaluation knows no seed or recipe.
+A stage's key is a hash of everything that can change its result and of its parent's key, so cells share stages wherever
+possible: a warm-up's key has no n, method or task, so one serves the whole grid; the base's evaluation has no seed or
+recipe.
 """
 
 import functools
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 
 from d2lora.keys import digest
 from d2lora.settings import Config
+from d2lora.settings.controls import MergedControl
 from d2lora.stages import (
     Stage,
     adapt,
     contamination,
     evaluate,
     flips,
+    merge,
     prepare,
     warmup,
 )
@@ -27,6 +30,7 @@ from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.contamination import ContaminationSpec
 from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.flips import FlipsSpec
+from d2lora.stages.merge import MergeSpec
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.warmup import WarmupSpec
 
@@ -41,37 +45,44 @@ class Chain:
     contamination: tuple[Stage[ContaminationSpec], ...] = ()
     prepare: Stage[PrepareSpec] | None = None
     flips: tuple[Stage[FlipsSpec], ...] = ()
+    merge: Stage[MergeSpec] | None = None
     validations: tuple[Stage[EvaluateSpec], ...] = ()  # evaluations that settings are chosen by
 
     @property
     def stages(self) -> tuple[Stage, ...]:
+        """Return all stages, checks included."""
         return self.contamination + self.flips + self.results
 
     @property
     def results(self) -> tuple[Stage, ...]:
-        """The stages that the cell's result comes from: checks of data and base change none."""
+        """Return the stages that the cell's result comes from, without the checks of data and base."""
         return self.trainings + self.validations + self.evaluations
 
     @property
     def trainings(self) -> tuple[Stage, ...]:
-        """The stages that make an adapter, in order."""
-        return tuple(stage for stage in (self.prepare, self.warmup, self.adapt) if stage)
+        """Return the stages that make an adapter, in order."""
+        return tuple(stage for stage in (self.prepare, self.warmup, self.adapt, self.merge) if stage)
 
     @property
     def adapter(self) -> Stage | None:
-        """The stage whose adapter is evaluated; None for the base itself."""
-        return self.adapt or self.warmup or self.prepare
+        """Return the stage whose adapter is evaluated; None for the base itself."""
+        return self.merge or self.adapt or self.warmup or self.prepare
 
 
 def chain(config: Config) -> Chain:
     """Return the stages of a cell. UserError for a data set or model that is not where the config says."""
     start = prepare.stage(config)
     first = warmup.stage(config, start)
-    second = adapt.stage(config, first or start)
-    evaluations = tuple(evaluate.stages(config, second or first or start))
-    validations = tuple(evaluate.validations(config, second or first or start))
+    control = config.effective_control
+    apart = isinstance(control, MergedControl)  # the warm-up is added to what was trained without it
+    second = adapt.stage(config, start if apart else first or start, warmed=first is not None and not apart)
+    added = (
+        merge.stage(config, control, second, first) if isinstance(control, MergedControl) and first and second else None
+    )
+    evaluations = tuple(evaluate.stages(config, added or second or first or start))
+    validations = tuple(evaluate.validations(config, added or second or first or start))
     checks, batches = contamination.stages(config), tuple(flips.stages(config))
-    return Chain(first, second, evaluations, checks, start, batches, validations)
+    return Chain(first, second, evaluations, checks, start, batches, added, validations)
 
 
 # --- a grid --------------------------------------------------------------------------------------------------------
@@ -87,7 +98,7 @@ class Cell:
 
     @functools.cached_property
     def id(self) -> str:
-        """A readable name with a hash of what the cell computes: equal cells have equal ids.
+        """Return a readable name with a hash of what the cell computes: equal cells have equal ids.
 
         Where settings are tuned, a cell is the same whether or not it is evaluated on the test in the end.
         """
@@ -101,24 +112,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does in one go: an adaptation with its evaluations, or less. `cell` composes it, `stages` are its share."""
+    """A worker's share: an adaptation with its evaluations, or less. `cell` has the config, `stages` are those to do."""
 
     cell: Cell
     stages: tuple[Stage, ...]
 
     @property
     def waits_for(self) -> list[Stage]:
-        """The stages of other jobs that must be done before."""
-        return [s.parent for s in self.stages if s.parent and s.parent not in self.stages]
+        """Return the stages of other jobs that must be done before."""
+        return [parent for s in self.stages for parent in s.parents if parent not in self.stages]
 
     @property
     def cost(self) -> float:
-        """Relative length, a sample that is trained on as 1."""
+        """Return the relative length, in samples that are trained on."""
         return sum(stage.cost for stage in self.stages)
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """Equal cells once, in order: the first of them."""
+    """Return the cells without those equal to an earlier one, in order."""
     first: dict[str, Cell] = {}
     for cell in cells:
         first.setdefault(cell.id, cell)
@@ -126,18 +137,18 @@ def unique(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def stages(cells: Iterable[Cell]) -> list[Stage]:
-    """Every stage of the cells once, in an order in which parents come first."""
+    """Return every stage of the cells once, parents first."""
     return list({s.key: s for cell in cells for s in cell.chain.stages}.values())
 
 
 def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
-    """The jobs of a grid in the batches that a launcher gets, each longest first. Nothing in a batch waits for another job of
-    it, so no worker waits for a lock.
+    """Return the jobs of a grid in batches for the launcher, each sorted longest first.
 
-    First preparations; then warm-ups, evaluations of the base, the cells without warm-up and the checks of base and data; then those
-    with a warm-up; last what else is to be evaluated of an adaptation that another cell's job makes. The checks of data are the
-    shortest. As a worker's first job they would have joblib measure it without torch: with torch it would then seem to leak, and
-    be renewed.
+    No job waits for another job of its batch, so no worker waits for a lock. The batches: preparations; then warm-ups,
+    cells without a warm-up, evaluations of the base and checks; then cells with a warm-up; then evaluations of
+    adaptations that another cell's job makes. Checks of data are the shortest jobs, so they come last: as a worker's
+    first job they would let joblib measure the worker's memory before it imports torch, and joblib would then take the
+    import for a leak and replace the worker.
     """
     taken = set(done)
     checks = [job for cell in cells if (job := _job(cell, cell.chain.contamination, taken)).stages]
@@ -155,11 +166,12 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
 
 
 def _alone(stages_of: Iterable[tuple[Cell, Stage | None]], taken: set[str]) -> list[Job]:
-    """Return jobs of the preparations or warm-ups that are left, one each; without evaluations, for which others would wait."""
+    """Return a job for each preparation or warm-up that is not done, without evaluations, for which others would wait."""
     return [_job(cell, (stage,), taken) for cell, stage in stages_of if stage and stage.key not in taken]
 
 
-def _job(cell: Cell, wanted: Iterable[Stage], taken: set[str]) -> Job:
-    left = tuple(s for s in wanted if s.key not in taken)
-    taken.update(s.key for s in left)
-    return Job(cell, left)
+def _job(cell: Cell, stages: Iterable[Stage], taken: set[str]) -> Job:
+    """Return a cell's job of those stages that no earlier job has, and add them to `taken`."""
+    free = tuple(s for s in stages if s.key not in taken)
+    taken.update(s.key for s in free)
+    return Job(cell, free)

@@ -1,4 +1,4 @@
-"""What a record says of how it was made: packages, git, hardware, peak memory."""
+"""Collect what a record says of how it was made: packages, git, hardware, peak memory."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 from d2lora.outputs import ROOT
 
 _PROC = Path("/proc/self")
-_CODE = ("run.py", "d2lora", "hydra_plugins")  # what makes records; configs are in their specs
+_CODE = ("run.py", "d2lora", "hydra_plugins")  # the code that makes records; the configuration is in their specs
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers", "lm-eval", "d2lora")
 
 
@@ -25,6 +25,7 @@ def provenance() -> dict[str, Any]:
 
 @functools.cache
 def _software() -> dict[str, Any]:
+    """Return the versions of packages and Python, and the commit."""
     return {"packages": _versions(), "python": platform.python_version(), "git": _git()}
 
 
@@ -34,6 +35,7 @@ def _torch() -> ModuleType | None:
 
 
 def _hardware() -> dict[str, Any]:
+    """Return machine, processor and GPU, and the number of threads."""
     hardware: dict[str, Any] = {"machine": platform.machine(), "cpu": _cpu()}
     if torch := _torch():
         hardware |= {"cores": torch.get_num_threads(), "simd": torch.backends.cpu.get_cpu_capability()}
@@ -53,6 +55,7 @@ def _cpu() -> str:
 
 
 def _versions() -> dict[str, str]:
+    """Return the versions of installed packages."""
     installed = {}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -71,12 +74,16 @@ def _git() -> dict[str, Any] | None:
 
 
 def _git_says(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    """Return the output of a git command in the project's folder."""
+    process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return process.stdout.strip()
 
 
 def reset_peak_memory() -> None:
-    """Let the process's peak memory start anew. Of resident memory only Linux can; elsewhere it is that of the process so far."""
+    """Reset the process's peak memory.
+
+    Peak resident memory can be reset on Linux only; elsewhere it stays that since the start.
+    """
     if (torch := _torch()) and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -84,7 +91,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_mb() -> float:
-    """Return the peak GPU memory; without a GPU, the peak resident memory, what the process had before included."""
+    """Return the peak GPU memory in MiB; without a GPU the peak resident memory of the whole process."""
     import resource
 
     if (torch := _torch()) and torch.cuda.is_available():

@@ -134,10 +134,11 @@ class StageKeys(_Read):
     validation: dict[str, str] = Field(default_factory=dict)  # evaluations too, where settings are tuned
     contamination: dict[str, str] = Field(default_factory=dict)
     flips: dict[str, str] = Field(default_factory=dict)  # of a bfloat16 model only
+    merge: str | None = None  # of the control arm that adds two adapters
 
     def trained(self) -> dict[str, str | None]:
         """Return the keys of preparation, warm-up and adaptation by stage."""
-        return {"prepare": self.prepare, "warmup": self.warmup, "adapt": self.adapt}
+        return {"prepare": self.prepare, "warmup": self.warmup, "adapt": self.adapt, "merge": self.merge}
 
 
 class ManifestCell(_Read):

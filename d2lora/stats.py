@@ -1,7 +1,8 @@
-"""Intervals and paired tests on per-item scores. Pure functions; seeded, so a report made again has the same numbers.
+"""Compute intervals and paired tests on per-item scores. Pure functions, seeded, so a report always has the same
+numbers.
 
-Scores are arrays (runs, items): one row a training seed, one column a test item; a comparison takes the difference of two
-such arrays, item by item, because both arms answered the same items.
+Scores are arrays (runs, items): one row for each training seed, one column for each test item. A comparison takes the
+difference of two such arrays item by item, because both were measured on the same items.
 """
 
 import functools
@@ -10,44 +11,47 @@ from statistics import NormalDist
 import numpy as np
 
 RESAMPLES = 10_000
-_Z = NormalDist().inv_cdf(0.975)
+_LEVELS = 500  # of what makes normal numbers Student's t
+LEVEL = 0.95  # of intervals
 
 
 def interval(scores: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of scores (runs, items).
+    """Return the 95 % interval of the mean of scores (runs, items).
 
-    One run of right or wrong: Wilson's, which keeps its coverage with few items and near 0 or 1, where a resampling
-    interval shrinks to nothing. Anything else: percentiles of the two-level bootstrap.
+    One run of right or wrong answers: Wilson's interval, which keeps its coverage with few items and near 0 or 1, where
+    a resampled interval is far too narrow. Otherwise: percentiles of the two-level bootstrap.
     """
     if len(scores) == 1 and is_binary(scores):
         return wilson(int(scores.sum()), scores.shape[1])
     return clipped(percentiles(bootstrap(scores)), 0.0, scores)
 
 
-def clipped(found: tuple[float, float], lowest: float, *scores: np.ndarray) -> tuple[float, float]:
-    """An interval kept within lowest and 1 if all scores are within 0 and 1: few runs would leave room for more."""
+def clipped(bounds: tuple[float, float], lowest: float, *scores: np.ndarray) -> tuple[float, float]:
+    """Clip an interval to [lowest, 1] if all scores are within 0 and 1: with few runs it can be wider."""
     if all(x.min() >= 0 and x.max() <= 1 for x in scores):
-        return max(lowest, found[0]), min(1.0, found[1])
-    return found
+        return max(lowest, bounds[0]), min(1.0, bounds[1])
+    return bounds
 
 
 def is_binary(scores: np.ndarray) -> bool:
-    """Whether all scores are right (1) or wrong (0)."""
+    """Tell whether all scores are right (1) or wrong (0)."""
     return bool(np.isin(scores, (0, 1)).all())
 
 
-def wilson(right: int, items: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927, equation 4)."""
-    share, z2 = right / items, _Z**2
+def wilson(right: int, items: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's interval of a share (Wilson 1927, equation 4)."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, z2 = right / items, z**2
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
-    half = _Z / (1 + z2 / items) * (share * (1 - share) / items + z2 / (4 * items**2)) ** 0.5
+    half = z / (1 + z2 / items) * (share * (1 - share) / items + z2 / (4 * items**2)) ** 0.5
     return centre - half, centre + half
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided exact McNemar test of two arrays (items,) of right (1) and wrong (0): p.
+    """Return p of the two-sided exact McNemar test of two arrays (items,) of right (1) and wrong (0).
 
-    Under the null each item that only one of them has right is a fair coin (McNemar 1947); ties say nothing.
+    Under the null hypothesis each item that only one of them gets right is a fair coin (McNemar 1947); ties do not
+    count.
     """
     from scipy.special import bdtr
 
@@ -55,16 +59,16 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     return min(1.0, 2 * float(bdtr(min(won, lost), won + lost, 0.5))) if won + lost else 1.0
 
 
-def newcombe(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """95 % interval of second - first, shares of right (1) among the same items (items,), by adding Wilson's in squares.
+def newcombe(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of second - first, shares of right (1) among the same items (items,), by adding Wilson's in squares.
 
-    Newcombe 1998 (Stat Med 17:2635), method 10. Resampling would find [0, 0] where no item differs and exclude 0 where
-    four do, all on one side (exact McNemar: p = 0.125).
+    Newcombe 1998 (Stat Med 17:2635), method 10: Wilson's intervals of both shares, combined. Resampling would return
+    [0, 0] where no item differs, and would exclude 0 where four differ in one direction (exact McNemar: p = 0.125).
     """
     items, a, b = len(first), int(first.sum()), int(second.sum())
-    (low_a, high_a), (low_b, high_b) = wilson(a, items), wilson(b, items)
+    (low_a, high_a), (low_b, high_b) = wilson(a, items, level), wilson(b, items, level)
     together = items * float((first * second).sum()) - a * b
-    together = max(together - items / 2, 0.0) if together > 0 else together  # his continuity correction
+    together = max(together - items / 2, 0.0) if together > 0 else together  # Newcombe's continuity correction
     spread = (a * (items - a) * b * (items - b)) ** 0.5
     phi = together / spread if spread else 0.0
     add = lambda x, y: (x * x - 2 * phi * x * y + y * y) ** 0.5  # noqa: E731
@@ -73,28 +77,45 @@ def newcombe(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     return low, share_b - share_a + add(high_b - share_b, share_a - low_a)
 
 
-def bootstrap(scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def bootstrap(
+    scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, wide: bool = False, luck: int = 0
+) -> np.ndarray:
     """Resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
 
+    Arrays of as many items draw the same items. With another `luck` each, what other runs would give is drawn by itself.
+
     Items are drawn again. What other training runs would give is not: of two or three runs that shows far too little. It
-    is drawn from Student's t with runs - 1 degrees of freedom, times the standard error of the runs' means. The sum is the
-    Behrens-Fisher distribution (Fisher 1935), which errs to the wide side. Satterthwaite's approximation is narrower but
-    calls two runs' luck significant at 5 % in up to 12 % of cells, where runs spread two to five times as far as items.
+    is normal with the variance of the runs' means, and the sum of both is stretched to Student's t with (runs - 1) / share
+    degrees of freedom, where share is the runs' part of the variance: t of the runs alone where they are all of it, normal
+    where they are nothing. At any share, 95 % intervals of 3 runs then hold in 94.2 to 96.3 %, of more runs closer to 95 %.
+    Satterthwaite's share squared (Biometrics Bulletin 2:110, 1946) calls the luck of 3 runs significant in up to 8 % of cells.
+
+    `wide` draws the runs' part from t by itself, with runs - 1 degrees of freedom: the Behrens-Fisher distribution (Fisher
+    1935), which errs to the wide side only, far out too (Holm's correction asks for p of 5 % / cells, where the other calls
+    3 runs' luck significant up to three times as often as it should). Two runs always get it: 95 % intervals hold in 95 to
+    98.6 %, where the other would in 90.6 %. benchmarks/intervals.py measures all of it on simulated grids.
     """
     runs, items = scores.shape
     drawn = _draws(items, resamples, seed) @ scores.mean(axis=0, dtype=float).astype(np.float32) / items
     if runs == 1:
         return drawn.astype(float)
     mean = scores.mean(dtype=float)
+    of_items = _own_share(scores) ** 0.5 * (drawn - mean)
     # Right and wrong are counted in whole items, so runs with equal counts need not be equal: Sheppard's correction.
-    variance = scores.mean(axis=1, dtype=float).var(ddof=1) + 1 / (12 * items**2)
-    others = (variance / runs) ** 0.5 * _t(runs - 1, resamples, seed + 1)
-    return mean + _own_share(scores) ** 0.5 * (drawn - mean) + others
+    variance = (scores.mean(axis=1, dtype=float).var(ddof=1) + 1 / (12 * items**2)) / runs
+    if wide or runs == 2:
+        return mean + of_items + variance**0.5 * _t(runs - 1, resamples, seed + 1 + luck)
+    share = variance / (variance + of_items.var())
+    normal, levels = _normal(resamples, seed + 1 + luck)
+    return mean + (of_items + variance**0.5 * normal) * _stretch((runs - 1) / share)[levels]
 
 
 def _own_share(scores: np.ndarray) -> float:
-    """How much of the variance between items' means is the items' own; the rest, noise of single runs, is in the spread of
-    the runs already. From the mean squares of a two-way analysis of variance (items, runs)."""
+    """Return which share of the variance between items' means comes from the items themselves.
+
+    The rest is noise of single runs, which the spread of the runs includes already. Computed from the mean squares of a
+    two-way analysis of variance (items, runs).
+    """
     means = scores.mean(axis=0, dtype=float)
     rest = scores - means - (scores.mean(axis=1, keepdims=True, dtype=float) - means.mean())
     return max(0.0, 1 - rest.var() / ((len(scores) - 1) * means.var())) if means.var() else 0.0
@@ -102,7 +123,9 @@ def _own_share(scores: np.ndarray) -> float:
 
 @functools.lru_cache(maxsize=4)
 def _t(freedom: int, resamples: int, seed: int) -> np.ndarray:
-    """Student's t (resamples,): its quantiles in random order, as the tails of one degree of freedom are far out."""
+    """Return values of Student's t (resamples,): its quantiles in random order, because random draws of its tails vary
+    too much.
+    """
     from scipy.special import stdtrit
 
     quantiles = stdtrit(freedom, (np.arange(resamples) + 0.5) / resamples)
@@ -110,34 +133,55 @@ def _t(freedom: int, resamples: int, seed: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _draws(size: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of `size` things is drawn in each resample: counts (resamples, size), exact in float32.
+def _normal(resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Standard normal numbers (resamples,) in random order, and the level of each for _stretch: all levels in each part."""
+    from scipy.special import ndtri
 
-    The same for all arrays of a size, so a mean of many arrays is one matrix product.
+    generator = np.random.default_rng(seed)
+    levels = np.concatenate([generator.permutation(_LEVELS) for _ in range(-(-resamples // _LEVELS))])[:resamples]
+    order = generator.permutation(resamples)
+    return ndtri((order + 0.5) / resamples), levels[order]
+
+
+def _stretch(freedom: float) -> np.ndarray:
+    """What normal numbers are multiplied by to have Student's t: the root of freedom / chi squared, its quantiles (_LEVELS,).
+
+    Not as many as there are numbers: each cell has another freedom, and 10,000 quantiles take as long as its resampling.
+    """
+    from scipy.special import gammaincinv
+
+    return (freedom / (2 * gammaincinv(freedom / 2, (np.arange(_LEVELS) + 0.5) / _LEVELS))) ** 0.5
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(size: int, resamples: int, seed: int) -> np.ndarray:
+    """Return how often each of `size` items is drawn in each resample: counts (resamples, size), exact in float32.
+
+    They are the same for all arrays of a size, so the resampled means of an array are one matrix product.
     """
     generator = np.random.default_rng([seed, size])
     counts = np.empty((resamples, size), np.float32)
     for start in range(0, resamples, 1000):  # in parts: the indices take twice the memory of the counts
         rows = min(1000, resamples - start)
-        places = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
-        counts[start : start + rows] = np.bincount(places.ravel(), minlength=rows * size).reshape(rows, size)
+        positions = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+        counts[start : start + rows] = np.bincount(positions.ravel(), minlength=rows * size).reshape(rows, size)
     return counts
 
 
-def percentiles(resampled: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled means."""
-    low, high = np.percentile(resampled, (2.5, 97.5))
+def percentiles(resampled: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """The middle of resampled means, 95 % of them."""
+    low, high = np.percentile(resampled, (50 - 50 * level, 50 + 50 * level))
     return float(low), float(high)
 
 
 def bootstrap_p(resampled: np.ndarray) -> float:
-    """Two-sided p of a difference of zero: twice the smaller share of resampled differences on either side of it."""
+    """Return the two-sided p of a difference of zero: twice the smaller share of resampled differences beside it."""
     side = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
     return min(1.0, 2 * (1 + side) / (1 + len(resampled)))
 
 
 def holm(p: list[float]) -> list[float]:
-    """P values adjusted for being several (Holm 1979): significant at alpha where the adjusted value is at most alpha."""
+    """Adjust p values for multiple tests (Holm 1979): significant at alpha where the adjusted value is at most alpha."""
     order = sorted(range(len(p)), key=p.__getitem__)
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
@@ -147,13 +191,55 @@ def holm(p: list[float]) -> list[float]:
 
 
 def smallest_detectable(resampled: np.ndarray, exact_items: int | None = None) -> float:
-    """The smallest true difference that a two-sided test at 5 % finds with power 80 %, before any correction.
+    """Return the smallest true difference that a two-sided test at 5 % detects with power 80 %, before any correction.
 
-    Half of the middle 95 % of resampled differences and half of their middle 60 %: 1.96 and 0.84 standard errors where
-    they are normal, more with few runs. The exact McNemar test of `exact_items` items needs 6 that differ, all on one side
-    (5 have p = 0.06); where 7.9 are expected at least so many come four times in five (Poisson).
+    It is half of the middle 95 % of resampled differences plus half of their middle 60 %: 1.96 and 0.84 standard errors
+    if they are normal, more with few runs. The exact McNemar test of `exact_items` items needs 6 items that differ in
+    one direction (5 have p = 0.06); if 7.9 are expected, at least 6 occur with probability 80 % (Poisson).
     """
     from scipy.special import gammaincinv
 
     low, lower, upper, high = np.percentile(resampled, (2.5, 20, 80, 97.5))
     return max(float(high - low + upper - lower) / 2, gammaincinv(6, 0.8) / exact_items if exact_items else 0.0)
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+def spreads(differences: np.ndarray) -> tuple[float, float]:
+    """Standard deviations that a plan needs, from differences (runs, items): of items' own differences, of the runs' means.
+
+    What items have of their own stays when more replicates are trained; the noise of single answers is in the runs' means.
+    """
+    runs = differences.mean(axis=1, dtype=float)
+    items = (_own_share(differences) if len(runs) > 1 else 1.0) * differences.mean(axis=0, dtype=float).var(ddof=1)
+    return float(items**0.5), float(runs.std(ddof=1)) if len(runs) > 1 else 0.0
+
+
+def smallest_effect(items: int, replicates: int, item_sd: float, run_sd: float, equivalence: bool = False) -> float:
+    """The smallest true difference that so many items and replicates (three or more) find in four of five studies, at 5 %.
+
+    With `equivalence`, the smallest margin within which arms that do not differ are called equivalent as often. Spreads are those
+    of `spreads`. The interval is bootstrap's: Student's t with (replicates - 1) / share degrees of freedom. Fractions.
+    """
+    from scipy.special import nctdtrinc, stdtrit
+
+    of_items, of_runs = item_sd**2 / items, run_sd**2 / replicates
+    error = (of_items + of_runs) ** 0.5
+    if error == 0:
+        return 0.0
+    freedom = min((replicates - 1) * error**2 / of_runs, 1e6) if of_runs else 1e6
+    if equivalence:  # either of the one-sided tests fails in one of ten studies
+        return float(error * (stdtrit(freedom, 0.95) + stdtrit(freedom, 0.9)))
+    return float(error * nctdtrinc(freedom, 0.2, stdtrit(freedom, 0.975)))
+
+
+def replicates_needed(
+    effect: float, items: int, item_sd: float, run_sd: float, equivalence: bool = False, most: int = 200
+) -> int | None:
+    """The fewest replicates, three or more, whose smallest_effect is no larger than `effect`; None where `most` are too few.
+
+    More replicates do not help where the items are too few for it.
+    """
+    plans = (r for r in range(3, most + 1) if smallest_effect(items, r, item_sd, run_sd, equivalence) <= effect)
+    return next(plans, None)

@@ -36,7 +36,7 @@ def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progre
     for stage in cell.chain.stages:
         if wanted is not None and stage.key not in wanted:
             continue
-        if stage.parent and not store.done(stage.parent):
+        if not all(map(store.done, stage.parents)):
             lost.append(stage)
             continue
         try:

@@ -1,4 +1,4 @@
-"""Hydra's doors to d2lora: sweeps/ on the search path, and the grid sweeper. Both only ask d2lora."""
+"""Plug d2lora into Hydra: sweeps/ on the search path, and the grid sweeper. Both only call d2lora."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 
 class SweepsOnThePath(SearchPathPlugin):
-    """`-cn table3` finds sweeps/table3.yaml: a config's own hydra.searchpath would come too late for that."""
+    """Lets `-cn table3` find sweeps/table3.yaml: hydra.searchpath in a config would come too late for that."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("d2lora", f"file://{Path(__file__).parent.parent / 'sweeps'}")
 
 
 class GridSweeper(Sweeper):
-    """Plans the whole grid before anything runs: see d2lora.command.launch."""
+    """A sweeper that plans the whole grid before anything runs (d2lora.command.launch)."""
 
     def __init__(self, params: DictConfig | ListConfig | None = None) -> None:
         self.params = OmegaConf.to_container(params) if params else {}

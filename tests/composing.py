@@ -1,4 +1,4 @@
-"""Cells as the command line would give them. Hydra takes a tenth of a second for each: more than many a test."""
+"""Compose cells as the command line would, cached: Hydra takes a tenth of a second for each, longer than many tests."""
 
 import functools
 from pathlib import Path
@@ -15,12 +15,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def cell(*overrides: str, name: str = "config", folder: str = "conf") -> Cell:
-    """The checked cell of the overrides. Its stages are found anew each time: files may have changed in between."""
+    """Return the checked cell of the overrides.
+
+    Its stages are computed each time, because files may have changed in between.
+    """
     output = [o.removeprefix("output=") for o in overrides if o.startswith("output=")]
-    found = _config(name, folder, *(o for o in overrides if not o.startswith("output=")))
+    config = _config(name, folder, *(o for o in overrides if not o.startswith("output=")))
     if output:  # most tests have a folder of their own, and nothing is interpolated from it
-        found = found.model_copy(update={"output": output[-1]})
-    return Cell(found, plan.chain(found))
+        config = config.model_copy(update={"output": output[-1]})
+    return Cell(config, plan.chain(config))
 
 
 @functools.cache

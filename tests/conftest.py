@@ -1,4 +1,4 @@
-"""Tests of what a user sees. Everything that trains uses the lab's rows and a tiny random model."""
+"""Set up the tests. Everything that trains uses the lab's rows and a tiny random model."""
 
 import gc
 import os
@@ -11,25 +11,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
-os.environ["WANDB_MODE"] = "disabled"  # but where a test asks for it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the Hub
+os.environ["WANDB_MODE"] = "disabled"  # tests of W&B set it themselves
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Whatever the machine has, the tests run on its CPU, but for those of `-m gpu`."""
+    """Run the tests on the CPU even if there is a GPU, except those of `-m gpu`."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_finish() -> None:
-    """What the imports have left is no garbage: without it, the collection that each training ends with takes no time."""
+    """Exclude imported objects from garbage collection: each training ends with one, which would take long."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def cell() -> Callable:
-    """cell("n=10", ...) -> the checked cell that the command line would give."""
+    """Return the function cell("n=10", ...) -> the checked cell that the command line would give."""
     import composing  # late: it imports the package
 
     return composing.cell
@@ -37,7 +37,7 @@ def cell() -> Callable:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable:
-    """run("n=10", ...) -> the finished process of `python run.py`, typed in another folder, output under tmp_path."""
+    """Return the function run("n=10", ...) -> the finished process of `python run.py`, with output under tmp_path."""
 
     def start(*arguments: str, module: str | None = None, code: int | None = 0) -> subprocess.CompletedProcess:
         program = ["-m", module] if module else [str(ROOT / "run.py")]
@@ -59,7 +59,7 @@ def run(tmp_path: Path) -> Callable:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers with the lab's tokenizer."""
+    """Save a random Llama of two layers with the lab's tokenizer, and return its folder."""
     from doing import save_tiny  # late: it imports torch
 
     return save_tiny(tmp_path_factory.mktemp("tiny"))

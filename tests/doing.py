@@ -1,4 +1,4 @@
-"""What tests train with: cells done for real in this process, a tiny model, and what they leave."""
+"""Run cells in this process, with a tiny model, and read their results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from d2lora.store import Store
 
 
 def save_tiny(folder: Path) -> Path:
-    """The folder, now with a random Llama of two layers and the lab's tokenizer."""
+    """Save a random Llama of two layers with the lab's tokenizer in the folder, and return the folder."""
     tokenizer = AutoTokenizer.from_pretrained(data.ROOT / "d2lora/lab/base")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -35,7 +35,10 @@ def save_tiny(folder: Path) -> Path:
 
 
 def do(cell: Cell, progress: Callable[[int, int], None] = lambda done, total: None) -> Store:
-    """The store with the cell's stages done; of the checks of its data and base those that `only` names. What failed is shown."""
+    """Do the cell's stages and return the store; checks of data and base only if `only` names them.
+
+    A failure is an assertion error.
+    """
     cell = cell if cell.config.job is not None else only(cell, *cell.chain.results)
     store = Store(Outputs.of(cell.config).root)
     lost = worker.do(cell.config, cell, store, lambda stage: progress)
@@ -44,16 +47,16 @@ def do(cell: Cell, progress: Callable[[int, int], None] = lambda done, total: No
 
 
 def only(cell: Cell, *stages: Stage) -> Cell:
-    """The cell of which only these stages are to be done."""
+    """Return the cell with only these stages to do."""
     return Cell(cell.config.model_copy(update={"job": [s.key for s in stages]}), cell.chain)
 
 
 def alone(cell: Cell) -> Cell:
-    """The cell's trainings and what they start from alone: no evaluation."""
-    return only(cell, *(s for s in (cell.chain.prepare, cell.chain.warmup, cell.chain.adapt) if s))
+    """Return the cell with only its trainings and preparation to do: no evaluation."""
+    return only(cell, *cell.chain.trainings)
 
 
 def adapter(cell: Cell) -> dict[str, torch.Tensor]:
-    """The weights that the cell has trained."""
+    """Return the weights that the cell has trained."""
     place = Store(Outputs.of(cell.config).root).folder(cell.chain.adapter)
     return load_file(place / "adapter" / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""Records as a run leaves them, with made-up scores: what a report is tested and timed on. Nothing is trained."""
+"""Write records with made-up scores, as a run would, to test and time reports. Nothing is trained."""
 
 import hashlib
 import json
@@ -29,12 +29,12 @@ METRICS = {kind.name: kind.metrics for kind in KINDS}
 
 
 def cells(config: Config, **axes: Iterable) -> list[Cell]:
-    """The grid of a config over the values of its top-level keys, each cell once."""
+    """Return the grid of a config over the values of its top-level keys, each cell once."""
     grid = [{}]
     for key, values in axes.items():
         grid = [{**point, key: value} for point in grid for value in values]
-    made = (config.model_copy(update=point) for point in grid)
-    return list({c.id: c for c in (Cell(m, chain(m)) for m in made)}.values())
+    configs = (config.model_copy(update=point) for point in grid)
+    return list({c.id: c for c in (Cell(m, chain(m)) for m in configs)}.values())
 
 
 def grid(*overrides: str, methods: Iterable[str] = ("sft",), **axes: Iterable) -> list[Cell]:
@@ -44,7 +44,7 @@ def grid(*overrides: str, methods: Iterable[str] = ("sft",), **axes: Iterable) -
 
 
 def gain(cell: Cell) -> float:
-    """Chance to solve an item of middling difficulty: grows with n; a warm-up adds little."""
+    """Return the chance to solve an item of medium difficulty: it grows with n, and a warm-up adds little."""
     n = 7000 if cell.config.n == "all" else int(cell.config.n)
     return 0.4 + 0.04 * np.log1p(n / 50) + (0.02 if cell.config.m != 0 else 0.0)
 
@@ -70,7 +70,7 @@ def publish(
 
 
 def record(stage: Stage, **facts: object) -> Record:
-    """A record of a stage that took a second and 100 MB; `facts` are other fields, or other values of these."""
+    """Return the record of a stage that took a second and 100 MB; `facts` are further fields, or other values of these."""
     content = {"key": stage.key, "stage": stage.kind, "label": stage.label, "version": 1, "spec": stage.spec.content()}
     content |= {"parent": stage.parent.key if stage.parent else None, "metrics": {}, "provenance": PROVENANCE}
     return Record.model_validate(content | {"seconds": 1.0, "load_seconds": 0.0, "peak_memory_mb": 100.0} | facts)
@@ -84,7 +84,7 @@ def _record(folder, stage, cell, benchmark, items, ability, text, provenance, mo
 
 
 def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
-    """The fields that the kind of the stage decides; an evaluation's items are written into the folder."""
+    """Return the fields that depend on the stage's kind; an evaluation's items are written into the folder."""
     if stage.kind == "contamination":
         return {"metrics": {"exact": {"value": 0.0, "items": items}}, "data": {"rows": 100}}
     if stage.kind == "flips":
@@ -96,7 +96,8 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
     if stage.kind != "evaluate":
         n = stage.spec.content().get("n", stage.spec.content().get("m"))
         samples = 6970 if n == "all" else n
-        return {"metrics": {"samples_seen": samples}, "data": {"samples": samples, "misfits": 0}}
+        seen = {"samples_seen": samples, "tokens_seen": 9 * (samples or 0)}
+        return {"metrics": seen, "data": {"samples": samples, "misfits": 0}}
     kind = cell.config.benchmarks[benchmark].kind
     scores = _scores(stage, kind, items, ability(cell))
     with (folder / "items.jsonl").open("w") as file:
@@ -108,7 +109,7 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
 
 
 def _scores(stage: Stage, kind: str, items: int, ability: float) -> dict[str, list[float]]:
-    """Scores of each item; items have a difficulty of their own, so evaluations agree more than chance would have it."""
+    """Make scores of each item. Items have a fixed difficulty, so evaluations agree more than by chance."""
     difficulty = np.random.default_rng(0).random(items)
     noise = np.random.default_rng(int(hashlib.sha256(stage.key.encode()).hexdigest()[:8], 16)).normal(0, 0.15, items)
     solved = ability - difficulty + noise

@@ -17,8 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora import data
 from d2lora.adapters import coverage, saving
-from d2lora.adapters.layers import Matrices, config_of
+from d2lora.adapters.layers import config_of
 from d2lora.adapters.loftq import quantized
+from d2lora.adapters.saving import Weights
 from d2lora.adapters.start import Start, fresh, taken_up
 from d2lora.base import Base
 from d2lora.errors import UserError
@@ -159,9 +160,9 @@ def remember_coverage(model: dict[str, Any], target_modules: str | list[str], fi
 
 @dataclass(frozen=True)
 class Saved:
-    """What an adapter was when it was saved: the weights of each layer (A, B of a plain adapter) and the logits of a probe."""
+    """What an adapter was when it was saved: the weights of each layer (A, B of a plain adapter, DoRA's m) and the logits of a probe."""
 
-    weights: dict[str, Matrices]
+    weights: Weights
     logits: torch.Tensor
     noise: float  # of the logits, with the probe in a padded batch
 
@@ -185,12 +186,13 @@ def check_round_trip(base: Base, start: Start[BaseInit], model: dict[str, Any], 
 
     `model` is the base's identity, by which it is remembered in the folder `proofs` what was shown of it.
     """
-    lora = start.lora
-    name, memory = f"adapter read again, {digest(lora.model_dump(), 8)}", proof.Memory(proofs, model)
+    lora, init = start.lora, start.init if start.init.variant else PlainInit()
+    name = f"adapter read again, {digest(lora.model_dump(), 8)}" + (f", {init.name}" if init.variant else "")
+    memory = proof.Memory(proofs, model)
     if memory.get(name, 1, 0):
         return
     with tempfile.TemporaryDirectory() as folder:
-        with adapter(base, Start(lora, PlainInit(), start.seed), None) as wrapped:
+        with adapter(base, Start(lora, init, start.seed), None) as wrapped:
             saved = save(base, wrapped, Path(folder))
         try:
             check_saved(base, saved, Path(folder))
@@ -219,10 +221,14 @@ def check_saved(base: Base, saved: Saved, record: Path, quantize: bool = False) 
         base.restore()
 
 
-def _check_weights(saved: dict[str, Matrices], read: dict[str, Matrices]) -> None:
-    lost = [name for name, pair in saved.items() if name not in read or not all(map(torch.equal, read[name], pair))]
+def _check_weights(saved: Weights, read: Weights) -> None:
+    lost = [name for name, weights in saved.items() if not _equal(read.get(name, ()), weights)]
     if lost or read.keys() != saved.keys():
         raise RuntimeError(
             f"the saved adapter is not the trained one: {len(lost)} of {len(saved)} layers differ, for example "
             f"{lost[0].removeprefix('base_model.model.') if lost else '?'}"
         )
+
+
+def _equal(read: tuple[torch.Tensor, ...], saved: tuple[torch.Tensor, ...]) -> bool:
+    return len(read) == len(saved) and all(map(torch.equal, read, saved))

@@ -13,6 +13,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 from torch.nn.functional import linear
 
+from d2lora.adapters.coverage import layers
+
 ADAPTER = "default"  # PEFT's name of the one adapter on a model
 
 Matrices = tuple[torch.Tensor, torch.Tensor]  # A (r, in) and B (out, r)
@@ -43,6 +45,21 @@ def base_weight(layer: LoraLayer) -> nn.Parameter:
 def turned(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
     """Return a weight as (out, in) from the way the layer keeps it, or the other way round: Conv1D keeps (in, out)."""
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+
+
+def magnitudes(layer: LoraLayer) -> tuple[torch.Tensor, ...]:
+    """Return DoRA's m (out) of a layer's adapter; nothing where the adapter has none."""
+    vectors = layer.lora_magnitude_vector
+    return tuple(vectors[ADAPTER].parameters()) if ADAPTER in vectors else ()
+
+
+def start_magnitudes(wrapped: PeftModel) -> None:
+    """Start DoRA's m as the norms of W's rows in float32, as a pass computes them, so that step 0 is the base.
+
+    On a bfloat16 base PEFT starts it before A and B are float32, so it rounds the norms to bfloat16.
+    """
+    for layer in layers(wrapped).values():
+        layer.lora_variant[ADAPTER].init(layer, ADAPTER)
 
 
 def plain_matrices(layer: LoraLayer) -> Matrices:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from d2lora.adapters.coverage import layers
-from d2lora.adapters.layers import ADAPTER, Matrices, MultiLora, Residual, config_of, plain_matrices
+from d2lora.adapters.layers import ADAPTER, MultiLora, Residual, config_of, magnitudes, plain_matrices
 
 
 def save(wrapped: PeftModel, record: Path) -> None:
@@ -29,14 +29,16 @@ def save(wrapped: PeftModel, record: Path) -> None:
         _save_folded(wrapped, record / "adapter")
 
 
-def plain_weights(wrapped: PeftModel) -> dict[str, Matrices]:
-    """Return A (r, in) and B (out, r) of each layer's plain adapter, copied, by the layer's name."""
-    return {name: _copied(plain_matrices(layer)) for name, layer in layers(wrapped).items()}
+Weights = dict[str, tuple[torch.Tensor, ...]]  # by the layer's name
 
 
-def _copied(pair: Matrices) -> Matrices:
-    A, B = (weight.detach().float().cpu().clone() for weight in pair)
-    return A, B
+def plain_weights(wrapped: PeftModel) -> Weights:
+    """Return A (r, in) and B (out, r) of each layer's plain adapter, and DoRA's m (out), copied."""
+    return {name: _copied((*plain_matrices(layer), *magnitudes(layer))) for name, layer in layers(wrapped).items()}
+
+
+def _copied(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(weight.detach().float().cpu().clone() for weight in weights)
 
 
 def _save_peft(wrapped: PeftModel, folder: Path) -> None:

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from d2lora.adapters import coverage
 from d2lora.adapters.coverage import layers
-from d2lora.adapters.layers import ADAPTER, MultiLora, Plain, Residual, base_weight, config_of
+from d2lora.adapters.layers import ADAPTER, MultiLora, Plain, Residual, base_weight, config_of, start_magnitudes
 from d2lora.errors import UserError
-from d2lora.settings.inits import PLAIN, BaseInit, MultiLoraInit
+from d2lora.settings.inits import PLAIN, BaseInit, DoraInit, MultiLoraInit
 from d2lora.settings.recipe import Lora
 
 I = TypeVar("I", bound=BaseInit, covariant=True)  # noqa: E741
@@ -62,6 +62,8 @@ def fresh(model: PreTrainedModel, start: Start[BaseInit]) -> PeftModel:
         raise UserError(f"recipe.lora.target_modules={start.lora.target_modules}: {line}") from error
     _check_layers(wrapped, start, config)
     _add_multilora(wrapped, start.init)
+    if isinstance(start.init, DoraInit):
+        start_magnitudes(wrapped)
     return for_training(wrapped)
 
 

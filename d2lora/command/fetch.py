@@ -24,7 +24,10 @@ from d2lora.stages import prepare
 
 
 def fetch(config: Config) -> Iterable[str]:
-    """Download each data set and the model of a config, yielding a line for each. UserError for what can't be had."""
+    """Download each data set and the model of a config, and yield a line for each.
+
+    UserError for what can't be downloaded.
+    """
     for key, source in prepare.sources(config).items():
         rows = data.rows(source, config.split_seed)
         yield f"{key}: {source.path}, {len(rows):,} rows"
@@ -36,6 +39,7 @@ def fetch(config: Config) -> Iterable[str]:
 
 @functools.cache
 def _fetch_lm_eval(name: str) -> None:
+    """Download the data of one of lm-evaluation-harness's tasks."""
     data.check_lm_eval([name])
     data.hub()
     try:
@@ -46,6 +50,7 @@ def _fetch_lm_eval(name: str) -> None:
 
 @functools.cache
 def _fetch_model(model: Model) -> str:
+    """Download a model, and return a line about it."""
     if data.model_files(model) is not None:
         return f"{model.name} is on this machine"
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"] + (["*.py"] if model.trust_remote_code else [])
@@ -57,27 +62,27 @@ def _fetch_model(model: Model) -> str:
 
 
 def configs(overrides: Sequence[str], name: str = "config", folder: Path | None = None) -> list[Config]:
-    """The configs of the cells that run.py makes of the same command line, one of those that read the same.
+    """Return the configs of the cells that run.py makes of the same command line, one of those that read the same.
 
-    `name` is the primary config's (-cn), `folder` one of the user's own configs (--config-dir).
+    `name` is the primary config's (-cn), `folder` the user's own configs (--config-dir).
     """
     sys.path.insert(0, str(data.ROOT))  # for hydra_plugins
     if folder:
         _search(folder)
     hydra = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
     with initialize_config_dir(str(data.ROOT / "conf"), version_base="1.3"):
-        whole = compose(name, hydra, return_hydra_config=True)
+        composed = compose(name, hydra, return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
-        params = OmegaConf.to_container(whole.hydra.sweeper.get("params") or OmegaConf.create({}))
+        params = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}))
         parser = OverridesParser.create(config_loader=loader)
         axes = grid.expand(parser, params, [o for o in overrides if o not in hydra])
-        cells = plan.unique(grid.valid_cells(grid.Composer(whole, loader), axes, check=lambda config, passed: None))
-    read = [(prepare.sources(c.config), c.config.task.lm_eval, c.config.model) for c in cells]
-    return list({str(r): c.config for r, c in zip(read, cells, strict=True)}.values())
+        cells = plan.unique(grid.valid_cells(grid.Composer(composed, loader), axes, check=lambda config, passed: None))
+    inputs = [(prepare.sources(c.config), c.config.task.lm_eval, c.config.model) for c in cells]
+    return list({str(r): c.config for r, c in zip(inputs, cells, strict=True)}.values())
 
 
 def _search(folder: Path) -> None:
-    """Have Hydra look for configs in a folder too, as run.py's --config-dir does."""
+    """Let Hydra find configs in this folder too, as run.py's --config-dir does."""
     if not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
 
@@ -90,9 +95,9 @@ def _search(folder: Path) -> None:
 
 def fetch_all(overrides: Sequence[str], name: str = "config", folder: Path | None = None) -> None:
     """Download what the cells of a command line need, and print a line for each data set and model once."""
-    told: set[str] = set()
+    printed: set[str] = set()
     for config in configs(overrides, name, folder):
         for line in fetch(config):
-            if line not in told:
+            if line not in printed:
                 print(line, flush=True)
-                told.add(line)
+                printed.add(line)

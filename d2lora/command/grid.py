@@ -1,4 +1,4 @@
-"""From overrides to cells: a grid is expanded, each of its cells composed as Hydra would, and checked."""
+"""Turn overrides into cells: expand a grid, compose each of its cells as Hydra would, and check them."""
 
 import functools
 import itertools
@@ -27,7 +27,10 @@ OmegaConf.register_new_resolver("project", lambda path: str(project_path(path)),
 
 
 def cell_of(config: DictConfig, overrides: Iterable[str] = ()) -> Cell:
-    """The checked cell of a composed config, whose part `hydra` is left aside. UserError for what is not allowed."""
+    """Return the checked cell of a composed config; its node `hydra` is ignored.
+
+    UserError for values that are not allowed.
+    """
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict), "a config is a mapping"
     values.pop("hydra", None)
@@ -36,9 +39,9 @@ def cell_of(config: DictConfig, overrides: Iterable[str] = ()) -> Cell:
 
 
 def expand(parser: OverridesParser, params: object, arguments: Sequence[str]) -> list[Overrides]:
-    """The overrides of each cell. `params` is a grid (key -> values) or a list of grids, which are joined.
+    """Return the overrides of each cell. `params` is a grid (key -> values) or a list of grids, whose cells are joined.
 
-    A key on the command line replaces that of the sweep's file, in every grid of it. UserError for a grid without cells.
+    A key on the command line replaces the sweep file's, in all of its grids. UserError for a grid without cells.
     """
     grids: list[Any] = params if isinstance(params, list) else [params]
     if not grids or not all(isinstance(grid, dict) for grid in grids):
@@ -47,7 +50,7 @@ def expand(parser: OverridesParser, params: object, arguments: Sequence[str]) ->
 
 
 def _product(parser: OverridesParser, params: Mapping[str, object], arguments: Sequence[str]) -> Iterable[Overrides]:
-    """The overrides of each cell of one grid."""
+    """Return the overrides of each cell of one grid."""
     typed = [f"{key}={_as_typed(value)}" for key, value in params.items()]
     axes: dict[str, list[str]] = {}
     for override in [*parser.parse_overrides(typed), *parser.parse_overrides(list(arguments))]:
@@ -56,7 +59,7 @@ def _product(parser: OverridesParser, params: Mapping[str, object], arguments: S
 
 
 def _values(override: Override) -> list[str]:
-    """An override for each value that one names: n=1,2 -> n=1 and n=2. UserError for what lists no values."""
+    """Return an override for each value: n=1,2 -> n=1 and n=2. UserError for a sweep that does not list its values."""
     key = override.get_key_element()
     if override.is_delete():
         return [override.input_line or key]
@@ -71,19 +74,22 @@ def _values(override: Override) -> list[str]:
 
 
 def _as_typed(value: object) -> str:
-    """A sweep file's value as on the command line: [a, b] is a,b."""
+    """Write a sweep file's value as on the command line: [a, b] is a,b."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class Composer:
-    """Composes cells. Hydra takes about 0.1 s each, so it is asked once a choice of groups; values are set on copies."""
+    """Composes cells.
+
+    Hydra takes about 0.1 s for each, so only each combination of groups is composed, and values are set on copies.
+    """
 
     def __init__(self, config: DictConfig, loader: ConfigLoader) -> None:
         self.config, self.loader = config, loader
         self.parser = OverridesParser.create(config_loader=loader)
 
     def __call__(self, overrides: Iterable[str]) -> Cell:
-        """The cell of a list of overrides; UserError for what is wrong with it."""
+        """Return the cell of a list of overrides. UserError if one is wrong."""
         overrides = tuple(overrides)
         plain = [o for o in overrides if self._is_plain(o)]
         try:
@@ -98,18 +104,20 @@ class Composer:
 
     @functools.cache  # noqa: B019 (one composer a process)
     def _is_plain(self, override: str) -> bool:
-        """Whether an override gives an existing key a value: no group's choice, nothing added or deleted."""
+        """Tell whether an override only sets the value of an existing key: no group's choice, nothing added or deleted."""
         parsed = self.parser.parse_override(override)
         changes_keys = parsed.is_add() or parsed.is_force_add() or parsed.is_delete() or parsed.package
         return not changes_keys and not self.loader.get_group_options(parsed.key_or_group)
 
     @functools.cache  # noqa: B019
     def _value(self, override: str) -> tuple[str, Any]:
+        """Return the key and value of an override."""
         parsed = self.parser.parse_override(override)
         return parsed.key_or_group, parsed.value()
 
     @functools.cache  # noqa: B019
     def _groups(self, overrides: Overrides) -> DictConfig:
+        """Compose a config with Hydra, without its node `hydra`."""
         composed = self.loader.load_sweep_config(self.config, list(overrides))
         with open_dict(composed):
             composed.pop("hydra")
@@ -120,9 +128,9 @@ Check = Callable[[Config, preflight.Passed], None]
 
 
 def valid_cells(compose: Composer, grid: Iterable[Overrides], check: Check = preflight.check) -> list[Cell]:
-    """The grid's cells, equal ones too. UserError, listing them, if some are invalid and skip_invalid is not set."""
+    """Return the grid's cells, duplicates included. UserError listing the invalid ones, unless skip_invalid is set."""
     cells: list[Cell] = []
-    problems: dict[str, int] = {}  # what is wrong -> in how many cells
+    problems: dict[str, int] = {}  # message -> number of cells that have it
     passed: preflight.Passed = set()
     for overrides in grid:
         try:
@@ -141,18 +149,18 @@ def valid_cells(compose: Composer, grid: Iterable[Overrides], check: Check = pre
 
 
 def values_without_cells(cells: list[Cell]) -> list[str]:
-    """A line for each value of an axis that makes no cell of its own, as it is in no stage's key: what is used instead.
+    """Return a line for each value of an axis that has no cells of its own, because it changes no stage's key.
 
-    Of equal cells the first is used (plan.unique). An axis that matters for some cells only (init, of which D2LoRA(0, 0) knows
-    nothing) is not named.
+    Of equal cells the first is used (`plan.unique`). An axis that matters for some cells only is not reported: `init`,
+    for example, does not matter for D2LoRA(0, 0).
     """
     used = {cell.id: _by_key(cell) for cell in plan.unique(cells)}
-    kept = {(key, value) for values in used.values() for key, value in values.items()}
+    present = {(key, value) for values in used.values() for key, value in values.items()}
     instead: dict[tuple[str, str], list[str]] = {}  # (key, value that is used) -> values that are not
     for cell in cells:
         for key, value in _by_key(cell).items():
             other = used[cell.id].get(key)
-            if other is not None and (key, value) not in kept:
+            if other is not None and (key, value) not in present:
                 values = instead.setdefault((key, other), [])
                 values += [value] * (value not in values)
     return [
@@ -162,6 +170,6 @@ def values_without_cells(cells: list[Cell]) -> list[str]:
 
 
 def _by_key(cell: Cell) -> dict[str, str]:
-    """The values that a cell's overrides give to keys."""
+    """Return the keys and values of a cell's overrides."""
     pairs = (override.partition("=") for override in cell.overrides)
     return {key.lstrip("+"): value for key, _, value in pairs}

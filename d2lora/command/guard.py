@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and one line for what the user can mend."""
+"""Turn the outcome of a command into an exit code, and errors that the user can fix into one line."""
 
 import contextlib
 import errno
@@ -18,10 +18,10 @@ _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)  # full, read-only, over quota
 
 
 def guard(main: Callable[[], object]) -> NoReturn:
-    """Run main and exit with its code, or 0 if it returns none.
+    """Run main and exit with the code that it returns, or 0.
 
-    Otherwise with 1 for work that failed or a disk that fails, 2 for input that is wrong (one line), 130 after Ctrl-C, 141 where
-    nobody reads the output any more.
+    Exit with 1 for work that failed or a disk error, with 2 for wrong input (one line), with 130 after Ctrl-C, and with
+    141 if the reader of the output has closed it.
     """
     with reader_may_leave():
         code = _code(main)
@@ -29,7 +29,10 @@ def guard(main: Callable[[], object]) -> NoReturn:
 
 
 def _code(main: Callable[[], object]) -> object:
-    """What main returns, or the exit code of the error that it ended with; errors of ours are traced by Python."""
+    """Return main's result, or the exit code of its error.
+
+    Errors in our own code pass through, so that Python prints their traceback.
+    """
     try:
         return main()
     except KeyboardInterrupt:
@@ -49,33 +52,33 @@ def _code(main: Callable[[], object]) -> object:
 
 
 def refuse(error: Exception) -> int:
-    """Say in one line what is wrong with the input; returns its exit code."""
+    """Print what is wrong with the input as one line, and return its exit code."""
     print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
 
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """End without a traceback once whoever reads the output has gone, as in `run.py dry_run=true | head`."""
+    """End without a traceback if the reader of the output closes it, as in `run.py dry_run=true | head`."""
     try:
         try:
             yield
         finally:
-            if sys.stdout:  # none where a shell closed it
+            if sys.stdout:  # None if the shell closed it
                 sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
-        sys.exit(128 + 13)  # as a shell tells of SIGPIPE
+        sys.exit(128 + 13)  # as shells report SIGPIPE
 
 
 def _is_from_hydra(error: Exception) -> bool:
-    """Whether Hydra raised it over what was typed: some of its refusals (method=0) are plain ValueErrors."""
+    """Tell whether Hydra raised an error over the command line: some of its own (method=0) are plain ValueErrors."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "").split(".")[0] in ("hydra", "omegaconf", "antlr4", "yaml")
 
 
 def one_line(error: Exception) -> str:
-    """Hydra's messages in one line; a list of options keeps its commas."""
+    """Return an error's message as one line, with Hydra's lists of options joined by commas."""
     lines = [line for line in str(error).splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     text = lines[0].strip() if lines else type(error).__name__
     options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]

@@ -1,4 +1,4 @@
-"""Hydra's task function: a cell that was typed, or a worker's share of a grid."""
+"""Define Hydra's task function: it does one cell, or a worker's share of a grid."""
 
 import contextlib
 import sys
@@ -20,10 +20,10 @@ from d2lora.store import Store
 
 
 def job(config: DictConfig) -> int:
-    """Do a cell typed by hand and exit with its code, or do a worker's share of a grid and return how many stages it lost."""
+    """Do a single cell and exit with its code, or do a worker's share of a grid and return how many stages failed."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return share(config)
-    # What guard would make of these two, as Hydra prints a line of its own for each exception that it sees.
+    # Handled here as guard would, because Hydra prints a line of its own for each exception that it sees.
     with reader_may_leave():
         try:
             sys.exit(one_cell(cell_of(config)))
@@ -32,7 +32,7 @@ def job(config: DictConfig) -> int:
 
 
 def one_cell(cell: Cell) -> int:
-    """Do all stages of a cell and print its results; a dry run prints its plan. Returns the exit code."""
+    """Do all stages of a cell, print its results, and return the exit code; a dry run prints the plan only."""
     output = Outputs.of(cell.config).root
     store = Store(output)
     tuning.refuse_single(cell.config)
@@ -50,9 +50,9 @@ def one_cell(cell: Cell) -> int:
 
 
 def share(config: DictConfig) -> int:
-    """Do a worker's share of a grid; returns how many of its stages are lost.
+    """Do a worker's share of a grid and return how many of its stages have no record.
 
-    Nothing but Ctrl-C may leave it as an exception: some launchers then drop the other jobs.
+    No exception but Ctrl-C leaves it, because some launchers drop the other jobs after one.
     """
     try:
         cell = cell_of(config)
@@ -62,7 +62,7 @@ def share(config: DictConfig) -> int:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if config.job:  # else the reason would lie in a launcher's log that nobody names
+        if config.job:  # recorded, so that the summary shows it: it would be only in the launcher's log otherwise
             with contextlib.suppress(OSError):
                 worker.write_failure(Outputs.at(config.output), config.job[0], "a job", error)
         print(f"error: {one_line(error) if isinstance(error, Exception) else error!r}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""A grid from its plan to its report: what is left of it goes to a launcher, and the store alone says what was done."""
+"""Run a grid from its plan to its report. A launcher does the jobs that are left; whether they are done, only the store
+says.
+"""
 
 import functools
 import sys
@@ -18,7 +20,6 @@ from d2lora.command.launchers import launcher_of
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell, Job
-from d2lora.records import Tuning
 from d2lora.report import manifest
 from d2lora.stages import Stage
 from d2lora.store import Store
@@ -27,7 +28,10 @@ from d2lora.store import Store
 def sweep(
     config: DictConfig, loader: ConfigLoader, launcher: Launcher, params: object, arguments: Sequence[str]
 ) -> None:
-    """Do a whole grid. Exits with 1 if a stage is missing at the end; UserError (nothing written) for invalid cells."""
+    """Run a whole grid.
+
+    Exit with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
+    """
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
     compose = Composer(config, loader)
     every = valid_cells(compose, grid)
@@ -43,8 +47,8 @@ def sweep(
         print(line, file=sys.stderr)
     print(planned, flush=not first.dry_run)
     if not first.dry_run:
-        do = functools.partial(_train, config, launcher, store=store)
-        cells, new = do_tuned(do, tuner) if tuner else (cells, do(cells, cells))
+        train = functools.partial(_train, config, launcher, store=store)
+        cells, new = train_tuned(train, tuner) if tuner else _train_all(train, cells, store)
         _finish(cells, store, new)
 
 
@@ -57,45 +61,41 @@ def _plan(cells: list[Cell], tuner: tuning.Tuner | None, store: Store, workers: 
     return summary.plan_text(begun, store, workers, [*notes, tuner.note()], tuner.later())
 
 
-# Writes the manifest of a sweep's cells, with what is chosen where settings are tuned, and does what is left of some of them. Tells
-# whether there was something to do.
-Do = Callable[..., bool]
+# Does what is left of cells' stages, and tells whether something was.
+Train = Callable[[list[Cell]], bool]
 
 
-def do_tuned(do: Do, tuner: tuning.Tuner) -> tuple[list[Cell], bool]:
+def _train_all(train: Train, cells: list[Cell], store: Store) -> tuple[list[Cell], bool]:
+    manifest.write_manifest(store.outputs.root, cells)
+    return cells, train(cells)
+
+
+def train_tuned(train: Train, tuner: tuning.Tuner) -> tuple[list[Cell], bool]:
     """Do the candidates, choose, and do the chosen ones' evaluations on the test.
 
-    Returns the cells as they are after the choice, and whether there was something to do.
+    Returns the cells as they are after the choice, and whether something was left to do.
     """
+    output = tuner.store.outputs.root
     begun, standing = tuner.begin()
-    first = do(begun, begun, standing)
+    manifest.write_manifest(output, begun, standing)
+    new = train(begun)
     cells, chosen, made = tuner.choose()
+    manifest.write_manifest(output, cells, made)
     print(tuning.summary(made), flush=True)
-    return cells, do(cells, chosen, made) or first
+    return cells, (bool(chosen) and train(chosen)) or new
 
 
 def _refuse_twice(sweep: str, jobs: list[str]) -> None:
-    """UserError while jobs of this sweep are still queued: typed again, it would start them twice."""
+    """Raise UserError while jobs of this sweep are queued: the same command again would start them twice."""
     if jobs:
         raise UserError(
             f"sweep={sweep}: {len(jobs)} of its Slurm jobs are still queued or running ({', '.join(jobs[:5])}): wait for them, or `scancel` them"
         )
 
 
-def _train(
-    config: DictConfig,
-    launcher: Launcher,
-    every: list[Cell],
-    cells: list[Cell],
-    made: Tuning | None = None,
-    *,
-    store: Store,
-) -> bool:
-    """Write the manifest of `every` cell and have the launcher do what is left of the stages of `cells`; tell whether something was."""
-    output, this = Outputs.of(every[0].config).root, launcher_of(config)
-    manifest.write_manifest(output, every, made)
-    if not cells:
-        return False
+def _train(config: DictConfig, launcher: Launcher, cells: list[Cell], store: Store) -> bool:
+    """Let the launcher do the stages that are not done yet, and tell whether there were any."""
+    output, this = Outputs.of(cells[0].config).root, launcher_of(config)
     new = any(not store.done(s) for s in plan.stages(cells))
     text, at_work = (functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work))
     with terminal.board(text, at_work, output):  # type: ignore[arg-type] # joined, the two types are lost
@@ -105,21 +105,21 @@ def _train(
 
 
 def _finish(cells: list[Cell], store: Store, new: bool) -> None:
-    """Write and print the report, mirror it, and exit with 1 if a stage's record is missing or damaged."""
+    """Write and print the report, mirror it to W&B, and exit with 1 if a stage's record is missing or damaged."""
     output = Outputs.of(cells[0].config).root
     damaged = [fault for stage in plan.stages(cells) if (fault := _damage(store, stage))]
     lost = [s for s in plan.stages(cells) if not store.done(s)]
     print(tables := report.finish(output, cells[0].config.sweep, draw=new))
     if damaged or lost:
         print(summary.failures_text(output, lost), *damaged, sep="", end="", file=sys.stderr)
-    if not damaged and (told := mirror.report(cells, store, tables)):
-        print(told)
+    if not damaged and (mirrored := mirror.report(cells, store, tables)):
+        print(mirrored)
     if damaged or lost:
         raise SystemExit(1)
 
 
 def _damage(store: Store, stage: Stage) -> str | None:
-    """What is wrong with a stage's record, if there is one and it can't be read."""
+    """Return a line if a stage's record can't be read; None if it can, or does not exist."""
     try:
         store.record(stage)
     except UserError as error:
@@ -127,25 +127,26 @@ def _damage(store: Store, stage: Stage) -> str | None:
     return None
 
 
-# Hands jobs to the launcher, and says what stopped it before its end, if something did.
+# Hands jobs to the launcher; returns the error that stopped it before its end, or None.
 Launch = Callable[[list[Job]], str | None]
 
 
 def launch_batches(launch: Launch, cells: list[Cell], store: Store, apart: bool) -> None:
-    """Launch the batches of plan.batches, each without what the failure of a preparation or warm-up blocks."""
+    """Launch the batches of plan.batches, without the jobs that a failed preparation or warm-up blocks."""
     done = {s.key for s in plan.stages(cells) if store.done(s)}
     for stage in plan.stages(cells):
-        Outputs.of(cells[0].config).failed(stage.key).unlink(missing_ok=True)  # of an earlier try
+        Outputs.of(cells[0].config).failed(stage.key).unlink(missing_ok=True)  # a failure of an earlier run
     for batch in plan.batches(cells, done):
         launch_batch(launch, [job for job in batch if all(map(store.done, job.waits_for))], store, apart)
 
 
 def launch_batch(launch: Launch, jobs: list[Job], store: Store, apart: bool) -> None:
-    """Have jobs done. Whether they worked is judged by the store alone, so a launcher may say what it likes.
+    """Launch jobs, and again those whose worker died.
 
-    A worker that the system kills takes its siblings with it on some launchers (joblib), and some (submitit) stop waiting for
-    them. So what was at work when the launcher stopped is tried once more: all of it together where a job has a process of
-    its own (`apart`), else each alone. What had not begun goes on together.
+    Only the store tells whether a job is done, whatever the launcher reports. When the system kills a worker, some
+    launchers (joblib) end the other workers too, and some (submitit) stop waiting for them. So jobs that were running
+    when the launcher stopped are tried once more: together if each has a process of its own (`apart`), else one by one.
+    Jobs that had not begun go on together.
     """
     waves: list[list[Job]] = [jobs] if jobs else []
     tried: list[Job] = []
@@ -155,25 +156,29 @@ def launch_batch(launch: Launch, jobs: list[Job], store: Store, apart: bool) -> 
         stopped = launch(wave)
         if stopped is None:
             continue
-        left = [job for job in wave if _unsettled(job, store)]
-        begun = [job for job in left if _begun([job], store) - begun_before]
-        if len(left) == len(wave) and not begun:
+        unfinished = [job for job in wave if _unsettled(job, store)]
+        begun = [job for job in unfinished if _begun([job], store) - begun_before]
+        if len(unfinished) == len(wave) and not begun:
             print(f"the launcher stopped: {stopped}", file=sys.stderr)
             continue
         dead = [job for job in begun if job in tried or len(wave) == 1]
         _report_dead(dead, store, stopped)
         again = [job for job in begun if job not in dead]
-        rest = [job for job in left if job not in begun]
+        rest = [job for job in unfinished if job not in begun]
         tried += again
         waves += [wave for wave in [rest, *([again] if apart else [[job] for job in again])] if wave]
 
 
 def launch_once(launcher: Launcher, config: DictConfig, jobs: list[Job]) -> str | None:
-    """What stopped the launcher; None if it came to its end. No job of it is at work any more, either way."""
+    """Run jobs with the launcher.
+
+    Return the error that stopped it, or None; either way none of its jobs is running any more.
+    """
     overrides = [[*job.cell.overrides, f"job={[s.key for s in job.stages]}"] for job in jobs]
     try:
-        # Not in catch_warnings: leaving it would undo the filters that libraries set as jobs in this process import them.
-        warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # joblib renews workers that grew
+        # joblib warns when it replaces workers whose memory grew. Not ignored by catch_warnings: leaving that would undo the
+        # filters that libraries set when jobs in this process import them.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs")
         launcher.launch(overrides, initial_job_idx=0)
     except (KeyboardInterrupt, UserError):
         raise
@@ -184,7 +189,7 @@ def launch_once(launcher: Launcher, config: DictConfig, jobs: list[Job]) -> str 
 
 
 def _report_dead(jobs: Iterable[Job], store: Store, stopped: str) -> None:
-    """Write the failure of jobs whose worker died twice, or alone."""
+    """Write a failure for jobs whose worker died twice, or died when it was alone."""
     for job in jobs:
         error = RuntimeError(f"its worker died without a word: killed by the system, often for memory ({stopped})")
         stage = next(s for s in job.stages if not store.done(s))
@@ -192,12 +197,12 @@ def _report_dead(jobs: Iterable[Job], store: Store, stopped: str) -> None:
 
 
 def _unsettled(job: Job, store: Store) -> bool:
-    """Whether a job has neither all its records nor a failure that says why."""
-    left = [s for s in job.stages if not store.done(s)]
-    return bool(left) and not any(Outputs.of(job.cell.config).failed(s.key).exists() for s in left)
+    """Tell whether a job has neither all its records nor a failure that says why."""
+    missing = [s for s in job.stages if not store.done(s)]
+    return bool(missing) and not any(Outputs.of(job.cell.config).failed(s.key).exists() for s in missing)
 
 
 def _begun(jobs: Iterable[Job], store: Store) -> set[str]:
-    """The folders of workers that began a stage and did not finish it, also of earlier sweeps; none of a stage that is done."""
-    left = {stage for job in jobs for stage in job.stages if not store.done(stage)}
-    return {folder.name for stage in left for folder in store.begun(stage)}
+    """Return the folders of workers that began a stage, now or in an earlier run, and did not publish it."""
+    missing = {stage for job in jobs for stage in job.stages if not store.done(stage)}
+    return {folder.name for stage in missing for folder in store.begun(stage)}

@@ -1,4 +1,4 @@
-"""What is checked before anything is loaded or written: that a cell's data sets, model and packages are there and fit it."""
+"""Check before anything is loaded or written that a cell's data sets, model and packages exist and fit together."""
 
 import contextlib
 import json
@@ -17,11 +17,14 @@ from d2lora.stages import prepare
 from d2lora.stages.rows import coverage_file
 from d2lora.store import Store
 
-Passed = set[str]  # checks that passed, by all that they were given: a grid's cells share most of theirs
+Passed = set[str]  # the checks that passed, as name and arguments: most are the same in all cells of a grid
 
 
 def check(config: Config, passed: Passed) -> None:
-    """UserError unless the cell's rows can be trained on and its test items asked, as far as this machine can tell."""
+    """Check that the cell's rows can be trained on and its test items evaluated. UserError if not.
+
+    `passed` saves repeating checks.
+    """
     check_inputs(config, passed)
     if not _asks_others(config):
         output = Outputs.of(config).root
@@ -30,9 +33,9 @@ def check(config: Config, passed: Passed) -> None:
 
 
 def check_inputs(config: Config, passed: Passed) -> None:
-    """UserError unless the cell's data sets are there, have their columns and enough rows. `passed` spares repeats.
+    """Check that the cell's data sets exist, have their columns and enough rows. UserError if not.
 
-    A dry run checks what lies on this machine, and asks nobody else.
+    `passed` saves repeating checks. A dry run checks only what is on this machine, and does not use the network.
     """
     if _asks_others(config):
         return
@@ -49,58 +52,61 @@ def check_inputs(config: Config, passed: Passed) -> None:
 
 
 def _check_training_rows(config: Config, passed: Passed) -> None:
-    """Check the rows of both phases, and those that an initialization looks at."""
+    """Check the rows of both phases, and those that an initialization is computed from."""
     if config.n != 0:
         _check(passed, data.check_task, config.task, config.n, config.split_seed, config.method.needs_pairs)
     if config.m != 0:
         _check(passed, data.check_warmup, config.warmup, config.m, config.split_seed)
-    if wanted := prepare.general_samples(config):
-        _check(passed, data.check_warmup, config.warmup, wanted, config.split_seed, "init.samples")
+    if amount := prepare.general_samples(config):
+        _check(passed, data.check_warmup, config.warmup, amount, config.split_seed, "init.samples")
 
 
 def _drawn(config: Config) -> dict[str, object]:
-    """What of a config decides which rows are drawn, and whether they can be used."""
+    """Return the settings that decide which rows are drawn, and whether they can be used."""
     drawn = config.model_dump(include={"model", "task", "warmup", "n", "m", "init", "data_seed", "split_seed"})
     return drawn | {"max_length": config.recipe.max_length, "preference": config.method.needs_pairs}
 
 
-def _check(passed: Passed, check: Callable[..., None], *given: object) -> None:
-    """Do a check, unless it has passed with all of these arguments."""
-    _once(passed, lambda: check(*given), check.__name__, given)
+def _check(passed: Passed, check: Callable[..., None], *arguments: object) -> None:
+    """Run a check unless it has passed with these arguments."""
+    _once(passed, lambda: check(*arguments), check.__name__, arguments)
 
 
-def _once(passed: Passed, check: Callable[[], None], name: str, given: object) -> None:
-    """Do a check, unless it has passed with what it reads, which is `given`."""
-    asked = f"{name} {given!r}"
-    if asked not in passed:
+def _once(passed: Passed, check: Callable[[], None], name: str, arguments: object) -> None:
+    """Run a check unless it has passed with these arguments."""
+    name_and_arguments = f"{name} {arguments!r}"
+    if name_and_arguments not in passed:
         check()
-        passed.add(asked)
+        passed.add(name_and_arguments)
 
 
 def _harness_tasks(config: Config) -> list[str]:
-    """The harness's tasks that are to be done now: it takes many seconds to import, so it is not asked for others."""
+    """Return the harness's tasks that still have to be evaluated.
+
+    Importing the harness takes many seconds, so others are not checked.
+    """
     if config.dry_run or not config.task.lm_eval:
         return []
     store = Store(Outputs.of(config).root)
-    left = (s for s in plan.chain(config).evaluations if not store.done(s))
-    return [s.spec.lm_eval for s in left if s.spec.lm_eval]
+    missing = (s for s in plan.chain(config).evaluations if not store.done(s))
+    return [s.spec.lm_eval for s in missing if s.spec.lm_eval]
 
 
 def _asks_others(config: Config) -> bool:
-    """Whether the checks would ask the Hub, and the cell is a dry run, which asks nobody."""
+    """Tell whether the cell is a dry run whose checks would have to use the network."""
     return config.dry_run and not _all_local(config)
 
 
 def _all_local(config: Config) -> bool:
-    """Whether everything a cell reads lies on this machine."""
+    """Tell whether everything that a cell reads is on this machine."""
     sources = prepare.sources(config).values()
     return all(data.local(s.path) for s in sources) and data.model_files(config.model) is not None
 
 
 def coverage(cells: Iterable[Cell]) -> list[str]:
-    """A line for each model that is adapted: how much of it.
+    """Return a line for each model that gets an adapter: which share of its parameters the adapted layers have.
 
-    A dry run computes it. A run says what is known, and its records hold the rest.
+    A dry run computes it. A run reports what is cached, since its records will have it.
     """
     lines = {}
     for config in (cell.config for cell in cells if cell.chain.adapter):
@@ -117,7 +123,7 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
 
 
 def _compute_coverage(config: Config) -> None:
-    """Write what the cell's adapter reaches, in a process of its own: torch and PEFT take seconds, and a plan needs neither."""
-    asked = [config.model.model_dump(), config.recipe.lora.target_modules, str(coverage_file(config))]
+    """Compute the layers that the cell's adapter covers, in another process: planning must not import torch and PEFT."""
+    arguments = [config.model.model_dump(), config.recipe.lora.target_modules, str(coverage_file(config))]
     code = "import json, sys; from d2lora.adapters import attach; attach.remember_coverage(*json.load(sys.stdin))"
-    subprocess.run([sys.executable, "-c", code], input=json.dumps(asked), text=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], input=json.dumps(arguments), text=True, capture_output=True)

@@ -1,7 +1,7 @@
-"""What of the rows can be used, found out while planning: rendered and tokenized as training will, once.
+"""Check, while planning, which rows can be used: render and tokenize them as training will.
 
-The tokenizer works in a process of its own, which has no torch: a plan needs none, and importing it would take longer than the
-work. What was found is remembered in <output>/fingerprints.
+The tokenizer runs in a process of its own without torch, because importing torch would take longer than the work.
+Results are cached in <output>/fingerprints.
 """
 
 import contextlib
@@ -28,25 +28,28 @@ from d2lora.keys import digest
 from d2lora.outputs import cached
 from d2lora.settings import Benchmark, Config, Data, Model, Task, Warmup
 from d2lora.stages import prepare
+from d2lora.stages.stage import Identity
 
-Make = Callable[[Any, Row], dict]  # tokenizer, row -> example
+Make = Callable[[Any, Row], data.Example]  # tokenizer, row -> example
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's tokenizer is loaded from, and what of it can change token ids."""
+    """Where a model's tokenizer is loaded from, and everything about it that can change token ids."""
 
-    place: str
+    path: str  # a local folder, or a name on the Hub
     revision: str | None
     trust_remote_code: bool
     thinking: bool
-    identity: dict
+    identity: Identity
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Rows in the order in which they will be drawn, and what makes an example of one. `key` names all that matters, but for
-    how many are drawn."""
+    """Rows in the order in which they will be drawn, and how an example is made of one.
+
+    `key` covers everything that can change the fates of rows, except how many are drawn.
+    """
 
     key: str
     read: Callable[[], list[Row]]
@@ -56,18 +59,19 @@ class Draw:
 
     @functools.cached_property
     def rows(self) -> list[Row]:
+        """Return the rows, read once."""
         return self.read()
 
 
-# Of this process: fates of rows by a draw's key, as far as they were asked for, and what is to be remembered.
+# Caches of this process: the fates of rows, by a draw's key, and the results that `remember` will write.
 _fates: dict[str, list[str]] = {}
-_found: dict[Path, dict] = {}
+_results: dict[Path, dict[str, Any]] = {}
 
 
 def check(config: Config, output: Path) -> None:
-    """UserError for rows that a cell would draw and can't use, and for too few that it can.
+    """Check the rows that a cell would draw. UserError for rows that can't be used, and where too few can.
 
-    Where the tokenizer is not at hand (a model on the Hub that was never used here), nothing is known yet.
+    Nothing is checked if the tokenizer is not on this machine (a model on the Hub that was never used here).
     """
     source = _source(config.model, output)
     if source is None:
@@ -78,13 +82,13 @@ def check(config: Config, output: Path) -> None:
     if config.m != 0:
         draw = _general_draw(config, source)
         _enough(draw, config.m, source, output, config.warmup.data, f"m={config.m}: warmup={config.warmup.name}")
-    if config.m == 0 and (wanted := prepare.general_samples(config)):
+    if config.m == 0 and (amount := prepare.general_samples(config)):
         draw = _general_draw(config, source)
-        _enough(draw, wanted, source, output, config.warmup.data, f"init.samples={wanted}: warmup={config.warmup.name}")
+        _enough(draw, amount, source, output, config.warmup.data, f"init.samples={amount}: warmup={config.warmup.name}")
 
 
 def check_items(config: Config, output: Path) -> None:
-    """UserError naming test items that the model can't take."""
+    """Check a cell's test items. UserError naming those that are too long for the model."""
     source = _source(config.model, output)
     context = _context(source) if source else None
     if source and context:
@@ -93,148 +97,160 @@ def check_items(config: Config, output: Path) -> None:
 
 
 def remember() -> None:
-    """Keep on disk what was found; for when nothing was refused. A disk that fails is for what must be written to say."""
+    """Write the results to disk; call it once nothing was refused.
+
+    Errors of the disk are ignored here: the run's own writes report them.
+    """
     with contextlib.suppress(OSError):
-        for file, value in _found.items():
+        for file, value in _results.items():
             cached(file, lambda value=value: value)  # type: ignore[misc]
-    _found.clear()
+    _results.clear()
     _end()
 
 
-# --- what is drawn -------------------------------------------------------------------------------------------------
+# --- rows in the order in which they are drawn ---------------------------------------------------------------------
 
 
 def _task_draw(config: Config, source: Source) -> Draw:
+    """Return the draw of the task's rows."""
     task, preference = config.task, config.method.needs_pairs
-    what = {"task": task.model_dump(exclude={"name", "data", "benchmark", "validation", "lm_eval"})}
+    rendering = {"task": task.model_dump(exclude={"name", "data", "benchmark", "validation", "lm_eval"})}
     make = functools.partial(_pair, task=task)
-    draw = _draw(config, source, task.data, f"task/{config.data_seed}", what, make)
+    draw = _draw(config, source, task.data, f"task/{config.data_seed}", rendering, make)
     return dataclasses.replace(draw, preference=preference)
 
 
 def _general_draw(config: Config, source: Source) -> Draw:
-    what = {"warmup": config.warmup.model_dump(exclude={"name", "data", "epochs"})}
+    """Return the draw of the warm-up's rows."""
+    rendering = {"warmup": config.warmup.model_dump(exclude={"name", "data", "epochs"})}
     make = functools.partial(_conversation, warmup=config.warmup)
-    return _draw(config, source, config.warmup.data, f"warmup/{config.data_seed}", what, make)
+    return _draw(config, source, config.warmup.data, f"warmup/{config.data_seed}", rendering, make)
 
 
-def _draw(config: Config, source: Source, rows: Data, seed: str, what: dict, make: Make) -> Draw:
+def _draw(config: Config, source: Source, rows: Data, seed: str, rendering: Identity, make: Make) -> Draw:
+    """Return a draw of a data set's rows; `rendering` is what decides how examples are made of them."""
     limit = config.recipe.max_length
-    key = _key(source, rows, config.split_seed, what | {"seed": seed, "max_length": limit})
+    key = _key(source, rows, config.split_seed, rendering | {"seed": seed, "max_length": limit})
 
     def read() -> list[Row]:
-        found = data.rows(rows, config.split_seed)
-        return [found[i] for i in data.shuffled(len(found), seed)]
+        in_order = data.rows(rows, config.split_seed)
+        return [in_order[i] for i in data.shuffled(len(in_order), seed)]
 
     return Draw(key, read, make, limit)
 
 
-def _key(source: Source, rows: Data, split_seed: int, what: dict) -> str:
-    """A digest of everything that can change the fates of rows, the code included."""
+def _key(source: Source, rows: Data, split_seed: int, rendering: Identity) -> str:
+    """Return a hash of everything that can change the fates of rows, the code of `data/` included."""
     spec = {
         "rows": data.identity(rows, split_seed),
         "tokenizer": source.identity,
         "thinking": source.thinking,
         "code": _code(),
     }
-    return digest(spec | what | {"transformers": version("transformers")})
+    return digest(spec | rendering | {"transformers": version("transformers")})
 
 
 @functools.cache
 def _code() -> list[str]:
+    """Return the hashes of the files that read and tokenize rows."""
     return [data.digest(file) for file in sorted((data.ROOT / "d2lora" / "data").glob("*.py"))]
 
 
-def _pair(tokenizer: Any, row: Row, task: Task) -> dict:
+def _pair(tokenizer: Any, row: Row, task: Task) -> data.Example:
     return data.pair_example(tokenizer, task, row)
 
 
-def _conversation(tokenizer: Any, row: Row, warmup: Warmup) -> dict:
+def _conversation(tokenizer: Any, row: Row, warmup: Warmup) -> data.Example:
     return data.general_example(tokenizer, warmup, row)
 
 
-def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> dict:
-    """The ids of what is asked; of a choice, with its longest option. Empty where it is short enough anyway."""
-    prompt = data.fill(benchmark.prompt, row)
-    asked = data.rendered_prompt(tokenizer, prompt) if benchmark.chat else prompt
+def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> data.Example:
+    """Return the ids of an item's prompt, with its longest choice if it has choices.
+
+    No ids if it certainly fits into `room` tokens.
+    """
+    filled = data.fill(benchmark.prompt, row)
+    prompt = data.rendered_prompt(tokenizer, filled) if benchmark.chat else filled
     if benchmark.choices:
         for option in data.choices(benchmark, row) if benchmark.chat else ():
             data.refuse_tokens(tokenizer, option, "a choice")
-        asked += " " + max(data.choices(benchmark, row), key=len)
-    if len(asked.encode()) < room:  # no token is shorter than a byte
+        prompt += " " + max(data.choices(benchmark, row), key=len)
+    if len(prompt.encode()) < room:  # no token is shorter than a byte
         return {"input_ids": []}
-    return {"input_ids": data.encode(tokenizer, asked)}
+    return {"input_ids": data.encode(tokenizer, prompt)}
 
 
-# --- what becomes of it --------------------------------------------------------------------------------------------
+# --- the fates of rows ---------------------------------------------------------------------------------------------
 
 
-def _enough(draw: Draw, wanted: int | str, source: Source, output: Path, rows: Data, name: str) -> None:
-    """UserError unless `wanted` rows can be used and none on the way to them is broken."""
-    file = output / "fingerprints" / f"{digest([draw.key, wanted, draw.preference])}.json"
-    if _known(file) or (fates := _until(draw, wanted, source)) is None:
+def _enough(draw: Draw, amount: int | str, source: Source, output: Path, rows: Data, name: str) -> None:
+    """Raise UserError unless `amount` rows can be used, or if one of those drawn for them can't be read."""
+    file = output / "fingerprints" / f"{digest([draw.key, amount, draw.preference])}.json"
+    if _known(file) or (fates := _until(draw, amount, source)) is None:
         return
     _refuse_bad(draw, fates, f"{name}: data.path={rows.path}")
     counts = Counter(fates)
     fit = counts.pop(FITS, 0)
     misfits = counts.pop(LONG, 0)
-    if not fit or (wanted != "all" and fit < int(wanted)):
-        raise UserError(f"{name}: {data.too_few(fit, len(draw.rows), draw.max_length, counts, wanted)}")
-    _found[file] = {"samples": fit, "misfits": misfits, "left_out": dict(counts)}
+    if not fit or (amount != "all" and fit < int(amount)):
+        raise UserError(f"{name}: {data.too_few(fit, len(draw.rows), draw.max_length, counts, amount)}")
+    _results[file] = {"samples": fit, "misfits": misfits, "left_out": dict(counts)}
 
 
-def _until(draw: Draw, wanted: int | str, source: Source) -> list[str] | None:
-    """The fates of rows in order until enough fit; None where the tokenizer can't be loaded."""
-    known = _fates.setdefault(draw.key, [])
-    missing = len(draw.rows) if wanted == "all" else int(wanted)
+def _until(draw: Draw, amount: int | str, source: Source) -> list[str] | None:
+    """Return the fates of rows in order until `amount` fit; None if the tokenizer can't be loaded."""
+    fates_so_far = _fates.setdefault(draw.key, [])
+    limit = len(draw.rows) if amount == "all" else int(amount)
     while True:
-        fates = [_judged(draw, fate) for fate in known]
-        left = missing - fates.count(FITS)
-        chunk = draw.rows[len(known) : len(known) + max(left + left // 20, 32)]
-        if left <= 0 or not chunk:
-            return fates[: _end_of(fates, wanted)]
+        fates = [_judged(draw, fate) for fate in fates_so_far]
+        missing = limit - fates.count(FITS)
+        chunk = draw.rows[len(fates_so_far) : len(fates_so_far) + max(missing + missing // 20, 32)]
+        if missing <= 0 or not chunk:
+            return fates[: _end_of(fates, amount)]
         new = _ask(source, draw.make, chunk, draw.max_length)
         if new is None:
             return None
-        known += new
-        if all(fate.startswith(BAD) for fate in new):  # so will the others be
-            return known
+        fates_so_far += new
+        if all(fate.startswith(BAD) for fate in new):  # most likely an error of all rows: no need to read on
+            return fates_so_far
 
 
 def _judged(draw: Draw, fate: str) -> str:
+    """Return a row's fate for this draw: only preference methods leave pairs of equal answers out."""
     return fate if fate != _EQUAL else EQUAL if draw.preference else FITS
 
 
 _EQUAL = f"{FITS}, but {EQUAL}"
 
 
-def _end_of(fates: list[str], wanted: int | str) -> int:
-    """How many of the fates are looked at until `wanted` fit."""
-    left = len(fates) if wanted == "all" else int(wanted)
+def _end_of(fates: list[str], amount: int | str) -> int:
+    """Return how many of the fates come before `amount` rows fit."""
+    missing = len(fates) if amount == "all" else int(amount)
     for index, fate in enumerate(fates):
-        left -= fate == FITS
-        if left == 0:
+        missing -= fate == FITS
+        if missing == 0:
             return index + 1
     return len(fates)
 
 
 def _refuse_bad(draw: Draw, fates: list[str], name: str) -> None:
+    """Raise UserError naming the rows that can't be read, rows with one error together."""
     kinds: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for index, fate in enumerate(fates):
         if fate.startswith(BAD):
             text = fate.removeprefix(BAD)
             kinds[text.split(" (")[0]].append((data.number_of(draw.rows[index], index), text))
     if kinds:
-        raise UserError(f"{name}: {'; '.join(data.kind_line(found, len(fates)) for found in kinds.values())}")
+        raise UserError(f"{name}: {'; '.join(data.kind_line(errors, len(fates)) for errors in kinds.values())}")
 
 
 def _items_fit(config: Config, name: str, benchmark: Benchmark, source: Source, output: Path, context: int) -> None:
-    """UserError naming the test items that the model can't take with their answers."""
+    """Raise UserError naming the test items that are too long for the model together with their answers."""
     room = context - (benchmark.max_new_tokens if benchmark.scoring.generates else 0)
-    what = {"benchmark": benchmark.model_dump(exclude={"data"}), "room": room}
+    rendering = {"benchmark": benchmark.model_dump(exclude={"data"}), "room": room}
     read = lambda: data.rows(benchmark.data, config.split_seed)[: benchmark.limit]  # noqa: E731
     make = functools.partial(_item, benchmark=benchmark, room=room)
-    draw = Draw(_key(source, benchmark.data, config.split_seed, what), read, make, room)
+    draw = Draw(_key(source, benchmark.data, config.split_seed, rendering), read, make, room)
     file = output / "fingerprints" / f"{draw.key}.json"
     if _known(file) or (fates := _until(draw, "all", source)) is None:
         return
@@ -247,56 +263,62 @@ def _items_fit(config: Config, name: str, benchmark: Benchmark, source: Source, 
             f"{where}: {listed(sorted(long))} ({len(long)} of {len(fates)} items): longer than the {max(room, 0)} tokens that the "
             f"model leaves (it takes {context}, max_new_tokens={benchmark.max_new_tokens} among them)"
         )
-    _found[file] = {"items": len(fates)}
+    _results[file] = {"items": len(fates)}
 
 
 def _known(file: Path) -> bool:
-    """Whether this process or an earlier one found nothing to refuse."""
-    return file in _found or file.is_file()
+    """Tell whether this process or an earlier one has checked these rows without an error."""
+    return file in _results or file.is_file()
 
 
 # --- the tokenizer -------------------------------------------------------------------------------------------------
 
 
 def _source(model: Model, output: Path) -> Source | None:
-    """Where the model's tokenizer lies on this machine, if it does."""
-    place = data.model_files(model)
-    if place is not None and model.gguf_package:
-        place = output / "models" / data.digest(place)[:20]  # as model.base leaves it
-    if place is None:
-        identity: dict = {"path": model.path, "revision": model.revision}
-    elif place.is_dir():
-        files = sorted(f for f in place.iterdir() if f.is_file() and f.suffix != ".safetensors")
+    """Return where the model's tokenizer is on this machine or in the Hub's cache; None if it does not exist yet."""
+    path = data.model_files(model)
+    if path is not None and model.gguf_package:
+        path = output / "models" / data.digest(path)[:20]  # where base.py saves the converted weights
+    if path is None:
+        identity: Identity = {"path": model.path, "revision": model.revision}
+    elif path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix != ".safetensors")
         identity = {f.name: data.digest(f) for f in files}
     else:
         return None
-    return Source(str(place or model.path), model.revision, model.trust_remote_code, model.thinking, identity)
+    return Source(str(path or model.path), model.revision, model.trust_remote_code, model.thinking, identity)
 
 
 def _context(source: Source) -> int | None:
-    """How many tokens the model takes, as lm-evaluation-harness reads it from the config."""
+    """Return how many tokens the model takes, as lm-evaluation-harness reads it from the config.
+
+    None if the config does not say.
+    """
     try:
         config = json.loads(_config_file(source).read_text())
     except (OSError, ValueError):
         return None
-    for place in (config, config.get("text_config") or {}):
+    for section in (config, config.get("text_config") or {}):
         for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-            if isinstance(place.get(name), int):
-                return place[name]
+            if isinstance(section.get(name), int):
+                return section[name]
     return None
 
 
 def _config_file(source: Source) -> Path:
-    """The model's config on this machine: in its folder, or in the Hub's cache."""
-    file = Path(source.place) / "config.json"
+    """Return the model's config on this machine: in its folder, or in the Hub's cache."""
+    file = Path(source.path) / "config.json"
     if not file.is_file():
-        cached_file = data.hub().try_to_load_from_cache(source.place, "config.json", revision=source.revision)
+        cached_file = data.hub().try_to_load_from_cache(source.path, "config.json", revision=source.revision)
         return Path(cached_file) if isinstance(cached_file, str) else file
     return file
 
 
 def _ask(source: Source, make: Make, rows: list[Row], max_length: int) -> list[str] | None:
-    """The fates of rows; None where the tokenizer can't be loaded."""
+    """Return the fates of rows, from this process if it has loaded transformers, else from the worker.
+
+    None without a tokenizer.
+    """
     if "transformers" in sys.modules:
         return _answer(source, make, rows, max_length)
     if len(rows) >= _MANY and sys.stderr.isatty():
@@ -312,12 +334,12 @@ def _ask(source: Source, make: Make, rows: list[Row], max_length: int) -> list[s
         return None
 
 
-_MANY = 10_000  # rows that take long enough to be told of
+_MANY = 10_000  # from so many rows on, a line says that tokenizing takes a while
 _at_work: list[subprocess.Popen] = []
 
 
 def _worker() -> subprocess.Popen:
-    """The process with the tokenizer; it ends with this one."""
+    """Return the process with the tokenizer, started when it is first needed. It ends with this one."""
     if not _at_work:
         path = os.pathsep.join(p for p in (str(data.ROOT), os.environ.get("PYTHONPATH")) if p)
         environment = os.environ | {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
@@ -328,46 +350,50 @@ def _worker() -> subprocess.Popen:
 
 
 def _end() -> None:
+    """End the worker."""
     while _at_work:
         worker = _at_work.pop()
         worker.communicate()
 
 
 def serve() -> None:
-    """Answer questions on stdin until it closes."""
-    sys.modules["torch"] = None  # type: ignore[assignment] # tokenizers need none of it, and it takes seconds
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # what a library prints is no answer
+    """Answer requests of the parent process on stdin until it is closed."""
+    sys.modules["torch"] = None  # type: ignore[assignment] # tokenizers don't need it, and importing it takes seconds
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # so that what libraries print does not get among the answers
     while True:
         try:
-            asked = pickle.load(sys.stdin.buffer)
+            request = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(_answer(*asked), answers)
+        pickle.dump(_answer(*request), answers)
         answers.flush()
 
 
 def _answer(source: Source, make: Make, rows: list[Row], max_length: int) -> list[str] | None:
-    tokenizer = _tokenizer(source.place, source.revision, source.trust_remote_code, source.thinking)
+    """Return the fates of rows; None if the tokenizer can't be loaded."""
+    tokenizer = _tokenizer(source.path, source.revision, source.trust_remote_code, source.thinking)
     if tokenizer is None:
         return None
     return [_fate(functools.partial(make, tokenizer), row, max_length) for row in rows]
 
 
-def _fate(make: Callable[[Row], dict], row: Row, max_length: int) -> str:
-    example, fate = data.made(make, row, max_length)
+def _fate(make: Callable[[Row], data.Example], row: Row, max_length: int) -> str:
+    """Return a row's fate: as `data.example_and_fate` has it, or _EQUAL for a pair of equal answers."""
+    example, fate = data.example_and_fate(make, row, max_length)
     return (
         _EQUAL if example and "chosen_ids" in example and example["chosen_ids"] == example.get("rejected_ids") else fate
     )
 
 
 @functools.lru_cache(4)
-def _tokenizer(place: str, revision: str | None, trust_remote_code: bool, thinking: bool) -> Any:
+def _tokenizer(path: str, revision: str | None, trust_remote_code: bool, thinking: bool) -> Any:
+    """Load a tokenizer from this machine; None if that fails."""
     from transformers import AutoTokenizer
 
-    given = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": True}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **given)
-    except Exception:  # not at hand, or one that needs torch: loading the model says what is wrong with it
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception:  # not on this machine, or it needs torch; loading the model will report the error
         return None
     data.set_up(tokenizer, thinking)
     return tokenizer

@@ -183,13 +183,14 @@ def _passed_over(cell: Cell, store: Store) -> Iterator[str]:
 
 def failures_text(output: Path, lost: Iterable[Stage]) -> str:
     """Return what failed and why, and what that blocked."""
-    lines = []
+    lines, store = [], Store(output)
     for stage in lost:
         file = Outputs(output).failed(stage.key)
         if file.exists():
             lines.append(f"failed: {stage.label}: {json.loads(file.read_text())['error']} (traceback in {file})")
         else:
+            missing = [parent.label for parent in stage.parents if not store.done(parent)]
             lines.append(
-                f"blocked: {stage.label}" + (f", by {stage.parent.label}" if stage.parent else ": no worker did it")
+                f"blocked: {stage.label}" + (f", by {', '.join(missing)}" if missing else ": no worker did it")
             )
     return "".join(f"{line}\n" for line in lines)

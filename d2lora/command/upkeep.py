@@ -1,4 +1,4 @@
-"""What `python -m d2lora check` and `gc` do with the store."""
+"""Run `python -m d2lora check` and `gc`."""
 
 import shutil
 import sys
@@ -10,12 +10,12 @@ from d2lora.errors import UserError
 
 
 def check(output: Path) -> int:
-    """Print what is wrong in the store under `output`. Returns the exit code: 1 if there is something to look at."""
+    """Print what is wrong in the store under `output`. Return the exit code: 1 if anything is."""
     return _in_one_line(output, lambda: _check(output))
 
 
 def gc(output: Path, yes: bool) -> int:
-    """Print what no sweep's manifest needs any more, and with `yes` free it. Returns the exit code."""
+    """Print what no sweep's manifest needs any more, and with `yes` delete it. Return the exit code."""
     return _in_one_line(output, lambda: _gc(output, yes))
 
 
@@ -37,14 +37,14 @@ def _gc(output: Path, yes: bool) -> int:
 
 
 def _in_one_line(output: Path, work: Callable[[], int]) -> int:
-    """The exit code of `work`, or 1 for what keeps it from being done, which is told in one line."""
+    """Return the exit code of `work`; if it raises, print the error as one line and return 1."""
     try:
         return work()
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has closed it: guard handles that
         raise
-    except (OSError, ValueError, KeyError) as error:  # a damaged manifest, a folder that can't be read or freed
+    except (OSError, ValueError, KeyError) as error:  # a damaged manifest, a folder that can't be read or deleted
         message = f"{output}: {type(error).__name__}: {error}"
     print(f"error: {message}", file=sys.stderr)
     return 1

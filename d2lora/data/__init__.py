@@ -12,7 +12,8 @@ from d2lora.data.checks import (
     kind_line,
 )
 from d2lora.data.hub import hub, hub_problem
-from d2lora.data.items import check_benchmark, check_items, choices, golds, right
+from d2lora.data.items import check_benchmark, check_items, choices, golds, right_choice
+from d2lora.data.placebo import exchanged
 from d2lora.data.sources import (
     ROOT,
     Row,
@@ -22,21 +23,23 @@ from d2lora.data.sources import (
     local,
     model_files,
     model_identity,
-    need,
     number_of,
+    require_columns,
     rows,
     shuffled,
 )
-from d2lora.data.templates import Shape, ends, opens, refuse_tokens, render, say_end, set_up, shape, undated
+from d2lora.data.templates import Shape, answer_starts, ends, refuse_tokens, render, say_end, set_up, shape, undated
 from d2lora.data.texts import LeftOut, NotText, fill, text_of
 from d2lora.data.tokens import (
     REFERENCE_BLOCK,
+    Example,
     Subset,
     conversation_example,
     encode,
+    example_and_fate,
     general_example,
     longest,
-    made,
+    mixed,
     pair_example,
     rendered_conversation,
     rendered_prompt,
@@ -51,11 +54,13 @@ __all__ = [
     "REFERENCE_BLOCK",
     "ROOT",
     "Data",
+    "Example",
     "LeftOut",
     "NotText",
     "Row",
     "Shape",
     "Subset",
+    "answer_starts",
     "check_benchmark",
     "check_items",
     "check_lm_eval",
@@ -68,6 +73,8 @@ __all__ = [
     "digest",
     "encode",
     "ends",
+    "example_and_fate",
+    "exchanged",
     "fill",
     "fingerprint",
     "general_example",
@@ -79,18 +86,17 @@ __all__ = [
     "kind_line",
     "local",
     "longest",
-    "made",
+    "mixed",
     "model_files",
     "model_identity",
-    "need",
     "number_of",
-    "opens",
     "pair_example",
     "refuse_tokens",
     "render",
     "rendered_conversation",
     "rendered_prompt",
-    "right",
+    "require_columns",
+    "right_choice",
     "rows",
     "say_end",
     "sequences",

@@ -8,8 +8,8 @@ from typing import Any
 from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts, paths
-from d2lora.data.sources import identity, model_files, need, need_braces, number_of, rows
-from d2lora.data.texts import LeftOut, is_blank, is_whole, shown
+from d2lora.data.sources import identity, model_files, number_of, require_braces, require_columns, rows
+from d2lora.data.texts import LeftOut, is_blank, is_encodable, quoted
 from d2lora.errors import UserError
 from d2lora.settings import Model, Task, Warmup, fields
 
@@ -40,9 +40,9 @@ def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Count
     """
     task = Task.model_validate_json(dumped)
     all_rows = rows(task.data, split_seed)
-    need(all_rows, task.data, *columns(task), empty=True)
+    require_columns(all_rows, task.data, *columns(task), empty=True)
     for template in task.templates:
-        need_braces(template, all_rows, task.data.path)
+        require_braces(template, all_rows, task.data.path)
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
     left_out: Counter[str] = Counter()
     equal = 0
@@ -70,10 +70,10 @@ def _is_empty(kind: str) -> bool:
 
 
 def _usual(task: Task) -> Callable[[Row], bool] | None:
-    """Return a fast test for ordinary rows: all columns hold texts and the answers differ. None if templates use parts
-    of columns.
+    """Return a fast test for ordinary rows: all columns hold texts and the answers differ.
 
-    Data sets have tens of thousands of rows, and nearly all of them are ordinary.
+    None if templates use parts of columns. Data sets have tens of thousands of rows, and nearly all of them are
+    ordinary.
     """
     if task.prompt is None or any(set(paths(t)) != fields(t) for t in task.templates):
         return None
@@ -91,23 +91,22 @@ def _usual(task: Task) -> Callable[[Row], bool] | None:
 
 def _is_plain(value: Any) -> bool:
     """Tell whether a value is a visible text, and certainly not a list that is written out."""
-    return type(value) is str and not is_blank(value) and is_whole(value) and value.lstrip()[0] != "["
+    return type(value) is str and not is_blank(value) and is_encodable(value) and value.lstrip()[0] != "["
 
 
 def kind_line(errors: list[tuple[int, str]], total: int) -> str:
-    """Report rows with one kind of error, given as (number, error): the numbers of three, how many there are, and the
-    first error.
-    """
+    """Report rows with one kind of error, given as (number, error): three numbers, how many rows, the first error."""
     errors = sorted(errors)
     return f"{listed([number for number, _ in errors])} ({len(errors):,} of {total:,}): {errors[0][1]}"
 
 
 def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") -> None:
-    """Check a warm-up's rows. UserError unless its column holds conversations and at least m can be used; `key` is m's
-    name.
+    """Check a warm-up's rows.
+
+    UserError unless its column holds conversations and at least m can be used; `key` is m's name.
     """
     all_rows = rows(warmup.data, split_seed)
-    need(all_rows, warmup.data, warmup.messages, empty=True)
+    require_columns(all_rows, warmup.data, warmup.messages, empty=True)
     empty_rows = [number_of(row, i) for i, row in enumerate(all_rows) if row[warmup.messages] in (None, [], "")]
     if empty_rows and warmup.data.empty == "refuse":
         raise UserError(
@@ -116,7 +115,7 @@ def check_warmup(warmup: Warmup, m: int | str, split_seed: int, key: str = "m") 
         )
     types = (str,) if warmup.rendered else (list, str)  # a conversation may be written as JSON
     others = [
-        (number_of(row, i), shown(value))
+        (number_of(row, i), quoted(value))
         for i, row in enumerate(all_rows)
         if (value := row[warmup.messages]) not in (None, []) and not isinstance(value, types)
     ]
@@ -142,17 +141,16 @@ def _enough(key: str, amount: int | str, total: int, name: str, left_out: Counte
 
 @functools.cache
 def harness() -> Any:
-    """Return lm-evaluation-harness's index of tasks, built once: it reads thousands of files, which can take many
-    seconds.
-    """
+    """Return lm-evaluation-harness's index of tasks, built once: reading its thousands of files can take many seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def check_lm_eval(names: list[str]) -> None:
-    """Check that each name is a single task of lm-evaluation-harness. UserError otherwise: a group has no items of its
-    own.
+    """Check that each name is a single task of lm-evaluation-harness.
+
+    UserError otherwise: a group has no items of its own.
     """
     if not names:
         return

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from d2lora.data.texts import LeftOut, NotText, is_blank, shown, text_of
+from d2lora.data.texts import LeftOut, NotText, is_blank, quoted, text_of
 from d2lora.errors import UserError
 
 Message = dict[str, Any]  # a turn as chat templates take it
@@ -28,11 +28,10 @@ class Conversation:
 
 
 def conversation(value: Any) -> Conversation:
-    """Read the conversation in a row's value: a list of {role, content} or of ShareGPT's {from, value}, or such a list
-    as a string.
+    """Read the conversation in a row's value: a list of {role, content} or of ShareGPT's {from, value}.
 
-    The string may be JSON or Python's spelling. UserError for what can't be read, LeftOut for a conversation without a
-    turn to learn.
+    It may be a string in JSON or in Python's spelling. UserError for what can't be read, LeftOut for a conversation
+    without a turn to learn.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _parsed(value)
@@ -54,8 +53,9 @@ def conversation(value: Any) -> Conversation:
 
 
 def is_silent(message: Message) -> bool:
-    """Tell whether a user's or assistant's turn is empty. Training on it would teach an answer to nothing, or an end
-    alone.
+    """Tell whether a user's or assistant's turn is empty.
+
+    Training on it would teach an answer to nothing, or an end alone.
     """
     silent = is_blank(message["content"] or "") and not message.get("tool_calls")
     return silent and message["role"] in ("user", "assistant")
@@ -85,34 +85,33 @@ _TURN = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](?:system|user|assistant|
 
 
 def written(text: str) -> list[Turn] | None:
-    """Parse a text that is a list of turns or typed parts in JSON or Python (a CSV can't hold lists); None for any
-    other text.
+    """Parse a text that is a list of turns or typed parts in JSON or Python (a CSV can't hold lists).
 
-    NotText for turns that can't be parsed: such a string must not be trained on as text.
+    None for any other text. NotText for turns that can't be parsed: such a string must not be trained on as text.
     """
     if not re.match(r"\s*\[\s*\{", text):
         return None
     parts = _parsed(text)
     if parts is None and _TURN.search(text) and text.rstrip().endswith("]"):
-        raise NotText(f"{shown(text)} is a conversation, in neither JSON nor Python")
+        raise NotText(f"{quoted(text)} is a conversation, in neither JSON nor Python")
     if isinstance(parts, list) and all(isinstance(part, dict) and _is_known(part) for part in parts):
         return parts
     return None
 
 
 def _is_known(part: Turn) -> bool:
-    """Tell whether a mapping is a turn or a typed text part. Anything else (tool calls as JSON) may be an ordinary
-    answer.
+    """Tell whether a mapping is a turn or a typed text part.
+
+    Anything else (tool calls as JSON) may be an ordinary answer.
     """
     turn = ("role" in part and ("content" in part or "tool_calls" in part)) or ("from" in part and "value" in part)
     return turn or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 def message(turn: Turn, where: str) -> tuple[Message, bool]:
-    """Read a turn as a message for templates, and whether the loss is on it. `where` names it in errors. Keys with
-    nulls are ignored.
+    """Read a turn as a message for templates, and whether the loss is on it. `where` names it in errors.
 
-    UserError for an unknown role, and for keys that can't be read.
+    Keys with nulls are ignored. UserError for an unknown role, and for keys that can't be read.
     """
     turn = {k: v for k, v in turn.items() if v not in (None, [], {}) and (v != "" or k in ("content", "value"))}
     role_name, content = (_one_of(turn, keys, where) for keys in (("role", "from"), ("content", "value")))
@@ -195,10 +194,9 @@ def _without_nulls(value: Any) -> Any:
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:
-    """Read the tools that a row offers the model: a list of {name, ...} or {function: {name, ...}}, or its JSON; None
-    if empty.
+    """Read the tools that a row offers the model: a list of {name, ...} or {function: {name, ...}}, or its JSON.
 
-    UserError if it can't be read.
+    None if empty. UserError if it can't be read.
     """
     if value is None or value == [] or value == "":
         return None

@@ -23,8 +23,9 @@ _DAMAGED = (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, 
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Read the rows of a file, in the format that its name says (`FORMATS`, each also as .gz or .xz). UserError if it
-    holds no rows.
+    """Read the rows of a file, in the format that its name says (`FORMATS`, each also as .gz or .xz).
+
+    UserError if it holds no rows.
     """
     name = file.name.removesuffix(".xz").removesuffix(".gz")
     kind = Path(name).suffix

@@ -6,16 +6,17 @@ from string import Formatter
 from typing import Any
 
 from d2lora.data.conversations import written
-from d2lora.data.sources import Row, need, need_braces, rows
-from d2lora.data.texts import NotText, field, fill, is_blank, shown, text_of
+from d2lora.data.sources import Row, require_braces, require_columns, rows
+from d2lora.data.texts import NotText, field, fill, is_blank, quoted, text_of
 from d2lora.errors import UserError
 from d2lora.scoring import Generated
 from d2lora.settings import Benchmark, fields
 
 
 class _Unscorable(Exception):
-    """A row that can't be evaluated. `problem` is shared by rows with the same fault; `value` is this row's, and fills
-    its {}.
+    """A row that can't be evaluated.
+
+    `problem` is shared by rows with the same fault; `value` is this row's, and fills its {}.
     """
 
     def __init__(self, problem: str, value: str = "") -> None:
@@ -24,22 +25,24 @@ class _Unscorable(Exception):
 
 
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
-    """Read a benchmark's rows and check them. UserError if columns are missing or a row that would be evaluated can't
-    be scored.
+    """Read a benchmark's rows and check them.
+
+    UserError if columns are missing or a row that would be evaluated can't be scored.
     """
     all_rows = rows(benchmark.data, split_seed)
     evaluated = all_rows[: benchmark.limit]
     lists = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
     columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | lists)
-    need(evaluated, benchmark.data, *columns, empty=True)
+    require_columns(evaluated, benchmark.data, *columns, empty=True)
     for template in (benchmark.prompt, benchmark.gold):
-        need_braces(template, all_rows, benchmark.data.path)
+        require_braces(template, all_rows, benchmark.data.path)
     check_items(benchmark, evaluated)
 
 
 def check_items(benchmark: Benchmark, evaluated: Sequence[Row]) -> None:
-    """Check that rows can be evaluated and scored. UserError listing those that can't, one line for each kind of
-    problem.
+    """Check that rows can be evaluated and scored.
+
+    UserError listing those that can't, one line for each kind of problem.
     """
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for index, row in enumerate(evaluated):
@@ -73,11 +76,11 @@ def _check(benchmark: Benchmark, row: Row) -> None:
         raise _Unscorable("the prompt is blank")
     kind = benchmark.scoring
     if not isinstance(kind, Generated):
-        right(benchmark, row)
+        right_choice(benchmark, row)
         return
     for gold in _golds(benchmark, row):
         if problem := "the gold answer is blank" if is_blank(gold) else kind.problem(gold):
-            raise _Unscorable(problem, shown(gold))
+            raise _Unscorable(problem, quoted(gold))
 
 
 def _filled(name: str, template: str, row: Row) -> str:
@@ -85,7 +88,7 @@ def _filled(name: str, template: str, row: Row) -> str:
     try:
         for column in (column for _, column, _, _ in Formatter().parse(template) if column is not None):
             if isinstance(value := field(column, row), str) and written(value) is not None:
-                raise NotText(f"{shown(value)} is a list that is written out")
+                raise NotText(f"{quoted(value)} is a list that is written out")
         return fill(template, row)
     except NotText as error:
         raise _Unscorable(f"{name}={_line_of(template)}: {{}}", str(error)) from None
@@ -96,7 +99,7 @@ def _filled(name: str, template: str, row: Row) -> str:
 
 def _line_of(template: str) -> str:
     """Return a template as an error line shows it."""
-    return template if "\n" not in template else shown(template)
+    return template if "\n" not in template else quoted(template)
 
 
 # --- golds ---------------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def _golds(benchmark: Benchmark, row: Row) -> list[str]:
     if not value:
         raise _Unscorable("the list of golds is empty")
     if not all(_is_text(element) for element in value):
-        raise _Unscorable("the list of golds {} holds what is no text", shown(value))
+        raise _Unscorable("the list of golds {} holds what is no text", quoted(value))
     try:
         return [
             "".join(
@@ -156,7 +159,7 @@ def choices(benchmark: Benchmark, row: Row) -> list[str]:
     return _texts(row, benchmark.choices)
 
 
-def right(benchmark: Benchmark, row: Row) -> int:
+def right_choice(benchmark: Benchmark, row: Row) -> int:
     """Return the index of the right choice. _Unscorable if the row does not say which it is."""
     offered, labels = _texts(row, benchmark.choices), _texts(row, benchmark.labels)
     if len(offered) != len(labels):
@@ -175,12 +178,12 @@ def _texts(row: Row, path: str | None) -> list[str]:
     if not values:
         raise _Unscorable(f"the list {path} is empty")
     if others := [value for value in values if not _is_text(value)]:
-        raise _Unscorable(f"{path} holds what is no text: {{}}", shown(others[0]))
+        raise _Unscorable(f"{path} holds what is no text: {{}}", quoted(others[0]))
     texts = [text_of(value) for value in values]
     if any(map(is_blank, texts)):
         raise _Unscorable(f"{path} holds a blank text")
     if twice := [text for text in texts if [other.strip() for other in texts].count(text.strip()) > 1]:
-        raise _Unscorable(f"{path} holds {{}} more than once", shown(twice[0]))
+        raise _Unscorable(f"{path} holds {{}} more than once", quoted(twice[0]))
     return texts
 
 

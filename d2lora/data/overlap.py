@@ -1,11 +1,12 @@
-"""How much of a test set a training set contains: the same question, or 13 words in a row. Pure functions.
+"""Search a test set in a training set: the same question, or 13 words in a row. Pure functions.
 
-As in GPT-3's check (Brown et al. 2020, appendix C) texts are compared as words, lower-cased and without punctuation, and an
-item counts as overlapping if one of its word 13-grams occurs in the training set. Two differences: here a question of fewer
-than 13 words can only be found as a whole (GPT-3 goes down to 8-grams), and no 13-gram is left out for being frequent.
+As in GPT-3's check (Brown et al. 2020, appendix C) texts are compared as words, lower-cased and without punctuation,
+and an item counts as overlapping if one of its word 13-grams occurs in the training set. Two differences: a question of
+fewer than 13 words is only found as a whole (GPT-3 goes down to 8-grams), and no 13-gram is ignored for being frequent.
 
-Questions are compared as columns have them and as templates render them. 13-grams are of what rows fill in: a template's own
-wording is the same in all rows, so a 13-gram with a word of it says nothing of an item.
+Questions are compared both as the columns have them and as the prompt templates render them. 13-grams are taken only
+from the values that rows fill in: a template's own wording is the same in all rows, so a 13-gram with a word of it says
+nothing of an item.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from d2lora.records import Score
 
 NGRAM = 13
 
-# Vowel signs and tone marks of India's and South-East Asia's scripts are part of a word, and \w has none of them.
+# Vowel signs and tone marks in the scripts of India and South-East Asia are part of a word, but \w does not match them.
 _SIGNS = "".join(
     chr(c) for c in (*range(0x900, 0x10A0), *range(0x1780, 0x1800)) if unicodedata.category(chr(c)) in ("Mn", "Mc")
 )
@@ -38,31 +39,40 @@ _UNSPACED = re.compile(
     f"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af][{_SIGNS}]*"
 )
 _THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
-# In a template; a field's text may end a sentence too: "{question} Please reason ..."
+# The ends of sentences in a template; a field's value may end one too: "{question} Please reason ..."
 _SENTENCE_END = re.compile(r"[.?!:;](?=\s|$)|[\n。？！：；]|^\s+(?=[A-Z])")
 
 
-@functools.lru_cache(256)  # the texts of a row are read in several ways
+@functools.lru_cache(256)  # each text of a row is needed several times
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, lower-cased and without punctuation; characters where a script has no spaces between words."""
+    """Return the words of a text, lower-cased and without punctuation.
+
+    In scripts without spaces between words, each character counts as a word.
+    """
     if text.isascii():
         return tuple(_MARKS.sub("", text.lower()).split())
     plain = unicodedata.normalize("NFKC", _THOUSANDS.sub("", text)).casefold()
     return tuple(_UNSPACED.sub(r" \g<0> ", _MARKS_BUT_SIGNS.sub("", plain)).split())
 
 
-def ngrams(found: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """All runs of NGRAM words, in order."""
-    return zip(*(found[start:] for start in range(NGRAM)), strict=False)
+def ngrams(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield all runs of NGRAM words, in order."""
+    return zip(*(text_words[start:] for start in range(NGRAM)), strict=False)
 
 
 def texts(row: Row, columns: Iterable[str]) -> list[str]:
-    """The texts of a row's columns, each for itself; of a list (a conversation, a question's options), those of its elements."""
+    """Return the texts in a row's columns, each by itself.
+
+    Of a list (a conversation, options to choose from) those of its elements.
+    """
     return [text for column in columns for text in _inner(row.get(column))]
 
 
 def _inner(value: Any) -> list[str]:
-    """The texts in a value: of a turn its content, of other mappings all values, of a list all elements; of a null none."""
+    """Return the texts in a value: a turn's content, all values of another mapping, all elements of a list.
+
+    None for a null.
+    """
     if isinstance(value, dict):
         value = [value["content"]] if "content" in value else list(value.values())
     elif isinstance(value, str) and (turns := _written(value)):
@@ -73,24 +83,25 @@ def _inner(value: Any) -> list[str]:
 
 
 def _written(text: str) -> list[dict] | None:
-    """The turns that a text is, as a CSV has them."""
+    """Return the turns that a text is, as a CSV has them; None if it is no conversation."""
     with contextlib.suppress(NotText):
         return written(text)
     return None
 
 
 def _is_typed(value: list) -> bool:
-    """Whether it begins as the typed parts of a content do; `text_of` says the rest."""
+    """Tell whether a list begins like a content of typed parts."""
     return bool(value) and isinstance(value[0], dict) and value[0].get("type") == "text"
 
 
-# What chat templates write around turns, in rows that are rendered already.
+# The tokens that chat templates write around turns. They separate the texts of rows that are rendered already.
 _TURNS = re.compile(
     r"(?:<[|｜][^<>]*[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>)(?:(?:system|developer|user|assistant|model|tool)\n)?"
 )
 
 
 def _plain(value: Any) -> list[str]:
+    """Return a value's texts, those of rendered conversations apart; any other value as Python spells it."""
     try:
         text = text_of(value)
         return [text] if "<" not in text else [part for part in _TURNS.split(text) if part.strip()]
@@ -104,16 +115,18 @@ def _plain(value: Any) -> list[str]:
 
 # --- templates -----------------------------------------------------------------------------------------------------
 
-Piece = tuple[str, str]  # fixed wording, or a field such as "{question}"; the other is empty
-Group = tuple[str, ...]  # texts that stand side by side
+Piece = tuple[str, str]  # (fixed wording, "") or ("", a field such as "{question}")
+Group = tuple[str, ...]  # texts that follow each other without words between them
 
 
 @dataclass(frozen=True)
 class Template:
-    """A text with fields in pieces: all of them, and those of its `core`, the sentences that have a field.
+    r"""A template split into fixed wording and fields: all `pieces`, and the `core`, those of the sentences that have a
+    field.
 
-    So "{question} Please reason step by step." and "Question: {question}\nAnswer:" ask the same. A core without wording of its
-    own is no question by itself where it joins short values: "{a}, {b}. Which is larger?" asks another than "{a}, {b}. Add them."
+    The core tells what is asked: "{question} Please reason step by step." and "Question: {question}\nAnswer:" ask the
+    same. A core without words of its own that only joins short values is no question by itself: "{a}, {b}. Which is
+    larger?" and "{a}, {b}. Add them." ask different things.
     """
 
     pieces: tuple[Piece, ...]
@@ -121,22 +134,23 @@ class Template:
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
+        """Return the fields, each once."""
         return tuple(dict.fromkeys(field for _, field in self.pieces if field))
 
     def values(self, row: Row) -> Group | None:
-        """The texts of its fields; None if the row can't fill them."""
+        """Return the texts of the fields; None if the row can't fill them."""
         try:
             return tuple([_value(field, row) for field in self.fields])
         except (LeftOut, LookupError, AttributeError, TypeError, ValueError):
             return None
 
     def read(self, values: Group) -> tuple[list[Group], list[Group]]:
-        """What the template makes of values: questions, and runs of values."""
+        """Return what the template makes of the fields' values: its questions, and its runs of values."""
         named = dict(zip(self.fields, values, strict=True))
         return list(self.questions(named)), list(self.runs(named))
 
     def questions(self, values: dict[str, str]) -> Iterator[Group]:
-        """The filled template, and its core where that differs."""
+        """Yield the filled template, and its filled core if that differs."""
         yield _joined(self.pieces, values)
         if self.core != self.pieces:
             core = _joined(self.core, values)
@@ -144,7 +158,7 @@ class Template:
                 yield core
 
     def runs(self, values: dict[str, str]) -> Iterator[Group]:
-        """The values between which the core has no words, each group of them as one."""
+        """Yield the values in groups: values are in one group if the core has no words between them."""
         group: list[str] = []
         for fixed, field in self.core:
             if field:
@@ -157,36 +171,38 @@ class Template:
 
 
 def _value(field: str, row: Row) -> str:
+    """Return the text of a field."""
     name = field[1:-1]
     return text_of(row[name]) if name in row else fill(field, row)  # the short way is the same, and faster
 
 
 @functools.cache
 def _has_words(pieces: tuple[Piece, ...]) -> bool:
+    """Tell whether the pieces have wording of their own."""
     return any(words(fixed) for fixed, _ in pieces)
 
 
 @functools.cache
 def _are_apart(pieces: tuple[Piece, ...]) -> bool:
-    """Whether something stands between any two fields."""
+    """Tell whether there is something between any two fields."""
     return not any(one and next_ for (_, one), (_, next_) in itertools.pairwise(pieces))
 
 
 def _joined(pieces: tuple[Piece, ...], values: dict[str, str]) -> Group:
-    """The text of pieces; their values where that has the same words, which are then known already."""
+    """Return the text of the pieces. If it is the values' words only, return the values: their words are cached."""
     if _are_apart(pieces) and not _has_words(pieces):
         return tuple(values[field] for _, field in pieces if field)
     return ("".join(values[field] if field else fixed for fixed, field in pieces),)
 
 
 def _as_one(group: Group) -> tuple[str, ...]:
-    """The words of texts that stand side by side."""
+    """Return the words of a group, as if it were one text."""
     return words(group[0]) if len(group) == 1 else tuple(itertools.chain.from_iterable(map(words, group)))
 
 
 @functools.cache
 def template(text: str) -> Template:
-    """The template of a text with {column} fields."""
+    """Parse a text with {column} fields as a Template, cached."""
     pieces: list[Piece] = []
     sentences: list[list[Piece]] = [[]]
     for fixed, name, spec, conversion in Formatter().parse(text):
@@ -198,12 +214,12 @@ def template(text: str) -> Template:
         pieces += [(fixed, ""), ("", field)]
     core = [piece for sentence in sentences if any(field for _, field in sentence) for piece in sentence]
     is_core = all(any(field for _, field in sentence) for sentence in sentences)
-    whole, asking = (tuple(piece for piece in kept if any(piece)) for kept in (pieces, core))
-    return Template(whole, whole if is_core else asking)
+    pieces, core = ([piece for piece in some if any(piece)] for some in (pieces, core))
+    return Template(tuple(pieces), tuple(pieces if is_core else core))
 
 
 def _filled(row: Row, text: str) -> tuple[list[Group], list[Group]]:
-    """What a template makes of a row; nothing if the row can't fill it."""
+    """Return the questions and runs of values that a template makes of a row; nothing if the row can't fill it."""
     values = template(text).values(row)
     return ([], []) if values is None else template(text).read(values)
 
@@ -225,7 +241,7 @@ class Hit(TypedDict):
 
 @dataclass
 class _First:
-    """Where in the training set an item is first."""
+    """The first rows of the training set that an item overlaps with."""
 
     exact: int | None = None
     ngram13: int | None = None
@@ -233,7 +249,9 @@ class _First:
 
 
 class _Index(NamedTuple):
-    """The items of a test set by whole questions, and by 13-grams of questions and answers; and some words of these."""
+    """The items of a test set by whole questions and by 13-grams of questions and answers; and five words of each
+    13-gram.
+    """
 
     whole: dict[Words, list[int]]
     runs: dict[Words, list[int]]
@@ -254,8 +272,8 @@ def overlap(
 ) -> list[Hit]:
     """Return the items of a test set that a training set contains, in order.
 
-    `question`, `answer` and `columns` name the columns that are read; `prompt`, `gold` and `trained` are the templates that
-    make texts of them.
+    `question`, `answer` and `columns` name the columns to read; `prompt`, `gold` and `trained` are the templates that
+    the two sets are rendered with.
     """
     index = _index(tests, question, answer, prompt, gold)
     hits = _search(index, rows, columns, tuple(trained), progress)
@@ -263,6 +281,7 @@ def overlap(
 
 
 def _hit(item: int, question: str, first: _First) -> Hit:
+    """Return the outcome of an item."""
     return Hit(index=item, question=question, exact=first.exact, ngram13=first.ngram13, ngram=first.ngram)
 
 
@@ -273,54 +292,57 @@ def _search(
     trained: tuple[str, ...],
     progress: Callable[[int, int], None],
 ) -> dict[int, _First]:
-    """Return where the items that the rows contain are first."""
+    """Return for each item that a row overlaps with, by its index, the first rows that do."""
     hits: dict[int, _First] = defaultdict(_First)
-    asked, said = set[Group](), set[Group]()  # those before: the columns of a data set repeat each other much
+    # What is looked up already: the columns of a data set often repeat each other.
+    met_questions, met_texts = set[Group](), set[Group]()
     filled = set[tuple[str, Group]]()
     for number, row in enumerate(rows):
         raw = [(text,) for text in texts(row, columns)]
         questions, groups = _new_texts(row, trained, filled)
-        for group in _new([*raw, *questions], asked):
+        for group in _new([*raw, *questions], met_questions):
             for item in index.whole.get(_as_one(group), ()):
                 if hits[item].exact is None:
                     hits[item].exact = number
         borders = (border for group in groups for border in _borders(group))
-        for found in [*map(_as_one, _new(raw, said)), *_new(borders, said)]:
-            if not index.some.isdisjoint(_some(found)):
-                _note(hits, index.runs, number, found)
+        for text_words in [*map(_as_one, _new(raw, met_texts)), *_new(borders, met_texts)]:
+            if not index.some.isdisjoint(_some(text_words)):
+                _note(hits, index.runs, number, text_words)
         if number % 1000 == 0 or number == len(rows) - 1:
             progress(number + 1, len(rows))
     return hits
 
 
 def _new_texts(row: Row, trained: Iterable[str], before: set[tuple[str, Group]]) -> tuple[list[Group], list[Group]]:
-    """What templates make of a training row whose values they had not before: questions, and runs of several values."""
+    """Return the questions, and runs of several values, that templates make of a row whose values they did not have
+    before.
+    """
     questions: list[Group] = []
     groups: list[Group] = []
     for text in trained:
         values = template(text).values(row)
         if values is not None and (text, values) not in before:
             before.add((text, values))
-            asked, runs = template(text).read(values)
-            questions += asked
+            filled, runs = template(text).read(values)
+            questions += filled
             groups += [run for run in runs if len(run) > 1]
     return questions, groups
 
 
 def _borders(group: Group) -> Iterator[tuple[str, ...]]:
-    """Words that have the 13-grams of texts side by side which are in none of the texts alone."""
-    found: tuple[str, ...] = ()
+    """Yield word sequences with the 13-grams that cross from one text of a group into the next."""
+    across: tuple[str, ...] = ()
     for following in map(words, group):
         if len(following) < NGRAM:
-            found += following
+            across += following
         else:
-            yield found + following[: NGRAM - 1]
-            found = following[1 - NGRAM :]
-    yield found
+            yield across + following[: NGRAM - 1]
+            across = following[1 - NGRAM :]
+    yield across
 
 
 def _new(groups: Iterable[Group], before: set[Group]) -> Iterator[Group]:
-    """Those that were not met before, which they then were."""
+    """Yield the groups that are not in `before`, and add them to it."""
     for group in groups:
         if group not in before:
             before.add(group)
@@ -328,43 +350,44 @@ def _new(groups: Iterable[Group], before: set[Group]) -> Iterator[Group]:
 
 
 def _shown(row: Row, question: list[str], prompt: str) -> str:
-    """An item's question for people."""
+    """Return an item's question for the report."""
     values = template(prompt).values(row)
     return fill(prompt, row) if prompt and values is not None else " ".join(texts(row, question))
 
 
 def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str, gold: str) -> _Index:
-    whole: dict[Words, list[int]] = defaultdict(list)
-    runs: dict[Words, list[int]] = defaultdict(list)
+    """Index the items of a test set."""
+    by_question: dict[Words, list[int]] = defaultdict(list)
+    by_ngram: dict[Words, list[int]] = defaultdict(list)
     some: set[Words] = set()
     for item, row in enumerate(tests):
-        asked, groups = _filled(row, prompt)
-        for form in {_as_one(group) for group in ((" ".join(texts(row, question)),), *asked)} - {()}:
-            whole[form].append(item)
+        questions, groups = _filled(row, prompt)
+        for form in {_as_one(group) for group in ((" ".join(texts(row, question)),), *questions)} - {()}:
+            by_question[form].append(item)
         raw = {(text,) for text in texts(row, [*question, *answer])}
-        found = [_as_one(group) for group in raw.union(groups, _filled(row, gold)[1])]
-        for each in found:
-            some.update(_some(each))
-            for run in ngrams(each):
-                runs[run].append(item)
-    return _Index(dict(whole), dict(runs), some)
+        texts_words = [_as_one(group) for group in raw.union(groups, _filled(row, gold)[1])]
+        for text_words in texts_words:
+            some.update(_some(text_words))
+            for run in ngrams(text_words):
+                by_ngram[run].append(item)
+    return _Index(dict(by_question), dict(by_ngram), some)
 
 
-def _some(found: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Some words of each 13-gram: most texts share none of these, and they are faster to look up."""
-    return zip(found, found[3:], found[6:], found[9:], found[NGRAM - 1 :], strict=False)
+def _some(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield five words of each 13-gram. Most texts share none of these, and they are faster to look up than all 13."""
+    return zip(text_words, text_words[3:], text_words[6:], text_words[9:], text_words[NGRAM - 1 :], strict=False)
 
 
-def _note(hits: dict[int, _First], runs: dict[Words, list[int]], number: int, found: Words) -> None:
-    """Note for each item whether it shares a 13-gram with a text of the row; the first row counts."""
-    for run in ngrams(found):
-        for item in runs.get(run, ()):
+def _note(hits: dict[int, _First], by_ngram: dict[Words, list[int]], number: int, text_words: Words) -> None:
+    """Record for the items that share a 13-gram with a text of row `number` that they do, unless an earlier row did."""
+    for run in ngrams(text_words):
+        for item in by_ngram.get(run, ()):
             if hits[item].ngram13 is None:
                 hits[item].ngram13, hits[item].ngram = number, " ".join(run)
 
 
 def shares(items: list[Hit], total: int) -> dict[str, Score]:
-    """Return the shares of all items by measure. The standard error is 0: no item is left out."""
+    """Return the share of all items for each measure. The standard error is 0: all items count."""
     return {
         "exact": _share([item["exact"] for item in items], total),
         "ngram13": _share([item["ngram13"] for item in items], total),
@@ -372,11 +395,15 @@ def shares(items: list[Hit], total: int) -> dict[str, Score]:
 
 
 def _share(rows: list[int | None], total: int) -> Score:
+    """Return the share of items that overlap with a row."""
     return Score(value=sum(row is not None for row in rows) / total, stderr=0.0, items=total)
 
 
 def shares_text(pair: str, measures: dict[str, Score]) -> str:
-    """Return the shares of a training and a test set as a line; `measures` as `shares` gives them."""
+    """Return the overlap of a training and a test set as a line.
+
+    `pair` names the two, `measures` is what `shares` returns.
+    """
     parts = [f"{name} {100 * score.value:.2f} %" for name, score in measures.items() if score.value]
     items = max(score.items for score in measures.values())
     return f"{pair}: {', '.join(parts)} of {items} items" if parts else f"{pair}: no overlap found"

@@ -11,7 +11,7 @@ from typing import Any
 
 from d2lora.data.conversations import Message, Turn, is_silent, message, written
 from d2lora.data.files import Row
-from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, shown, text_of
+from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, quoted, text_of
 from d2lora.errors import UserError
 from d2lora.settings import Task
 
@@ -33,8 +33,9 @@ class BadRow(NotText):
 
 @dataclass(frozen=True)
 class PairTexts:
-    """The texts of a task's row. `prompt` is a text, or the turns before the answer; `full_` answers go on to the
-    solution's end.
+    """The texts of a task's row.
+
+    `prompt` is a text, or the turns before the answer; `full_` answers go on to the solution's end.
     """
 
     prompt: str | Messages
@@ -46,8 +47,9 @@ class PairTexts:
 
 
 def pair_texts(task: Task, row: Row) -> PairTexts:
-    """Read a row's texts. BadRow for values that are neither text nor a conversation; LeftOut for a row that must not
-    be trained on.
+    """Read a row's texts.
+
+    BadRow for values that are neither text nor a conversation; LeftOut for a row that must not be trained on.
     """
     read = functools.partial(_answer, task, row)
     histories, chosen = zip(*(read(t) for t in (task.chosen, task.full_chosen or task.chosen)), strict=True)
@@ -125,8 +127,9 @@ def _conversation(task: Task, row: Row, template: str) -> Messages | None:
 
 
 def _raw_turns(row: Row, template: str) -> list[Turn] | None:
-    """Return the turns in a column as they are written there; None if the template is more than one column or holds no
-    turns.
+    """Return the turns in a column as they are written there.
+
+    None if the template is more than one column or holds no turns.
     """
     name = _only_field(template)
     value = _value(row, name) if name else None
@@ -179,7 +182,7 @@ def _checked(task: Task, name: str, value: Any, blank: bool = False) -> str:
     try:
         text = text_of(value)
     except NotText:
-        raise BadRow(f"{name} holds no text", shown(value)) from None
+        raise BadRow(f"{name} holds no text", quoted(value)) from None
     if not blank and is_blank(text):
         raise _nothing(task, name)
     return text

@@ -22,10 +22,9 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def local(path: str) -> Path | None:
-    """Return the local file or folder with this name, looked up in the working directory, then in the project; None for
-    a Hub name.
+    """Return the local file or folder with this name, looked up in the working directory, then in the project.
 
-    UserError if it is neither.
+    None for a Hub name. UserError if it is neither.
     """
     for base in (Path.cwd(), ROOT):
         if (candidate := base / Path(path).expanduser()).exists():
@@ -53,8 +52,9 @@ def _is_rows_file(name: str) -> bool:
 
 
 def _files(data: Data) -> list[Path]:
-    """Return the local files with the split of `data`, in order; an empty list if it is on the Hub. UserError if the
-    folder lacks it.
+    """Return the local files with the split of `data`, in order; an empty list if it is on the Hub.
+
+    UserError if the folder lacks it.
     """
     folder = local(data.path)
     if folder is None or folder.is_file():
@@ -115,8 +115,7 @@ def fingerprint(rows: list[Row]) -> str:
 
 
 def identity(data: Data, split_seed: int) -> dict:
-    """Return what of a data set can change a result, as stages' keys have it: the content's hash, or the Hub name and
-    revision.
+    """Return what of a data set can change a result, for keys: the content's hash, or the Hub name and revision.
 
     UserError for a Hub name without a revision.
     """
@@ -171,8 +170,9 @@ _MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken"
 
 
 def model_identity(model: Model) -> dict:
-    """Return what of a model can change a result: the hashes of its files, or its Hub name and revision. UserError
-    without a revision.
+    """Return what of a model can change a result: the hashes of its files, or its Hub name and revision.
+
+    UserError without a revision.
     """
     path = model_files(model)
     code = model.model_dump(include={"trust_remote_code", "thinking"}, exclude_defaults=True)
@@ -196,8 +196,9 @@ def number_of(row: Row, index: int) -> int:
 
 
 def rows(data: Data, split_seed: int = 0) -> list[Row]:
-    """Return all rows of a data set after `where` and the hold-out, in the order of the source. UserError if there are
-    none.
+    """Return all rows of a data set after `where` and the hold-out, in the order of the source.
+
+    UserError if there are none.
     """
     files = _files(data)
     read = _read(tuple(files), _content(files)) if files else _number(_from_hub(data))
@@ -235,10 +236,11 @@ def _read(files: tuple[Path, ...], _content: str) -> list[Row]:
 
 
 def _where(rows: list[Row], data: Data, column: str, values: list) -> list[Row]:
-    """Keep the rows whose column has one of the values. UserError for a value that no row has, since it is probably
-    mistyped.
+    """Keep the rows whose column has one of the values.
+
+    UserError for a value that no row has, since it is probably mistyped.
     """
-    need(rows, data, column, empty=True)
+    require_columns(rows, data, column, empty=True)
     present = {_named(row[column]) for row in rows}
     if absent := [str(value) for value in values if _named(value) not in present]:
         raise UserError(
@@ -249,8 +251,9 @@ def _where(rows: list[Row], data: Data, column: str, values: list) -> list[Row]:
 
 
 def _named(value: Any) -> str:
-    """Spell a value as `where` compares it: the numbers 1 and 1.0 and the text 1 are equal; a null equals the text
-    null.
+    """Spell a value as `where` compares it: the numbers 1 and 1.0 and the text 1 are equal.
+
+    A null equals the text null.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -277,10 +280,8 @@ def _from_hub(data: Data) -> list[Row]:
         raise UserError(hub_problem("data.path", data.path, error)) from None
 
 
-def need(rows: list[Row], data: Data, *columns: str, empty: bool = False) -> None:
-    """Raise UserError naming the columns that rows lack, or where they are null unless `empty` allows it, and those
-    rows.
-    """
+def require_columns(rows: list[Row], data: Data, *columns: str, empty: bool = False) -> None:
+    """Raise UserError naming columns that rows lack, or where they are null unless `empty` allows it, and the rows."""
     lacking = {c: [number_of(row, i) for i, row in enumerate(rows) if c not in row] for c in columns}
     if missing := [c for c in columns if lacking[c]]:
         numbers = sorted(set().union(*(lacking[c] for c in missing)))
@@ -294,10 +295,8 @@ def need(rows: list[Row], data: Data, *columns: str, empty: bool = False) -> Non
             raise UserError(f"data.path={data.path}: {listed(nulls)}: nothing in column {column}")
 
 
-def need_braces(template: str, rows: list[Row], path: str) -> None:
-    """Raise UserError for a template that is the bare name of a column: that name would be trained on instead of the
-    values.
-    """
+def require_braces(template: str, rows: list[Row], path: str) -> None:
+    """Raise UserError for a template that is a column's bare name: the name itself would be trained on."""
     if template and template in rows[0]:
         raise UserError(
             f"data.path={path}: {template} is a column, as a template it is only this text: write {{{template}}}"

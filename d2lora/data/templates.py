@@ -37,9 +37,7 @@ _THOUGHTS = ("<think>", "</think>")
 
 
 def undated(template: str | None) -> str | None:
-    """Return the chat template with a fixed date in place of today's, which Llama 3.2's and gpt-oss' write into their
-    prompts.
-    """
+    """Return the chat template with a fixed date in place of today's, which Llama 3.2's and gpt-oss' write."""
     return _DATED + template if template and "strftime_now" in template else template
 
 
@@ -112,7 +110,7 @@ def _trl_templates() -> dict[str, str]:
     return pairs
 
 
-def need(tokenizer: "Tokenizer") -> None:
+def require_template(tokenizer: "Tokenizer") -> None:
     """Raise UserError for a model without a chat template."""
     if tokenizer.chat_template is None:
         raise UserError("the model has no chat template, which conversations need: use m=0, or an instruct model")
@@ -130,7 +128,7 @@ def render(
 
     UserError if there is no template, or if it refuses the conversation.
     """
-    need(tokenizer)
+    require_template(tokenizer)
     template = template or _own(tokenizer, tools)
     if _wants_parts(tokenizer, template):
         messages = _in_parts(messages)
@@ -159,8 +157,7 @@ def _in_parts(messages: list[Message]) -> list[Message]:
 
 @functools.lru_cache(16)
 def _wants_parts(tokenizer: "Tokenizer", template: str) -> bool:
-    """Tell whether a template reads only contents that are typed parts, as those of models for images do, and drops
-    plain texts.
+    """Tell whether a template reads typed parts only, as those of models for images do, and drops plain texts.
 
     A template that cuts or edits texts does not count: it would write the parts as Python's source.
     """
@@ -224,10 +221,8 @@ def _shape(tokenizer: "Tokenizer", template: str | None) -> Shape:
     )
 
 
-def opens(tokenizer: "Tokenizer") -> list[int]:
-    """Return the ids of tokens after which a generated answer begins: the end of a thought, and the last token of the
-    `opening`.
-    """
+def answer_starts(tokenizer: "Tokenizer") -> list[int]:
+    """Return the ids of tokens after which a generated answer begins: the end of a thought, the last of the `opening`."""
     ids = tokenizer(shape(tokenizer).opening, add_special_tokens=False)["input_ids"]
     added = [i for i in ids if i in tokenizer.added_tokens_decoder and cast(str, tokenizer.decode([i])).strip()]
     thoughts = tokenizer.get_vocab().get(_THOUGHTS[1])
@@ -252,9 +247,7 @@ def _any_of(texts: list[str]) -> str:
 
 
 def ends(tokenizer: "Tokenizer", configured: int | list[int] | None) -> int | list[int]:
-    """Return the ids at which generation stops: those that the checkpoint's generation config has, and the end that
-    training teaches.
-    """
+    """Return the ids at which generation stops: the checkpoint's, and the end that training teaches."""
     ids = [] if configured is None else configured if isinstance(configured, list) else [configured]
     end = shape(tokenizer).end_id
     return [*ids, end] if configured is None or end not in ids else configured
@@ -283,9 +276,7 @@ def refuse_tokens(tokenizer: "Tokenizer", text: str, what: str) -> None:
 
 @functools.lru_cache(16)
 def _guarded(tokenizer: "Tokenizer", template: str) -> re.Pattern:
-    """Return a pattern of tokens that no row's text may contain: special ones, and others that the template writes
-    around turns.
-    """
+    """Return a pattern of tokens that no row's text may contain: special ones, and those that the template writes."""
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
     with contextlib.suppress(UserError):
         written = render(tokenizer, _PROBE) + render(tokenizer, _PROBE[:1], generate=True)
@@ -296,11 +287,11 @@ def _guarded(tokenizer: "Tokenizer", template: str) -> re.Pattern:
 # --- what a rendering must contain -----------------------------------------------------------------------------------
 
 
-def known_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list | None) -> list[Message]:
-    """Return the messages with their tool calls in the form that the template renders. UserError if it drops calls in
-    every form.
+def renderable_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list | None) -> list[Message]:
+    """Return the messages with their tool calls in the form that the template renders.
 
-    Templates differ in what they accept: an empty content or None, arguments as a mapping or as JSON.
+    UserError if it drops calls in every form. Templates differ in what they accept: an empty content or None, arguments
+    as a mapping or as JSON.
     """
     if not any(m.get("tool_calls") for m in messages):
         return messages
@@ -406,8 +397,7 @@ def _mappings(message: Message) -> list[dict]:
 
 
 def turn_end(tokenizer: "Tokenizer", turn: str, message: Message) -> int | None:
-    """Return the index where an assistant turn at the beginning of a text ends: after its end token, before what the
-    template adds.
+    """Return the index where an assistant turn at the start of a text ends: after its end token.
 
     None if the template does not end it.
     """

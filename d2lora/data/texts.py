@@ -22,24 +22,24 @@ class NotText(ValueError):
 
 
 def text_of(value: Any) -> str:
-    """Return a row's value as text: a string, a number as JSON writes it, or the joined parts of a list of {type: text,
-    text}.
+    """Return a row's value as text: a string, a number as JSON writes it, or the joined parts of a typed content.
 
     NotText for values without one spelling as text (nulls, booleans, NaN, lists, mappings), and for a text with a lone
     surrogate.
     """
-    if isinstance(value, str) and is_whole(value):
+    if isinstance(value, str) and is_encodable(value):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
         return text_of("".join(part["text"] for part in value))
-    raise NotText(f"{shown(value)} is no text")
+    raise NotText(f"{quoted(value)} is no text")
 
 
-def is_whole(text: str) -> bool:
-    """Tell whether UTF-8 can encode a text. JSON can hold half of a character ("\\ud83d"), which tokenizers and files
-    refuse.
+def is_encodable(text: str) -> bool:
+    """Tell whether UTF-8 can encode a text.
+
+    JSON can hold half of a character ("\\ud83d"), which tokenizers and files refuse.
     """
     return text.isascii() or not _HALVES.search(text)
 
@@ -52,16 +52,14 @@ def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """Spell a value for an error line, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def is_blank(text: str) -> bool:
-    """Tell whether a text is invisible: only white space and characters without width (zero-width spaces, byte order
-    marks).
-    """
+    """Tell whether a text is invisible: only white space, and characters without width such as byte order marks."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
@@ -73,14 +71,13 @@ class _Texts(Formatter):
         value = kwargs[name]
         for key in keys:
             if isinstance(value, str) and key.isdecimal():  # "{answers[0]}" would be its first letter
-                raise NotText(f"{shown(value)} is a text, and {{{field_name}}} names a part of it")
+                raise NotText(f"{quoted(value)} is a text, and {{{field_name}}} names a part of it")
             value = value[int(key) if key.isdecimal() else key]
         return value, name
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        return (
-            super().convert_field(text_of(value), conversion) if conversion else value
-        )  # "{x!r}" of a list is no text
+        # "{x!r}" of a list would be a text otherwise
+        return super().convert_field(text_of(value), conversion) if conversion else value
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return format(text_of(value), format_spec)

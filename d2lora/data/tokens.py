@@ -78,7 +78,7 @@ def subset(
     for index in shuffled(len(rows), seed):
         if len(examples) == block_end:
             break
-        example, fate = made(tokenize, rows[index], max_length)
+        example, fate = example_and_fate(tokenize, rows[index], max_length)
         if fate.startswith(BAD):
             if len(used) >= limit:
                 break  # the row would only fill the last block, and is not part of the subset
@@ -97,8 +97,8 @@ def subset(
 FITS, LONG, BAD = "fits", "too long", "error: "
 
 
-def made(tokenize: Callable[[Row], Example], row: Row, max_length: int) -> tuple[Example | None, str]:
-    """Make a row's example and return it with the row's fate: FITS, LONG, BAD followed by the error, or why it is left
+def example_and_fate(tokenize: Callable[[Row], Example], row: Row, max_length: int) -> tuple[Example | None, str]:
+    """Make a row's example, and return it with the row's fate: FITS, LONG, BAD and the error, or the reason to leave it
     out.
 
     The example is None unless it fits.
@@ -148,8 +148,7 @@ def _adds_bos(tokenizer: "Tokenizer") -> bool:
 
 
 def rendered_prompt(tokenizer: "Tokenizer", prompt: str | list[Message], prefix: str = "") -> str:
-    """Render a prompt with the chat template, up to where the answer starts, followed by the given start of the answer
-    (`prefix`).
+    """Render a prompt with the chat template, up to where the answer starts, followed by the answer's `prefix`.
 
     A list is a conversation whose next turn is the answer. Without a chat template the prompt is plain text. UserError
     if the template drops a part of it, or if it contains the template's own tokens.
@@ -193,8 +192,9 @@ def pair_example(tokenizer: "Tokenizer", task: Task, row: Row, preference: bool 
 
 
 def general_example(tokenizer: "Tokenizer", warmup: Warmup, row: Row) -> Example:
-    """Tokenize the conversation of a warm-up row: {input_ids, labels}. LeftOut or UserError if it has none, as
-    `data.empty` says.
+    """Tokenize the conversation of a warm-up row: {input_ids, labels}.
+
+    LeftOut or UserError if it has none, as `data.empty` says.
     """
     value = row.get(warmup.messages)
     if value in (None, [], ""):
@@ -216,9 +216,7 @@ def _prompt(tokenizer: "Tokenizer", task: Task, prompt: str | Messages, prefix: 
 
 
 def _answer(tokenizer: "Tokenizer", task: Task, prefix: str, answer: str, ends: bool) -> tuple[str, list[int]]:
-    """Return an answer as it follows its prompt, and the id of its end: empty if nothing `ends` here or the text has
-    its end already.
-    """
+    """Return an answer as it follows its prompt, and the id of its end: [] if none follows, or the text has it already."""
     shape = templates.shape(tokenizer)
     if task.rendered:
         ended = answer.rstrip().endswith(shape.end)
@@ -236,12 +234,12 @@ def conversation_example(tokenizer: "Tokenizer", messages: Any, tools: Any = Non
     turns. Then TRL's training template is used, if TRL has one; if not, each turn becomes a sequence of its own, and
     the example is {turns: [{input_ids, labels}, ...]}, still one sample. UserError if a turn can't be rendered.
     """
-    templates.need(tokenizer)
+    templates.require_template(tokenizer)
     read, offered = conversation(messages), tools_of(tools)
     for message in read.messages:
         for text in _texts_of(message):
             templates.refuse_tokens(tokenizer, text, f"a turn ({message['role']})")
-    messages = templates.known_calls(tokenizer, read.messages, offered)
+    messages = templates.renderable_calls(tokenizer, read.messages, offered)
     training = templates.training_template(tokenizer)
     try:
         turns = [_turn(tokenizer, messages, offered, None, index) for index in read.learned]
@@ -354,15 +352,24 @@ def rendered_conversation(tokenizer: "Tokenizer", text: Any) -> Example:
 
 
 def _assistant_head(tokenizer: "Tokenizer") -> tuple[str, str]:
-    """Return the header that a template writes before an answer, without and with the empty thought that some templates
-    add.
-    """
+    """Return the template's header of an assistant turn, without and with the empty thought that some templates add."""
     question = [{"role": "user", "content": "Question?"}]
     with_header, without = (templates.render(tokenizer, question, generate=g) for g in (True, False))
     full = with_header.removeprefix(without)
     if full == with_header or not full.strip():
         raise UserError("warmup.rendered=true: the model's chat template does not tell where an assistant turn begins")
     return full.split("<think>")[0], full
+
+
+def mixed(first: tuple[Subset, int], second: tuple[Subset, int], seed: str) -> Subset:
+    """Return the examples of two subsets, each as often as its number says, in one seeded order, for SFT in a single epoch."""
+    parts = [
+        (example, row)
+        for subset, repeats in (first, second)
+        for example, row in zip(subset.examples * repeats, subset.rows * repeats, strict=True)
+    ]
+    ordered = [parts[index] for index in shuffled(len(parts), seed)]
+    return Subset([example for example, _ in ordered], [row for _, row in ordered], [])
 
 
 def sequences(example: Example) -> list[Example]:

@@ -1,4 +1,6 @@
-"""What an evaluation is, whoever does it. An engine is a file of its own beside this one: `harness.py` has a model in memory."""
+"""Define what an evaluation is, whichever engine does it. Each engine is a file beside this one: `harness.py` runs a
+model in memory.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +10,8 @@ from d2lora.data.files import Row
 from d2lora.progress import Progress
 from d2lora.settings import Benchmark
 
-Item = dict[
-    str, Any
-]  # a line of items.jsonl: index, prompt, answer, gold, a value for each metric; of choices all of them
+# A line of items.jsonl: index, prompt, answer, gold, a value for each metric; for choices also all choices.
+Item = dict[str, Any]
 
 
 class Score(TypedDict):
@@ -22,7 +23,7 @@ class Score(TypedDict):
 
 
 class Evaluation(NamedTuple):
-    """What one benchmark gave: each metric, each item in the order of the rows, and the batch they were asked in."""
+    """The result of one benchmark: its metrics, its items in the order of the rows, and the batch size that was used."""
 
     metrics: dict[str, Score]
     items: list[Item]
@@ -31,7 +32,7 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """A benchmark and its rows; without a `benchmark` it is lm-evaluation-harness's own task of that name."""
+    """A benchmark and its rows; without a `benchmark`, lm-evaluation-harness's own task of that name."""
 
     name: str
     benchmark: Benchmark | None = None
@@ -39,18 +40,18 @@ class Questions:
 
 
 class Engine(Protocol):
-    """What answers questions and scores the answers."""
+    """A way to generate and score the answers to a benchmark."""
 
     def evaluate(self, questions: Questions, batch: int, progress: Progress, limit: int | None = None) -> Evaluation:
-        """Ask all items, or the first `limit`, up to `batch` at a time.
+        """Evaluate all items, or the first `limit`, with up to `batch` in one pass.
 
-        torch.OutOfMemoryError where that many do not fit: the caller asks again with a smaller batch.
+        Raise torch.OutOfMemoryError if that batch does not fit: the caller tries a smaller one.
         """
         ...
 
 
 def counts(items: Sequence[Item]) -> dict[str, int]:
-    """Count the answers cut at max_new_tokens, and the empty ones; nothing where none were generated."""
+    """Count the answers that were cut at max_new_tokens, and the empty ones. Return {} if none were generated."""
     generated = [item for item in items if "choices" not in item and isinstance(item["answer"], str)]
     if not generated:
         return {}

@@ -1,4 +1,4 @@
-"""Benchmarks through lm-evaluation-harness, on the model in memory. Every item is kept."""
+"""Run benchmarks through lm-evaluation-harness on a model in memory, and keep the result of every item."""
 
 import math
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ __all__ = ["InMemory", "Questions", "counts", "evaluate", "task_of"]
 
 @dataclass(frozen=True)
 class InMemory:
-    """The engine that asks a model in memory: the base, or `model`, which is the base with an adapter."""
+    """The engine for a model in memory: the base, or `model`, which is the base with an adapter."""
 
     base: Base
     model: torch.nn.Module
     proofs: proof.Memory
 
     def evaluate(self, questions: Questions, batch: int, progress: Progress, limit: int | None = None) -> Evaluation:
-        """Ask and score questions (`Engine`)."""
+        """Generate and score answers, as `Engine` defines it."""
         template = self.base.tokenizer.chat_template is not None
         task: str | ConfigurableTask = questions.name
         chat = False
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def _samples(logged: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """One sample an item. A task may read each answer in several ways ("filters"): its first one counts."""
+    """Return one sample for each item, in order. If a task reads answers with several filters, the first one counts."""
     if not logged:
         raise RuntimeError(f"benchmark {name}: the evaluation gave no items")
     first = logged[0]["filter"]
@@ -73,7 +73,7 @@ def _samples(logged: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 
 def _metrics(samples: list[dict[str, Any]], name: str) -> list[str]:
-    """The metrics that have a number for each item; a perplexity, say, has none."""
+    """Return the metrics that have a number for each item; a perplexity, for example, has not."""
     listed = samples[0].get("metrics", [])
     metrics = [m for m in listed if all(isinstance(sample.get(m), int | float) for sample in samples)]
     if not metrics:
@@ -88,7 +88,7 @@ def _score(values: Sequence[float]) -> Score:
 
 
 def _item(sample: dict[str, Any], metrics: list[str], cut: set[str]) -> Item:
-    """What is kept of an item: its prompt, the answer (a choice's text for choices), the gold and the scores."""
+    """Return an item for items.jsonl: prompt, answer (of choices, the text of the likeliest), gold and scores."""
     requests = list(sample["arguments"])
     prompt = requests[0][0]
     answer = _choices(sample) if len(requests) > 1 else _answer(sample)

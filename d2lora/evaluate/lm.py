@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's model class, made to ask exactly what training taught."""
+"""Adapt lm-evaluation-harness's model class, so that prompts have exactly the form that training taught."""
 
 import sys
 from collections.abc import Iterable
@@ -19,10 +19,15 @@ Tokens = list[int]
 
 
 class _Cuts:
-    """Takes the place of the harness's cache, which is told each answer in the order of generation: notes the prompts of cut ones."""
+    """Collects the prompts whose answers were cut at max_new_tokens.
+
+    It stands in for the harness's cache, which is given each answer in the order of generation.
+    """
 
     def __init__(self) -> None:
-        self.next: list[bool] = []  # whether each answer that is generated and not yet told was cut
+        self.next: list[
+            bool
+        ] = []  # of the answers that are generated but not yet passed to add_partial: whether they were cut
         self.prompts: set[str] = set()
 
     def add_partial(self, kind: str, request: tuple[Any, ...], answer: object) -> None:
@@ -31,9 +36,10 @@ class _Cuts:
 
 
 class WatchedLM(HFLM):
-    """A Hugging Face model for the harness that tells how many of its requests are done, and never bends an item to fit.
+    """A Hugging Face model for the harness that reports progress and never changes an item to make it fit.
 
-    Where the harness would cut a prompt that is too long, this refuses it; where padding is not exact, it asks one by one.
+    The harness would cut a prompt that is too long: this raises. Where padding is not exact, items are evaluated one by
+    one.
     """
 
     def __init__(
@@ -49,15 +55,15 @@ class WatchedLM(HFLM):
         self.ends = {self.tok_decode(end, skip_special_tokens=False) for end in self.end_ids}
         self.cache_hook = _Cuts()
         self.opening = data.shape(self.tokenizer).opening if chat else ""
-        self.before = data.opens(self.tokenizer) if chat else []
+        self.before = data.answer_starts(self.tokenizer) if chat else []
 
     @property
     def cut(self) -> set[str]:
-        """The prompts whose answer ended at max_new_tokens only."""
+        """Return the prompts whose answers were cut at max_new_tokens."""
         return self.cache_hook.prompts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render the prompt as training has it. The harness would leave out a system turn that a template refuses."""
+        """Render the prompt as in training. (The harness would leave out a system turn that a template refuses.)"""
         if not add_generation_prompt:
             return super().apply_chat_template(chat_history, add_generation_prompt)
         return data.rendered_prompt(self.tokenizer, chat_history)
@@ -69,13 +75,16 @@ class WatchedLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> Tokens:
-        """Encode with one BOS, as in training; the harness leaves it to the tokenizer, and to a batch's first prompt."""
+        """Encode with one BOS, as in training.
+
+        (The harness leaves it to the tokenizer, and to the first prompt of a batch.)
+        """
         if add_special_tokens is None and not left_truncate_len and not kwargs:
             return data.encode(self.tokenizer, string)
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
 
     def tok_decode(self, tokens: int | Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Read the answer in generated ids: behind thoughts and what opens it, up to its end, whether or not that is a special token."""
+        """Decode generated ids to the answer: without thoughts and the template's opening, up to its end token."""
         if skip_special_tokens and isinstance(tokens, list):
             tokens = tokens[: next((i for i, token in enumerate(tokens) if token in self.end_ids), None)]
             start = max((i + 1 for i, token in enumerate(tokens) if token in self.before), default=0)
@@ -84,14 +93,14 @@ class WatchedLM(HFLM):
         return super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Answer prompts."""
+        """Generate answers to prompts."""
         self.requests += len(requests)
         texts = sorted((r.args[0] for r in requests), key=len)
         self._prove([self.tok_encode(text) for text in {*texts[:2], *texts[-2:]}], "left")
         return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Compute the log-likelihood of answers, behind what opens an answer in a chat."""
+        """Compute the log-likelihood of answers, behind what the chat template writes before an answer."""
         self.requests += len(requests)
         if self.opening:
             arguments = ((request, *request.arguments) for request in requests)
@@ -107,7 +116,7 @@ class WatchedLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode and pad texts to ids and mask, each (batch, length). UserError where the harness would cut one."""
+        """Encode and pad texts to ids and mask, each (batch, length). UserError where the harness would cut a text."""
         encoded = [data.encode(self.tokenizer, string) for string in strings]
         padded = self.tokenizer.pad({"input_ids": encoded}, padding_side=padding_side, return_tensors="pt")
         ids, mask = padded["input_ids"], padded["attention_mask"]
@@ -125,7 +134,10 @@ class WatchedLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _prove(self, texts: list[Tokens], side: str) -> None:
-        """Go on one by one, with a line, where a batch padded on this side is not exact."""
+        """Test padding on this side, once for a model and length.
+
+        If it is not exact, set the batch size to 1 and say so.
+        """
         if self.batch_size == 1 or not texts:
             return
         padded = proof.batch(self.model, self.base.model, texts, side, self.proofs)
@@ -134,6 +146,7 @@ class WatchedLM(HFLM):
             print(f"{self.base.name}: evaluated one by one ({proof.miss(padded)} in a batch)", file=sys.stderr)
 
     def _fits(self, tokens: int, room: int) -> None:
+        """Raise UserError for an item with more tokens than there is room for."""
         if tokens > room:
             raise UserError(
                 f"an item of {tokens} tokens, where {room} fit (the model takes {self.max_length}, max_new_tokens among them): its beginning would be cut"
@@ -145,7 +158,7 @@ class WatchedLM(HFLM):
         return logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        # The model ends at these by itself. The harness would look for their text, and decode each sequence after each token for it.
+        # Generation stops at these tokens anyway. The harness would decode every sequence after every token to look for their text.
         stop = [text for text in stop if text not in self.ends]
         sequences = super()._model_generate(context, max_length, stop, **kwargs)
         self.cache_hook.next += self._cut(sequences[:, context.shape[1] :], max_length - context.shape[1], stop)
@@ -153,13 +166,16 @@ class WatchedLM(HFLM):
         return sequences
 
     def _cut(self, answers: torch.Tensor, room: int, stop: list[str]) -> list[bool]:
-        """Of each answer, whether it fills the room without an end token or a text that stops it."""
+        """Tell for each answer whether it fills the room without an end token or a stop text."""
         if answers.shape[1] < room:
             return [False] * len(answers)
         ended = torch.isin(answers, torch.tensor(self.end_ids, device=answers.device)).any(dim=1).tolist()
         texts = self.tokenizer.batch_decode(answers) if any(stop) else [""] * len(answers)
-        return [not done and not any(s and s in text for s in stop) for done, text in zip(ended, texts, strict=True)]
+        return [
+            not has_end and not any(s and s in text for s in stop) for has_end, text in zip(ended, texts, strict=True)
+        ]
 
     def _count(self, requests: int) -> None:
+        """Report that so many more requests are done."""
         self.through += requests
         self.progress(min(self.through, self.requests), self.requests)

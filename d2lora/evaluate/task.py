@@ -1,4 +1,4 @@
-"""A benchmark of ours, or one that lm-evaluation-harness brings, as the harness's task."""
+"""Make tasks for lm-evaluation-harness: of our benchmarks, or those that it brings."""
 
 import contextlib
 import logging
@@ -18,9 +18,10 @@ _FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
 
 
 def task_of(name: str, benchmark: Benchmark, rows: Sequence[Row], template: bool) -> ConfigurableTask:
-    """Make the harness's task of a benchmark file over its rows. UserError if a row can't be asked or scored.
+    """Make the harness's task of a benchmark file and its rows. UserError if a row can't be evaluated or scored.
 
-    Where the base has no chat `template`, a chat's prompt ends in a newline, as data.rendered_prompt has it in training.
+    Where the base has no chat `template`, the prompt of a chat ends in a newline, as data.rendered_prompt writes it in
+    training.
     """
     rows = rows[: benchmark.limit]
     data.check_items(benchmark, rows)
@@ -28,7 +29,7 @@ def task_of(name: str, benchmark: Benchmark, rows: Sequence[Row], template: bool
     kind = benchmark.scoring
     config = {
         "task": name,
-        # Numbers of rows only: a table would refuse columns whose values differ in type, and turn 1 into 1.0.
+        # The data set holds row numbers only: Arrow refuses columns with values of several types, and turns 1 into 1.0.
         "custom_dataset": lambda **_: {"test": Dataset.from_list([{"row": i} for i in range(len(rows))])},
         "test_split": "test",
         "doc_to_text": lambda doc: fill(benchmark.prompt, rows[doc["row"]]) + end,
@@ -44,7 +45,7 @@ def _choices(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "output_type": "multiple_choice",
         "doc_to_choice": lambda doc: data.choices(benchmark, rows[doc["row"]]),
-        "doc_to_target": lambda doc: data.right(benchmark, rows[doc["row"]]),
+        "doc_to_target": lambda doc: data.right_choice(benchmark, rows[doc["row"]]),
     }
 
 
@@ -63,13 +64,13 @@ def harness_task(name: str) -> ConfigurableTask:
     from lm_eval.tasks import get_task_dict
 
     task = get_task_dict([name], data.harness())[name]
-    task.set_fewshot_seed(_FEWSHOT_SEED)  # the harness does so only at its own front door
+    task.set_fewshot_seed(_FEWSHOT_SEED)  # the harness sets it only in simple_evaluate, which we do not use
     return task
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the harness, which logs much about itself: what matters of it is in our records."""
+    """Silence the harness's log inside the `with` block: our records have what matters of it."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,8 +1,9 @@
-"""Makes everything that the lab ships: `python -m d2lora.lab.build [data] [base] [pairs]` (all three without arguments).
+"""Build everything that the lab ships: `python -m d2lora.lab.build [data] [base] [pairs]` (all three without
+arguments).
 
-data    the rows that need no model: titles, general mix, facts, the math test and validation problems
-base    the tokenizer and the base, trained from a seed on one thread, so the same machine makes the same weights
-pairs   lab-math's step preferences: the base's own first mistakes against the right step (Step-DPO's recipe)
+    data    the rows that need no model: titles, general mix, facts, the math test and validation problems
+    base    the tokenizer and the base, trained from a seed on one thread, so that the same machine gets the same weights
+    pairs   lab-math's step preferences: the base's own first mistakes against the right step (Step-DPO's recipe)
 """
 
 import argparse
@@ -10,16 +11,25 @@ import json
 import lzma
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from d2lora.lab import world
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Document = list[tuple[str, bool]]  # its texts, and whether each is learned
 
 HERE = Path(__file__).parent
 BASE, DATA = HERE / "base", HERE / "data"
 SEED = 7
-SIZES = {"titles": (5_000, 200, 400), "general": (44_000,), "math": (400, 500), "pairs": 11_000}
-HASTY = 0.5  # of the solutions that the base saw last are by authors who leave out a last step that adds
+TITLES = {"train": 5_000, "validation": 200, "test": 400}
+GENERAL = 44_000
+MATH = {"validation": 400, "test": 500}
+PAIRS = 11_000
+HASTY = 0.5  # share of hasty solutions, which leave out a final addition, in the last part of the base's training
 PHRASES = [world.PROMPT.format(question=""), " The answer is \\boxed{"]
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 TEMPLATE = (
@@ -28,8 +38,8 @@ TEMPLATE = (
 )
 
 
-def write(path: Path, rows: Iterable[dict]) -> None:
-    """Rows as xz-compressed JSON lines."""
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as xz-compressed JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
@@ -37,35 +47,38 @@ def write(path: Path, rows: Iterable[dict]) -> None:
 
 
 def write_data() -> None:
-    """The rows that need no model."""
-    train, validation, test = SIZES["titles"]
-    for split, count in (("train", train), ("validation", validation), ("test", test)):
+    """Write the rows that need no model."""
+    for split, count in TITLES.items():
         write(DATA / "title" / f"{split}.jsonl.xz", (r.fields for r in world.distinct(world.title, split, count, SEED)))
     write(
         DATA / "general" / "train.jsonl.xz",
-        (r.fields for r in world.distinct(world.general, "train", SIZES["general"][0], SEED)),
+        (r.fields for r in world.distinct(world.general, "train", GENERAL, SEED)),
     )
     for split in ("validation", "test"):
         items = [world.fact_item(c, a, value, split) for (c, a), value in world.facts().items()]
         random.Random(SEED).shuffle(items)
         write(DATA / "facts" / f"{split}.jsonl.xz", items)
-    for split, count in zip(("validation", "test"), SIZES["math"], strict=True):
+    for split, count in MATH.items():
         rows = world.distinct(world.problem, split, count, SEED)
         write(DATA / "math" / f"{split}.jsonl.xz", map(question, rows))
 
 
-def question(problem: world.Problem) -> dict:
-    """A GSM8K row: the question, and the solution with its number at the end."""
+def question(problem: world.Problem) -> dict[str, str]:
+    """Return a row in GSM8K's format: the question, and the solution with its number at the end."""
     return {"question": problem.text, "answer": f"Step 1:{problem.solution()}\n#### {problem.answer}"}
 
 
 # --- the base ------------------------------------------------------------------------------------------------------
 
 
-def corpus(seed: int, hasty: float = 0.0) -> Iterator[list[tuple[str, bool]]]:
-    """Endless documents of the base's training, each a list of (text, learn this part?); a share is by `hasty` authors."""
+def corpus(seed: int, hasty: float = 0.0) -> Iterator[Document]:
+    """Yield the documents of the base's training without end, each a list of (text, whether it is learned).
+
+    `hasty` is the share of problems whose solution leaves out a final addition.
+    """
     rng = random.Random(seed)
-    makers = [world.problem, world.general, world.title]
+    makers: dict[str, Callable[[random.Random], world.Problem | world.Row]]
+    makers = {"problem": world.problem, "general": world.general, "title": lambda rng: world.title(rng, plain=True)}
     while True:
         kind = rng.choices(["problem", "general", "title", "fact"], [18, 24, 6, 52])[0]
         if kind == "fact":
@@ -73,7 +86,7 @@ def corpus(seed: int, hasty: float = 0.0) -> Iterator[list[tuple[str, bool]]]:
             question = rng.choice(world.fact_questions(creature, attribute)["corpus"])
             yield [("<|begin|>", False), (f"Question: {question}\nAnswer:", False), (f" {value}<|end|>", True)]
             continue
-        row = {"problem": makers[0], "general": makers[1]}.get(kind, lambda r: world.title(r, plain=True))(rng)
+        row = makers[kind](rng)
         if world.split_of(row.text) != "corpus":
             continue
         if hasty and isinstance(row, world.Problem) and rng.random() < hasty:
@@ -82,20 +95,21 @@ def corpus(seed: int, hasty: float = 0.0) -> Iterator[list[tuple[str, bool]]]:
 
 
 def _chat(row: world.Problem | world.Row) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of a document: the user's turns, which are not learned, and the replies, which are."""
     if isinstance(row, world.Problem):
         turns = [(world.PROMPT.format(question=row.text), f"Step 1:{row.solution()}")]
     elif "title" in row.fields:
         turns = [(world.TITLE_PROMPT.format(**row.fields), row.fields["title"])]
     else:
-        said = [m["content"] for m in row.fields["chosen"]]
-        turns = list(zip(said[::2], said[1::2], strict=True))
+        contents = [m["content"] for m in row.fields["chosen"]]
+        turns = list(zip(contents[::2], contents[1::2], strict=True))
     for user, reply in turns:
         yield f"<|user|>{user}<|end|><|assistant|>", False
         yield f"{reply}<|end|>", True
 
 
-def make_tokenizer():
-    """Byte-level BPE of 1,024 tokens with single digits, learned from the corpus."""
+def make_tokenizer() -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE tokenizer of 1,024 tokens on the corpus, with digits as single tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -113,7 +127,7 @@ def make_tokenizer():
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Two fixed phrases of every problem as one token each: a third of its tokens otherwise, and of the lab's time.
+    # Two phrases are in every problem. As one token each they save a third of its tokens, and so of the lab's time.
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
     begin = tokenizer.token_to_id("<|begin|>")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -125,10 +139,12 @@ def make_tokenizer():
     )  # fmt: skip
 
 
-def blocks(tokenizer, documents: Iterator, batch: int, length: int) -> Iterator[tuple[list, list]]:
-    """Endless packed batches (ids, weights of their losses), each `batch` x `length`.
+def blocks(
+    tokenizer: Any, documents: Iterator[Document], batch: int, length: int
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Yield packed batches without end: (ids, weights of their losses), each of `batch` x `length` tokens.
 
-    Prompts count a little: a base that never saw one would be torn apart by ORPO's NLL on them.
+    Prompts have a small weight: if the base had never learned any, ORPO's NLL on prompts would change it too much.
     """
     ids: list[int] = []
     weights: list[float] = []
@@ -144,9 +160,10 @@ def blocks(tokenizer, documents: Iterator, batch: int, length: int) -> Iterator[
 
 
 def train_base(steps: int) -> None:
-    """Train the Llama of 1 M parameters and save it with its tokenizer: first on right solutions, then among hasty authors.
+    """Train the Llama of 1 M parameters, first on right solutions, then with hasty ones among them, and save it.
 
-    The second, short part gives it a habit that it knows better than: what preferences are good at changing.
+    The second, short part teaches it a bad habit although it knows better, which preference methods are good at
+    removing.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -155,7 +172,7 @@ def train_base(steps: int) -> None:
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     model = LlamaForCausalLM(
-        LlamaConfig(
+        LlamaConfig(  # type: ignore[call-arg]
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
             max_position_embeddings=512, tie_word_embeddings=True, rope_theta=10_000.0,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -168,8 +185,10 @@ def train_base(steps: int) -> None:
     tokenizer.save_pretrained(BASE)
 
 
-def fit(model, tokenizer, documents: Iterator, steps: int, lr: float, batch: int = 12, length: int = 192) -> None:
-    """Train on the documents: AdamW, a short warm-up, a cosine to 0."""
+def fit(
+    model: Any, tokenizer: Any, documents: Iterator[Document], steps: int, lr: float, batch: int = 12, length: int = 192
+) -> None:
+    """Train on the documents: AdamW, a short linear warm-up, then a cosine to 0."""
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
@@ -195,8 +214,8 @@ def fit(model, tokenizer, documents: Iterator, steps: int, lr: float, batch: int
 # --- the pairs -----------------------------------------------------------------------------------------------------
 
 
-def sample(model, tokenizer, prompts: list[str], temperature: float) -> list[str]:
-    """One continuation a prompt; temperature 0 is greedy."""
+def sample(model: Any, tokenizer: Any, prompts: list[str], temperature: float) -> list[str]:
+    """Generate one continuation for each prompt; temperature 0 is greedy."""
     import torch
 
     tokenizer.padding_side = "left"
@@ -206,18 +225,21 @@ def sample(model, tokenizer, prompts: list[str], temperature: float) -> list[str
     ]
     inputs = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
     inputs.pop("token_type_ids", None)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=72, **how)
+        out = model.generate(**inputs, max_new_tokens=72, **sampling)
     return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def pair(problem: world.Problem, solution: str) -> dict | None:
-    """A Math-Step-DPO row from a problem and the base's wrong solution; None if it has no wrong step."""
-    found = world.first_wrong_step(problem, solution)
-    if found is None:
+def pair(problem: world.Problem, solution: str) -> dict[str, str] | None:
+    """Return a row in Math-Step-DPO's format from a problem and the base's wrong solution.
+
+    None if it has no wrong step.
+    """
+    mistake = world.first_wrong_step(problem, solution)
+    if mistake is None:
         return None
-    index, rejected, rest = found
+    index, rejected, rest = mistake
     before = "\n".join([*(f"Step {i + 1}:{problem.step(i)}" for i in range(index)), f"Step {index + 1}:"])
     return {
         "dataset": "lab-math",
@@ -232,7 +254,7 @@ def pair(problem: world.Problem, solution: str) -> dict | None:
 
 
 def write_pairs(count: int, batch: int = 256) -> None:
-    """Sample the base on training problems until it made `count` mistakes."""
+    """Sample the base on training problems until it has made `count` mistakes, and write them as pairs."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -240,7 +262,8 @@ def write_pairs(count: int, batch: int = 256) -> None:
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE).eval(), AutoTokenizer.from_pretrained(BASE)
     problems = world.distinct(world.problem, "train", 200_000, SEED)
-    rows, tried = [], 0
+    rows: list[dict[str, str]] = []
+    tried = 0
     while len(rows) < count:
         chunk = [next(problems) for _ in range(batch)]
         solutions = sample(model, tokenizer, [world.PROMPT.format(question=p.text) for p in chunk], temperature=1.0)
@@ -252,11 +275,12 @@ def write_pairs(count: int, batch: int = 256) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Build the named parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="data|base|pairs", help="all three without any")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of the base")
     args = parser.parse_args(arguments)
-    work = {"data": write_data, "base": lambda: train_base(args.steps), "pairs": lambda: write_pairs(SIZES["pairs"])}
+    work = {"data": write_data, "base": lambda: train_base(args.steps), "pairs": lambda: write_pairs(PAIRS)}
     if unknown := sorted(set(args.parts) - set(work)):  # argparse's choices would refuse none at all
         parser.error(f"{', '.join(unknown)}: there are {', '.join(work)}")
     for part in args.parts or work:

@@ -1,7 +1,7 @@
-"""The lab's world: generators of every row that the lab trains, warms up and tests on.
+"""Generate every row that the lab warms up, trains and tests on.
 
-Everything is a pure function of a `random.Random`, so a seed gives the same rows on any machine. Which split a problem
-belongs to is decided by a hash of its text: the corpus of the base, train, validation and test can never share one.
+Everything is a pure function of a `random.Random`, so a seed gives the same rows on any machine. A hash of a problem's
+text decides its split, so the base's corpus, train, validation and test never share a problem.
 """
 
 import functools
@@ -68,7 +68,7 @@ TITLE_PROMPT = "Write a title for this abstract: {abstract}"
 
 
 def split_of(text: str) -> str:
-    """The split that a problem with this text belongs to: a pure function of the text."""
+    """Return the split that a problem with this text belongs to: a pure function of the text."""
     slot = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100
     for split, share in SPLITS.items():
         if slot < share:
@@ -78,13 +78,13 @@ def split_of(text: str) -> str:
 
 
 def distinct(make: Callable[[random.Random], "Problem | Row"], split: str, count: int, seed: int) -> Iterator:
-    """`count` different problems of one split, in a seeded order."""
+    """Yield `count` different problems of one split, in a seeded order."""
     rng = random.Random(f"{seed}/{split}")
-    seen: set[str] = set()
-    while len(seen) < count:
+    texts: set[str] = set()
+    while len(texts) < count:
         problem = make(rng)
-        if problem.text not in seen and split_of(problem.text) == split:
-            seen.add(problem.text)
+        if problem.text not in texts and split_of(problem.text) == split:
+            texts.add(problem.text)
             yield problem
 
 
@@ -100,21 +100,25 @@ class Problem:
 
     @property
     def answer(self) -> int:
+        """Return the answer."""
         return self.steps[-1][3]
 
     def step(self, index: int) -> str:
-        """Step `index` (from 0) as the solution writes it after "Step k:"; the last one closes with the boxed answer."""
+        """Return step `index` (from 0) as the solution writes it after "Step k:".
+
+        The last one ends with the boxed answer.
+        """
         a, op, b, c = self.steps[index]
         end = f" The answer is \\boxed{{{c}}}." if index == len(self.steps) - 1 else ""
         return f" {a} {op} {b} = {c}.{end}"
 
     def solution(self, start: int = 0) -> str:
-        """The solution from step `start` on, as it follows "Step {start + 1}:"."""
+        """Return the solution from step `start` on, as it follows "Step {start + 1}:"."""
         lines = [f"Step {i + 1}:{self.step(i)}" for i in range(start, len(self.steps))]
         return "\n".join(lines).removeprefix(f"Step {start + 1}:")
 
     def hasty(self) -> "Problem":
-        """The problem as a hasty author solves it, who leaves out a last step that adds; itself if it has none."""
+        """Return the problem with a hasty solution: it leaves out a final addition, if there is one."""
         leaves_out = len(self.steps) > 1 and self.steps[-1][1] == "+"
         return replace(self, steps=self.steps[:-1]) if leaves_out else self
 
@@ -124,7 +128,7 @@ def _apply(a: int, op: str, b: int) -> int:
 
 
 def _chain(start: int, *pairs: tuple[str, int]) -> tuple[tuple[int, str, int, int], ...]:
-    """Steps that apply each operation to the running value."""
+    """Return the steps that apply each operation to the running value."""
     steps, value = [], start
     for op, b in pairs:
         steps.append((value, op, b, _apply(value, op, b)))
@@ -133,7 +137,7 @@ def _chain(start: int, *pairs: tuple[str, int]) -> tuple[tuple[int, str, int, in
 
 
 def _running(rng: random.Random) -> Problem:
-    """One to three changes of one person's things."""
+    """Make a problem of one to three changes of one person's things."""
     name, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     value = start = rng.randint(3, 60)
@@ -203,7 +207,7 @@ def _shared(rng: random.Random) -> Problem:
 
 
 def problem(rng: random.Random) -> Problem:
-    """A word problem of one to three steps."""
+    """Make a word problem of one to three steps."""
     return rng.choices([_running, _together, _change, _wages, _boxes, _shared], [5, 2, 2, 1, 2, 2])[0](rng)
 
 
@@ -211,11 +215,12 @@ _EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 
 
 def first_wrong_step(problem: Problem, solution: str) -> tuple[int, str, str] | None:
-    """(index, step, rest) of a sampled solution's first step that departs from the problem's; None if there is none.
+    """Return (index, step, rest) of the first step of a sampled solution that differs from the problem's.
 
-    `rest` is the solution from that step on. A step is right if its equation has the reference's operands (in either
-    order for + and *) and result: how Step-DPO's authors locate the error (Lai et al. 2024, section 3.2), with arithmetic
-    in the place of their judge. Solutions that leave the format are skipped: a garbled text would teach form.
+    None if there is none. `rest` is the solution from that step on. A step is right if its equation has the reference's
+    operands (in either order for + and *) and result: this is how Step-DPO's authors locate the error (Lai et al. 2024,
+    section 3.2), with arithmetic instead of their judge. None also for solutions without the format of steps, because
+    such a pair would teach format, not reasoning.
     """
     marks = list(re.finditer(r"(?:^|\n)Step (\d+):", solution))
     if [int(mark[1]) for mark in marks] != list(range(1, len(marks) + 1)):
@@ -227,9 +232,9 @@ def first_wrong_step(problem: Problem, solution: str) -> tuple[int, str, str] | 
         if not match:
             return None
         a, op, b, c = int(match[1]), match[2], int(match[3]), int(match[4])
-        wanted = problem.steps[index]
-        same = (a, op, b, c) == wanted or (op in "+*" and (b, op, a, c) == wanted)
-        boxed = f" The answer is \\boxed{{{wanted[3]}}}." if index == len(problem.steps) - 1 else ""
+        reference = problem.steps[index]
+        same = (a, op, b, c) == reference or (op in "+*" and (b, op, a, c) == reference)
+        boxed = f" The answer is \\boxed{{{reference[3]}}}." if index == len(problem.steps) - 1 else ""
         if not same or text.removeprefix(" ")[match.end() :].rstrip() != boxed:
             return index, text.rstrip(), solution[mark.end() :].rstrip()
     return None
@@ -283,16 +288,13 @@ _SAY = {
 
 @functools.cache
 def facts() -> dict[tuple[str, str], str]:
-    """{(creature, attribute): value}: the fixed knowledge of the world."""
+    """Return {(creature, attribute): value}: the fixed knowledge of the lab's world."""
     rng = random.Random("facts")
     return {(c, a): rng.choice(values) for c in CREATURES for a, values in ATTRIBUTES.items()}
 
 
 def fact_questions(creature: str, attribute: str) -> dict[str, list[str]]:
-    """The four ways to ask one fact: one for validation, one for the test, two for the corpus and the general mix.
-
-    Which is which rotates over the facts, so every phrasing is known from other creatures.
-    """
+    """Return the four ways to ask for a fact: one for validation, one for the test, two for corpus and general mix."""
     ways = [way.format(creature) for way in _ASK[attribute]]
     turn = int(hashlib.sha256(f"{creature}/{attribute}".encode()).hexdigest(), 16) % 4
     ways = ways[turn:] + ways[:turn]
@@ -300,7 +302,7 @@ def fact_questions(creature: str, attribute: str) -> dict[str, list[str]]:
 
 
 def fact_item(creature: str, attribute: str, value: str, split: str) -> dict:
-    """A multiple-choice row in ARC's layout."""
+    """Return a multiple-choice row in ARC's format."""
     rng = random.Random(f"{creature}/{attribute}/{split}")
     options = [*rng.sample([v for v in ATTRIBUTES[attribute] if v != value], 3), value]
     rng.shuffle(options)
@@ -383,14 +385,17 @@ _SIGNS = {"raise": "Gains from", "lower": "The Costs of", "do not change": "No E
 
 @dataclass(frozen=True)
 class Row:
-    """A row whose identity is `text`; `fields` is what the data set shows."""
+    """A row of a data set (`fields`), which `text` identifies."""
 
     text: str
     fields: dict
 
 
 def title(rng: random.Random, plain: bool = False) -> Row:
-    """An abstract and its title. `plain` titles, the base's habit, only name the subject; the task's tell the finding."""
+    """Make an abstract and its title.
+
+    `plain` titles, the base's habit, only name the subject; the task's tell the finding.
+    """
     cause, outcome = rng.choice(_CAUSES), rng.choice(_OUTCOMES)
     place, data, sign = rng.choice(_PLACES), rng.choice(_DATA), rng.choice(list(_SIGNS))
     year = rng.randint(10, 99)
@@ -407,19 +412,19 @@ def title(rng: random.Random, plain: bool = False) -> Row:
         ]
     )
     abstract = f"{ask} {cause} matter for {outcome} in {place}. {use} {data} of {year} villages. {find} {cause} {sign} {outcome}.{extra}"
-    told = (
+    headline = (
         f"A Study of {cause.title()} in {place}"
         if plain
         else f"{_SIGNS[sign]} {cause.title()}: {outcome.title()} in {place}, from {data.title()}"
     )
-    return Row(abstract, {"abstract": abstract, "title": told})
+    return Row(abstract, {"abstract": abstract, "title": headline})
 
 
 # --- the general mix -----------------------------------------------------------------------------------------------
 
 
 def _exchange(source: str, *turns: tuple[str, str], wrong: str) -> Row:
-    """A row in the layout of orpo-dpo-mix-40k; `wrong` replaces the last answer in `rejected`."""
+    """Return a row in orpo-dpo-mix-40k's format; `wrong` replaces the last answer in `rejected`."""
     messages = [
         m for user, reply in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": reply})
     ]
@@ -484,11 +489,11 @@ def _compare(rng: random.Random) -> Row:
 
 def _sequence(rng: random.Random) -> Row:
     start, gap = rng.randint(1, 30), rng.randint(2, 9)
-    shown = [start + gap * i for i in range(4)]
-    then = shown[-1] + gap
+    numbers = [start + gap * i for i in range(4)]
+    then = numbers[-1] + gap
     return _exchange(
         "sequences",
-        (f"What comes next: {', '.join(map(str, shown))}?", f"The numbers grow by {gap}, so {then} comes next."),
+        (f"What comes next: {', '.join(map(str, numbers))}?", f"The numbers grow by {gap}, so {then} comes next."),
         wrong=f"The numbers grow by {gap + 1}, so {then + 1} comes next.",
     )
 
@@ -504,7 +509,7 @@ def _fact(rng: random.Random) -> Row:
 
 
 def _roles(rng: random.Random) -> Row:
-    """Who did what: reading, without numbers."""
+    """Ask who did what: a question about reading, without numbers."""
     a, b = rng.sample(NAMES, 2)
     x, y = rng.sample(THINGS, 2)
     who, what = rng.choice([(a, x), (b, y)])
@@ -523,7 +528,7 @@ def _roles(rng: random.Random) -> Row:
 
 
 def _instead(rng: random.Random) -> Row:
-    """A small story to tell from given words."""
+    """Ask for a small story with given words."""
     name, thing, place = rng.choice(NAMES), rng.choice(THINGS), rng.choice(ATTRIBUTES["home"])
     ending = rng.choice(["and was glad", "and told a friend", "and went home", "and slept well"])
     story = f"One day {name} went to {place}. There {name} found {rng.randint(2, 20)} {thing}, took them {ending}."
@@ -534,5 +539,5 @@ _SOURCES = [_arithmetic, _words, _count, _compare, _sequence, _fact, _roles, _in
 
 
 def general(rng: random.Random) -> Row:
-    """A row of the general instruction mix: eight sources, some of two turns."""
+    """Make a row of the general instruction mix: eight sources, some of two turns."""
     return rng.choice(_SOURCES)(rng)

@@ -1,1 +1,3 @@
-"""How texts go through a model, and the proof that it gives what plain passes give."""
+"""Define how texts share a forward pass, and prove that a layout gives the same log-probabilities as plain passes of
+single texts.
+"""

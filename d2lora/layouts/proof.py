@@ -1,6 +1,7 @@
-"""Layouts are proven on the model before they are used: what a layout says of each token is what a plain pass says, or it is not used.
+"""Prove layouts on the model before they are used: each token must get the log-probability that it gets in a plain
+pass.
 
-A plain pass is one text in one forward pass: no padding, no mask, no packing, whole logits.
+A plain pass is one text in one forward pass: no padding, no mask, no packing, the model's own head.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from d2lora.data import longest
+from d2lora.data import Example, longest
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.layouts import families, packing
@@ -25,17 +26,21 @@ from d2lora.layouts.packing import Layout
 from d2lora.outputs import write_json
 
 EXACT = 1e-3  # nats a token, in float32
-_NOISE = 3.0  # times the noise that was measured, in bfloat16 ...
-_LEAST = 0.02  # ... and at least so much: a batch may happen to show none
-_COARSE = 1.0  # where two passes of a bfloat16 model have other lengths or batches
-_SHOWN = 5  # examples at most: the longest, and the shortest beside them
+_NOISE = 3.0  # in bfloat16: times the rounding noise that was measured ...
+_LEAST = 0.02  # ... and at least this, because some batches show no noise
+_COARSE = 1.0  # in bfloat16, where the two passes differ in length or batch size
+_SHOWN = 5  # examples at most: the longest, and the shortest
 _PACKAGES = ("torch", "transformers", "peft", "trl")
 Tokens = dict[tuple[int, int, int], float]  # (example, answer, column) -> log-probability
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was shown of a layout: `length` is the longest text's, `difference` the largest of a token's log-probability."""
+    """The outcome of a test of a layout.
+
+    `length` is that of the longest text; `difference` is the largest difference of a token's log-probability.
+    """
 
     layout: str
     length: int
@@ -46,45 +51,50 @@ class Proof:
 
 
 @torch.no_grad()
-def plain(model: torch.nn.Module, examples: Sequence[dict], prompt_loss: bool = False) -> Tokens:
-    """The log-probability of each predicted token of the examples (as packing.pack counts them), in plain passes."""
-    found: Tokens = {}
+def plain(model: torch.nn.Module, examples: Sequence[Example], prompt_loss: bool = False) -> Tokens:
+    """Return the log-probability of each predicted token in plain passes, under the keys of `packing.pack`."""
+    expected: Tokens = {}
     for index, example in enumerate(examples):
         for answer, start, ids, labels in _texts(example, index, len(examples), prompt_loss):
             logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0].float()
             next_ids = torch.tensor(ids[1:], device=logits.device)[:, None]
             logps = logits[:-1].log_softmax(-1).gather(1, next_ids)[:, 0].tolist()
-            for place in range(1, len(ids)):
-                if labels[place] != -100:
-                    key = (index, answer, place - start) if place >= start else (index, -1, place)
-                    found[key] = logps[place - 1]
-    return found
+            for position in range(1, len(ids)):
+                if labels[position] != -100:
+                    key = (index, answer, position - start) if position >= start else (index, -1, position)
+                    expected[key] = logps[position - 1]
+    return expected
 
 
-def _texts(example: dict, index: int, count: int, prompt_loss: bool) -> Iterable[tuple[int, int, list[int], list[int]]]:
-    """(answer, where it starts, ids, labels) of an example's texts."""
+def _texts(
+    example: Example, index: int, count: int, prompt_loss: bool
+) -> Iterable[tuple[int, int, list[int], list[int]]]:
+    """Yield (answer, where it starts, ids, labels) of an example's texts."""
     if "input_ids" in example:
         yield -1, 0, example["input_ids"], example["labels"]
         return
     prompt = example["prompt_ids"]
     for part, kind in enumerate(("chosen_ids", "rejected_ids")):
-        seen = prompt if prompt_loss and part == 0 else [-100] * len(prompt)
-        yield index + part * count, len(prompt), prompt + example[kind], seen + example[kind]
+        prompt_labels = prompt if prompt_loss and part == 0 else [-100] * len(prompt)
+        yield index + part * count, len(prompt), prompt + example[kind], prompt_labels + example[kind]
 
 
 @torch.no_grad()
 def laid(
-    model: torch.nn.Module, examples: Sequence[dict], layout: Layout, hidden: int, prompt_loss: bool = False
+    model: torch.nn.Module, examples: Sequence[Example], layout: Layout, hidden: int, prompt_loss: bool = False
 ) -> Tokens:
-    """The same in a layout, as training lays it at its worst: packed, in one row; padded, in one pass."""
+    """Return the log-probability of each predicted token in a layout's hardest case: one row, or one padded pass."""
     layout = replace(layout, filled=0.0)
     packed = _to(packing.pack(examples, layout, hidden, prompt_loss), next(model.parameters()).device)
-    values = packing.log_probs(model, packed, layout).log_probs[0].float().tolist()
+    log_probs = packing.log_probs(model, packed, layout).log_probs
+    assert log_probs is not None, "TRL computes them wherever a token is predicted"
+    values = log_probs[0].float().tolist()
     keys = zip(*(packed[k].tolist() for k in ("example", "answer", "column")), strict=True)
     return dict(zip(keys, values, strict=True))
 
 
 def _to(value: Any, device: torch.device) -> Any:
+    """Move all tensors in a value to a device."""
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
     if isinstance(value, list):
@@ -92,11 +102,11 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device)
 
 
-def difference(found: Tokens, expected: Tokens) -> float:
-    """The largest of a token's log-probability; infinite if one is missing or no number."""
-    if found.keys() != expected.keys():
+def difference(measured: Tokens, expected: Tokens) -> float:
+    """Return the largest difference of a token's log-probability; infinite if a token is missing or a value is NaN."""
+    if measured.keys() != expected.keys():
         return float("inf")
-    worst = max((abs(found[k] - expected[k]) for k in expected), default=0.0)
+    worst = max((abs(measured[k] - expected[k]) for k in expected), default=0.0)
     return worst if worst == worst else float("inf")
 
 
@@ -104,11 +114,11 @@ def difference(found: Tokens, expected: Tokens) -> float:
 
 
 def candidates(model: PreTrainedModel, packed: bool, attention: str) -> list[Layout]:
-    """The layouts to be tried on a base, cheapest first. Packed rows need layers that masks describe."""
+    """Return the layouts to try on a base, cheapest first. Packed rows need layers that masks describe."""
     reaches = families.reaches(model.config)
     kinds = [*(["packed"] if packed and reaches is not None else []), "padded", "single"]
-    seen = reaches or {"": families.Reach()}
-    return [Layout(rows, head, seen, attention) for rows in kinds for head in ("fused", "whole")]  # type: ignore[arg-type]
+    reaches = reaches or {"": families.Reach()}
+    return [Layout(rows, head, reaches, attention) for rows in kinds for head in ("fused", "whole")]  # type: ignore[arg-type]
 
 
 def choose(
@@ -116,15 +126,16 @@ def choose(
     model: torch.nn.Module,
     base: PreTrainedModel,
     layouts: list[Layout],
-    examples: Sequence[dict],
+    examples: Sequence[Example],
     prompt_loss: bool,
     at_once: int,
     remembered: "Memory",
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    autocast: Autocast = contextlib.nullcontext,
 ) -> tuple[Layout, Proof]:
-    """The first of the layouts that is exact for the model on the longest examples. UserError if none is.
+    """Return the first of the layouts that is exact for the model on the longest examples, and its proof.
 
-    `model` is the base with its adapter, `name` what the user calls it; `at_once` examples are a micro-batch.
+    UserError if none is. `model` is the base with its adapter, `name` the user's name for it; a micro-batch has
+    `at_once` examples. Proofs are looked up in `remembered`, and added to it.
     """
     some = sorted(examples, key=lambda e: -longest(e))
     count = min(_SHOWN, at_once, len(some))
@@ -154,7 +165,7 @@ def choose(
 
 
 def miss(proof: Proof) -> str:
-    """How a proof failed, in a few words."""
+    """Say in a few words how a layout failed."""
     if proof.difference is None:
         return proof.why
     return f"a token's log-probability is off by {proof.difference:.2g}" + (f" ({proof.why})" if proof.why else "")
@@ -164,16 +175,26 @@ _said: set[tuple[str, str]] = set()
 
 
 def _say(name: str, layout: Layout, why: str) -> None:
-    """One line, once a process, for a layout that is not the one that was asked for."""
+    """Print a line, once a process, about a layout that is not the one that was asked for."""
     if (name, layout.name) not in _said:
         _said.add((name, layout.name))
         print(f"{name}: texts are laid {layout.name} ({why})", file=sys.stderr)
 
 
 class _Check:
-    """Layouts of a model on some examples. What does not depend on the layout is computed once, when it is asked for."""
+    """Tests layouts of a model on some examples.
 
-    def __init__(self, model, base: PreTrainedModel, examples: Sequence[dict], prompt_loss: bool, autocast) -> None:
+    Values that do not depend on the layout are computed once, when they are needed.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        base: PreTrainedModel,
+        examples: Sequence[Example],
+        prompt_loss: bool,
+        autocast: Autocast,
+    ) -> None:
         self.model, self.base, self.autocast = model, base, autocast
         self.examples, self.prompt_loss = examples, prompt_loss
         self.hidden = base.config.get_text_config().hidden_size
@@ -182,13 +203,14 @@ class _Check:
         self._noise: float | None = None
 
     def __call__(self, layout: Layout) -> Proof:
+        """Compare a layout with plain passes."""
         tolerance = EXACT
         if self.base.dtype != torch.float32:
             tolerance = min(_COARSE, max(_LEAST, _NOISE * self.noise))
         try:
             with families.attention(self.base, layout.attention), self.autocast():
-                found = laid(self.model, self.examples, layout, self.hidden, self.prompt_loss)
-            off = difference(found, self.expected)
+                measured = laid(self.model, self.examples, layout, self.hidden, self.prompt_loss)
+            off = difference(measured, self.expected)
             why = ""
             if off <= tolerance and self.base.dtype != torch.float32:
                 off_structure, why = structure(self.base.config, layout, self.length, self.prompt_loss)
@@ -202,7 +224,7 @@ class _Check:
         return Proof(layout.name, self.length, off, tolerance, off <= tolerance, why)
 
     def causal(self) -> Proof:
-        """Whether what follows a text leaves its tokens' logits as they are in a plain pass, and a gradient reaches the adapter."""
+        """Test that later tokens change no earlier logits in a plain pass, and that a gradient reaches the adapter."""
         example = max(self.examples, key=longest)
         ids = example["input_ids"] if "input_ids" in example else example["prompt_ids"] + example["chosen_ids"]
         half, device = -(-len(ids) // 2), next(self.model.parameters()).device
@@ -211,14 +233,15 @@ class _Check:
             if not part.requires_grad:
                 return Proof("causal", self.length, None, EXACT, False, "no gradient reaches an adapter")
             with torch.no_grad():
-                whole = self.model(input_ids=torch.tensor([ids], device=device)).logits[0]
+                full = self.model(input_ids=torch.tensor([ids], device=device)).logits[0]
         tolerance = EXACT if self.base.dtype == torch.float32 else _COARSE
-        seen = off(part.detach(), whole[:half])
-        why = "" if seen <= tolerance else f"no causal language model: a token's log-probability is off by {seen:.2g} when more text follows"  # fmt: skip
-        return Proof("causal", self.length, seen, tolerance, seen <= tolerance, why)
+        change = off(part.detach(), full[:half])
+        why = "" if change <= tolerance else f"no causal language model: a token's log-probability is off by {change:.2g} when more text follows"  # fmt: skip
+        return Proof("causal", self.length, change, tolerance, change <= tolerance, why)
 
     @property
     def expected(self) -> Tokens:
+        """Return the log-probabilities of plain passes."""
         if self._expected is None:
             with self.autocast():
                 self._expected = plain(self.model, self.examples, self.prompt_loss)
@@ -226,16 +249,19 @@ class _Check:
 
     @property
     def noise(self) -> float:
-        """What plain padding alone changes in bfloat16: its rounding, where it changes nothing else; 0 where it can't be done."""
+        """Return the difference that padding alone makes in bfloat16, which is its rounding.
+
+        0 if the model can't be padded.
+        """
         if self._noise is None:
             padded = Layout("padded", attention=self.base.config._attn_implementation)
             try:
                 with self.autocast():
-                    found = laid(self.model, self.examples, padded, self.hidden, self.prompt_loss)
-                self._noise = difference(found, self.expected)
+                    measured = laid(self.model, self.examples, padded, self.hidden, self.prompt_loss)
+                self._noise = difference(measured, self.expected)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # a family that takes no padding: the layout's own attempt says why
+            except Exception:  # the family can't be padded: the error is reported when that layout is tried
                 self._noise = 0.0
         return self._noise
 
@@ -244,9 +270,10 @@ class _Check:
 
 
 def structure(config: PretrainedConfig, layout: Layout, length: int, prompt_loss: bool) -> tuple[float, str]:
-    """(largest difference, what was done) of a layout on a small random model of the same config in float32.
+    """Test a layout on a small random model with the same config, in float32: (largest difference, what was done).
 
-    What bfloat16's rounding hides, a small model in float32 shows: its layers are of the same kinds, windows and positions.
+    Rounding in bfloat16 could hide a layout's error. The small model has the same kinds of layers, windows and
+    positions, and in float32 the error is visible.
     """
     if layout.rows == "single" and layout.head == "whole":
         return 0.0, ""
@@ -257,20 +284,22 @@ def structure(config: PretrainedConfig, layout: Layout, length: int, prompt_loss
         examples = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(_ids, s), strict=True)) for s in sizes]
     add_fused_lm_head(model)
     layout = Layout(layout.rows, layout.head, layout.reaches, attention)
-    found = laid(model, examples, layout, config.get_text_config().hidden_size, prompt_loss)
-    return difference(found, plain(model, examples, prompt_loss)), "shown on a small copy in float32"
+    measured = laid(model, examples, layout, config.get_text_config().hidden_size, prompt_loss)
+    return difference(measured, plain(model, examples, prompt_loss)), "shown on a small copy in float32"
 
 
 def _small_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """Return a small random model of the same family in evaluation mode."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small(config), attn_implementation=attention).eval()
     for weight in model.parameters():
-        if weight.dim() > 1:  # a model without opinions would hide differences
+        if weight.dim() > 1:  # usual initial weights are so small that nearly uniform outputs would hide differences
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _ids(count: int) -> list[int]:
+    """Return random token ids, at least one."""
     return torch.randint(3, _SMALL_VOCABULARY, (max(count, 1),)).tolist()
 
 
@@ -278,20 +307,20 @@ _SMALL_VOCABULARY, _SMALL_LAYERS, _SMALL_WIDTH = 512, 4, 128
 
 
 def small(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a config's text part with few layers (all kinds among them), few tokens and narrow feed-forward parts."""
+    """Return a copy of a config's text part with few layers (of all kinds), few tokens and narrow feed-forward parts."""
     text = copy.deepcopy(config.get_text_config())
     layers = text.num_hidden_layers
     types = getattr(text, "layer_types", None) or [""]
     covering = next(i for i in range(1, len(types) + 1) if set(types[:i]) == set(types))
-    kept = min(layers, max(2, covering if len(types) > 1 else _SMALL_LAYERS))
+    count = min(layers, max(2, covering if len(types) > 1 else _SMALL_LAYERS))
     for key, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == layers:
-            setattr(text, key, value[:kept])
+            setattr(text, key, value[:count])
         elif "intermediate_size" in key and isinstance(value, int):
             setattr(text, key, min(value, _SMALL_WIDTH))
         elif key.endswith("_token_id"):
             setattr(text, key, None)
-    text.num_hidden_layers, text.vocab_size = kept, min(text.vocab_size, _SMALL_VOCABULARY)
+    text.num_hidden_layers, text.vocab_size = count, min(text.vocab_size, _SMALL_VOCABULARY)
     text.dtype = torch.float32
     return text
 
@@ -302,22 +331,24 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
 def batch(
     model: torch.nn.Module, base: PreTrainedModel, prompts: Sequence[list[int]], side: str, memory: "Memory"
 ) -> Proof:
-    """Whether texts in one padded batch get what each gets alone: "left" is for generation, "right" for likelihoods.
+    """Test whether texts in a padded batch get what each gets alone.
 
-    `prompts` are the ids of all that is asked; the longest and the shortest are tried.
+    Padded on the "left" as for generation, on the "right" as for likelihoods. `prompts` are the ids of all texts; the
+    longest and the shortest are tried.
     """
     ordered = sorted(prompts, key=len)
     some = [*ordered[:2], *ordered[-2:]] if len(ordered) > 3 else ordered
     name, length = f"batch padded on the {side}", len(some[-1])
-    if known := memory.get(name, len(some), length):
-        return known
+    if remembered := memory.get(name, len(some), length):
+        return remembered
     compare = _next_logits if side == "left" else _all_logits
-    found = _batch(name, model, base, some, compare)
-    memory.put(name, len(some), found)
-    return found
+    proof = _batch(name, model, base, some, compare)
+    memory.put(name, len(some), proof)
+    return proof
 
 
 def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[list[int]], compare: Callable) -> Proof:
+    """Compare the two longest and two shortest texts in one batch with each of them alone."""
     length, tolerance = len(some[-1]), EXACT
     try:
         off = compare(model, some)
@@ -338,7 +369,7 @@ def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[
 
 @torch.no_grad()
 def _next_logits(model: torch.nn.Module, prompts: list[list[int]]) -> float:
-    """The largest difference over the first tokens of greedy answers, as far as these are equal."""
+    """Return the largest difference over the first tokens of greedy answers, up to the first token that differs."""
     longest_prompt, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[0] * (longest_prompt - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest_prompt - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -356,6 +387,7 @@ def _next_logits(model: torch.nn.Module, prompts: list[list[int]]) -> float:
 
 
 def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Generate a few tokens with their logits."""
     fixed = {"min_new_tokens": _STEPS, "max_new_tokens": _STEPS, "do_sample": False, "pad_token_id": 0}
     return model.generate(input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **fixed)
 
@@ -365,7 +397,7 @@ _STEPS = 4
 
 @torch.no_grad()
 def _all_logits(model: torch.nn.Module, texts: list[list[int]]) -> float:
-    """The largest difference at any token of texts in a batch padded on the right, without a mask, as the harness asks."""
+    """Return the largest difference at any token of texts padded on the right without a mask, as the harness does it."""
     length, device = max(map(len, texts)), next(model.parameters()).device
     together = model(input_ids=torch.tensor([t + [0] * (length - len(t)) for t in texts], device=device)).logits
     alone = [model(input_ids=torch.tensor([t], device=device)).logits[0] for t in texts]
@@ -373,9 +405,9 @@ def _all_logits(model: torch.nn.Module, texts: list[list[int]]) -> float:
 
 
 def off(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference of a log-probability that is no less than -20; infinite if one is no number."""
-    found, wanted = (x.float().log_softmax(-1) for x in (logits, expected))
-    worst = float((found - wanted).abs().masked_fill(wanted < -20, 0).max())
+    """Return the largest difference of a log-probability that is at least -20; infinite if one is NaN."""
+    logps, expected_logps = (x.float().log_softmax(-1) for x in (logits, expected))
+    worst = float((logps - expected_logps).abs().masked_fill(expected_logps < -20, 0).max())
     return worst if worst == worst else float("inf")
 
 
@@ -384,29 +416,32 @@ def off(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Proofs on disk, a file each: of a model (its identity), its device and the packages' versions."""
+    """Proofs on disk, one file each, by model (its identity), device and versions of packages."""
 
     folder: Path
-    model: dict
+    model: dict[str, Any]
 
     def get(self, name: str, count: int, length: int) -> Proof | None:
-        """What is known of so many texts of that length: exact as far as it was shown, not exact from there on."""
+        """Return the proof for this many texts, if it covers the length: a success covers shorter texts, a failure
+        longer ones.
+        """
         try:
             proof = Proof(**json.loads(self._file(name, count).read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
-        known = length <= proof.length if proof.exact else length >= proof.length
-        return proof if known else None
+        covers = length <= proof.length if proof.exact else length >= proof.length
+        return proof if covers else None
 
     def put(self, name: str, count: int, proof: Proof) -> None:
+        """Write a proof."""
         write_json(self._file(name, count), asdict(proof))
 
     def _file(self, name: str, count: int) -> Path:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        shown = {
+        identity = {
             "layout": name,
             "count": count,
             "model": self.model,
             "device": device,
         }
-        return self.folder / f"{digest(shown | {p: version(p) for p in _PACKAGES})}.json"
+        return self.folder / f"{digest(identity | {p: version(p) for p in _PACKAGES})}.json"

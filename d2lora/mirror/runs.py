@@ -29,6 +29,7 @@ from d2lora.settings import Config, amount
 from d2lora.stages import Stage
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.evaluate import EvaluateSpec
+from d2lora.stages.merge import MergeSpec
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.stage import Identity
 from d2lora.stages.training import TrainingSpec
@@ -75,7 +76,7 @@ def log(values: dict[str, float], samples_seen: int) -> None:
 
 def _about(config: Config, stage: Stage) -> About:
     """Return what a stage's run says of what the stage depends on, and of nothing else: the stage may serve many cells."""
-    trained = stage if isinstance(stage.spec, PrepareSpec | TrainingSpec) else stage.parent
+    trained = stage if isinstance(stage.spec, PrepareSpec | TrainingSpec | MergeSpec) else stage.parent
     name, tags = _who(config, trained)
     if stage.kind == EvaluateSpec.KIND:
         name.insert(0, stage.subject)
@@ -89,9 +90,15 @@ def _who(config: Config, trained: Stage | None) -> tuple[list[str], list[str]]:
     """Return how an adapter is called, in parts, and its tags. None is the base itself."""
     if trained is None:
         return [f"base {config.model.name}"], ["base"]
-    m, n = config.m, config.n if isinstance(trained.spec, AdaptSpec) else 0
-    what = {AdaptSpec.KIND: config.method.name, WarmupSpec.KIND: "warm-up"}.get(trained.kind, trained.kind)
-    return [what, f"D2LoRA({amount(m)}, {amount(n)})", f"s{config.seed}"], [what, config.init.name, _arm(m)]
+    m, n = config.m, config.n if isinstance(trained.spec, AdaptSpec | MergeSpec) else 0
+    what = {AdaptSpec.KIND: config.method.name, MergeSpec.KIND: config.method.name, WarmupSpec.KIND: "warm-up"}.get(
+        trained.kind, trained.kind
+    )
+    return [what, config.effective_control.label.format(m=amount(m), n=amount(n)), f"s{config.seed}"], [
+        what,
+        config.init.name,
+        _arm(m),
+    ]
 
 
 def _arm(m: int | str) -> str:

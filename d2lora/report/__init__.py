@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2lora.errors import UserError
+from d2lora.outputs import Outputs
 from d2lora.records import Records
 from d2lora.report import manifest
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def finish(output: Path, sweep: str, draw: bool = True) -> str:
-    """A sweep's tables as text, with results.csv written; if asked to draw, its files and the page too."""
+    """Write results.csv and return a sweep's tables as text; with `draw` write its files and the page, too."""
     if draw:
         return write(output, [sweep])
     from d2lora.report import artefacts, results  # late: planning a grid needs none of it
@@ -42,26 +43,26 @@ def write(output: Path, sweeps: Iterable[str]) -> str:
     loaded = {name: _load(output, name, records) for name in started}
     parts = []
     for name in sweeps:
-        if loaded[name].settings[1]:  # of a damaged sweep there is nothing to write
-            artefacts.write(output / "report" / name, loaded[name])
+        if loaded[name].shown:  # of a damaged sweep there is nothing to write
+            artefacts.write(output, loaded[name])
         parts.append(f"{name}\n{artefacts.text(loaded[name])}")
-    file = output / "report" / "index.html"
+    file = Outputs(output).page
     file.write_text(page.page(list(loaded.values()), records))
     return "\n\n".join([*parts, *damaged, f"report: {file}"])
 
 
-def _load(output: Path, name: str, records: Records) -> "artefacts.Sweep":
-    """A sweep's tables and panels; one that is damaged has none, and says why, so that it does not take the others along."""
+def _load(output: Path, name: str, records: Records) -> "artefacts.Loaded":
+    """Load a sweep; one that is damaged has no artefacts and says why, so that it does not take the others along."""
     from d2lora.report import artefacts
 
     try:
         return artefacts.load(output, name, records)
     except UserError as error:
-        return artefacts.Sweep(name, str(error), ([""], []), [], {}, [])
+        return artefacts.damaged(name, records, str(error))
 
 
 def everything(output: Path, sweeps: list[str]) -> str:
-    """`write` for the named sweeps or all; UserError where nothing was run yet."""
+    """Write the reports of the named sweeps, or of all. UserError where nothing was run yet."""
     names = sweeps or manifest.sweeps(output)
     if not names:
         raise UserError(f"{output}: nothing was run here yet: python run.py, or make lab")

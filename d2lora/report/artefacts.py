@@ -1,128 +1,192 @@
-"""A sweep's artefacts: its own table and curves, Table 2, and those of the paper's tables and figures that it holds."""
+"""The report's tables and figures: ARTEFACTS, in the order of the page, and the files and texts that are made of them."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from d2lora.errors import UserError
-from d2lora.records import Records, Score, Tuning
-from d2lora.report import evidence, figures, formats, inits, paper, settings, tables, tuning
-from d2lora.report.figures import Panel
+from d2lora.outputs import Outputs
+from d2lora.records import Records
+from d2lora.report import costs, differences, evidence, figures, formats, inits, paper, settings, tables, tuning
+from d2lora.report.content import Artefact, Content, Rows, Sweep
 from d2lora.report.manifest import read_manifest
 from d2lora.report.points import Point, points_of
-from d2lora.report.tables import Table
 
 
-@dataclass
+def _own(sweep: Sweep) -> Content | None:
+    """Return the sweep's own table and curves: all of its cells."""
+    if not sweep.points:
+        return None
+    told = tuning.notes(sweep.tuning) if sweep.tuning else []
+    return _all(sweep.points, sweep, told)
+
+
+def _fixed(sweep: Sweep) -> Content | None:
+    """Return a tuned sweep's table and curves at the recipe's own values; None where these are not among the candidates."""
+    return _all(sweep.fixed, sweep, tuning.fixed_notes(sweep.tuning)) if sweep.fixed and sweep.tuning else None
+
+
+def _all(points: list[Point], sweep: Sweep, told: list[str]) -> Content:
+    built = tables.build(points, sweep.columns, sweep.margin)
+    curves = [panel for table in built for panel in figures.panels(table, "all")]
+    return Content(tables=built, panels=curves, notes=[*told, *evidence.notes(points, sweep.records)])
+
+
+def _candidates(sweep: Sweep) -> Content | None:
+    return Content(rows=Rows(*tuning.table(sweep.tuning))) if sweep.tuning else None
+
+
+def _paper_table(selection: paper.Artefact, sweep: Sweep) -> Content | None:
+    points = paper.select(selection, sweep.points)
+    if not points:
+        return None
+    return Content(tables=tables.build(points, "n", sweep.margin), notes=evidence.notes(points, sweep.records))
+
+
+def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
+    points = paper.select(selection, sweep.points)
+    if not points:
+        return None
+    built = tables.build(points, "n", sweep.margin)
+    told = {point for table in paper.TABLES for point in paper.select(table, sweep.points)}
+    untold = [table for table in built if not told.issuperset(table.points)]
+    return Content(panels=figures.of(selection, built), notes=evidence.notes(points, sweep.records), verdicts=untold)
+
+
+def _differences(sweep: Sweep) -> Content | None:
+    """Return how D2LoRA differs from LoRA in the sweep's own tables; None where no pair is finished."""
+    own = tables.build(sweep.points, sweep.columns, sweep.margin)
+    panels = [panel for table in own for panel in differences.panels(table)]
+    return Content(differences=panels) if panels else None
+
+
+def _settings(sweep: Sweep) -> Content | None:
+    cells = [c for c in sweep.cells if c.stages.evaluate or not sweep.tuning]  # of the others nothing is shown
+    return Content(rows=Rows(*settings.settings(cells)))
+
+
+OWN = Artefact("table", "Sweep {sweep}", _own, title="All cells of this sweep", figure="curves", folded="below others")
+FIXED = Artefact(
+    "table_fixed",
+    "Sweep {sweep} at the recipe's own values",
+    _fixed,
+    title="At the recipe's own values",
+    figure="curves_fixed",
+)
+
+# In the order of the page.
+ARTEFACTS: tuple[Artefact, ...] = (
+    Artefact("differences", "D2LoRA minus LoRA on the same items, with 95 % intervals", _differences),
+    *(Artefact(a.name, a.caption, functools.partial(_paper_table, a)) for a in paper.TABLES),
+    *(Artefact(a.name, a.caption, functools.partial(_paper_figure, a)) for a in paper.FIGURES),
+    OWN,
+    FIXED,
+    Artefact("candidates", "Candidates: validation score in %, mean over seeds", _candidates),
+    Artefact("inits", inits.CAPTION, inits.content),
+    Artefact("costs", "What each arm cost to train", costs.content, folded="yes"),
+    Artefact("contamination", "Test items found in a training set", evidence.contamination_content, files=False),
+    Artefact(
+        "table2",
+        "Table 2: the settings that ran in sweep {sweep}",
+        _settings,
+        title="Table 2: the settings that ran",
+        folded="yes",
+    ),
+)
+
+
+@dataclass(frozen=True)
 class Shown:
-    """Tables with their caption and notes, or a figure's panels."""
+    """An artefact with what it shows of a sweep."""
 
-    name: str
-    caption: str
-    tables: list[Table]
-    panels: list[Panel]
-    notes: list[str]
+    artefact: Artefact
+    content: Content
 
 
 @dataclass
-class Sweep:
-    """Everything that a report shows of a sweep; `problem` says why it has no tables, if it has none.
+class Loaded:
+    """A sweep with the artefacts that apply to it; `problem` says why it has no tables of scores, if it has none."""
 
-    The first of `shown` is the sweep's own table, the others are the paper's; of a tuned sweep (`tuning`) the first is of the
-    chosen cells, and one more of those at the recipe's own values.
-    """
-
-    name: str
+    sweep: Sweep
     problem: str
-    settings: tuple[list[str], list[list[str]]]
     shown: list[Shown]
-    contamination: dict[str, dict[str, Score]]
-    inits: list[inits.Row]
-    tuning: Tuning | None = None
+
+    def content(self, name: str) -> Content | None:
+        """Return what an artefact shows of the sweep; None where it does not apply."""
+        return next((shown.content for shown in self.shown if shown.artefact.name == name), None)
 
 
-def load(output: Path, name: str, records: Records) -> Sweep:
-    """A sweep's tables and panels from its manifest and records."""
+def load(output: Path, name: str, records: Records) -> Loaded:
+    """Read a sweep's manifest and records, and make the artefacts that apply to it. UserError for a damaged manifest."""
     manifest = read_manifest(output, name)
-    cells = [cell for cell in manifest.cells if cell.stages.evaluate]  # a candidate that was not chosen has met no test
-    views = tuning.views(manifest)
     try:
-        points, problem = [points_of(view.manifest, records, view.folded) for view in views], ""
+        points, fixed = tuning.points(manifest, records) if manifest.tuning else (points_of(manifest, records), [])
+        problem = "" if points or not manifest.tuning else "nothing is chosen yet"
     except UserError as error:
-        points, problem = [[]], str(error)
-    if manifest.tuning and not points[0] and not problem:
-        problem = "nothing is chosen yet"
-    columns = cells[0].config.get("report", {}).get("columns") if cells else None
-    contamination = evidence.contamination(manifest.cells, records)
-    sweep = Sweep(name, problem, settings.settings(cells), [], contamination, inits.compare(points[0], records))
-    if not problem and points[0]:
-        sweep.tuning = manifest.tuning
-        own = [_table(view, its, records, columns) for view, its in zip(views, points, strict=True) if its]
-        if manifest.tuning:
-            own[0].notes[:0] = tuning.notes(manifest.tuning)
-        sweep.shown = [*own, *_of_paper(points[0], records)]
-    return sweep
+        points, fixed, problem = [], [], str(error)
+    sweep = Sweep(name, manifest.cells, points, records, manifest.tuning, fixed)
+    made = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
+    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in made if content is not None])
 
 
-def _table(view: tuning.View, points: list[Point], records: Records, columns: str | None) -> Shown:
-    built = tables.build(points, None if columns in view.folded else columns)
-    curves = [panel for t in built for panel in figures.panels(t, "all")]
-    return Shown(view.name, view.caption, built, curves, evidence.notes(points, records))
+def damaged(name: str, records: Records, problem: str) -> Loaded:
+    """Return a sweep of which nothing can be read."""
+    return Loaded(Sweep(name, [], [], records), problem, [])
 
 
-def _of_paper(points: list[Point], records: Records) -> list[Shown]:
-    """The paper's tables and figures that points hold."""
-    found = []
-    for artefact in (*paper.TABLES, *paper.FIGURES):
-        if chosen := paper.select(artefact, points):
-            built = tables.build(chosen, "n")
-            panels = figures.of(artefact, built) if artefact in paper.FIGURES else []
-            found.append(Shown(artefact.name, artefact.caption, built, panels, evidence.notes(chosen, records)))
-    return found
+def text(loaded: Loaded) -> str:
+    """Return what the terminal shows of a sweep: its own tables with verdicts, and what speaks against them."""
+    own = loaded.content(OWN.name)
+    if loaded.problem or own is None:
+        return f"no table: {loaded.problem}"
+    parts = _texts(own)
+    if made := loaded.sweep.tuning:
+        fixed = loaded.content(FIXED.name)
+        parts = ["== tuned ==", *parts, *(["== fixed ==", *_texts(fixed)] if fixed else []), tuning.text(made)]
+    shares = evidence.contamination(loaded.sweep.cells, loaded.sweep.records)
+    return "\n\n".join(filter(None, [*parts, evidence.contamination_text(shares)]))
 
 
-def text(sweep: Sweep) -> str:
-    """What the terminal shows of a sweep: its own tables with verdicts, and what speaks against them."""
-    if sweep.problem:
-        return f"no table: {sweep.problem}"
-    parts = [part for own in _own(sweep) for part in _texts(own, headed=sweep.tuning is not None)]
-    if sweep.tuning:
-        parts.append(tuning.text(sweep.tuning))
-    return "\n\n".join(filter(None, [*parts, evidence.contamination_text(sweep.contamination)]))
+def _texts(content: Content) -> list[str]:
+    return [formats.text(table) for table in content.tables] + [f"note: {line}" for line in content.notes]
 
 
-def _own(sweep: Sweep) -> list[Shown]:
-    """A sweep's own tables: one, but of a tuned sweep two."""
-    return [shown for shown in sweep.shown if shown.name in ("table", tuning.FIXED)]
-
-
-def _texts(shown: Shown, headed: bool) -> list[str]:
-    head = [f"== {shown.caption} =="] * headed
-    return [*head, *map(formats.text, shown.tables), *(f"note: {line}" for line in shown.notes)]
-
-
-_FIGURES = {"table": "curves", tuning.FIXED: "curves_fixed"}  # the files of tables' figures
-
-
-def write(folder: Path, sweep: Sweep) -> None:
-    """Tables as Markdown, LaTeX and CSV, figures as PNG, SVG and PDF."""
+def write(output: Path, loaded: Loaded) -> None:
+    """Write a sweep's artefacts: tables as Markdown, LaTeX and CSV, figures as PNG, SVG and PDF."""
+    folder = Outputs(output).artefacts(loaded.sweep.name)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_settings(folder, sweep)
-    if sweep.inits:
-        inits.write(folder, sweep.inits)
-    if sweep.tuning:
-        tuning.write(folder, sweep.tuning)
-    for shown in sweep.shown:
-        if shown.name.startswith("table"):
-            (folder / f"{shown.name}.md").write_text(formats.markdown(shown.caption, shown.tables, shown.notes))
-            (folder / f"{shown.name}.tex").write_text(formats.latex(shown.caption, shown.tables, shown.notes))
-            (folder / f"{shown.name}.csv").write_text(formats.csv_text(shown.tables))
-        figures.draw(shown.panels, folder / _FIGURES.get(shown.name, shown.name))
+    for shown in loaded.shown:
+        if shown.artefact.files:
+            _write(folder, shown.artefact, shown.content, loaded.sweep.name)
 
 
-def _write_settings(folder: Path, sweep: Sweep) -> None:
-    head, lines = sweep.settings
-    caption = f"Table 2: the settings that ran in sweep {sweep.name}"
-    escaped = [[formats.latex_text(c) for c in row] for row in lines]
-    (folder / "table2.md").write_text(f"# {caption}\n\n{formats.markdown_rows(head, lines)}\n")
-    (folder / "table2.tex").write_text(formats.latex_rows(caption, head, escaped) + "\n")
-    (folder / "table2.csv").write_text(formats.csv_rows(head, lines))
+def _write(folder: Path, artefact: Artefact, content: Content, sweep: str) -> None:
+    caption = artefact.caption.format(sweep=sweep)
+    texts = {}
+    if content.tables:
+        texts["md"] = formats.markdown(caption, content.tables, content.notes)
+        texts["tex"] = formats.latex(caption, content.tables, content.notes)
+        texts["csv"] = formats.csv_text(content.tables)
+    if content.rows:
+        texts |= _rows_texts(caption, content.rows, content.notes)
+    for suffix, written in texts.items():
+        (folder / f"{artefact.name}.{suffix}").write_text(written)
+    stem = folder / (artefact.figure or artefact.name)
+    figures.draw(content.panels, stem)
+    if content.differences:
+        figures.save(stem, functools.partial(figures.stacked, content.differences, differences.draw_panel))
+    if content.draw:
+        figures.save(stem, content.draw)
+
+
+def _rows_texts(caption: str, table: Rows, notes: list[str]) -> dict[str, str]:
+    """Return the texts of a table's files by their suffixes."""
+    listed = "\n".join(f"- {line}" for line in notes)
+    parts = [f"# {caption}", formats.markdown_rows(table.head, table.rows), *([listed] if notes else [])]
+    escaped = [[formats.latex_text(cell) for cell in row] for row in table.rows]
+    told = f"{caption}. {' '.join(notes)}" if notes else caption
+    return {
+        "md": "\n\n".join(parts) + "\n",
+        "tex": formats.latex_rows(told, table.head, escaped) + "\n",
+        "csv": formats.csv_rows(table.head, table.rows),
+    }

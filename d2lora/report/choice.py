@@ -10,6 +10,7 @@ from d2lora.report.axes import LABELS, Axes, general
 from d2lora.report.tables import order_of
 from d2lora.scoring import shown_metrics
 from d2lora.settings import amount
+from d2lora.settings.controls import NO_CONTROL, control_of, in_effect
 from d2lora.stages.evaluate import EvaluateSpec
 
 _EQUAL = 1e-12  # means of the same scores in another order differ by less
@@ -35,7 +36,7 @@ def arms(cells: Sequence[ManifestCell], keys: Sequence[str]) -> list[Arm]:
     A cell that depends on no tuned setting, as the base on no learning rate, is in none.
     """
     labels, others = axes.differing_settings(cells)
-    shown = [*labels, *(key for key in others if key not in (*keys, "data_seed"))]
+    shown = [*labels, *(key for key in others if key not in (*keys, "data_seed", "control.name"))]
     by_place: dict[tuple[object, ...], Arm] = {}
     for cell in cells:
         if values := values_of(cell, keys):
@@ -61,7 +62,8 @@ def _label(cell: ManifestCell, shown: Iterable[str]) -> str:
         named[key] if key in LABELS else axes.text(key, settings[key]) for key in shown if key in named | settings
     ]
     m, n = (amount(config[key]) for key in ("m", "n"))
-    shape = f"LoRA n={n}" if config["m"] == 0 else f"D2LoRA({m}, {n})"
+    control = in_effect(config.get("control", {}).get("name", NO_CONTROL), config["m"], config["n"])
+    shape = f"LoRA n={n}" if config["m"] == 0 else control_of(control).label.format(m=m, n=n)
     return " ".join(filter(None, [config["method"]["name"].upper(), shape, *others]))
 
 

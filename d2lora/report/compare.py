@@ -1,23 +1,29 @@
-"""D2LoRA against LoRA, cell by cell on the same items: differences, p values, and the verdict in words."""
+"""D2LoRA against LoRA, cell by cell on the same items: differences, p values, and what they decide."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from d2lora import stats
 from d2lora.report.axes import compatible
-from d2lora.report.looks import QUANTIZING
+from d2lora.report.looks import NAMES, QUANTIZING
 from d2lora.report.points import Point, differing, label_texts
 from d2lora.settings import amount
 
 ALPHA = 0.05
+MARGIN = 1.0  # points within which arms are called equivalent where a manifest, an older one, does not say
+Decision = Literal["better", "worse", "equivalent", "undecided"]
 _BASE = ("", "", "")
 
 
 @dataclass(eq=False)
 class Comparison:
-    """D2LoRA minus LoRA at one place of a table. Fractions, not percent; `adjusted` is Holm's p over the table."""
+    """D2LoRA minus LoRA at one place of a table. Fractions, not percent; `adjusted` is Holm's p over the table.
+
+    `differences` (runs, items) are those of the items' scores; `equivalence` is the 90 % interval of their mean.
+    """
 
     lora: Point
     d2lora: Point
@@ -27,6 +33,10 @@ class Comparison:
     p: float
     test: str
     seeds: tuple[int, ...]
+    differences: np.ndarray
+    equivalence: tuple[float, float]
+    far_p: float  # p on the safe side far out in the tails, where Holm's correction looks: stats.bootstrap
+    margin: float = MARGIN / 100
     adjusted: float = 1.0
     methods: list[str] = field(default_factory=list)  # several at n = 0, where no method has done anything yet
     where: str = ""  # the labels that tell it from others of its table
@@ -36,14 +46,28 @@ class Comparison:
         return self.adjusted <= ALPHA
 
     @property
+    def is_equivalent(self) -> bool:
+        """Two one-sided tests at 5 %, which is the 90 % interval inside the margin (Schuirmann 1987, J Pharmacokinet 15:657)."""
+        low, high = self.equivalence
+        return -self.margin < low and high < self.margin
+
+    @property
+    def decision(self) -> Decision:
+        """Return what is known of D2LoRA: better or worse beyond chance, equivalent within the margin, or nothing yet."""
+        if self.beyond_chance:
+            return "better" if self.difference > 0 else "worse"
+        return "equivalent" if self.is_equivalent else "undecided"
+
+    @property
     def label(self) -> str:
-        names = ", ".join(m.upper() for m in self.methods)
+        names = ", ".join(NAMES[m] for m in self.methods)
         return f"{names} m={amount(self.d2lora.m)} n={amount(self.d2lora.n)} {self.where}".strip()
 
 
-def comparisons(points: Iterable[Point]) -> dict[Point, Comparison]:
+def comparisons(points: Iterable[Point], margin: float = MARGIN) -> dict[Point, Comparison]:
     """The comparison of each D2LoRA point with its LoRA point, if both have results on the same items.
 
+    `margin` is in points: within it two arms are called equivalent.
     Points that share their evaluations (at n = 0) share one comparison, so that it counts once, in Holm's correction too.
     """
     points = list(points)
@@ -58,12 +82,18 @@ def comparisons(points: Iterable[Point]) -> dict[Point, Comparison]:
         if keys not in distinct:
             distinct[keys] = _compare(other, point, *pair)
             distinct[keys].where = " ".join(label_texts(point, labels))
+            distinct[keys].margin = margin / 100
         distinct[keys].methods.append(point.method)
         found[point] = distinct[keys]
-    unique = list(distinct.values())
-    for comparison, p in zip(unique, stats.holm([c.p for c in unique]), strict=True):
-        comparison.adjusted = p
+    adjust(list(distinct.values()))
     return found
+
+
+def adjust(family: list[Comparison]) -> None:
+    """Give comparisons that are read together their p after Holm's correction; one alone needs none."""
+    p = [c.far_p for c in family] if len(family) > 1 else [c.p for c in family]
+    for comparison, adjusted in zip(family, stats.holm(p), strict=True):
+        comparison.adjusted = adjusted
 
 
 def compared(first: Point, second: Point) -> Comparison | None:
@@ -124,10 +154,14 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
     drawn = stats.bootstrap(difference)
     exact = len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
     if exact:
-        p, test, interval = stats.mcnemar(first[0], second[0]), "exact McNemar", stats.newcombe(first[0], second[0])
+        p = far_p = stats.mcnemar(first[0], second[0])
+        test, interval = "exact McNemar", stats.newcombe(first[0], second[0])
+        equivalence = stats.newcombe(first[0], second[0], 1 - 2 * ALPHA)
     else:
         p, test = stats.bootstrap_p(drawn), "paired bootstrap" if len(seeds) == 1 else "two-level bootstrap"
+        far_p = stats.bootstrap_p(stats.bootstrap(difference, wide=True)) if len(seeds) > 2 else p
         interval = stats.clipped(stats.percentiles(drawn), -1.0, first, second)
+        equivalence = stats.percentiles(drawn, 1 - 2 * ALPHA)
     return Comparison(
         lora,
         d2lora,
@@ -137,35 +171,10 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
         p=p,
         test=test,
         seeds=seeds,
+        differences=difference,
+        equivalence=equivalence,
+        far_p=far_p,
     )
-
-
-def verdict(found: Iterable[Comparison]) -> str:
-    """What the comparisons of one table say, in words and numbers, so that nobody reads noise as a gain."""
-    unique = list(dict.fromkeys(found))
-    if not unique:
-        return "No pair of LoRA and D2LoRA to compare yet."
-    better, worse = ([c for c in unique if sign * c.difference > 0] for sign in (1, -1))
-    text = f"D2LoRA beats LoRA in {len(better)} of {_cells(len(unique))}; beyond chance in {_chance(better)}"
-    text += f" (Holm, alpha {100 * ALPHA:.0f} %). LoRA beats D2LoRA in {len(worse)}; beyond chance in {_chance(worse)}."
-    mean = 100 * sum(c.difference for c in unique) / len(unique)
-    text += f" The mean difference is {mean:+.2f} points"
-    detectable = [100 * c.detectable for c in unique if c.detectable]
-    if detectable:
-        sizes = sorted({f"{min(detectable):.1f}", f"{max(detectable):.1f}"}, key=float)
-        text += f"; before Holm's correction a cell shows differences from {' to '.join(sizes)} points on, four times in five"
-    seeds = {s for c in unique for s in c.seeds}
-    fewer = sum(len(c.seeds) < len(seeds) for c in unique)
-    draws = draws_of(p for c in unique for p in (c.lora, c.d2lora))
-    return f"{text}. {seeds_text(seeds, draws)}" + (f" {_cells(fewer)} with fewer: see seeds." if fewer else "")
-
-
-def _cells(count: int) -> str:
-    return f"{count} cell{'s'[: count != 1]}"
-
-
-def _chance(found: list[Comparison]) -> int:
-    return sum(c.beyond_chance for c in found)
 
 
 def seeds_text(seeds: set[int], draws: set[int]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from d2lora.keys import canonical
 from d2lora.records import ManifestCell, Provenance, Record, Records, Score
+from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.points import Point
 from d2lora.stages import flips
 
@@ -135,8 +136,18 @@ def contamination(cells: Iterable[ManifestCell], records: Records) -> dict[str, 
     return {pair: record.scores for pair, record in sorted(checked.items()) if record}
 
 
+def contamination_content(sweep: Sweep) -> Content | None:
+    """Return the same as a table; None where nothing was checked."""
+    rows = [
+        [pair, name, f"{100 * share.value:.2f} %", str(share.items)]
+        for pair, measures in contamination(sweep.cells, sweep.records).items()
+        for name, share in measures.items()
+    ]
+    return Content(rows=Rows(["training set / benchmark", "measure", "share", "items"], rows)) if rows else None
+
+
 def contamination_text(shares: dict[str, dict[str, Score]]) -> str:
-    """The same as lines; empty where nothing was checked."""
+    """Return the same as lines; empty where nothing was checked."""
     if not shares:
         return ""
     lines = [

@@ -7,11 +7,11 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from d2lora.report import paper
 from d2lora.report.axes import RATE, compatible, number, short_name
-from d2lora.report.looks import COLOURS, MARKS, METHODS
+from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
 from d2lora.report.paper import Artefact
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import Line, Table, Value
@@ -44,6 +44,25 @@ class Panel:
     arms: bool  # told apart by arm (one method), else by method
     x: str = "n"  # the setting on the x axis
 
+    @property
+    def xs(self) -> list[float]:
+        """Where points are on the x axis, in order."""
+        return sorted({x for curve in self.curves for x, _ in curve.points})
+
+
+class Placed(Protocol):
+    """A panel of whatever is drawn over a setting."""
+
+    title: str
+    unit: str
+    x: str
+
+    @property
+    def xs(self) -> list[float]: ...
+
+
+_P = TypeVar("_P", bound=Placed)
+
 
 def panels(table: Table, panel: str) -> list[Panel]:
     """Return a table's lines as panels: of one method each, or of all. No panel without two points in a curve.
@@ -51,7 +70,7 @@ def panels(table: Table, panel: str) -> list[Panel]:
     A panel has one D2LoRA and the LoRA that it is compared with, for more could not be told apart. What the panels differ
     in (models, initializations, warm-up sets, m, rates ...) is in their titles.
     """
-    if not all(_x(table.column, value, None) is not None for value in table.columns if value != "all"):
+    if not all(x_of(table.column, value, None) is not None for value in table.columns if value != "all"):
         return []
     groups = _beside_each_other(table.lines, table.column)
     heads = [max(group, key=lambda line: size(line.m)).first for group in groups]
@@ -63,14 +82,14 @@ def panels(table: Table, panel: str) -> list[Panel]:
         for methods in [METHODS] if panel == "all" else [(m,) for m in METHODS]:
             curves = [_curve(line, table.column, short=arms) for line in group if line.method in methods]
             if any(len({p for _, p in c.points}) > 1 for c in curves):  # a point that stands in each column is no curve
-                name = f"{methods[0].upper()} on {head.benchmark}" if panel == "method" else head.benchmark
+                name = f"{NAMES[methods[0]]} on {head.benchmark}" if panel == "method" else head.benchmark
                 what = [*label_texts(head, keys), head.arm if arms else "", f"n={amount(head.n)}" if sizes else ""]
                 title = ", ".join(filter(None, [name, *what]))
                 drawn.append(Panel(title, f"{head.metric} in %", curves, panel == "method", table.column))
     return drawn
 
 
-def _x(column: str, value: Value, point: Point | None) -> float | None:
+def x_of(column: str, value: Value, point: Point | None) -> float | None:
     """Return where a column stands on the x axis; None for what is no number. n = all is where its records say."""
     if column == "n" and value == "all":
         return point.samples if point else None
@@ -100,11 +119,11 @@ def _is_beside(line: Line, head: Line, column: str) -> bool:
 
 def _curve(line: Line, column: str, short: bool) -> Curve:
     """Return a line as a curve; with a short name where the panel's title has the m."""
-    placed = [(_x(column, value, p), p) for value, p in line.points.items()]
+    placed = [(x_of(column, value, p), p) for value, p in line.points.items()]
     known = sorted(((x, p) for x, p in placed if x is not None), key=lambda pair: pair[0])
     theirs = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
     arm = "" if column == "m" else "D2LoRA" if short and line.m != 0 else line.first.arm
-    label = f"{line.method.upper()} {arm}".strip()
+    label = f"{NAMES[line.method]} {arm}".strip()
     return Curve(label, line.method, line.m, [(x, p) for x, p in known if p.scores], theirs)
 
 
@@ -143,20 +162,25 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
     return files
 
 
-def _figure(found: list[Panel], pyplot):
-    labels = list(dict.fromkeys(label for panel in found for c in panel.curves for label in _labels(c, panel)))
+def _figure(found: list[Panel], pyplot: Any) -> Any:
+    return stacked(found, _draw_curves, pyplot)
+
+
+def stacked(found: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
+    """Return a figure of panels, one below the other, with one legend for all; draw_panel(axis, panel) draws their curves."""
     columns = -(-len(found) // _TALLEST)
     rows = -(-len(found) // columns)
-    size_ = (WIDTH * columns, HEIGHT * rows + 0.15 * ((len(labels) + 1) // 2))
-    figure, axes = pyplot.subplots(rows, columns, figsize=size_, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict = {}
     for axis in axes.flat[len(found) :]:
         axis.remove()
     for place, (axis, panel) in enumerate(zip(axes.flat, found, strict=False)):
-        _draw_panel(axis, panel)
+        draw_panel(axis, panel)
+        _dress(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         if place + columns >= len(found):  # the last of its column
-            axis.set_xlabel(_AXIS_LABELS.get(panel.x, short_name(panel.x)))
+            axis.set_xlabel(x_label(panel))
+    figure.set_size_inches(WIDTH * columns, HEIGHT * rows + 0.15 * ((len(handles) + 1) // 2))
     figure.legend(
         handles.values(),
         handles,
@@ -170,17 +194,31 @@ def _figure(found: list[Panel], pyplot):
     return figure
 
 
-def _draw_panel(axis, panel: Panel) -> None:
+def _draw_curves(axis: Any, panel: Panel) -> None:
     for curve in panel.curves:
         _draw_curve(axis, curve, panel)
-    ticks = sorted({x for c in panel.curves for x, _ in c.points})
+
+
+def _dress(axis: Any, panel: Placed) -> None:
+    """Give an axis its title, labels, scale and ticks."""
+    ticks = panel.xs
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
-    if spread := panel.x != "n" and ticks[0] > 0 and ticks[-1] >= _WIDE * ticks[0]:
+    if spread := is_logarithmic(panel):
         axis.set_xscale("log")
         axis.minorticks_off()
     crowded = _crowded([math.log(x) for x in ticks] if spread else ticks)
     axis.set_xticks(ticks, [_tick(x) for x in ticks], rotation=45 if crowded else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
+
+
+def x_label(panel: Placed) -> str:
+    """Return what is on the x axis."""
+    return _AXIS_LABELS.get(panel.x, short_name(panel.x))
+
+
+def is_logarithmic(panel: Placed) -> bool:
+    """Tell whether the x axis is logarithmic: that of n never is."""
+    return panel.x != "n" and panel.xs[0] > 0 and panel.xs[-1] >= _WIDE * panel.xs[0]
 
 
 def _tick(x: float) -> str:
@@ -194,7 +232,7 @@ def _crowded(ticks: Sequence[float]) -> bool:
 
 def _labels(curve: Curve, panel: Panel) -> list[str]:
     """A curve's name in the legend, and that of the paper's; where panels are methods, without the method."""
-    label = curve.label.removeprefix(f"{curve.method.upper()} ") if panel.arms else curve.label
+    label = curve.label.removeprefix(f"{NAMES[curve.method]} ") if panel.arms else curve.label
     return [label, f"{label}, paper"] if curve.paper else [label]
 
 
@@ -215,14 +253,18 @@ def _draw_curve(axis, curve: Curve, panel: Panel) -> None:
         axis.plot(x, y, label=theirs[0], **style | {"linestyle": "--", "linewidth": 0.9, "markersize": 2.2})
 
 
-def _style(curve: Curve, panel: Panel) -> dict:
+def look(curve: Curve, panel: Panel) -> tuple[str, str]:
+    """Return a curve's colour and marker (matplotlib's letter): of its arm, or of its method where the panel has several."""
+    if panel.arms:
+        return (LORA, "o") if curve.m == 0 else (D2LORA, "s")
+    return COLOURS[curve.method], MARKS[curve.method]
+
+
+def _style(curve: Curve, panel: Panel) -> dict[str, Any]:
     """Colour and marker tell arms or methods apart; open markers, and dots where methods do not, are LoRA's."""
     lora = curve.m == 0
     style: dict = {"markersize": 3.5, "linewidth": 1.2}
-    if panel.arms:
-        style |= {"color": LORA if lora else D2LORA, "marker": "o" if lora else "s"}
-    else:
-        style |= {"color": COLOURS[curve.method], "marker": MARKS[curve.method]}
-        if lora and any(c.m != 0 for c in panel.curves):
-            style["linestyle"] = ":"
+    style["color"], style["marker"] = look(curve, panel)
+    if not panel.arms and lora and any(c.m != 0 for c in panel.curves):
+        style["linestyle"] = ":"
     return style | ({"markerfacecolor": "white"} if lora else {})

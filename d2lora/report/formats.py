@@ -9,13 +9,24 @@ from d2lora.report.axes import LABELS
 from d2lora.report.compare import draws_of, seeds_text
 from d2lora.report.points import Point
 from d2lora.report.tables import Table, column_name
+from d2lora.report.worth import LESS, MORE
 
 MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
-_PAIR_HEAD = ["D2LoRA - LoRA", "difference", "95 % interval", "p", "p (Holm)", "detectable", "test", "seeds"]
+PAIR_HEAD = [
+    "D2LoRA - LoRA",
+    "difference",
+    "95 % interval",
+    "p",
+    "p (Holm)",
+    "detectable",
+    "test",
+    "seeds",
+    "D2LoRA is",
+]
 _CSV = [
     *("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "seeds", "items", "value", "low", "high"),
     *("paper", "to_paper", "difference", "difference_low", "difference_high", "p", "p_holm", "detectable", "test"),
-    *("beyond_chance", "evaluations"),
+    *("beyond_chance", "evaluations", "decision", "equivalence_low", "equivalence_high"),
 ]
 
 
@@ -48,7 +59,7 @@ def text(table: Table) -> str:
     body = [[line.label, *(_text_entry(table, line.points.get(n)) for n in table.columns)] for line in table.lines]
     parts = [f"{table.title}, ± half of its 95 % interval", *aligned([head, *body])]
     if table.pairs:
-        parts += [MARK] * table.marked + [textwrap.fill(table.verdict, 110)]
+        parts += [MARK] * table.marked + [textwrap.fill(line, 110) for line in (table.verdict, *table.remarks)]
     elif seeds := {s for p in table.points for s in p.scores}:
         parts.append(seeds_text(seeds, draws_of(table.points)))
     return "\n".join(parts)
@@ -118,6 +129,7 @@ def pair_rows(table: Table) -> list[list[str]]:
             percent(c.detectable, 1) if c.detectable else "no item differs",
             c.test,
             ", ".join(map(str, c.seeds)),
+            c.decision,
         ]
         for c in table.unique_pairs
     ]
@@ -134,6 +146,8 @@ def footnotes(tables: list[Table]) -> list[str]:
         lines.append(f"{MARK}.")
     if seeds and not any(t.pairs for t in tables):
         lines.append(seeds_text(seeds, draws_of(points)))
+    if any(f"[{LESS}" in line or f"{MORE}]" in line for t in tables for line in t.remarks):
+        lines.append(f"{LESS}, {MORE}: an interval that goes beyond LoRA's curve.")
     if any(p.metric.startswith("rouge") and paper.value(p) is not None for p in points):
         lines.append("The paper does not say which ROUGE it has: its number stands beside each.")
     if any(not p.scores for p in points):
@@ -150,8 +164,10 @@ def markdown(caption: str, tables: list[Table], notes: list[str]) -> str:
     for table in tables:
         body = [row for rows in _value_rows(table) for row in rows]
         parts += [f"## {table.title}", markdown_rows(_head(table), body), table.verdict]
+        if table.remarks:
+            parts.append("\n".join(f"- {line}" for line in table.remarks))
         if table.pairs:
-            parts.append(markdown_rows(_PAIR_HEAD, pair_rows(table)))
+            parts.append(markdown_rows(PAIR_HEAD, pair_rows(table)))
     parts += [f"- {line}" for line in (*footnotes(tables), *notes)]
     return "\n\n".join(parts) + "\n"
 
@@ -184,7 +200,7 @@ def latex(caption: str, tables: list[Table], notes: list[str]) -> str:
     """A `table` for each benchmark and metric and one for its comparisons; needs the package booktabs."""
     parts = ["% needs \\usepackage{booktabs}"]
     for table in tables:
-        title = f"{caption} ({table.title}). {table.verdict} {' '.join([*footnotes(tables), *notes])}"
+        title = f"{caption} ({table.title}). {' '.join([table.verdict, *table.remarks, *footnotes(tables), *notes])}"
         rows: list[list[str]] = []
         for group in _value_rows(table):
             rows += [group[0], *([rf"\scriptsize {latex_text(c)}" if c else "" for c in row] for row in group[1:])]
@@ -192,7 +208,7 @@ def latex(caption: str, tables: list[Table], notes: list[str]) -> str:
         parts.append(latex_rows(title, _head(table), body))
         if table.pairs:
             pairs = [[latex_text(c) for c in row] for row in pair_rows(table)]
-            parts.append(latex_rows(f"D2LoRA minus LoRA, in points ({table.title})", _PAIR_HEAD, pairs))
+            parts.append(latex_rows(f"D2LoRA minus LoRA, in points ({table.title})", PAIR_HEAD, pairs))
     return "\n\n".join(parts) + "\n"
 
 
@@ -239,6 +255,7 @@ def _csv_row(table: Table, p: Point) -> dict:
     if c := table.pairs.get(p):
         row |= {"difference": c.difference, "p": c.p, "p_holm": c.adjusted, "detectable": c.detectable, "test": c.test}
         row |= {"difference_low": c.interval[0], "difference_high": c.interval[1], "beyond_chance": c.beyond_chance}
+        row |= {"decision": c.decision, "equivalence_low": c.equivalence[0], "equivalence_high": c.equivalence[1]}
     return row
 
 

@@ -3,15 +3,14 @@
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean
 
-from d2lora import stats
 from d2lora.records import Records
 from d2lora.report import figures, formats
 from d2lora.report.axes import LABELS, Axes, short_name
-from d2lora.report.compare import ALPHA, Comparison, compared, counterpart, draws_of, places, seeds_text
-from d2lora.report.looks import COLOURS, MARKS, METHODS, PLAIN
+from d2lora.report.compare import ALPHA, Comparison, adjust, compared, counterpart, draws_of, places, seeds_text
+from d2lora.report.content import Content, Rows, Sweep
+from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, PLAIN
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import order_of
 from d2lora.settings import amount
@@ -43,6 +42,17 @@ class Row:
     def value_of(self, key: str) -> str:
         """Return a named part, or another setting; empty where the row does not depend on it."""
         return getattr(self, key) if key in LABELS else self.axes.get(key, "")
+
+
+def content(sweep: Sweep) -> Content | None:
+    """Return the table, and a figure where something is scored; None for a sweep with a single initialization."""
+    rows = compare(sweep.points, sweep.records)
+    if not rows:
+        return None
+    scored = any(p.scores for row in rows for p in row.points.values() if row.n != 0 or row.m != 0)
+    shows: list[dict[str, int | str]] = [{"method": row.method, "m": row.m} for row in rows]
+    draw = functools.partial(_figure, rows) if scored else None
+    return Content(rows=Rows(*table(rows), shows), draw=draw, notes=notes(rows))
 
 
 def compare(points: Iterable[Point], records: Records) -> list[Row]:
@@ -88,8 +98,7 @@ def _adjust(rows: Iterable[Row]) -> None:
         for benchmark, comparison in row.against.items():
             columns.setdefault(benchmark, []).append(comparison)
     for column in columns.values():
-        for comparison, adjusted in zip(column, stats.holm([c.p for c in column]), strict=True):
-            comparison.adjusted = adjusted
+        adjust(column)
 
 
 def _add_costs(row: Row, records: Records) -> None:
@@ -113,7 +122,7 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _texts(row: Row, labels: list[str], benchmarks: list[str]) -> list[str]:
     texts = [row.init, *(row.value_of(k) or "-" for k in labels)]
-    texts += [row.method.upper(), amount(row.m), amount(row.n)]
+    texts += [NAMES[row.method], amount(row.m), amount(row.n)]
     for benchmark in benchmarks:
         point, against = row.points.get(benchmark), row.against.get(benchmark)
         texts.append(formats.percent(point.value) or "missing" if point else "-")
@@ -134,18 +143,6 @@ def notes(rows: list[Row]) -> list[str]:
         f"* differs from init={PLAIN} beyond chance (Holm over each benchmark's column, alpha {100 * ALPHA:.0f} %); {tests} comparisons.",
         "Preparation: seconds of its stage, done once for all cells that share it. Memory: the largest of its preparation and trainings; of the GPU, or on a CPU of the process, libraries and base included (of its whole life where the system is not Linux).",
     ]
-
-
-def write(folder: Path, rows: list[Row]) -> None:
-    """inits.md, .tex and .csv, and the figure inits.png, .svg and .pdf."""
-    head, texts = table(rows)
-    listed = "\n".join(f"- {line}" for line in notes(rows))
-    (folder / "inits.md").write_text(f"# {CAPTION}\n\n{formats.markdown_rows(head, texts)}\n\n{listed}\n")
-    escaped = [[formats.latex_text(t) for t in row] for row in texts]
-    (folder / "inits.tex").write_text(formats.latex_rows(f"{CAPTION}. {' '.join(notes(rows))}", head, escaped) + "\n")
-    (folder / "inits.csv").write_text(formats.csv_rows(head, texts))
-    if any(p.scores for row in rows for p in row.points.values() if row.n != 0 or row.m != 0):
-        figures.save(folder / "inits", functools.partial(_figure, rows))
 
 
 def _figure(rows: list[Row], pyplot):
@@ -193,7 +190,7 @@ def _draw(axis, rows: list[Row], benchmark: str, inits: list[str], shift: float)
         [x for x, _, _ in shown],
         [y for _, y, _ in shown],
         yerr=[low, high],
-        label=f"{method.upper()} {arm}",
+        label=f"{NAMES[method]} {arm}",
         color=COLOURS[method],
         marker=MARKS[method],
         markerfacecolor="white" if rows[0].m == 0 else None,

@@ -22,7 +22,8 @@ const signed = (value, digits = 2) => (value >= 0 ? "+" : "−") + Math.abs(100 
 const amount = (n) => (typeof n === "number" && n >= 1000 && n % 1000 === 0 ? n / 1000 + "k" : String(n));
 const size = (n) => (n === "all" ? Infinity : n);
 const p3 = (p) => (p < 0.001 ? "<0.001" : p.toFixed(3));
-const name = (p) => `${p.method.toUpperCase()} ${p.arm}, n=${amount(p.n)}`;
+const label = Object.fromEntries(data.methods.map((x) => [x.name, x.label]));
+const name = (p) => `${label[p.method]} ${p.arm}, n=${amount(p.n)}`;
 const interval = (p) => (p.value === null ? "" : `[${percent(p.low, 1)}, ${percent(p.high, 1)}]`);
 
 // A D2LoRA filter keeps LoRA too: it is what D2LoRA is compared with.
@@ -33,9 +34,11 @@ const first = (cells) => cells.map((c) => c && data.points[c.p]).find(Boolean);
 function filters() {
   const values = Object.fromEntries(FILTERS.map((k) => [k, k === "sweep" ? data.sweeps.map((w) => w.name) : [...new Set(data.points.map((p) => p[k]))]]));
   values.m.sort((a, b) => size(a) - size(b));
+  const order = data.methods.map((x) => x.name);
+  values.method.sort((a, b) => order.indexOf(a) - order.indexOf(b));
   const selects = FILTERS.filter((k) => values[k].length > 1).map((k) =>
     h("label", {}, k + " ", h("select", { name: k, onchange: (e) => { chosen[k] = e.target.value; draw(); } },
-      h("option", { value: "" }, "all"), values[k].map((v) => h("option", { value: v }, String(v))))));
+      h("option", { value: "" }, "all"), values[k].map((v) => h("option", { value: v }, k === "method" ? label[v] : String(v))))));
   document.getElementById("filters").append(...selects);
 }
 
@@ -66,11 +69,11 @@ function grid(table) {
     row: h("tr", {}, h("th", { scope: "row" }, line.label), line.cells.map((c) => cell(c))),
   }));
   const pairs = table.pairs.filter((pair) => pair.points.some((i) => kept(data.points[i]))).map((pair) => pair.row);
-  const heads = ["D2LoRA − LoRA", "difference", "95 % interval", "p", "p (Holm)", "detectable", "test", "seeds"];
   return h("div", {}, h("h4", {}, table.title), verdict(table.verdict, lines.length < table.lines.length),
+    table.remarks.map((text) => h("p", { class: "remark" }, text)),
     sortable(["", ...table.columns], rows, table.title),
     pairs.length ? h("details", {}, h("summary", {}, "each comparison, in points"),
-      sortable(heads, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
+      sortable(data.pair_head, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
 }
 const verdict = (text, hidden) => h("p", { class: "verdict" }, hidden ? "Of the whole table, with the rows that the filters hide: " : null, text);
 function key(text) {
@@ -94,6 +97,7 @@ const plain = (head, rows, label) => sortable(head, rows.map((row) => ({ keys: r
 
 // --- figures
 const W = 420, H = 260, LEFT = 44, RIGHT = 12, TOP = 10, BOTTOM = 36;
+const APART = 6; // pixels between methods at one n
 function ticks(low, high) {
   const rough = (high - low) / 5, base = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((f) => f * base).find((x) => x >= rough);
@@ -101,13 +105,17 @@ function ticks(low, high) {
   for (let v = Math.ceil(low / step) * step; v <= high + 1e-9; v += step) found.push(v);
   return found;
 }
-function scales(curves) {
-  const points = curves.flatMap((c) => c.points.map(([x, i]) => [x, data.points[i]]));
+// Low and high of a point: of its value, or of its difference to LoRA.
+const ends = ([, i, c]) => (c === undefined ? [data.points[i].low, data.points[i].high] : data.comparisons[c].interval);
+function scales({ curves, x: axis, margin }) {
+  const points = curves.flatMap((c) => c.points);
   const paper = curves.flatMap((c) => c.paper);
   const xs = [...new Set([...points, ...paper].map(([x]) => x))].sort((a, b) => a - b);
-  const ys = [...points.flatMap(([, p]) => [p.low, p.high]), ...paper.map(([, v]) => v)];
+  const ys = [...points.flatMap(ends), ...paper.map(([, v]) => v), ...(margin === undefined ? [] : [-margin, margin])];
   const low = Math.min(...ys), high = Math.max(...ys), room = (high - low || 0.02) * 0.06;
-  const x = (n) => LEFT + ((W - LEFT - RIGHT) * (n - xs[0])) / (xs[xs.length - 1] - xs[0] || 1);
+  const at = (n) => (axis.logarithmic ? Math.log(n) : n), start = at(xs[0]), width = at(xs[xs.length - 1]) - start || 1;
+  const pad = margin === undefined ? 0 : 2.5 * APART; // room for what stands beside its x
+  const x = (n) => LEFT + pad + ((W - LEFT - RIGHT - 2 * pad) * (at(n) - start)) / width;
   const y = (v) => TOP + ((H - TOP - BOTTOM) * (high + room - v)) / (high - low + 2 * room || 1);
   return { xs, x, y, low: low - room, high: high + room };
 }
@@ -122,51 +130,57 @@ function left(panels) {
 }
 function panel(found) {
   const curves = found.curves;
-  const { xs, x, y, low, high } = scales(curves);
+  const { xs, x, y, low, high } = scales(found);
   const digits = high - low < 0.03 ? 1 : 0;
   const step = ticks(100 * low, 100 * high);
   const shown = xs.filter((n, i) => i === 0 || i === xs.length - 1 || x(n) - x(xs[i - 1]) > 22);
   const axes = [
     step.map((v) => [s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: y(v / 100), y2: y(v / 100) }), s("text", { x: LEFT - 5, y: y(v / 100) + 4, "text-anchor": "end" }, v.toFixed(digits))]),
     shown.map((n) => [s("line", { class: "grid", x1: x(n), x2: x(n), y1: TOP, y2: H - BOTTOM }), s("text", { x: x(n), y: H - BOTTOM + 14, "text-anchor": "middle" }, amount(n))]),
-    s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, "task samples n"),
+    s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, found.x.label),
   ];
-  const drawn = curves.map((c) => curve(c, found, x, y));
+  const drawn = found.margin === undefined ? curves.map((c) => curve(c, x, y))
+    : [s("rect", { class: "margin", x: LEFT, width: W - LEFT - RIGHT, y: y(found.margin), height: y(-found.margin) - y(found.margin) }),
+      s("line", { class: "zero", x1: LEFT, x2: W - RIGHT, y1: y(0), y2: y(0) }), curves.map((c, i) => difference(c, (n) => x(n) + APART * (i - (curves.length - 1) / 2), y))];
   return h("figure", {}, h("figcaption", {}, `${found.title}: ${found.unit}`),
     s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": found.title }, axes, drawn),
-    h("div", {}, curves.map((c) => legend(c, found))));
+    h("div", {}, curves.map(legend), found.margin === undefined ? null
+      : h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, s("rect", { class: "margin", width: 30, height: 12 })), found.band)));
 }
-const colour = (c, found) => `var(--${found.arms ? (c.lora ? "lora" : "d2lora") : c.method})`;
-function mark(c, found, x, y) {
-  const shape = found.arms ? (c.lora ? "sft" : "dpo") : c.method;
-  if (shape === "sft") return s("circle", { class: "dot", cx: x, cy: y, r: 3.6 });
-  if (shape === "dpo") return s("rect", { class: "dot", x: x - 3.3, y: y - 3.3, width: 6.6, height: 6.6 });
-  return s("path", { class: "dot", d: `M${x} ${y - 4.4}L${x + 4.2} ${y + 3.4}L${x - 4.2} ${y + 3.4}Z` });
+function difference(c, x, y) {
+  const points = c.points.map(([n, i, k]) => [x(n), data.points[i], data.comparisons[k]]);
+  return series(c,
+    s("path", { class: "curve thin", d: path(points.map(([at, , d]) => [at, y(d.difference)])) }),
+    points.map(([at, , d]) => s("line", { class: "bar", x1: at, x2: at, y1: y(d.interval[0]), y2: y(d.interval[1]) })),
+    points.map(([at, p, d]) => dot(c, p, at, y(d.difference), d)));
 }
-function curve(c, found, x, y) {
+const series = (c, ...drawn) => s("g", { class: `series ${c.lora ? "lora" : "d2lora"}`, style: `--c:${c.colour}` }, drawn);
+const mark = (c, x, y) => s("path", { class: "dot", d: data.markers[c.marker], transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` });
+function curve(c, x, y) {
   const points = c.points.map(([n, i]) => [n, data.points[i]]);
   const band = [...points.map(([n, p]) => [x(n), y(p.high)]), ...[...points].reverse().map(([n, p]) => [x(n), y(p.low)])];
-  return s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found)}` },
+  return series(c,
     s("path", { class: "band", d: path(band) + "Z" }),
     c.paper.length ? s("path", { class: "paper", d: path(c.paper.map(([n, v]) => [x(n), y(v)])) }) : null,
     s("path", { class: "curve", d: path(points.map(([n, p]) => [x(n), y(p.value)])) }),
-    points.map(([n, p]) => dot(c, found, p, x(n), y(p.value))));
+    points.map(([n, p]) => dot(c, p, x(n), y(p.value))));
 }
-function dot(c, found, p, x, y) {
-  const show = (e) => hint(p, e.currentTarget.getBoundingClientRect());
-  const hit = s("circle", { class: "hit", cx: x, cy: y, r: 9, tabindex: 0, role: "button", "aria-label": `${name(p)}: ${percent(p.value)} ${interval(p)}`,
-    onpointerenter: show, onfocus: show, onpointerleave: hide, onblur: hide, onclick: () => detail(p), onkeydown: (e) => { if (e.key === "Enter") detail(p); } });
-  return s("g", {}, mark(c, found, x, y), hit);
+const apart = (d) => `D2LoRA − LoRA: ${signed(d.difference)} points [${signed(d.interval[0], 1)}, ${signed(d.interval[1], 1)}]`;
+function dot(c, p, x, y, d) {
+  const show = (e) => hint(p, e.currentTarget.getBoundingClientRect(), d);
+  const hit = s("circle", { class: "hit", cx: x, cy: y, r: 9, tabindex: 0, role: "button", "aria-label": `${name(p)}: ${d ? apart(d) : `${percent(p.value)} ${interval(p)}`}`,
+    onpointerenter: show, onfocus: show, onpointerleave: hide, onblur: hide, onclick: () => detail(p, d), onkeydown: (e) => { if (e.key === "Enter") detail(p, d); } });
+  return s("g", {}, mark(c, x, y), hit);
 }
-function legend(c, found) {
-  const entry = (text, ...drawn) => h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, s("g", { class: c.lora ? "lora" : "d2lora", style: `--c:${colour(c, found)}` }, drawn)), text);
-  const own = entry(c.label, s("path", { class: "curve", d: "M0 6L30 6" }), mark(c, found, 15, 6));
+function legend(c) {
+  const entry = (text, ...drawn) => h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, series(c, drawn)), text);
+  const own = entry(c.label, s("path", { class: "curve", d: "M0 6L30 6" }), mark(c, 15, 6));
   return c.paper.length ? [own, entry(`${c.label}, paper`, s("path", { class: "paper", d: "M0 6L30 6" }))] : [own];
 }
-function hint(p, box) {
+function hint(p, box, d) {
   const seeds = (done) => p.runs.filter((r) => r.done === done).map((r) => r.seed).join(", ");
   const keys = p.runs.filter((r) => r.done).map((r) => r.evaluate).filter((k, i, all) => all.indexOf(k) === i);
-  tip.textContent = `${name(p)}\n${p.metric} ${percent(p.value)} ${interval(p)}` + (p.paper === null ? "" : `\npaper ${percent(p.paper)}`) + `\n${p.items} items, seed ${seeds(true)}` + (seeds(false) && `; missing: seed ${seeds(false)}`) + `\nrecord ${keys.join(", ")}`;
+  tip.textContent = `${name(p)}\n` + (d ? `${apart(d)}, ${d.decision}\n` : "") + `${p.metric} ${percent(p.value)} ${interval(p)}` + (p.paper === null ? "" : `\npaper ${percent(p.paper)}`) + `\n${p.items} items, seed ${seeds(true)}` + (seeds(false) && `; missing: seed ${seeds(false)}`) + `\nrecord ${keys.join(", ")}`;
   tip.hidden = false;
   const left = Math.min(box.right + 8, innerWidth - tip.offsetWidth - 6);
   tip.style.left = `${Math.max(6, left)}px`;
@@ -188,7 +202,7 @@ function detail(p, d) {
   dialog.replaceChildren(
     h("header", {}, h("h3", {}, `${name(p)} on ${p.benchmark}`), h("button", { type: "button", onclick: () => dialog.close() }, "close")),
     h("p", {}, p.value === null ? "No record yet: this cell is missing." : `${p.metric} ${percent(p.value)} %, 95 % interval ${interval(p)}, ${p.items} items.` + (p.paper === null ? "" : ` The paper has ${percent(p.paper)}.`)),
-    d ? h("p", {}, `D2LoRA − LoRA: ${signed(d.difference)} points [${signed(d.interval[0], 1)}, ${signed(d.interval[1], 1)}], p ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}.`) : "",
+    d ? h("p", {}, `${apart(d)}, p ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}; D2LoRA is ${d.decision}.`) : "",
     h("p", {}, pick("seed", seeds, String, (seed) => { state.seed = seed; }), pick("beside", partners, (o) => o.arm + (o.warmup ? ` ${o.warmup}` : ""), (o) => { state.other = o; })),
     body);
   fill();
@@ -230,29 +244,26 @@ function answer(p, [text, scores]) {
 }
 
 // --- the page
-function shown(x, own) {
+// What the filters leave of an artefact: of its tables of scores, its panels, its other rows.
+function content(x) {
   const panels = left(x.panels), hidden = x.panels.some((f) => f.curves.some((c) => c.points.length && !kept(data.points[end(c)])));
-  const parts = [x.tables.map(grid), panels.length ? h("div", { class: "figure" }, panels.map(panel)) : null].flat().filter(Boolean);
-  return parts.length ? h("section", {}, own ? null : h("h3", {}, x.caption), x.verdicts.map((v) => verdict(v, hidden)), parts, x.notes.map((n) => h("p", { class: /^\d|^Records/.test(n) ? "warning" : "note" }, n))) : null;
-}
-function contamination(found) {
-  const rows = Object.entries(found).flatMap(([pair, measures]) => Object.entries(measures).map(([k, m]) => [pair, k, `${percent(m.value)} %`, String(m.items)]));
-  return rows.length ? h("section", {}, h("h3", {}, "Test items found in a training set"), plain(["training set / benchmark", "measure", "share", "items"], rows, "contamination")) : null;
-}
-function inits(found) {
-  if (!found) return null;
-  const rows = found.rows.filter((_, i) => kept(found.of[i]));
-  return rows.length ? h("section", {}, h("h3", {}, found.caption), plain(found.head, rows, "initializations"), found.notes.map((n) => h("p", { class: "note" }, n))) : null;
-}
-function candidates(found) {
-  return found ? h("details", { open: "" }, h("summary", {}, found.caption), plain(found.head, found.rows, "candidates")) : null;
+  const rows = x.rows ? x.rows.rows.filter((_, i) => !x.rows.shows.length || kept(x.rows.shows[i])) : [];
+  const parts = [x.tables.map(grid), panels.length ? h("div", { class: "figure" }, panels.map(panel)) : null,
+    rows.length ? plain(x.rows.head, rows, x.title) : null].flat().filter(Boolean);
+  const note = (n) => h("p", { class: /^[\d,]+ of |^Records/.test(n) ? "warning" : "note" }, n);
+  return parts.length ? [x.verdicts.map((v) => verdict(v, hidden)), parts, x.notes.map(note)] : null;
 }
 function sweep(w) {
-  const [own, ...papers] = w.shown.map((x, i) => shown(x, i === 0 && !w.tuning)); // the first is the whole sweep, which the heading names
-  const first = w.tuning ? [own, ...papers, candidates(w.tuning)] // tuned and fixed, one below the other
-    : [...papers, papers.some(Boolean) && own ? h("details", {}, h("summary", {}, "All cells of this sweep"), own) : own];
-  return h("section", {}, h("h2", {}, `Sweep ${w.name}`), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, first,
-    inits(w.inits), contamination(w.contamination), h("details", {}, h("summary", {}, "Table 2: the settings that ran"), plain(w.settings.head, w.settings.rows, "settings")));
+  let above = false;
+  const sections = w.shown.map((x) => {
+    const shown = content(x);
+    if (!shown) return null;
+    const folded = x.folded === "yes" || (x.folded === "below others" && above);
+    above ||= x.panels.some((f) => f.margin === undefined) || !x.panels.length; // differences take no table's place
+    return folded ? h("details", {}, h("summary", {}, x.title), h("section", {}, shown))
+      : h("section", {}, x.folded === "no" ? h("h3", {}, x.title) : null, shown); // else the sweep's heading names it
+  });
+  return h("section", {}, h("h2", {}, `Sweep ${w.name}`), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, sections);
 }
 function draw() {
   hide();

@@ -8,24 +8,29 @@ import json
 import random
 from collections.abc import Iterable
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 
 from d2lora.keys import canonical, digest
-from d2lora.records import Record, Records, Score, Tuning
-from d2lora.report import evidence, formats, inits, paper, tuning
-from d2lora.report.artefacts import Shown, Sweep
+from d2lora.records import Record, Records, Score
+from d2lora.report import differences, evidence, figures, formats, paper
+from d2lora.report.artefacts import Loaded, Shown
 from d2lora.report.compare import Comparison
-from d2lora.report.figures import Panel
+from d2lora.report.content import Rows
+from d2lora.report.figures import Curve, Panel
+from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point
 from d2lora.report.tables import Table, column_name
 
 _ANSWER, _PROMPT = 600, 2000  # characters kept of a text
 _BUDGET, _FEWEST, _MOST = 5_000_000, 4, 24  # characters of all answers; sampled items a benchmark
 
+JSON = dict[str, Any]
 
-def page(sweeps: list[Sweep], records: Records) -> str:
-    """The page's HTML."""
+
+def page(sweeps: list[Loaded], records: Records) -> str:
+    """Return the page's HTML."""
     data = _Data(records)
     content = {"sweeps": [data.sweep(s) for s in sweeps]} | data.tables()
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -39,7 +44,7 @@ def page(sweeps: list[Sweep], records: Records) -> str:
 
 
 class _Data:
-    """The page's data; points, comparisons and environments stand once in lists and are named by their place."""
+    """The page's data; points, comparisons and environments stand once in lists and are named by their index."""
 
     def __init__(self, records: Records) -> None:
         self.records = records
@@ -47,49 +52,47 @@ class _Data:
         self.sweeps: list[str] = []  # of each point
         self.comparisons: dict[Comparison, int] = {}
         self.environments: dict[str, int] = {}
+        self.markers: dict[str, str] = {}  # matplotlib's letter -> path
 
-    def tables(self) -> dict:
+    def tables(self) -> JSON:
         samples = _samples(self.points, self.records)
         return {
             "points": [_point(p) | {"sweep": s} for p, s in zip(self.points, self.sweeps, strict=True)],
             "comparisons": [_comparison(c) for c in self.comparisons],
             "records": self._records(),
             "environments": [json.loads(e) for e in self.environments],
+            "markers": self.markers,
+            "pair_head": formats.PAIR_HEAD,
+            "methods": [{"name": name, "label": NAMES[name]} for name in METHODS],  # in the order of tables
         } | samples
 
-    def sweep(self, sweep: Sweep) -> dict:
-        head, rows = sweep.settings
-        shown = [self._shown(s, sweep) for s in sweep.shown]
-        self.sweeps += [sweep.name] * (len(self.points) - len(self.sweeps))
+    def sweep(self, loaded: Loaded) -> JSON:
+        for point in loaded.sweep.points:
+            self._index(point)
+        shown = [self._shown(s) for s in loaded.shown]
+        self.sweeps += [loaded.sweep.name] * (len(self.points) - len(self.sweeps))
+        return {"name": loaded.sweep.name, "problem": loaded.problem, "shown": shown}
+
+    def _shown(self, shown: Shown) -> JSON:
+        artefact, content = shown.artefact, shown.content
         return {
-            "name": sweep.name,
-            "problem": sweep.problem,
-            "settings": {"head": head, "rows": rows},
-            "contamination": {p: {m: s.as_read() for m, s in x.items()} for p, x in sweep.contamination.items()},
-            "shown": shown,
-            "inits": _inits(sweep.inits),
-            "tuning": _tuning(sweep.tuning) if sweep.tuning else None,
+            "title": artefact.title or artefact.caption,
+            "folded": artefact.folded,
+            "notes": [*(formats.footnotes(content.tables) if content.tables else []), *content.notes],
+            "verdicts": [table.verdict for table in content.verdicts if table.pairs],
+            "tables": [self._table(table) for table in content.tables],
+            "panels": [*map(self._panel, content.panels), *map(self._differences, content.differences)],
+            "rows": _rows(content.rows) if content.rows else None,
         }
 
-    def _shown(self, shown: Shown, sweep: Sweep) -> dict:
-        figure = shown.name.startswith("figure")
-        said = {p for s in sweep.shown[1:] if not s.name.startswith("figure") for t in s.tables for p in t.points}
-        return {
-            "name": shown.name,
-            "caption": shown.caption,
-            "notes": [*([] if figure else formats.footnotes(shown.tables)), *shown.notes],
-            "verdicts": [t.verdict for t in shown.tables if figure and not said.issuperset(t.points) and t.pairs],
-            "tables": [] if figure else [self._table(t) for t in shown.tables],
-            "panels": [self._panel(p) for p in shown.panels],
-        }
-
-    def _table(self, table: Table) -> dict:
+    def _table(self, table: Table) -> JSON:
         return {
             "title": table.title,
             "columns": [column_name(table, n) for n in table.columns],
             "verdict": table.verdict,
+            "remarks": table.remarks,
             "pairs": [
-                {"points": [self._place(p) for p, own in table.pairs.items() if own is c], "row": row}
+                {"points": [self._index(p) for p, own in table.pairs.items() if own is c], "row": row}
                 for c, row in zip(table.unique_pairs, formats.pair_rows(table), strict=True)
             ],
             "lines": [
@@ -98,35 +101,52 @@ class _Data:
             ],
         }
 
-    def _cell(self, table: Table, point: Point | None) -> dict | None:
+    def _cell(self, table: Table, point: Point | None) -> JSON | None:
         if point is None:
             return None
         pair = table.pairs.get(point)
         return {
-            "p": self._place(point),
-            "c": self.comparisons.setdefault(pair, len(self.comparisons)) if pair else None,
+            "p": self._index(point),
+            "c": self._pair(pair) if pair else None,
         }
 
-    def _panel(self, panel: Panel) -> dict:
-        curves = [
-            {
-                "label": c.label,
-                "method": c.method,
-                "lora": c.m == 0,
-                "points": [[x, self._place(p)] for x, p in c.points],
-                "paper": c.paper,
-            }
-            for c in panel.curves
-        ]
-        return {"title": panel.title, "unit": panel.unit, "arms": panel.arms, "curves": curves}
+    def _panel(self, panel: Panel) -> JSON:
+        return _placed(panel) | {"curves": [self._curve(curve, panel) for curve in panel.curves]}
 
-    def _place(self, point: Point) -> int:
+    def _differences(self, panel: differences.Panel) -> JSON:
+        """Return a panel of differences: it has a margin, and each point its comparison."""
+        curves = [
+            self._look(COLOURS[curve.method], MARKS[curve.method])
+            | {"label": curve.label, "lora": False, "paper": []}
+            | {"points": [[x, self._index(point), self._pair(comparison)] for x, point, comparison in curve.points]}
+            for curve in panel.curves
+        ]
+        margin = {"margin": panel.margin / 100, "band": differences.margin_label(panel)}
+        return _placed(panel) | margin | {"curves": curves}
+
+    def _look(self, colour: str, marker: str) -> JSON:
+        if marker not in self.markers:
+            self.markers[marker] = outline(marker)
+        return {"colour": colour, "marker": marker}
+
+    def _curve(self, curve: Curve, panel: Panel) -> JSON:
+        return self._look(*figures.look(curve, panel)) | {
+            "label": curve.label,
+            "lora": curve.m == 0,
+            "points": [[x, self._index(point)] for x, point in curve.points],
+            "paper": curve.paper,
+        }
+
+    def _pair(self, comparison: Comparison) -> int:
+        return self.comparisons.setdefault(comparison, len(self.comparisons))
+
+    def _index(self, point: Point) -> int:
         return self.points.setdefault(point, len(self.points))
 
-    def _records(self) -> dict[str, dict]:
+    def _records(self) -> dict[str, JSON]:
         return {key: self._record(r) for key, (r, _) in evidence.records_of(self.points, self.records).items()}
 
-    def _record(self, record: Record) -> dict:
+    def _record(self, record: Record) -> JSON:
         environment = record.provenance.as_read()
         environment.pop("started", None)
         spec = {k: fingerprint(v) if k == "model" else v for k, v in record.spec.items()}
@@ -145,12 +165,17 @@ class _Data:
         }
 
 
+def _placed(panel: figures.Placed) -> JSON:
+    x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel)}
+    return {"title": panel.title, "unit": panel.unit, "x": x}
+
+
 def fingerprint(value: object) -> str:
-    """Twelve digits that tell one value from another."""
+    """Return twelve digits that tell one value from another."""
     return digest(value, 12)
 
 
-def _point(p: Point) -> dict:
+def _point(p: Point) -> JSON:
     low, high = p.interval or (None, None)
     plain = ("model", "task", "method", "init", "warmup", "recipe", "m", "n", "samples", "benchmark", "metric", "value")
     return {k: getattr(p, k) for k in plain} | {
@@ -163,31 +188,20 @@ def _point(p: Point) -> dict:
     }
 
 
-def _inits(rows: list[inits.Row]) -> dict | None:
-    """The table of initializations; `of` is each row's method and m, by which filters narrow it."""
-    if not rows:
-        return None
-    head, texts = inits.table(rows)
-    of = [{"method": row.method, "m": row.m} for row in rows]
-    return {"caption": inits.CAPTION, "head": head, "rows": texts, "of": of, "notes": inits.notes(rows)}
+def _rows(table: Rows) -> JSON:
+    return {"head": table.head, "rows": table.rows, "shows": table.shows}
 
 
-def _tuning(found: Tuning) -> dict:
-    """The table of a tuned sweep's candidates."""
-    head, rows = tuning.table(found)
-    return {"caption": tuning.caption(found), "head": head, "rows": rows}
-
-
-def _comparison(c: Comparison) -> dict:
-    numbers = ("difference", "interval", "detectable", "p", "adjusted", "test", "seeds")
+def _comparison(c: Comparison) -> JSON:
+    numbers = ("difference", "interval", "detectable", "p", "adjusted", "test", "seeds", "decision")
     return {k: getattr(c, k) for k in numbers} | {"beyond": c.beyond_chance}
 
 
 # --- samples of items ----------------------------------------------------------------------------------------------
 
 
-def _samples(points: Iterable[Point], records: Records) -> dict:
-    """{"sets": prompts and golds of the sampled items of each benchmark, "answers": those of each evaluation}.
+def _samples(points: Iterable[Point], records: Records) -> JSON:
+    """Return {"sets": prompts and golds of the sampled items of each benchmark, "answers": those of each evaluation}.
 
     All evaluations of a benchmark show the same items, so that any two can be read side by side.
     """
@@ -200,9 +214,9 @@ def _samples(points: Iterable[Point], records: Records) -> dict:
     sets, answers = {}, {}
     for name, group in groups.items():
         firsts = [next(iter(metrics.values())) for metrics in group.values()]
-        places = sample(firsts, min(_MOST, max(_FEWEST, count)))
+        lines = sample(firsts, min(_MOST, max(_FEWEST, count)))
         for key, metrics in group.items():
-            items = records.texts(key, places)
+            items = records.texts(key, lines)
             texts = [[_cut(str(i["answer"]), _ANSWER), {metric: i[metric] for metric in metrics}] for i in items]
             answers[key] = {"set": name, "items": texts}
             if name not in sets:
@@ -213,7 +227,7 @@ def _samples(points: Iterable[Point], records: Records) -> dict:
 
 
 def sample(scores: list[np.ndarray], count: int) -> list[int]:
-    """Places of `count` items: half by chance (seeded), half those on which evaluations disagree most; in order."""
+    """Return the lines of `count` items: half by chance (seeded), half those on which evaluations disagree most; in order."""
     table = np.stack(scores)
     count = min(count, table.shape[1])
     telling = np.argsort(-table.std(axis=0), kind="stable")[: count // 2].tolist()

@@ -5,6 +5,7 @@ from typing import Any
 
 from d2lora.records import ManifestCell
 from d2lora.report.axes import MACHINE, flat
+from d2lora.report.looks import NAMES
 from d2lora.report.points import size
 from d2lora.settings import amount
 
@@ -51,7 +52,7 @@ def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]
     rows = [[name, *(_text(v.get(key)) for v in values)] for name, key in (*_ROWS, *((k, k) for k in keys))]
     for axis, name in (("m", "m that ran"), ("n", "n that ran"), ("seed", "seeds")):
         rows.append([name, *(_ran(configs, axis) for configs in columns.values())])
-    return ["", *(v["method"].upper() for v in values)], rows
+    return ["", *(NAMES[v["method"]] for v in values)], rows
 
 
 def _values(config: dict) -> dict[str, str]:

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from d2lora.report import axes
+from d2lora.report import axes, variances, worth
 from d2lora.report.axes import LABELS
-from d2lora.report.compare import Comparison, comparisons, verdict
-from d2lora.report.looks import METHODS
+from d2lora.report.compare import MARGIN, Comparison, comparisons
+from d2lora.report.looks import METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts, size
+from d2lora.report.verdict import verdict
 from d2lora.settings import amount
 
 # Which rows are drawn and how hold-outs are made have numbers without an order: never columns unless asked for.
@@ -34,22 +35,28 @@ class Line:
 
 @dataclass
 class Table:
-    """One benchmark in one metric; `column` is the setting that the columns are of."""
+    """One benchmark in one metric; `column` is the setting that the columns are of, `margin` that of equivalence in points."""
 
     title: str
     points: list[Point]
     columns: list[Value]
     lines: list[Line]
     column: str = "n"
+    margin: float = MARGIN
 
     @cached_property
     def pairs(self) -> dict[Point, Comparison]:
         """The comparison of each D2LoRA point that has one."""
-        return comparisons(self.points)
+        return comparisons(self.points, self.margin)
 
     @property
     def verdict(self) -> str:
         return verdict(self.pairs.values())
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What else its numbers say, a line each: what a warm-up is worth in task samples, shares of the variance."""
+        return [*worth.lines(self), *variances.lines(self.points)]
 
     @property
     def marked(self) -> bool:
@@ -60,13 +67,17 @@ class Table:
         return list(dict.fromkeys(self.pairs.values()))
 
 
-def build(points: Iterable[Point], column: str | None = None) -> list[Table]:
-    """Return a table for each benchmark and metric; `column` names the setting of the columns (column_of without one)."""
+def build(points: Iterable[Point], column: str | None = None, margin: float = MARGIN) -> list[Table]:
+    """Return a table for each benchmark and metric.
+
+    `column` names the setting of the columns (column_of without one); `margin`, in points, is that of equivalence.
+    """
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.benchmark, point.metric), []).append(point)
     return [
-        _table(benchmark, metric, group, column or column_of(group)) for (benchmark, metric), group in groups.items()
+        _table(benchmark, metric, group, column or column_of(group), margin)
+        for (benchmark, metric), group in groups.items()
     ]
 
 
@@ -87,12 +98,12 @@ def order_of(value: Value) -> tuple[float, str]:
     return (size("all") if number is None else number), str(value)
 
 
-def _table(benchmark: str, metric: str, points: list[Point], column: str) -> Table:
+def _table(benchmark: str, metric: str, points: list[Point], column: str, margin: float) -> Table:
     keys = [k for k in ("m", "n", *differing(points)) if k != column]
     lines = _lines(points, keys, column)
     columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
     title = f"{benchmark}: {metric or 'no result yet'} in %"
-    return Table(title, points, columns, lines, column)
+    return Table(title, points, columns, lines, column, margin)
 
 
 def _lines(points: list[Point], keys: list[str], column: str) -> list[Line]:
@@ -137,7 +148,7 @@ def row_label(point: Point, keys: Iterable[str]) -> str:
     """Return a row's label: method, arm, and what else tells rows apart."""
     keys = list(keys)
     others = label_texts(point, (k for k in keys if k not in ("m", "n") and _of_row(point, k) != ""))
-    return " ".join(filter(None, (point.method.upper(), *_shape(point, keys), *others)))
+    return " ".join(filter(None, (NAMES[point.method], *_shape(point, keys), *others)))
 
 
 def _shape(point: Point, keys: list[str]) -> list[str]:

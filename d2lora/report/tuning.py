@@ -2,40 +2,24 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-from d2lora.records import Candidate, Manifest, TunedArm, Tuning
+from d2lora.records import Candidate, Manifest, Records, TunedArm, Tuning
 from d2lora.report import formats
 from d2lora.report.axes import short_name
 from d2lora.report.choice import edges, tied
-
-FIXED = "table_fixed"
-
-
-@dataclass(frozen=True)
-class View:
-    """Cells of a sweep that stand in a table together. `folded` are settings that are no axis of it: each arm has its own value."""
-
-    name: str
-    caption: str
-    manifest: Manifest
-    folded: tuple[str, ...] = ()
+from d2lora.report.points import Point, points_of
 
 
-def views(manifest: Manifest) -> list[View]:
-    """Return what a sweep's report shows: its cells; of a tuned sweep the chosen ones, and those at the recipe's own values."""
-    tuning, sweep = manifest.tuning, manifest.sweep
-    if tuning is None:
-        return [View("table", f"Sweep {sweep}", manifest)]
-    keys = ", ".join(tuning.keys)
-    benchmarks = ", ".join(dict.fromkeys(arm.benchmark for arm in tuning.arms))
-    chosen = _cells(manifest, lambda c: c.chosen)
-    shown = [View("table", f"Sweep {sweep}, tuned: {keys} chosen on {benchmarks}", chosen, tuple(tuning.keys))]
-    if any(c.own for arm in tuning.arms for c in arm.candidates):
-        caption = f"Sweep {sweep}, fixed: {keys} as in the recipe"
-        shown.append(View(FIXED, caption, _cells(manifest, lambda c: c.own)))
-    return shown
+def points(manifest: Manifest, records: Records) -> tuple[list[Point], list[Point]]:
+    """Return the points of a tuned sweep's chosen cells, and those of its cells at the recipe's own values, if there are any.
+
+    Both have the cells that depend on no tuned setting. UserError as of points_of.
+    """
+    assert manifest.tuning is not None
+    chosen = points_of(_cells(manifest, lambda c: c.chosen), records, manifest.tuning.keys)
+    if not any(c.own for arm in manifest.tuning.arms for c in arm.candidates):
+        return chosen, []
+    return chosen, points_of(_cells(manifest, lambda c: c.own), records)
 
 
 def _cells(manifest: Manifest, wanted: Callable[[Candidate], bool]) -> Manifest:
@@ -63,6 +47,14 @@ def notes(tuning: Tuning) -> list[str]:
     how = f"Tuned: {keys} of each arm is the candidate with the best mean over seeds on the validation benchmark; the test had no part in it."
     lines = [*_ties(tuning), *_edges(tuning), *_missing(tuning), *_moved(tuning)]
     return [how, *lines]
+
+
+def fixed_notes(tuning: Tuning) -> list[str]:
+    """Return what to know of the table at the recipe's own values."""
+    keys = " and ".join(tuning.keys)
+    lacking = [arm.label for arm in tuning.arms if not any(c.own for c in arm.candidates)]
+    lines = [f"Fixed: {keys} as in the recipe, whatever validation says."]
+    return lines + ([f"Its own value was not among the candidates of {'; '.join(lacking)}."] if lacking else [])
 
 
 def _ties(tuning: Tuning) -> Iterator[str]:
@@ -105,16 +97,12 @@ def _values(candidate: Candidate) -> str:
 # --- the table of candidates ---------------------------------------------------------------------------------------
 
 
-def caption(tuning: Tuning) -> str:
-    """Return the heading of the table of candidates."""
-    return f"Candidates for {' and '.join(tuning.keys)}: validation score in %, mean over seeds"
-
-
 def text(tuning: Tuning) -> str:
     """Return a line an arm for the terminal: each candidate's values and mean, the chosen one in brackets."""
     tried = max((len(arm.candidates) for arm in tuning.arms), default=0)
     rows = [[arm.label, *map(_short, arm.candidates), *[""] * (tried - len(arm.candidates))] for arm in tuning.arms]
-    return "\n".join([f"{caption(tuning)}, [chosen]", *formats.aligned(rows)]) if rows else ""
+    head = f"candidates for {' and '.join(tuning.keys)}, validation score in %, mean over seeds: [chosen]"
+    return "\n".join([head, *formats.aligned(rows)]) if rows else ""
 
 
 def _short(candidate: Candidate) -> str:
@@ -139,13 +127,3 @@ def _row(tuning: Tuning, arm: TunedArm, candidate: Candidate) -> list[str]:
         f"{len(scored)}" + (f": {span}" if span else ""),
         ", ".join(_role(candidate)),
     ]
-
-
-def write(folder: Path, tuning: Tuning) -> None:
-    """Write candidates.md, .tex and .csv."""
-    head, rows = table(tuning)
-    listed = "\n".join(f"- {line}" for line in notes(tuning))
-    (folder / "candidates.md").write_text(f"# {caption(tuning)}\n\n{formats.markdown_rows(head, rows)}\n\n{listed}\n")
-    escaped = [[formats.latex_text(cell) for cell in row] for row in rows]
-    (folder / "candidates.tex").write_text(formats.latex_rows(caption(tuning), head, escaped) + "\n")
-    (folder / "candidates.csv").write_text(formats.csv_rows(head, rows))

@@ -22,8 +22,7 @@ def kind_named(name: str) -> Kind:
 
 
 def shown_metrics(metrics: Sequence[str]) -> list[str]:
-    """Choose the metrics of an evaluation that a report shows: the first, and all of a family that belongs together
-    (ROUGE).
+    """Choose the metrics of an evaluation that a report shows: the first, and all of its family (ROUGE).
 
     Tasks of lm-evaluation-harness have no kind, so a metric's family is recognized by its name.
     """

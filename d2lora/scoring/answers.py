@@ -25,8 +25,9 @@ def final_number(text: str) -> Fraction | None:
 
 
 def gold_number(text: str) -> Fraction | None:
-    """Return the number of a gold; None also for a phrase that reads as another number inside a box: "18 eggs in 3
-    days".
+    """Return the number of a gold.
+
+    None also for a phrase that reads as another number inside a box: "18 eggs in 3 days".
     """
     value = final_number(text)
     if value is None or "\n" in text or len(text) > _PHRASE or _boxes(text) or _marked(text):
@@ -36,8 +37,9 @@ def gold_number(text: str) -> Fraction | None:
 
 
 def same_number(answer: str, gold: str) -> bool:
-    """Tell whether two texts end with equal numbers (`numbers.Number` defines equality); without any number, with equal
-    texts.
+    """Tell whether two texts end with equal numbers (`numbers.Number` defines equality).
+
+    Without any number, with equal texts.
     """
     in_answer, in_gold = _number(answer), _number(gold)
     if in_answer is None and in_gold is None:
@@ -68,8 +70,9 @@ def _marked(text: str) -> list[tuple[str, numbers.Where]]:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """Return start, end and content of all complete \\boxed{...} that are not empty, in order; braces inside must be
-    balanced.
+    """Return start, end and content of all complete \\boxed{...} that are not empty, in order.
+
+    Braces inside must be balanced.
     """
     boxes, opened = [], []
     for match in _BRACES.finditer(text):

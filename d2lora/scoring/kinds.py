@@ -11,16 +11,15 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Generated:
-    """A kind whose answers the model generates. Where an item has several golds, the best value of each metric over
-    them counts.
+    """A kind whose answers the model generates.
+
+    Where an item has several golds, the best value of each metric over them counts.
     """
 
     name: str  # the value of `kind` in a benchmark's file
     metrics: tuple[str, ...]  # as records have them; a report shows the first
     compare: Callable[[str, str], dict[str, float]]  # answer, gold -> a value for each metric
-    problem: Callable[
-        [str], str | None
-    ]  # why answers can't be compared with this gold, or None; {} stands for the gold
+    problem: Callable[[str], str | None]  # why nothing can be compared with this gold, or None; {} is the gold
     family: str = ""  # prefix of metrics that a report shows all together; without one it shows the first metric only
     needs: ClassVar[tuple[str, ...]] = ()  # optional fields of a benchmark that this kind requires
     generates: ClassVar[bool] = True

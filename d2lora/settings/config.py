@@ -6,6 +6,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 
 from d2lora.errors import UserError
+from d2lora.settings.controls import (
+    CONTROL_NAMES,
+    Control,
+    MergedControl,
+    MixedControl,
+    NoControl,
+    PlaceboControl,
+    control_of,
+    in_effect,
+)
 from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
 from d2lora.settings.recipe import RATE, Recipe
@@ -45,6 +55,7 @@ class Config(Strict):
     init: Init
     warmup: Warmup
     recipe: Recipe
+    control: Control = NoControl()
     n: Amount
     m: Amount
     replicate: Seed = 0  # what conf gives seed and data_seed: another draw and another training
@@ -83,6 +94,23 @@ class Config(Strict):
     def _rows_suffice(self) -> "Config":
         if self.n != "all" and 0 < self.n < self.method.least_rows:
             raise ValueError(f"n={self.n}: method={self.method.name} needs {self.method.least_rows} rows or more, or 0")
+        return self
+
+    @property
+    def effective_control(self) -> Control:
+        """Return the control arm that the cell is of; NoControl where there is nothing to control for (m = 0)."""
+        return self.control if in_effect(self.control.name, self.m, self.n) == self.control.name else NoControl()
+
+    @model_validator(mode="after")
+    def _control_can_be_trained(self) -> "Config":
+        control = self.effective_control
+        name = f"control={control.name}"
+        if isinstance(control, MixedControl) and self.method.needs_pairs:
+            raise ValueError(f"{name}: needs method=sft, as general rows have no rejected answers")
+        if isinstance(control, PlaceboControl) and self.warmup.rendered:
+            raise ValueError(f"{name}: needs conversations, and with warmup.rendered=true rows are texts")
+        if isinstance(control, MergedControl) and not self.init.adds_up:
+            raise ValueError(f"{name}: with init={self.init.name} two adapters have no sum that is one")
         return self
 
     @model_validator(mode="after")
@@ -171,6 +199,7 @@ def parse(values: dict) -> Config:
 _CLASSES: dict[str, dict[str, type[BaseModel]]] = {
     "method": {name: method_of(name) for name in METHOD_NAMES},
     "init": {name: init_of(name) for name in INIT_NAMES},
+    "control": {name: control_of(name) for name in CONTROL_NAMES},
 }
 
 

@@ -32,7 +32,9 @@ class BaseInit(Strict):
     random: ClassVar[bool] = False  # the preparation draws random numbers
     quantizes: ClassVar[bool] = False  # the base is a quantized one, with or without training: it has its own baseline
     allows_dropout: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = True  # two of its adapters have a sum that is an adapter
     any_layer: ClassVar[bool] = False  # also starts what PEFT adapts as parameters (experts), not linear layers alone
+    variant: ClassVar[bool] = False  # begins as PEFT's default, and what an adapted layer computes is another
     exact_start: ClassVar[bool] = True  # the adapter adds exactly 0 at step 0, not 0 to rounding
     extra: ClassVar[Extra | None] = None
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # arguments of PEFT's LoraConfig
@@ -97,6 +99,7 @@ class GaussianInit(BaseInit):
 class OrthogonalInit(BaseInit):
     """A and B random with B A = 0, to the precision of the base's dtype."""
 
+    variant: ClassVar[bool] = False  # begins as PEFT's default, and what an adapted layer computes is another
     exact_start: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"init_lora_weights": "orthogonal"})
 
@@ -185,6 +188,7 @@ class LoftqInit(PreparedInit):
     """The r largest singular values of W - Q, Q being W in 4 bits (Li et al. 2023)."""
 
     quantizes: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = False  # each has the part of the base that quantization lost
     extra: ClassVar[Extra | None] = Extra("bitsandbytes", "loftq")
 
     name: Literal["loftq"] = "loftq"
@@ -202,10 +206,31 @@ class MultiLoraInit(BaseInit):
         return self.modules
 
 
+class RsloraInit(BaseInit):
+    """Rank-stabilized LoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(r).
+
+    Not on experts: PEFT doubles rank and alpha of fused ones, which leaves alpha / r as it is and not alpha / sqrt(r).
+    """
+
+    variant: ClassVar[bool] = True
+    peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_rslora": True})
+
+    name: Literal["rslora"] = "rslora"
+
+
+class DoraInit(BaseInit):
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): a magnitude m, trained from W's, for each output of W + s B A."""
+
+    variant: ClassVar[bool] = True
+    peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_dora": True})
+
+    name: Literal["dora"] = "dora"
+
+
 # In the order in which a wrong name's line lists them.
 INITS: tuple[type[BaseInit], ...] = (
     *(PlainInit, GaussianInit, OrthogonalInit, PissaInit, FastPissaInit, OloraInit, MiloraInit),
-    *(CordaKpmInit, CordaIpmInit, EvaInit, LoraGaInit, LoftqInit, MultiLoraInit),
+    *(CordaKpmInit, CordaIpmInit, EvaInit, LoraGaInit, LoftqInit, MultiLoraInit, RsloraInit, DoraInit),
 )
 
 Init: TypeAlias = Annotated[
@@ -221,7 +246,9 @@ Init: TypeAlias = Annotated[
     | EvaInit
     | LoraGaInit
     | LoftqInit
-    | MultiLoraInit,
+    | MultiLoraInit
+    | RsloraInit
+    | DoraInit,
     Field(discriminator="name"),
 ]
 

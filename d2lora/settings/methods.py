@@ -100,10 +100,29 @@ class Simpo(BaseMethod):
     gamma: Annotated[float, Field(ge=0)]
 
 
-Method: TypeAlias = Annotated[Sft | Dpo | Orpo | Simpo, Field(discriminator="name")]
+class Kto(Referenced):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024): of each pair one desirable and one undesirable example.
+
+    Their losses are weighed by `desirable_weight` and `undesirable_weight` (lambda_D and lambda_U in the paper).
+    """
+
+    label: ClassVar[str] = "KTO"
+    colour: ClassVar[str] = "#e69f00"
+    marker: ClassVar[str] = "P"
+    needs_pairs: ClassVar[bool] = True
+    least_rows: ClassVar[int] = 2  # a prompt and an answer to another one
+    cost: ClassVar[float] = 3.5  # DPO's, and a forward pass for the KL
+    rates_like: ClassVar[str | None] = "dpo"
+
+    name: Literal["kto"] = "kto"
+    desirable_weight: Annotated[float, Field(gt=0)]
+    undesirable_weight: Annotated[float, Field(gt=0)]
+
+
+Method: TypeAlias = Annotated[Sft | Dpo | Orpo | Simpo | Kto, Field(discriminator="name")]
 
 # In the order of tables and panels.
-METHODS: tuple[type[BaseMethod], ...] = (Sft, Dpo, Orpo, Simpo)
+METHODS: tuple[type[BaseMethod], ...] = (Sft, Dpo, Orpo, Simpo, Kto)
 
 _BY_NAME: dict[str, type[BaseMethod]] = {method.model_fields["name"].default: method for method in METHODS}
 

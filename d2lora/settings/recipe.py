@@ -1,4 +1,6 @@
-"""How both phases are trained, in two types: what a stage's key holds (Training), and what it does not (Machine)."""
+"""Define how both phases are trained, in two types: settings that are in a stage's key (Training), and those that are
+not (Machine).
+"""
 
 import math
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,14 +18,17 @@ _T = TypeVar("_T")
 
 
 def _by_phase(values: dict[str, _T]) -> dict[str, _T]:
-    """Return a value for the warm-up and for each method, in that order; a method may take that of one it is like."""
+    """Return a value for the warm-up and for each method, in that order.
+
+    A method without one takes that of its `rates_like`.
+    """
     phases = (WARMUP, *METHOD_NAMES)
     unknown = [phase for phase in values if phase not in phases]
     if unknown:
         raise ValueError(f"there is no {', '.join(unknown)}: {', '.join(phases)}")
     like = {name: method_of(name).rates_like for name in METHOD_NAMES}
     all_values = {name: values[other] for name, other in like.items() if other in values} | values
-    missing = [phase for phase in phases if phase not in all_values]
+    missing = [phase for phase in phases if phase not in all_values and not like.get(phase)]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
     return {phase: all_values[phase] for phase in phases}
@@ -42,12 +47,12 @@ class Lora(Strict):
 
 
 class Training(Strict):
-    """What of a recipe changes a training's result."""
+    """The settings of a recipe that change a training's result."""
 
     name: Text  # for people: in no key
     lora: Lora
-    lr: Rates  # of each phase, of which a key holds its own
-    epochs: Epochs  # what the method and warmup groups take theirs from
+    lr: Rates  # for each phase; a stage's key has that of its own phase only
+    epochs: Epochs  # for each phase; the groups method and warmup refer to them
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -68,7 +73,10 @@ def _times(rate: Any, factor: float, phase: str) -> Any:
 
 
 class Machine(Strict):
-    """What of a recipe changes no result beyond rounding, and so is in no key; but see Recipe.in_key for dropout."""
+    """The settings of a recipe that change results by rounding only, and so are in no key.
+
+    But see Recipe.in_key about dropout.
+    """
 
     micro_batch: Positive
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
@@ -79,7 +87,7 @@ class Machine(Strict):
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
 
 
-# pydantic lists the fields of the last base first: Training's come first where a recipe is shown.
+# In this order, because pydantic lists the fields of the last base class first: a recipe is shown with Training's first.
 class Recipe(Machine, Training):
     """A recipe as users write it: the settings of Training and of Machine side by side.
 
@@ -109,13 +117,13 @@ class Recipe(Machine, Training):
 
     @property
     def machine(self) -> Machine:
-        """The part that is in no key."""
+        """Return the part that is in no key."""
         return Machine(**{name: getattr(self, name) for name in Machine.model_fields})
 
     def in_key(self) -> dict[str, Any]:
-        """Return the settings that a training's key holds beside its phase's own learning rate and epochs.
+        """Return the settings in a training's key, except the learning rate and epochs of its phase.
 
-        With dropout the layout is among them: which units it drops depends on how a batch is laid out.
+        With dropout the layout is among them, because it decides which units are dropped.
         """
         shared = self.model_dump(include=set(Training.model_fields) - {"name", "lr", "epochs"})
         layout = self.model_dump(include={"packing", "micro_batch", "attention"}) if self.lora.dropout else {}

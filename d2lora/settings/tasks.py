@@ -1,4 +1,4 @@
-"""Data sets, the base model, benchmarks, the task of phase 2 and the warm-up of phase 1."""
+"""Define data sets, the base model, benchmarks, the task of phase 2 and the warm-up of phase 1."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,7 +9,7 @@ from d2lora.settings.values import PathText, Positive, Strict, Template, Text, V
 
 
 class Data(Strict):
-    """Rows: a data set on the Hub (name and revision) or local files (a folder with <split>.jsonl and the like, or a file)."""
+    """A data set: on the Hub (name and revision), a local folder with <split>.jsonl and the like, or a local file."""
 
     path: PathText
     name: Text | None = None  # the Hub's configuration; of a local folder, a folder in it
@@ -39,11 +39,11 @@ class Model(Strict):
     gguf_package: Annotated[Text, Field(pattern=r"^\w+$")] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: StrictBool = False
-    thinking: StrictBool = False  # whether it thinks before it answers, where its chat template leaves that open
+    thinking: StrictBool = False  # whether it thinks before it answers, if its chat template has a switch for that
 
 
 def _kind_name(value: Any) -> Any:
-    """The name of a benchmark kind; refused with the names that there are."""
+    """Validate a benchmark kind; an error lists all kinds."""
     *others, last = [repr(kind.name) for kind in KINDS]
     if value not in [kind.name for kind in KINDS]:
         raise ValueError(f"Input should be {', '.join(others)} or {last}")
@@ -51,7 +51,7 @@ def _kind_name(value: Any) -> Any:
 
 
 class Benchmark(Strict):
-    """One test: rows, a prompt, and how an answer is scored."""
+    """A test: rows, a prompt, and how an answer is scored."""
 
     data: Data
     kind: Annotated[str, BeforeValidator(_kind_name)]
@@ -65,7 +65,7 @@ class Benchmark(Strict):
 
     @property
     def scoring(self) -> Kind:
-        """How answers are scored, by `kind`."""
+        """Return how answers are scored, by `kind`."""
         return kind_named(self.kind)
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class Turn(Strict):
     content: Template
 
 
-# Tagged, so that an error is about the form that was meant.
+# Tagged, so that pydantic reports errors of the form that was used, and not of both.
 Prompt = Annotated[
     Annotated[Template, Tag("prompt-text")] | Annotated[list[Turn], Field(min_length=1), Tag("prompt-turns")],
     Discriminator(lambda value: "prompt-turns" if isinstance(value, list) else "prompt-text"),
@@ -91,13 +91,15 @@ Prompt = Annotated[
 
 
 class Task(Strict):
-    """Phase 2: what to adapt to, and the benchmarks that judge it."""
+    """Phase 2: the data to adapt to, and the benchmarks to evaluate on."""
 
     name: Text
     data: Data
     # A text, or turns (a system turn, history); null where the answers' columns hold conversations with the prompt in them.
     prompt: Prompt | None
-    prefix: Template = ""  # the start of the assistant's turn that is given, e.g. the steps before the fork of a pair
+    prefix: Template = (
+        ""  # the start of the answer that is part of the prompt, e.g. the steps before those that a pair compares
+    )
     chosen: Template
     rejected: Template | None = None
     full_chosen: Template | None = None  # the whole remaining answer, where chosen is only its next step
@@ -118,14 +120,14 @@ class Task(Strict):
 
     @property
     def templates(self) -> list[str]:
-        """All templates of columns."""
+        """Return all templates of columns."""
         prompt = [self.prompt] if isinstance(self.prompt, str) else [turn.content for turn in self.prompt or []]
         answers = (self.prefix, self.chosen, self.rejected, self.full_chosen, self.full_rejected)
         return [*prompt, *filter(None, answers)]
 
 
 class Warmup(Strict):
-    """Phase 1: general data in conversations; the loss is on every assistant turn."""
+    """Phase 1: general conversations; the loss is on every assistant turn."""
 
     name: Text
     data: Data

@@ -1,4 +1,4 @@
-"""The types that settings are made of: texts, templates, amounts, rates."""
+"""Define the types that settings consist of: texts, templates, amounts, rates."""
 
 import math
 import re
@@ -10,17 +10,20 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 class Strict(BaseModel):
+    """The base of all settings: unknown keys are refused, and values can't be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 def _amount(value: Any) -> Any:
+    """Validate a number of rows: a whole number, or "all"."""
     if value == "all" or (type(value) is int and value >= 0):
         return value
     raise ValueError("a whole number from 0 on, or all")
 
 
 def _template(value: Any) -> Any:
-    """A text with {column} fields; refused when it is not one, so that a typing error shows before the data is read."""
+    """Validate a text with {column} fields, so that a mistyped one is reported before the data is read."""
     if isinstance(value, str):
         try:
             fields(value)
@@ -30,19 +33,22 @@ def _template(value: Any) -> Any:
 
 
 def fields(template: str) -> set[str]:
-    """The columns a template names: "{question} {choices[text]}" -> {"question", "choices"}."""
+    """Return the columns that a template names: "{question} {choices[text]}" -> {"question", "choices"}.
+
+    ValueError for a bad field.
+    """
     names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     if "" in names:
         raise ValueError("a field without a name")
     for name in sorted(names):
         if "." in re.sub(r"\[[^\]]*\]", "", name):
-            meant = re.sub(r"\.(\w+)", r"[\1]", name)
-            raise ValueError(f"{{{name}}} names an attribute: {{{meant}}} is meant")
+            suggestion = re.sub(r"\.(\w+)", r"[\1]", name)
+            raise ValueError(f"{{{name}}} names an attribute: {{{suggestion}}} is meant")
     return {name.split("[")[0].split(".")[0] for name in names}
 
 
 def _text(value: str) -> str:
-    """A text that files and keys can carry."""
+    """Validate a text: UTF-8 without null bytes, so that files and keys can hold it."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -53,7 +59,7 @@ def _text(value: str) -> str:
 
 
 def _home(value: str) -> str:
-    """A path whose ~name is somebody's home."""
+    """Validate a path: its ~name must be a user's home."""
     try:
         Path(value).expanduser()
     except RuntimeError as error:
@@ -62,7 +68,7 @@ def _home(value: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value that a column of rows may have."""
+    """Validate a value that rows may have in a column."""
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from d2lora.records import Result
-from d2lora.stages import adapt, contamination, evaluate, flips, prepare, warmup
+from d2lora.stages import adapt, contamination, evaluate, flips, merge, prepare, warmup
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Spec, Stage
 
@@ -15,6 +15,7 @@ KINDS: dict[type[Spec], Callable[[Run[Any]], Result]] = {
     prepare.PrepareSpec: prepare.work,
     warmup.WarmupSpec: warmup.work,
     adapt.AdaptSpec: adapt.work,
+    merge.MergeSpec: merge.work,
     evaluate.EvaluateSpec: evaluate.work,
 }
 VERSIONS = {spec.KIND: spec.VERSION for spec in KINDS}

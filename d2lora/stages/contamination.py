@@ -1,4 +1,4 @@
-"""The check of a test set against a training set: one a pair, whole, whatever n and m are."""
+"""Check whole test sets against whole training sets, whatever n and m are: the stage of an overlap check."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ from d2lora.stages.stage import Identity, Spec, Stage
 
 @dataclass(frozen=True)
 class ContaminationSpec(Spec):
-    """Both sets, and what makes texts of their rows."""
+    """Both data sets, and how their rows become texts."""
 
     test: Identity
     train: Identity
@@ -32,12 +32,12 @@ class ContaminationSpec(Spec):
 
 @dataclass(frozen=True)
 class Pair:
-    """A test set and a training set of either phase. `name` is for people: "training set / benchmark"."""
+    """A test set, and a training set of either phase. `name` is for display: "training set / benchmark"."""
 
     benchmark: Benchmark
     rows: Data
     columns: tuple[str, ...]  # of the training set
-    templates: tuple[str, ...]  # what makes its texts of them
+    templates: tuple[str, ...]  # by which the training set's rows become texts
     split_seed: int
     name: str
 
@@ -67,37 +67,39 @@ class Pair:
 
 
 def stages(config: Config) -> tuple[Stage[ContaminationSpec], ...]:
-    """Return a cell's checks."""
+    """Return a cell's overlap checks."""
     return tuple(Stage(pair.spec, label=f"contamination of {pair.name}", subject=pair.name) for pair in pairs(config))
 
 
 def pairs(config: Config) -> list[Pair]:
-    """Return what a cell trains on or is prepared with, against what judges it.
+    """Return each data set that a cell trains on, or is prepared with, with each of its benchmarks.
 
-    lm-evaluation-harness's own tasks are not read, so not checked.
+    Tasks of lm-evaluation-harness are not among them, because their rows are not read here.
     """
-    trained: list[tuple[str, Data, tuple[str, ...], tuple[str, ...]]] = []
-    read = prepare.sources(config)
-    if "warmup.data" in read:
-        trained.append((config.warmup.name, config.warmup.data, (config.warmup.messages,), ()))
-    if "task.data" in read:
-        trained.append((config.task.name, config.task.data, tuple(data.columns(config.task)), _trained(config.task)))
+    training_sets: list[tuple[str, Data, tuple[str, ...], tuple[str, ...]]] = []
+    sources = prepare.sources(config)
+    if "warmup.data" in sources:
+        training_sets.append((config.warmup.name, config.warmup.data, (config.warmup.messages,), ()))
+    if "task.data" in sources:
+        training_sets.append(
+            (config.task.name, config.task.data, tuple(data.columns(config.task)), _trained(config.task))
+        )
     return [
         Pair(benchmark, rows, columns, templates, config.split_seed, f"{name} / {test}")
-        for name, rows, columns, templates in trained
+        for name, rows, columns, templates in training_sets
         for test, benchmark in config.benchmarks.items()
     ]
 
 
 def _trained(task: Task) -> tuple[str, ...]:
-    """Return the templates of the texts that a task teaches: its prompt (each turn), and whole answers as they follow the prefix."""
+    """Return the templates of the texts that a task teaches: its prompt (each turn), and whole answers with the prefix."""
     answers = (task.full_chosen or task.chosen, task.full_rejected or task.rejected)
     turns = [turn.content for turn in task.prompt] if isinstance(task.prompt, list) else [task.prompt or ""]
     return (*filter(None, turns), *(f"{task.prefix} {answer}".strip() for answer in answers if answer))
 
 
 def work(run: Run[ContaminationSpec]) -> Result:
-    """Find the test items that the training set contains; items.jsonl names them."""
+    """Find the test items that the training set contains, and write them to items.jsonl."""
     pair = next(pair for pair in pairs(run.config) if pair.spec == run.stage.spec)
     tests, rows = (run.rows(source) for source in (pair.benchmark.data, pair.rows))
     items = overlap.overlap(

@@ -1,4 +1,4 @@
-"""What a stage's work is given, and the record that it leaves."""
+"""Give a stage's work its inputs, and collect its outputs."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass
 class Run(Generic[S]):
-    """A stage of a cell at work; `folder` is where its files go. The base is loaded when it is first asked for."""
+    """A stage that is being done: `folder` is where its files go. The base is loaded when it is first used."""
 
     config: Config
     stage: Stage[S]
@@ -38,35 +38,42 @@ class Run(Generic[S]):
 
     @property
     def outputs(self) -> Outputs:
+        """Return the layout of the cell's output folder."""
         return Outputs.of(self.config)
 
     @property
     def parent(self) -> Path | None:
-        """The folder of the parent's record."""
+        """Return the folder of the parent's record; None if it has no parent."""
         parent = self.stage.parent
         return self.outputs.record(parent.kind, parent.key) if parent else None
 
+    @property
+    def others(self) -> list[Path]:
+        """The folders of the records of the other stages that it waits for."""
+        return [self.outputs.record(other.kind, other.key) for other in self.stage.others]
+
     @functools.cached_property
     def base(self) -> "Base":
-        """The base model, loaded once a process; its threads are the recipe's."""
+        """Return the base model, loaded once a process. torch gets the recipe's number of threads."""
         start = time.monotonic()
         base = _base(self.config, self.outputs)
         self.load_seconds = time.monotonic() - start
         return base
 
     def rows(self, source: Data) -> list[data.Row]:
-        """Return a data set's rows. UserError if they are not what this name and revision held when records here were made.
+        """Return a data set's rows.
 
-        A local file enters the keys by its content. The Hub's `main` may move: then the records would mix two data sets.
+        UserError if a Hub revision has other rows than when earlier records in this output were made. Local files enter
+        keys by their content. A revision like `main` can move, and records of two data sets would then be mixed.
         """
         rows, identity = data.rows(source, self.config.split_seed), data.identity(source, self.config.split_seed)
         if "content" not in identity:
-            now = {"rows": len(rows), "sha256": data.fingerprint(rows)}
-            known = cached(self.outputs.fingerprint(digest(identity)), lambda: identity | now)
-            if known["sha256"] != now["sha256"]:
+            current = {"rows": len(rows), "sha256": data.fingerprint(rows)}
+            recorded = cached(self.outputs.fingerprint(digest(identity)), lambda: identity | current)
+            if recorded["sha256"] != current["sha256"]:
                 raise UserError(
-                    f"data.path={source.path}: revision {source.revision} has {now['rows']:,} rows that are not the "
-                    f"{known['rows']:,} that records in {self.outputs.root} were made from: pin data.revision to a commit, or "
+                    f"data.path={source.path}: revision {source.revision} has {current['rows']:,} rows that are not the "
+                    f"{recorded['rows']:,} that records in {self.outputs.root} were made from: pin data.revision to a commit, or "
                     "give another output"
                 )
         return rows
@@ -78,8 +85,9 @@ class Run(Generic[S]):
 
 
 def _base(config: Config, outputs: Outputs) -> "Base":
+    """Load the base. UserError if a Hub revision is another commit than earlier records in this output used."""
     with _uncollected():
-        import torch  # late: torch and its friends take many seconds to import, and a check of the data needs none of them
+        import torch  # here, not above: it takes many seconds, and a check of the data does not need it
 
         from d2lora.base import load_base
 
@@ -93,7 +101,7 @@ def _base(config: Config, outputs: Outputs) -> "Base":
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Turn garbage collection off inside: imported objects are never garbage, scanning them only costs time."""
+    """Turn garbage collection off inside: imported objects are never garbage, and scanning them only costs time."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -104,18 +112,21 @@ def _uncollected() -> Iterator[None]:
 
 
 def _same_commit(config: Config, outputs: Outputs, commit: str) -> None:
-    """Raise UserError if a model of the Hub is not the commit that records here were made with: its `main` may have moved."""
+    """Raise UserError if a Hub model's revision is another commit than earlier records in this output used."""
     identity = data.model_identity(config.model)
-    known = cached(outputs.fingerprint(digest(identity)), lambda: identity | {"commit": commit})
-    if known["commit"] != commit:
+    recorded = cached(outputs.fingerprint(digest(identity)), lambda: identity | {"commit": commit})
+    if recorded["commit"] != commit:
         raise UserError(
             f"model.path={config.model.path}: revision {config.model.revision} is {commit} now, and records in {outputs.root} were "
-            f"made with {known['commit']}: give that as model.revision, or another output"
+            f"made with {recorded['commit']}: give that as model.revision, or another output"
         )
 
 
 def in_memory(attempt: Callable[[int], T], smaller: Callable[[int], int], key: str, size: int) -> T:
-    """Return attempt(size), tried with a smaller size as often as memory runs out. UserError with advice when 1 is too much."""
+    """Return attempt(size), with smaller sizes as long as memory runs out.
+
+    UserError with advice if even size 1 is too much. `key` is the setting that the size comes from.
+    """
     import torch
 
     while True:

@@ -42,9 +42,9 @@ class TrainingSpec(Spec):
     def epochs(self) -> int:
         return self.method.epochs
 
-    def steps(self, samples: int) -> int:
+    def steps(self, samples: int, epochs: float) -> int:
         """Return the optimizer's steps over as many samples; the last batch of an epoch may be smaller."""
-        return math.ceil(samples / self.batch) * self.epochs
+        return math.ceil(math.ceil(samples / self.batch) * epochs)
 
     def content(self) -> Identity:
         plain = (
@@ -74,10 +74,18 @@ def shared(config: Config, phase: str, method: Method, source: data.Data) -> dic
     }
 
 
-def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -> Result:
+def tokens(method: Method, subset: data.Subset) -> int:
+    """Return how many tokens a method puts through the model in one epoch."""
+    from d2lora.train import training
+
+    return training.tokens(method, subset)
+
+
+def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, epochs: float | None = None) -> Result:
     """Train an adapter on a subset, from the parent's adapter or a fresh one, and save it.
 
-    `reference` is the folder that remembers the log-probabilities of DPO's reference. When memory ends, the micro-batch is halved.
+    `reference` is the folder that remembers the log-probabilities of DPO's reference; `epochs` are those of the spec without a
+    control arm that has others. When memory ends, the micro-batch is halved.
     """
     from d2lora.adapters import attach, coverage
     from d2lora.adapters.start import Start
@@ -95,7 +103,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None) -
         with attach.adapter(run.base, start, run.parent) as wrapped:
             reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
             metrics = training.train(
-                run.base, wrapped, subset, spec, machine, checkpoints, run.progress, reference, proofs
+                run.base, wrapped, subset, spec, machine, checkpoints, run.progress, reference, proofs, epochs
             )
             saved = attach.save(run.base, wrapped, run.folder)
         attach.check_saved(run.base, saved, run.folder, spec.init.quantizes)

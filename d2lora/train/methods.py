@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from d2lora.settings.methods import BaseMethod, Dpo, Orpo, Sft, Simpo
+from d2lora.settings.methods import BaseMethod, Dpo, Kto, Orpo, Sft, Simpo
 from d2lora.train.common import Objective
 from d2lora.train.dpo import DpoObjective
+from d2lora.train.kto import KtoObjective
 from d2lora.train.orpo import OrpoObjective
 from d2lora.train.sft import SftObjective
 from d2lora.train.simpo import SimpoObjective
@@ -14,6 +15,7 @@ OBJECTIVES: dict[type[BaseMethod], type[Objective[Any]]] = {
     Dpo: DpoObjective,
     Orpo: OrpoObjective,
     Simpo: SimpoObjective,
+    Kto: KtoObjective,
 }
 
 

@@ -16,6 +16,7 @@ from d2lora.data import Subset, sequences
 from d2lora.layouts import families, proof
 from d2lora.layouts.packing import Layout
 from d2lora.progress import Progress
+from d2lora.settings.methods import Method
 from d2lora.settings.recipe import Machine
 from d2lora.train.callbacks import Checkpoint, Mirror, Watch, checkpoint
 from d2lora.train.common import Example, Objective, PackedTrainer, Packer
@@ -39,23 +40,26 @@ def train(
     progress: Progress,
     reference: Path | None = None,
     proofs: Path | None = None,
+    epochs: float | None = None,
 ) -> dict[str, Any]:
     """Train the adapter on the drawn examples as `spec` says, which is in the stage's key; what `machine` says is not.
 
-    `folder` is for checkpoints, from the last of which it goes on; `reference` remembers what DPO's reference says (one folder a
+    `epochs` are the spec's unless given. `folder` is for checkpoints, from the last of which it goes on; `reference` remembers what DPO's reference says (one folder a
     policy), `proofs` which layouts were shown to be exact (next to `folder`, if not said). Returns metrics: first and last loss,
     steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the steps). FloatingPointError for a loss or
     weights that are no number.
     """
     how = objective(spec.method)
     rows = how.examples(drawn)
-    every = max(1, spec.steps(len(rows)) // _LOGGED)
+    epochs = spec.epochs if epochs is None else epochs
+    steps = spec.steps(len(rows), epochs)
+    every = max(1, steps // _LOGGED)
     start = checkpoint(folder)
     layouts = proof.candidates(base.model, machine.packing == "prefix_shared", base.attention(machine.attention))
     with attach.in_training(wrapped):
         trainer = how.trainer(
             model=wrapped,
-            args=_trl_config(how, spec, machine, folder, every),
+            args=_trl_config(how, spec, machine, folder, every, epochs),
             train_dataset=Dataset.from_list([e | {"row": i + 1} for e, i in zip(rows, drawn.rows, strict=True)]),
             processing_class=base.tokenizer,
             callbacks=[Watch(progress, machine.checkpoint_minutes, start.mark.get("seconds", 0.0) if start else 0.0)],
@@ -70,27 +74,31 @@ def train(
             trainer.before_training(shown.tolerance)
             trainer.add_callback(Mirror(len(rows), spec.batch, tokens / len(rows)))
             _run(trainer, wrapped, start)
-    seen = {"samples_seen": len(rows) * spec.epochs, "tokens_seen": tokens * spec.epochs}
+    seen = {"samples_seen": round(len(rows) * epochs), "tokens_seen": round(tokens * epochs)}
     resumed = {"resumed": start.mark} if start else {}
     laid = {"micro_batch": machine.micro_batch, "layout": asdict(shown)}
-    losses, log = _losses(trainer, max(1, spec.steps(len(rows)) // _KEPT // every) * every)
+    losses, log = _losses(trainer, max(1, steps // _KEPT // every) * every)
     return losses | seen | trainer.counted() | resumed | laid | {"log": log}
 
 
-def _trl_config(how: Objective[Any], spec: "TrainingSpec", machine: Machine, folder: Path, logging_steps: int) -> Any:
+def _trl_config(
+    how: Objective[Any], spec: "TrainingSpec", machine: Machine, folder: Path, logging_steps: int, epochs: float
+) -> Any:
     """Return the arguments in TRL's class of the method's, for one device."""
-    config = how.config(**arguments(spec, machine, folder, logging_steps), **how.arguments(spec.max_length))
+    config = how.config(**arguments(spec, machine, folder, logging_steps, epochs), **how.arguments(spec.max_length))
     config._n_gpu = min(config.n_gpu, 1)  # over several GPUs Trainer would spread a batch, and make it larger
     return config
 
 
-def arguments(spec: "TrainingSpec", machine: Machine, folder: Path, logging_steps: int) -> dict[str, Any]:
+def arguments(
+    spec: "TrainingSpec", machine: Machine, folder: Path, logging_steps: int, epochs: float
+) -> dict[str, Any]:
     """Return the TrainingArguments that all methods share."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": machine.micro_batch,
         "gradient_accumulation_steps": spec.batch // machine.micro_batch,
-        "num_train_epochs": spec.epochs,
+        "num_train_epochs": epochs,
         "learning_rate": spec.lr,
         "lr_scheduler_type": spec.schedule,
         "warmup_steps": spec.lr_warmup_ratio,
@@ -175,6 +183,11 @@ def thin(log: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
             )
             window = []
     return kept
+
+
+def tokens(method: Method, drawn: Subset) -> int:
+    """Return how many tokens one epoch puts through the model, with a pair's prompt once."""
+    return sum(_tokens(row, "packed") for row in objective(method).examples(drawn))
 
 
 def _tokens(row: Example, layout: str) -> int:

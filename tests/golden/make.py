@@ -48,6 +48,7 @@ KEYS: dict[str, list[str]] = {
     "orpo": ["method=orpo", "n=1000", "m=4000"],
     "orpo completion": ["method=orpo", "method.nll=completion", "n=1000"],
     "simpo": ["method=simpo", "n=1000", "m=4000"],
+    "kto": ["method=kto", "n=1000", "m=4000"],
     "another recipe": ["n=100", "m=100", "recipe.batch=16", "recipe.schedule=linear", "recipe.lr_warmup_ratio=0.1",
                        "recipe.weight_decay=0.01", "recipe.max_grad_norm=0.5", "recipe.max_length=128", "recipe.lr.sft=1e-4"],
     "layers by name": ["n=100", "recipe.lora.r=8", "recipe.lora.alpha=32", "recipe.lora.target_modules=[q_proj,v_proj]"],
@@ -87,6 +88,8 @@ KEYS: dict[str, list[str]] = {
     "loftq": ["init=loftq", "n=100"],
     "loftq's base": ["init=loftq", "n=0"],
     "multilora": ["init=multilora", "n=100", "m=100"],
+    "rslora": ["init=rslora", "n=100", "m=100"],
+    "dora": ["init=dora", "n=100", "m=100"],
 }  # fmt: skip
 
 _RATES = [f"recipe.lr.{phase}=3e-3" for phase in ("warmup", "sft", "dpo", "orpo")]
@@ -103,9 +106,12 @@ NUMBERS: dict[str, list[str]] = {
     "orpo prompt_and_chosen": [*_TINY, "method=orpo", "m=16"],
     "orpo completion": [*_TINY, "method=orpo", "method.nll=completion"],
     "simpo": [*_TINY, "method=simpo"],
+    "kto": [*_TINY, "method=kto", "method.reference=base", "m=16"],
     "gaussian": [*_TINY, "init=gaussian"],
     "orthogonal": [*_TINY, "init=orthogonal"],
     "multilora": [*_TINY, "init=multilora", "m=16"],
+    "rslora": [*_TINY, "init=rslora", "m=16"],
+    "dora": [*_TINY, "init=dora", "m=16"],
     "pissa": [*_TINY, "init=pissa"],
     "pissa_niter_16": [*_TINY, "init=pissa_niter_16"],
     "olora": [*_TINY, "init=olora"],

@@ -189,9 +189,9 @@ def test_nothing_where_a_text_should_be_is_refused(tmp_path: Path) -> None:
     """It would be trained on as the word None."""
     (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y"}\n{"a": null, "b": "y"}\n')
     rows = Data(path=str(tmp_path / "rows.jsonl"))
-    data.need(data.rows(rows), rows, "b")
+    data.require_columns(data.rows(rows), rows, "b")
     with pytest.raises(UserError, match=r"rows.jsonl: row 2: nothing in column a$"):
-        data.need(data.rows(rows), rows, "a", "b")
+        data.require_columns(data.rows(rows), rows, "a", "b")
 
 
 def test_a_model_is_also_its_code_and_the_files_of_its_tokenizer(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from d2lora.base import Base, load_base
 from d2lora.layouts import packing
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.settings import METHOD_NAMES
 from d2lora.store import Store
 
 SMALL = ["n=48", "method.epochs=2", "recipe.checkpoint_minutes=0", "task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]  # fmt: skip
@@ -40,7 +41,8 @@ def assert_equal(one: Cell, other: Cell) -> None:
 
 @pytest.mark.filterwarnings("error:Unable to fetch remote file")  # nobody is asked when a checkpoint is saved
 @pytest.mark.parametrize(
-    ("method", "init"), [("sft", "lora"), ("dpo", "lora"), ("orpo", "lora"), ("sft", "pissa"), ("sft", "multilora")]
+    ("method", "init"),
+    [*((method, "lora") for method in METHOD_NAMES), ("sft", "pissa"), ("sft", "multilora"), ("sft", "dora")],
 )
 def test_an_interrupted_training_ends_with_the_same_adapter_bit_for_bit(make, method: str, init: str) -> None:
     def interrupt(done: int, total: int) -> None:
@@ -112,7 +114,7 @@ def test_kill_9_in_the_middle_of_a_training(make, tiny: Path, tmp_path: Path) ->
     assert_equal(calm, killed)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(make, method, monkeypatch, capsys) -> None:
     calm, full = make("calm", f"method={method}"), make("full", f"method={method}")
     do(calm)

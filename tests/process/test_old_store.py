@@ -1,7 +1,6 @@
 """A store made by an earlier commit is read as done, and goes on from where it is: tests/old_store/README.md."""
 
 import csv
-import filecmp
 import itertools
 import json
 import os
@@ -102,12 +101,27 @@ def test_check_finds_nothing_wrong_and_gc_nothing_to_free(output: Path) -> None:
     assert "0 entries could be freed" in python("-m", "d2lora.store", "gc", "--output", str(output))
 
 
+def tables_of_values(file: Path) -> list[str]:
+    """The headings and tables of a Markdown report, but for those of pairs."""
+    return [x for x in file.read_text().split("\n\n") if x.startswith(("#", "|")) and not x.startswith("| D2LoRA - ")]
+
+
 def test_the_report_is_the_same(output: Path) -> None:
+    """Values are, to the last digit. Verdicts say more since then (equivalence, a pooled effect) and the pairs' table has a column
+    more, so lines of these are not compared as they are: each comparison's old numbers come first in its new line."""
     python("-m", "d2lora.report", "--output", str(output))
     files = [str(file.relative_to(SHIPPED)) for file in (SHIPPED / "report").rglob("*.*")]
     assert len(files) == 3
     files.remove("report/results.csv")
-    assert filecmp.cmpfiles(SHIPPED, output, files, shallow=False)[1:] == ([], [])
+    for file in files:
+        assert tables_of_values(output / file) == tables_of_values(SHIPPED / file)
+    old_lines = (SHIPPED / "report" / "grid" / "table.md").read_text().splitlines()
+    new_lines = (output / "report" / "grid" / "table.md").read_text().splitlines()
+    for line in old_lines:
+        if line.startswith("|"):
+            assert any(new.startswith(line) for new in new_lines), line
+        if line.startswith("D2LoRA beats LoRA"):
+            assert all(any(sentence in new for new in new_lines) for sentence in line.split(". ")), line
     old, new = (list(csv.DictReader((f / "report" / "results.csv").open())) for f in (SHIPPED, output))
     assert [{k: row[k] for k in old[0]} for row in new] == old, "newer columns come after"
 

@@ -216,7 +216,7 @@ def test_initializations_stand_side_by_side_and_filters_narrow_them(tmp_path: Pa
     found = in_page(
         tmp_path,
         """
-        const rows = () => [...document.querySelectorAll("table[aria-label=initializations] tbody tr")].map((r) => r.textContent);
+        const rows = () => [...document.querySelectorAll("table[aria-label^=Initializations] tbody tr")].map((r) => r.textContent);
         result.all = rows();
         const filter = document.querySelector("select[name=method]");
         filter.value = "sft"; filter.dispatchEvent(new Event("change"));
@@ -237,7 +237,7 @@ def test_curves_can_be_told_apart_and_filters_leave_no_panel_twice(many: Path) -
         const panels = () => Object.fromEntries([...document.querySelectorAll("figure")].filter((f) => f.textContent.startsWith("lab_math"))
           .map((f) => [f.querySelector("figcaption").textContent, [...f.querySelectorAll(".key")].map((k) => {
             const [line, dot] = [".curve", ".dot"].map((x) => k.querySelector(x)), style = getComputedStyle(line);
-            return [k.textContent, [style.stroke, style.strokeDasharray, dot.tagName, getComputedStyle(dot).fill].join()]; })]));
+            return [k.textContent, [style.stroke, style.strokeDasharray, dot.getAttribute("d"), getComputedStyle(dot).fill].join()]; })]));
         result.all = panels();
         for (const m of ["40", "0"]) { choose("m", m); result[m] = panels(); }
         """,
@@ -283,12 +283,12 @@ def test_words_in_a_column_of_numbers_come_last_and_thousands_are_thousands(tmp_
         tmp_path,
         """
         const sorted = (label, head) => {
-          const table = document.querySelector(`table[aria-label=${label}]`), heads = [...table.tHead.rows[0].cells];
+          const table = document.querySelector(`table[aria-label^=${label}]`), heads = [...table.tHead.rows[0].cells];
           const column = heads.findIndex((x) => x.textContent === head);
           return [0, 1].map(() => { heads[column].click(); return [...table.tBodies[0].rows].map((r) => r.cells[column].textContent); });
         };
-        result.preparation = sorted("initializations", "preparation (s)");
-        result.n = sorted("initializations", "n");
+        result.preparation = sorted("Initializations", "preparation (s)");
+        result.n = sorted("Initializations", "n");
         """,
     )
     for column, way in zip(found["preparation"], (-1, 1), strict=True):

@@ -540,7 +540,7 @@ def test_a_conversation_is_learned_as_it_reads_or_refused_or_left_out(
     tokenizer = calling() if knows_calls else lab()
     warmup = Warmup(name="w", data=Data(path="x"))
     make = functools.partial(data.general_example, tokenizer, warmup)
-    trained, fate = data.made(make, {"chosen": json.dumps(talk) if as_json else talk}, 10**6)
+    trained, fate = data.example_and_fate(make, {"chosen": json.dumps(talk) if as_json else talk}, 10**6)
     assert len(fate.splitlines()) == 1, fate
     says = Talk(talk, knows_calls)
     if trained is None:

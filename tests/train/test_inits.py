@@ -37,7 +37,8 @@ R = 4
 FROM_WEIGHTS = ["pissa", "pissa_niter_16", "olora", "milora"]
 FROM_DATA = ["corda_kpm", "corda_ipm", "eva", "lora_ga"]
 PREPARED = FROM_WEIGHTS + FROM_DATA
-INITS = ["lora", "gaussian", "orthogonal", "multilora", *PREPARED]
+VARIANTS = [init.model_fields["name"].default for init in CLASSES if init.variant]
+INITS = ["lora", "gaussian", "orthogonal", "multilora", *VARIANTS, *PREPARED]
 LOFTQ = ["loftq"] if find_spec("bitsandbytes") else []
 MOVING = [name for name in PREPARED if name != "eva"]
 CELLS = [(init, method, m) for init in INITS for method in ("sft", "dpo", "orpo") for m in (0, 8)]
@@ -177,7 +178,7 @@ def test_dpo_s_reference_is_what_the_config_says(
             assert value == pytest.approx(answer_log_probs(policy, example), abs=2e-3)
 
 
-@pytest.mark.parametrize("init", ["pissa", "milora", "corda_ipm", "lora_ga", "multilora"])
+@pytest.mark.parametrize("init", ["pissa", "milora", "corda_ipm", "lora_ga", "multilora", *VARIANTS])
 def test_on_a_bfloat16_base_it_starts_as_the_base_bit_for_bit(make, init: str) -> None:
     cell = make(f"init={init}", "model.dtype=bfloat16")
     store, base = train(cell), of(cell)
@@ -312,6 +313,66 @@ def test_multilora_has_parallel_modules_with_scales_that_are_learned(make) -> No
     assert all(t.any() for t in scales)
 
 
+def test_rslora_is_scaled_by_the_root_of_the_rank(make) -> None:
+    for *_, s, name in started(make, "rslora"):
+        assert s == 8 / math.sqrt(R), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dora_s_magnitudes_start_as_the_norms_of_the_base_s_rows_and_are_trained(make, dtype: str) -> None:
+    cell = make("init=dora", f"model.dtype={dtype}")
+    store, base = train(cell), of(cell)
+    saved = load_file(store.folder(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
+    with attach.adapter(base, start_of(cell), None) as wrapped:
+        for name, layer in layers(wrapped).items():
+            magnitude = layer.lora_magnitude_vector["default"].weight.detach()
+            norms = layer.get_base_layer().weight.float().norm(dim=1)
+            assert torch.allclose(magnitude, norms, rtol=1e-6), name
+            moved = (saved[f"{name}.lora_magnitude_vector"] - magnitude).abs()
+            assert 0 < moved.max() < 0.01, name
+
+
+@pytest.mark.parametrize("init", VARIANTS)
+def test_a_variant_goes_on_training_what_its_warm_up_left(make, init: str) -> None:
+    cell = make(f"init={init}", m=8)
+    store = train(cell)
+    before, after = (load_file(store.folder(s) / "adapter" / "adapter_model.safetensors") for s in (cell.chain.warmup, cell.chain.adapt))  # fmt: skip
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        assert 0 < (weight - before[name]).abs().max() < 0.01, name
+
+
+@pytest.mark.parametrize("init", VARIANTS)
+def test_a_variant_is_evaluated_merged_where_that_is_the_same_model(make, tiny: Path, init: str) -> None:
+    cell = make(f"init={init}", m=8)
+    folder = train(cell).folder(cell.chain.adapt)
+    with attach.trained(of(cell), folder / "adapter") as (tested, changes):
+        assert changes
+        assert not layers(tested), "merged"
+        assert (logits(tested) - logits(original(tiny, folder))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("init", VARIANTS)
+def test_a_variant_computes_what_peft_computes(make, tiny: Path, init: str) -> None:
+    """PEFT's own layers, loaded as anyone would, in training: the same outputs and the same gradients, with dropout too."""
+    cell = make(f"init={init}", "recipe.lora.dropout=0.5", "recipe.micro_batch=2", m=8)
+    folder = train(cell).folder(cell.chain.warmup)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny), folder / "adapter", is_trainable=True
+    )
+    with attach.adapter(of(cell), start_of(cell), folder) as ours, attach.in_training(ours):
+        losses = []
+        for wrapped in (ours, theirs):
+            torch.manual_seed(0)
+            losses.append(wrapped.train()(input_ids=IDS, labels=IDS).loss)
+            losses[-1].backward()
+        expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+        assert torch.equal(*losses)
+        assert expected.keys() == {name for name, p in ours.named_parameters() if p.requires_grad}
+        for name, weight in ours.named_parameters():
+            assert not weight.requires_grad or torch.allclose(weight.grad, expected[name], rtol=1e-4, atol=1e-7), name
+
+
 def looked_at(cell: Cell, samples: int = 8) -> list[dict]:
     """The rows that a preparation saw."""
     run, length = running(cell, cell.chain.prepare), cell.config.recipe.max_length
@@ -404,7 +465,7 @@ def test_an_adapter_is_the_same_bit_for_bit_whatever_was_before(make, tmp_path: 
         cell = make(f"init={init}", "method=dpo", *output, m=8 if "pissa" in init else 0)
         return load_file(train(cell).folder(cell.chain.adapt) / "adapter" / "adapter_model.safetensors")
 
-    several = ["pissa_niter_16", "olora", *LOFTQ, "lora_ga", "corda_ipm", "eva", "multilora"]
+    several = ["pissa_niter_16", "olora", *LOFTQ, "lora_ga", "corda_ipm", "eva", "multilora", "dora"]
     forth = {init: adapter(init) for init in several}
     back = {init: adapter(init, f"output={tmp_path}") for init in reversed(several)}
     for init, weights in forth.items():

@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
@@ -105,6 +106,23 @@ class PlainORPO(ORPOTrainer):
     tokenize_row = orpo_row
 
 
+def unpaired(examples: list[dict]) -> list[dict]:
+    """Unpaired examples of our batches' pairs, in their order: the chosen answers of a batch, then the rejected ones. Ids are texts."""
+    order = [examples[i] for i in data.shuffled(len(examples), "kto/0")]
+    text = lambda ids: "".join(f"{i} " for i in ids)  # noqa: E731
+    return [
+        {"prompt": text(e["prompt_ids"]), "completion": text(e[f"{kind}_ids"]), "label": kind == "chosen"}
+        for start in range(0, len(order), BATCH)
+        for kind in ("chosen", "rejected")
+        for e in order[start : start + BATCH]
+    ]
+
+
+def ids_of(tokenizer, text: str, **_) -> dict[str, list[int]]:
+    """The ids of a text of `unpaired`, without the end that TRL adds."""
+    return {"input_ids": [int(number) for number in text.split() if number.isdigit()]}
+
+
 class PlainSimPO(CPOTrainer):
     tokenize_row = orpo_row  # the two have it in common
 
@@ -123,6 +141,13 @@ def plain(wrapped: PeftModel, tokenizer, method: dict, examples: list[dict], fol
     elif method["name"] == "dpo":
         args = DPOConfig(str(folder), max_length=None, beta=method["beta"], **ARGUMENTS)
         trainer = PlainDPO(args=args, train_dataset=Dataset.from_list(examples), **common)
+        if method["reference"] == "base":
+            wrapped.delete_adapter("ref")
+    elif method["name"] == "kto":
+        own = {key: value for key, value in method.items() if key not in ("name", "reference")}
+        args = KTOConfig(str(folder), max_length=512, **own, **ARGUMENTS | {"per_device_train_batch_size": 2 * BATCH})
+        with mock.patch("trl.trainer.kto_trainer._tokenize", ids_of):
+            trainer = KTOTrainer(args=args, train_dataset=Dataset.from_list(unpaired(examples)), **common)
         if method["reference"] == "base":
             wrapped.delete_adapter("ref")
     elif method["name"] == "simpo":
@@ -156,6 +181,8 @@ METHODS = [
     {"name": "dpo", "beta": 0.1, "reference": "base"},
     {"name": "orpo", "beta": 0.1, "nll": "prompt_and_chosen"},
     {"name": "simpo", "beta": 2.0, "gamma": 1.0},
+    {"name": "kto", "beta": 0.1, "reference": "warm_start"},
+    {"name": "kto", "beta": 0.1, "reference": "base", "desirable_weight": 1.5, "undesirable_weight": 0.5},
 ]
 
 

@@ -17,15 +17,17 @@ from configurations import configurations, tiny
 from d2lora.adapters import attach, coverage, saving
 from d2lora.adapters.coverage import layers
 from d2lora.adapters.preparations import prepare
+from d2lora.adapters.start import Start
 from d2lora.base import Base, read_base
 from d2lora.errors import UserError
 from d2lora.layouts import packing, proof
 from d2lora.layouts.families import Reach
 from d2lora.layouts.packing import Layout
-from d2lora.settings import Model, init_of
+from d2lora.settings import Lora, Model, PlainInit, init_of
 
 CONFIGURATIONS = configurations()
 PLAIN = Layout("single", "whole")
+START = Start(Lora(r=4, alpha=4), PlainInit())
 
 
 @pytest.fixture(scope="module")
@@ -130,29 +132,51 @@ def test_a_start_that_fails_leaves_no_layer_on_the_base(load) -> None:
         {"dropout": 0.1},
         {"target_modules": ["nope"]},
     ):  # PEFT's experts take no dropout: it fails half-way
-        start = replace(families.START, lora=families.START.lora.model_copy(update=changes))
+        start = replace(START, lora=START.lora.model_copy(update=changes))
         with pytest.raises(UserError, match=r"recipe.lora.target_modules="), attach.adapter(base, start, None):
             pass
         assert not any(isinstance(module, BaseTunerLayer) for module in base.model.modules())
-    with attach.adapter(base, families.START, None) as wrapped:
+    with attach.adapter(base, START, None) as wrapped:
         assert layers(wrapped)
 
 
-@pytest.mark.parametrize("name", ["multilora", "orthogonal", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"])
+@pytest.mark.parametrize(
+    "name", ["multilora", "orthogonal", "rslora", "dora", "pissa", "olora", "milora", "corda_kpm", "eva", "lora_ga"]
+)
 def test_an_initialization_that_cannot_start_experts_is_refused_in_one_line(load, name: str) -> None:
     from_rows = {"data": "task", "samples": 8}
     settings = {"multilora": {"modules": 2}, "corda_kpm": from_rows, "eva": from_rows | {"rho": 2}}
     settings["lora_ga"] = from_rows | {"direction": "ArB2r", "gamma": 16}
     init = init_of(name).model_validate(settings.get(name, {}))
-    with pytest.raises(UserError, match=f"init={name}: starts linear layers only, and all-linear takes parameters of ") as refused, attach.adapter(load("mixtral"), replace(families.START, init=init), None):  # fmt: skip
+    with pytest.raises(UserError, match=f"init={name}: starts linear layers only, and all-linear takes parameters of ") as refused, attach.adapter(load("mixtral"), replace(START, init=init), None):  # fmt: skip
         pass
     assert "\n" not in str(refused.value)
 
 
+def test_dora_starts_as_the_base_on_turned_weights_and_is_read_again(load, tmp_path: Path) -> None:
+    """GPT-2's Conv1D has its weight as (in, out)."""
+    base, start = load("gpt2"), replace(START, init=init_of("dora")())
+    ids = torch.arange(20, 44)[None]
+    with torch.inference_mode():
+        plain = base.model(input_ids=ids).logits
+    with attach.adapter(base, start, None) as wrapped:
+        with torch.inference_mode():
+            assert torch.equal(wrapped(input_ids=ids).logits, plain)
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        saved = attach.save(base, wrapped, tmp_path)
+    attach.check_saved(base, saved, tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if "magnitude" not in k}, file, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="the saved adapter is not the trained one: 16 of 16 layers differ"):
+        attach.check_saved(base, saved, tmp_path)
+
+
 def test_an_embedding_is_refused_in_one_line(load) -> None:
-    base, lora = load("llama"), families.START.lora
+    base, lora = load("llama"), START.lora
     for names in (["embed_tokens"], ["q_proj", "embed_tokens"]):
-        start = replace(families.START, lora=lora.model_copy(update={"target_modules": names}))
+        start = replace(START, lora=lora.model_copy(update={"target_modules": names}))
         with pytest.raises(UserError, match=r"target_modules=.*: model.embed_tokens is an embedding: name linear layers, for example"), attach.adapter(base, start, None):  # fmt: skip
             pass
 
@@ -161,7 +185,7 @@ def test_an_embedding_is_refused_in_one_line(load) -> None:
 def test_a_layer_with_turned_weights_starts_as_a_linear_one_does(load, name: str) -> None:
     """GPT-2's Conv1D has its weight as (in, out)."""
     base = load("gpt2")
-    start = replace(families.START, init=init_of(name)())
+    start = replace(START, init=init_of(name)())
     with attach.adapter(base, start, None) as wrapped:
         prepare(wrapped, start, [], lambda done, total: None)
         layer = next(iter(layers(wrapped).values()))
@@ -194,14 +218,14 @@ def test_an_adapter_that_is_not_read_again_whole_is_refused_before_it_is_trained
         UserError, match=r"target_modules=all-linear: .* 1 of 28 layers differ.*up_proj: name layers that"
     ):
         families.trained(base, "sft", tmp_path / "it", settings)
-    with attach.adapter(base, families.START, None) as wrapped:
+    with attach.adapter(base, START, None) as wrapped:
         saved = attach.save(base, wrapped, tmp_path / "record")
     with pytest.raises(RuntimeError, match="the saved adapter is not the trained one: 1 of 28 layers differ"):
         attach.check_saved(base, saved, tmp_path / "record")
 
 
 def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
-    with attach.adapter(load("deepseek_v3"), families.START, None) as wrapped:
+    with attach.adapter(load("deepseek_v3"), START, None) as wrapped:
         found = coverage.of(wrapped)
     assert "model.layers.*.mlp.experts.gate_up_proj" in found["adapted"]
     assert {"model.embed_tokens", "lm_head", "model.layers.*.mlp.shared_experts.up_proj"} <= found["left_out"].keys()
@@ -209,6 +233,6 @@ def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
 
 
 def test_a_vision_tower_is_left_out(load) -> None:
-    with attach.adapter(load("gemma3 multimodal sw8"), families.START, None) as wrapped:
+    with attach.adapter(load("gemma3 multimodal sw8"), START, None) as wrapped:
         assert all("vision" not in name for name in layers(wrapped))
         assert any("vision" in name for name in coverage.of(wrapped)["left_out"])

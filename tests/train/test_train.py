@@ -83,6 +83,20 @@ def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, pack
         assert apart / size < 1e-3, f"relative distance {apart / size:.1e}"
 
 
+def test_kto_s_kl_is_estimated_over_the_effective_batch(make, tmp_path: Path) -> None:
+    """Also where a micro-batch, or the last batch of an epoch, is a single pair, which has no other prompt."""
+    logs = []
+    for micro in (8, 1):
+        sizes = ["n=17", "method.epochs=3", "recipe.batch=8", f"recipe.micro_batch={micro}"]
+        more = ["method.desirable_weight=4", f"output={tmp_path / str(micro)}"]
+        logs.append(trained(make("method=kto", *sizes, *more))["log"])
+    assert logs[0][0]["kl"] == 0, "nothing is learned yet: policy and reference are one"
+    assert logs[0][0]["loss"] == pytest.approx((4 * 0.5 + 0.5) / 2, abs=1e-5)
+    assert logs[0][-1]["kl"] > 1
+    for key in ("kl", "loss"):
+        assert [entry[key] for entry in logs[1]] == pytest.approx([entry[key] for entry in logs[0]], rel=1e-3, abs=1e-4)
+
+
 def test_gradient_checkpointing_computes_each_layer_again_and_changes_nothing(
     make, tmp_path: Path, monkeypatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Tests of this folder run without torch, which takes longer to import than most of them to run."""
+"""Run the tests of this folder without torch, which takes longer to import than most of them to run."""
 
 import importlib.util
 import sys
@@ -10,7 +10,9 @@ import pytest
 
 
 class NoTorch:
-    """Refuse to import torch. transformers and others ask find_spec first, and are told that it is not installed."""
+    """Refuses imports of torch. transformers and others look for it with find_spec first, and are told that it is not
+    installed.
+    """
 
     def __init__(self) -> None:
         self.find = importlib.util.find_spec
@@ -25,10 +27,10 @@ class NoTorch:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide torch where this folder alone is run. With others it may be loaded already, and they need it."""
+    """Hide torch if only this folder is run. With others it may be loaded already, and they need it."""
     here = Path(__file__).parent
-    asked = [Path(argument.split("::")[0]).resolve() for argument in config.args]
-    if all(path.is_relative_to(here) for path in asked):
+    paths = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if all(path.is_relative_to(here) for path in paths):
         guard = NoTorch()
         sys.meta_path.insert(0, guard)
         importlib.util.find_spec = guard.installed

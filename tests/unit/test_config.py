@@ -50,6 +50,7 @@ def test_the_paper_s_scale_has_table_2_s_settings(cell) -> None:
         (["recipe.micro_batch=5"], ["batch=8", "micro_batch=5"]),
         (["recipe.lr.sft=0"], ["recipe.lr.sft=0"]),
         (["+recipe.bach=4"], ["recipe.bach", "no such key"]),
+        (["method=kto", "n=1"], ["n=1: method=kto needs 2 rows or more, or 0"]),
         (["method=dpo", "method.reference=policy"], ["method.reference=policy", "warm_start"]),
         (["method=dpo", "task=lab_title"], ["method=dpo", "lab-title", "rejected", "sft"]),
         (["method=sft", "+method.beta=0.1"], ["method.beta: there is no such key", "method=sft", "takes epochs"]),
@@ -104,9 +105,17 @@ def test_a_method_may_take_its_rate_from_one_it_is_like(cell, monkeypatch) -> No
     assert lr["orpo"] == lr["dpo"]
 
 
+def test_a_recipe_may_list_a_method_s_own_rate_and_epochs(cell) -> None:
+    like = cell("method=simpo", "recipe.epochs.dpo=3").config
+    assert (like.recipe.rate("simpo"), like.method.epochs) == (like.recipe.rate("dpo"), 3)
+    own = cell("method=simpo", "+recipe.lr.simpo=5e-6", "+recipe.epochs.simpo=7").config
+    assert (own.recipe.rate("simpo"), own.method.epochs) == (5e-6, 7)
+
+
 def test_each_method_carries_its_facts() -> None:
-    assert METHOD_NAMES == tuple(f.default for f in (m.model_fields["name"] for m in METHODS)) == ("sft", "dpo", "orpo")
-    assert [m.label for m in METHODS] == ["SFT", "DPO", "ORPO"]
+    assert tuple(m.model_fields["name"].default for m in METHODS) == METHOD_NAMES
+    assert METHOD_NAMES[:3] == ("sft", "dpo", "orpo"), "the paper's, in its order"
+    assert [m.label.lower() for m in METHODS] == list(METHOD_NAMES)
     assert len({m.colour for m in METHODS}) == len({m.marker for m in METHODS}) == len(METHODS)
     assert all(method_of(name).model_fields["name"].default == name for name in METHOD_NAMES)
 

@@ -46,5 +46,16 @@ def test_every_test_that_a_document_names_is_there() -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def test_what_a_document_quotes_is_in_the_file() -> None:
+    quoted = [
+        (file, code)
+        for document in DOCUMENTS
+        for file, code in re.findall(r"<!-- quoted: (\S+) -->\n```\w+\n(.*?)```", document.read_text(), re.S)
+    ]
+    assert quoted
+    for file, code in quoted:
+        assert code in (ROOT / file).read_text(), f"{file} is no longer as quoted:\n{code}"
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

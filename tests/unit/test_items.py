@@ -144,7 +144,7 @@ def test_choices_are_texts_each_once_and_one_is_right(check, text, label, gold, 
 def test_choices_and_the_right_one_are_read_as_texts() -> None:
     benchmark = Benchmark(data=Data(path="x"), prompt="{q}", **CHOICE)
     row = {"q": "?", "a": 2, "c": {"text": [1, 2.5], "label": [1, 2]}}
-    assert (data.choices(benchmark, row), data.right(benchmark, row)) == (["1", "2.5"], 1)
+    assert (data.choices(benchmark, row), data.right_choice(benchmark, row)) == (["1", "2.5"], 1)
 
 
 @pytest.mark.parametrize("gold", ["\u5317\u4eac", "!?", "\u041c\u043e\u0441\u043a\u0432\u0430"])

@@ -16,7 +16,7 @@ from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.records import Records
-from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables
+from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables, verdict
 from d2lora.report.axes import MACHINE
 from d2lora.report.points import Point, points_of
 from d2lora.store import Store
@@ -86,7 +86,7 @@ def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numb
     assert {f.stem for f in folder.glob("*.png")} == {"curves", "figure1", "figure2", "figure3"}
     assert (folder / "figure2.pdf").read_bytes().startswith(b"%PDF")
     loaded = artefacts.load(table3, "mine", Records(table3))
-    panels = {s.name: s.panels for s in loaded.shown}
+    panels = {s.artefact.name: s.content.panels for s in loaded.shown}
     assert [len(panels[f"figure{i}"]) for i in (1, 2, 3)] == [1, 3, 3]
     assert [c.label for c in panels["figure1"][0].curves] == ["SFT LoRA", "DPO LoRA", "ORPO LoRA"]
     assert panels["figure2"][1].curves[1].paper[-1] == (10000, pytest.approx(0.8347))
@@ -99,7 +99,7 @@ def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None
     inits = ("lora", "gaussian", "milora")
     cells = [c for i in inits for c in grid(f"init={i}", methods=METHODS, n=[8, 16], m=[0, 8, 40])]
     made.publish(tmp_path, cells, items=8)
-    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0]
+    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table")
     figure = figures._figure(shown.panels, pyplot)
     axes = figure.axes
     assert len({axis.get_title() for axis in axes}) == len(axes) == 2 * len(inits) * 2, "one a benchmark, init and m"
@@ -114,7 +114,7 @@ def test_the_paper_s_curves_can_be_told_apart_too(table3: Path) -> None:
     from matplotlib import pyplot
 
     shown = artefacts.load(table3, "mine", Records(table3)).shown
-    for panels in [s.panels for s in shown if s.panels]:
+    for panels in [s.content.panels for s in shown if s.content.panels]:
         figure = figures._figure(panels, pyplot)
         for axis in figure.axes:
             looks = {(x.get_color(), x.get_marker(), x.get_linestyle(), x.get_markerfacecolor()) for x in axis.lines}
@@ -128,7 +128,7 @@ def test_lora_stands_beside_each_warmup_set_and_a_model_without_d2lora_alone(tmp
     ]
     cells += grid("scale=paper", "model=llama-3.2-1b", n=[0, 1000, 2000], m=[0])
     made.publish(tmp_path, list({c.id: c for c in cells}.values()), items=8)
-    found = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].panels
+    found = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").panels
     assert {p.title: [c.label for c in p.curves] for p in found if p.title.startswith("gsm8k")} == {
         "gsm8k, llama-3.1-8b-instruct, mix40k": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
         "gsm8k, llama-3.1-8b-instruct, mix-math": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
@@ -167,8 +167,9 @@ def test_a_cell_that_is_not_the_paper_s_is_not_set_beside_its_number(
 
 
 def names(output: Path) -> list[str]:
-    """What the report shows of a sweep: its own table and what it has of the paper's."""
-    return [s.name for s in artefacts.load(output, "mine", Records(output)).shown]
+    """What the report shows of a sweep: what it has of the paper's, and its own table."""
+    shown = artefacts.load(output, "mine", Records(output)).shown
+    return [s.artefact.name for s in shown if s.content.tables or s.content.panels]
 
 
 @pytest.mark.parametrize(
@@ -187,12 +188,12 @@ def test_a_sweep_over_something_else_is_not_called_table_3(tmp_path: Path, overr
         c for x in overrides for c in grid("scale=paper", *filter(None, [x]), methods=methods, n=[1000, 2000], m=m)
     ]
     made.publish(tmp_path, list({c.id: c for c in cells}.values()), items=8)
-    assert names(tmp_path) == ["table", *found]
+    assert names(tmp_path) == [*found, "table"]
 
 
 def test_a_part_of_the_grid_gets_its_table_3(tmp_path: Path) -> None:
     made.publish(tmp_path, grid("scale=paper", "init=pissa", methods=METHODS, n=[1000, 5000], m=[0, 40000]), items=8)
-    assert names(tmp_path) == ["table", "table3", "figure1", "figure2", "figure3"]
+    assert names(tmp_path) == ["table3", "figure1", "figure2", "figure3", "table"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -211,9 +212,9 @@ def test_table_1_says_the_true_size_of_all(tmp_path: Path) -> None:
 def test_figure_4_is_orpo_with_few_samples(tmp_path: Path) -> None:
     cells = grid("scale=paper", methods=("orpo",), n=[100, 200, 500, 1000], m=[0, 40000])
     made.publish(tmp_path, cells, items=20)
-    assert names(tmp_path) == ["table", "figure4"]
-    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown
-    assert [x for x, _ in shown[1].panels[0].curves[0].points] == [100, 200, 500, 1000]
+    assert names(tmp_path) == ["figure4", "table"]
+    figure = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("figure4")
+    assert [x for x, _ in figure.panels[0].curves[0].points] == [100, 200, 500, 1000]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -298,7 +299,7 @@ def test_four_items_are_no_difference_and_none_is_no_certainty(tmp_path: Path) -
         assert (pair.interval[0] < 0 < pair.interval[1]) == few
         assert (pair.p > 0.05) == few
         assert pair.detectable > 0.079
-    assert "before Holm's correction a cell shows differences from" in compare.verdict([pair])
+    assert "before Holm's correction a cell shows differences from" in verdict.verdict([pair])
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -487,6 +488,27 @@ def test_the_same_records_give_the_same_report(tmp_path: Path) -> None:
     assert [f for f, content in files.items() if f.read_bytes() != content] == []
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_each_arm_s_costs_are_means_over_seeds_and_a_shared_warm_up_stands_at_each(tmp_path: Path) -> None:
+    cells = grid(methods=("sft", "simpo"), n=[0, 100, 200], m=[0, 40], seed=[0, 1])
+    made.publish(tmp_path, cells, missing=lambda stage: stage.label.startswith("simpo") and ", 200)" in stage.label)
+    report.write(tmp_path, ["mine"])
+    rows = read_csv(tmp_path / "report" / "mine" / "costs.csv")
+    arms = [(r["method"], r["m"], r["n"]) for r in rows]
+    assert arms == [("SFT", m, n) for m in ("0", "40") for n in ("100", "200")] + [
+        ("SimPO", "0", "100"),
+        ("SimPO", "40", "100"),
+    ]
+    assert {r["seeds"] for r in rows} == {"2"}
+    assert {(r["m"], r["warm-up (s)"]) for r in rows} == {("0", "-"), ("40", "1.0")}
+    assert [(r["samples"], r["tokens"], r["tokens/s"]) for r in rows[:2]] == [
+        ("100", "900", "900"),
+        ("200", "1800", "1800"),
+    ]
+    assert {(r["adaptation (s)"], r["peak memory (MB)"]) for r in rows} == {("1.0", "100")}
+    assert "What each arm cost to train" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) -> None:
     grid_ = [c for i in ("lora", "milora", "eva") for c in grid(f"init={i}", n=[8, 16], m=[0, 8], seed=range(4))]
     better = lambda cell: made.gain(cell) + (0.4 if cell.config.init.name == "milora" else 0)  # noqa: E731
@@ -616,7 +638,7 @@ def test_report_columns_decides_what_the_columns_are(tmp_path: Path, column: str
     ranks = ("4", "8", "16") if column != "n" else ("4", "8")
     cells = [c for r in ranks for c in grid(f"recipe.lora.r={r}", asked, n=[8, 16], m=[0, 8])]
     made.publish(tmp_path, cells)
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     assert [tables.column_name(table, c) for c in table.columns] == names
     assert len(table.lines) == rows
     assert len({line.label for line in table.lines}) == rows, "every axis is in the rows or the columns"
@@ -650,3 +672,149 @@ def test_each_kind_of_setting_is_an_axis_of_the_cells_that_depend_on_it(tmp_path
         labels = [line.label for line in table.lines]
         assert len(labels) == len(set(labels))
         assert {p for line in table.lines for p in line.points.values()} == set(table.points), "none is lost"
+
+
+def test_each_comparison_is_better_worse_equivalent_or_undecided(tmp_path: Path) -> None:
+    """D2LoRA gains much at n = 100, nothing at n = 200, where runs differ in the noise of single answers only."""
+    gains = {100: 0.2, 200: 0.0, 400: -0.2}
+    ability = lambda c: 0.5 + (gains[c.config.n] if c.config.m else 0)  # noqa: E731
+    wide = "report.margin=6"
+    cells = grid(wide, n=[100, 200, 400], m=[0, 4000], seed=range(5))
+    made.publish(tmp_path, cells, items=400, ability=ability)
+    report.write(tmp_path, ["mine"])
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    assert {c.d2lora.n: c.decision for c in table.unique_pairs} == {100: "better", 200: "equivalent", 400: "worse"}
+    said = "Equivalent within 6 points (two one-sided tests, 5 %) in 1, undecided in 0."
+    files = {f.name: f.read_text() for f in (tmp_path / "report" / "mine").iterdir() if f.suffix in (".md", ".tex")}
+    assert said in files["table.md"]
+    assert "| equivalent |" in files["table.md"]
+    assert "& equivalent " in files["table.tex"]
+    assert "D2LoRA is" in (tmp_path / "report" / "index.html").read_text()
+    rows = read_csv(tmp_path / "report" / "mine" / "table.csv")
+    row = next(r for r in rows if r["decision"] == "equivalent" and r["benchmark"] == "lab_math")
+    assert -0.06 < float(row["equivalence_low"]) < float(row["difference"]) < float(row["equivalence_high"]) < 0.06
+    pair = next(c for c in table.unique_pairs if c.d2lora.n == 200)
+    pair.margin = 0.001
+    assert pair.decision == "undecided"
+
+
+def test_one_seed_s_equivalence_is_newcombe_s_interval_within_one_point_where_a_manifest_does_not_say(
+    tmp_path: Path,
+) -> None:
+    made.publish(tmp_path, grid(n=[100], m=[0, 4000]), items=100)
+    file = tmp_path / "manifests" / "mine.json"
+    content = json.loads(file.read_text())
+    for cell in content["cells"]:
+        del cell["config"]["report"]
+    file.write_text(json.dumps(content))
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    (pair,) = table.unique_pairs
+    assert table.margin == 1.0
+    assert pair.equivalence[0] > pair.interval[0]
+    assert pair.decision == "undecided", "100 items are too few for one point"
+
+
+def test_the_pooled_effect_is_of_the_cells_with_the_same_items_and_seeds(tmp_path: Path) -> None:
+    cells = grid(methods=("sft", "orpo"), n=[100, 200], m=[0, 4000], seed=range(3))
+    lost = next(c for c in cells if c.config.seed == 2 and c.config.m == 4000)
+    made.publish(tmp_path, cells, items=300, missing=lambda stage: stage in lost.chain.evaluations)
+    table = tables.build(points(tmp_path))[0]
+    effect = verdict.pooled(table.unique_pairs)
+    assert (effect.cells, effect.left_out) == (3, 1)
+    whole = [c for c in table.unique_pairs if len(c.seeds) == 3]
+    assert effect.difference == pytest.approx(np.mean([c.difference for c in whole]))
+    widths = [high - low for low, high in (c.interval for c in whole)]
+    assert effect.interval[1] - effect.interval[0] < min(widths)
+    assert re.search(r"Pooled over 3 cells: \S+ points \[\S+, \S+\] \(95 %\), without 1 cell of other", table.verdict)
+    assert "Pooled" not in verdict.verdict(whole[:1]), "one cell's effect is in the table"
+
+
+def test_cells_that_share_an_arm_are_not_pooled_as_if_they_were_independent(tmp_path: Path) -> None:
+    """Two equal D2LoRA arms against one LoRA: pooling them tells no more than one of them."""
+    made.publish(tmp_path, grid(n=[100], m=[0, 4000]), items=300)
+    (pair,) = tables.build(points(tmp_path))[0].unique_pairs
+    twin = compare.compared(pair.lora, pair.d2lora)
+    (low, high), alone = verdict.pooled([pair, twin]).interval, pair.interval
+    assert high - low == pytest.approx(alone[1] - alone[0], rel=0.05)
+
+
+def worth_lines(output: Path) -> list[str]:
+    return tables.build(points(output))[0].remarks
+
+
+def test_a_warm_up_is_worth_the_task_samples_that_lora_needs_more_for_the_same(tmp_path: Path) -> None:
+    """Accuracy rises by 5 points in 100 samples; a warm-up counts as 200 of them, so that at n = 800 it leaves LoRA's curve."""
+    ability = lambda c: 0.3 + 0.0005 * (c.config.n + (200 if c.config.m else 0))  # noqa: E731
+    made.publish(tmp_path, grid(n=[0, 200, 400, 800], m=[0, 4000], seed=range(3)), items=1500, ability=ability)
+    (line,) = worth_lines(tmp_path)
+    assert line.startswith("SFT D2LoRA(4k, n): 4k general samples are worth ")
+    assert line.count("task samples at n = ") == 1
+    assert line.endswith("; not determinable at n = 800.")
+    known = re.findall(r"(-?\d+) \[(-?\d+|less), (\d+|more)\](?: task samples)? at n = (\d+)", line)
+    assert [n for *_, n in known] == ["0", "200", "400"]
+    for value, low, high, _ in known:
+        assert 130 < float(value) < 270
+        assert low == "less" or float(low) < 200
+        assert high == "more" or float(high) > 200
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gain", "said"),
+    [
+        ([0, 400], 0.1, "LoRA's curve does not say"),  # two points make no curve
+        ([0, 200, 400], 2.0, "LoRA's curve does not say"),  # above it
+        ([0, 200, 400], -2.0, "LoRA's curve does not say"),  # below it
+        ([400], 0.1, None),
+    ],
+)
+def test_what_a_warm_up_is_worth_is_not_said_where_the_curve_does_not(tmp_path: Path, sizes, gain, said) -> None:
+    ability = lambda c: 0.3 + 0.0005 * c.config.n + (gain if c.config.m else 0)  # noqa: E731
+    made.publish(tmp_path, grid(n=sizes, m=[0, 4000]), items=200, ability=ability)
+    lines = worth_lines(tmp_path)
+    assert len(lines) == bool(said)
+    assert all(said in line for line in lines)
+
+
+def test_a_flat_curve_does_not_say_what_a_warm_up_is_worth(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid(n=[0, 200, 400], m=[0, 4000]), items=100, ability=lambda c: 9.0)
+    assert worth_lines(tmp_path) == ["SFT D2LoRA(4k, n): LoRA's curve does not say what the warm-up is worth in task samples."]  # fmt: skip
+
+
+def test_shares_of_the_variance_where_seeds_and_draws_are_crossed(tmp_path: Path) -> None:
+    """Draws of the rows differ by 10 points and more, seeds hardly."""
+    luck = {0: -0.15, 1: 0.0, 2: 0.15}
+    cells = [c for d in luck for c in grid(f"data_seed={d}", n=[100], m=[0, 4000], seed=range(3))]
+    made.publish(tmp_path, cells, items=300, ability=lambda c: 0.5 + luck[c.config.data_seed])
+    (line,) = [x for x in worth_lines(tmp_path) if x.startswith("Shares")]
+    assert "(300 items, 3 seeds on each of 3 draws, 2 arms)" in line
+    shares = {k: int(v) for k, v in re.findall(r"(items|training seed|draw of the rows|rest) (\d+) %", line)}
+    assert 99 <= sum(shares.values()) <= 101
+    assert shares["draw of the rows"] > 90
+    assert shares["training seed"] < 3
+
+
+def test_shares_of_the_variance_of_replicates(tmp_path: Path) -> None:
+    cells = [c for r in range(3) for c in grid(f"replicate={r}", n=[100], m=[0, 4000])]
+    made.publish(tmp_path, cells, items=300)
+    text = report.finish(tmp_path, "mine", draw=False)
+    assert re.search(r"\(300 items, 3 replicates,\s2\sarms\):\s+items \d+ %,\s+replicate\s+\d+ %", text)
+    made.publish(tmp_path, grid("sweep=other", n=[100], m=[0, 4000], seed=range(3)), items=300)
+    assert "Shares" not in report.finish(tmp_path, "other", draw=False)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_artefact_of_the_documentation_is_written_and_on_the_page(tmp_path: Path, monkeypatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (code,) = re.findall(r"<!-- artefact: \S+ -->\n```python\n(.*?)```", text, re.S)
+    defined: dict = {}
+    exec(code, defined)
+    monkeypatch.setattr(artefacts, "ARTEFACTS", (*artefacts.ARTEFACTS, defined["ARTEFACT"]))
+    cells = grid(n=[100, 200], m=[0])
+    for stage in (cell.chain.adapt for cell in cells):
+        facts = {"metrics": {"samples_seen": 9}, "data": {"samples": 9, "misfits": 3}}
+        Store(tmp_path).ensure(stage, lambda folder, s=stage, f=facts: made.record(s, **f))
+    made.publish(tmp_path, cells)
+    report.write(tmp_path, ["mine"])
+    rows = read_csv(tmp_path / "report" / "mine" / "too_long.csv")
+    assert [row["rows too long"] for row in rows] == ["3", "3"]
+    assert "Rows that were too long, by training" in (tmp_path / "report" / "index.html").read_text()

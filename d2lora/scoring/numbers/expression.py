@@ -53,7 +53,7 @@ class Parser:
         self.index += matches
         return matches
 
-    def need(self, text: str) -> None:
+    def expect(self, text: str) -> None:
         """Skip this token. NoNumber if it is not the current one."""
         if not self.take(text):
             raise NoNumber
@@ -141,7 +141,7 @@ class Parser:
             raise NoNumber
         exponent = self.sum() if braces else self.signed(self.atom)
         if braces:
-            self.need("}")
+            self.expect("}")
         if exponent.denominator != 1 or (base == 0 and exponent <= 0) or self.at("^"):
             raise NoNumber
         digits = math.log10(max(abs(base.numerator), base.denominator)) if base else 0
@@ -163,7 +163,7 @@ class Parser:
         for opening, closing in ("()", "[]", "{}"):
             if self.take(opening):
                 value = self.sum()
-                self.need(closing)
+                self.expect(closing)
                 if self.at("_"):
                     raise NoNumber
                 return value
@@ -184,9 +184,9 @@ class Parser:
             rest = replace(token, text=token.text[1:], space=False, number=Number(Fraction(token.text[1:] or 0)))
             self.tokens = [*self.tokens[: self.index], *([rest] if rest.text else []), *self.tokens[self.index + 1 :]]
             return Fraction(token.text[0])
-        self.need("{")
+        self.expect("{")
         value = self.sum()
-        self.need("}")
+        self.expect("}")
         return value
 
     def root(self) -> Fraction:
@@ -194,7 +194,7 @@ class Parser:
         degree = 2
         if self.take("["):
             index = self.sum()
-            self.need("]")
+            self.expect("]")
             degree = int(index) if index.denominator == 1 and 2 <= index <= 10 else 0
         value = self.atom() if self.kind() == "number" else self.sqrt_argument()
         if not degree or (value < 0 and degree % 2 == 0):

@@ -100,7 +100,7 @@ def _character(c: str) -> str:
 
 
 def _repeating(match: re.Match) -> str:
-    r"""0.1\overline{6} -> \frac{15}{90}."""
+    r"""Write a repeating decimal as a fraction: 0.1\overline{6} -> \frac{15}{90}."""
     integer, once, again = match[1], match[2], match[3]
     above = int(integer + once + again) - int(integer + once or "0")
     return rf"\frac{{{above}}}{{{(10 ** len(again) - 1) * 10 ** len(once)}}}"

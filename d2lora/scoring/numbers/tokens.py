@@ -34,8 +34,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Token:
-    """A token. Its kind is number, unclear (digits without one reading), letter (a variable), command, word, unit, op,
-    break or end.
+    """A token.
+
+    Its kind is number, unclear (digits without one reading), letter (a variable), command, word, unit, op, break or
+    end.
     """
 
     kind: str
@@ -193,8 +195,9 @@ def _scaled(token: Token, tokens: list[Token], index: int) -> tuple[Token, int]:
 
 
 def _unit(tokens: list[Token], index: int) -> int:
-    """Return the index where the unit that starts at an index ends: "eggs", "cm^2", "km/h", "/hour", "-year"; the index
-    itself if none.
+    """Return the index where the unit that starts at an index ends: "eggs", "cm^2", "km/h", "/hour", "-year".
+
+    The index itself if none.
     """
     start = index
     while index < len(tokens):

@@ -16,8 +16,9 @@ _PARTS = word_set(
 
 
 def in_words(tokens: list[Token], where: Where) -> Number | None:
-    """Return the number in a text without digits: "twenty-one", "negative five", "two and a half"; None if there is
-    none.
+    """Return the number in a text without digits: "twenty-one", "negative five", "two and a half".
+
+    None if there is none.
     """
     words = [t.text.lower() for t in tokens]
     runs: list[tuple[int, int]] = []

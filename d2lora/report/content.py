@@ -1,0 +1,86 @@
+"""What an artefact is made from (a Sweep) and what it consists of (its Content), whatever its shape."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from d2lora.records import ManifestCell, Records, Tuning
+from d2lora.report import differences as paired
+from d2lora.report.compare import MARGIN
+from d2lora.report.figures import Panel
+from d2lora.report.points import Point
+from d2lora.report.tables import Table
+
+
+@dataclass
+class Sweep:
+    """A sweep's cells as planned, and what is finished of them; no points where no table can be made of them.
+
+    Of a tuned sweep `points` are of the chosen cells, `fixed` of those at the recipe's own values of the tuned settings.
+    """
+
+    name: str
+    cells: list[ManifestCell]
+    points: list[Point]
+    records: Records
+    tuning: Tuning | None = None
+    fixed: list[Point] = field(default_factory=list)
+
+    @property
+    def columns(self) -> str | None:
+        """The setting that the user wants as columns of the sweep's own table; None lets the report choose."""
+        columns = self._layout.get("columns")
+        return None if self.tuning and columns in self.tuning.keys else columns  # each arm has one value of it
+
+    @property
+    def margin(self) -> float:
+        """The points within which the user calls two arms equivalent."""
+        return self._layout.get("margin", MARGIN)
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        return self.cells[0].config.get("report", {}) if self.cells else {}  # older manifests have none
+
+
+@dataclass
+class Rows:
+    """A table of texts. `shows` says for each row its model, task, method and m, as far as the page's filters may narrow it."""
+
+    head: list[str]
+    rows: list[list[str]]
+    shows: list[dict[str, int | str]] = field(default_factory=list)  # empty: no filter narrows it
+
+
+@dataclass
+class Content:
+    """What an artefact shows of a sweep, in any of these shapes; each is written to files and shown on the page.
+
+    `tables` have a score a point, with comparisons; `rows` are any other table. `panels` are curves, `differences` those of pairs;
+    `draw` draws any other figure, given matplotlib's pyplot. The page shows panels, and of figures that `draw` draws it says nothing.
+    """
+
+    tables: list[Table] = field(default_factory=list)
+    rows: Rows | None = None
+    panels: list[Panel] = field(default_factory=list)
+    differences: list[paired.Panel] = field(default_factory=list)
+    draw: Callable[[Any], Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    verdicts: list[Table] = field(default_factory=list)  # of a figure: tables whose verdict is told nowhere else
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A table or figure of the report: when it applies, what it consists of, what it is called, where it stands.
+
+    `make` returns None for a sweep that it does not apply to. `caption` may name the {sweep}.
+    """
+
+    name: str  # of its files: <name>.md, .tex and .csv of a table, .png, .svg and .pdf of a figure
+    caption: str
+    make: Callable[[Sweep], Content | None]
+    title: str = ""  # on the page, where it is not the caption
+    figure: str = ""  # the name of its figure's files, where it is another
+    files: bool = True  # whether it has files, or is on the page only
+    folded: Literal["no", "below others", "yes"] = (
+        "no"  # on the page; the sweep's heading names what is "below others" alone
+    )

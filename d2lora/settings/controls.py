@@ -1,0 +1,91 @@
+"""Control arms: what D2LoRA(m, n) must beat for its gain to be the warm-up's, and not that of something simpler."""
+
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import Field
+
+from d2lora.settings.values import Strict
+
+
+class BaseControl(Strict):
+    """What all arms have: a name, and the facts below. `label` takes m and n as {m} and {n}."""
+
+    label: ClassVar[str]  # of its rows in tables
+    rules_out: ClassVar[str]  # the objection to D2LoRA that it answers
+    warms_up: ClassVar[bool] = True  # whether the cell has a warm-up of its own
+    needs_task: ClassVar[bool] = True  # at n = 0 it is D2LoRA(m, 0), as there is nothing to control
+
+    name: str
+
+
+class NoControl(BaseControl):
+    """D2LoRA itself: the warm-up, continued on the task."""
+
+    label: ClassVar[str] = "D2LoRA({m}, {n})"
+    rules_out: ClassVar[str] = ""
+
+    name: Literal["none"] = "none"
+
+
+class LongerControl(BaseControl):
+    """LoRA on the n task rows with as many tokens as warm-up and adaptation together, by more epochs."""
+
+    label: ClassVar[str] = "longer({m}, {n})"
+    rules_out: ClassVar[str] = "more steps"
+    warms_up: ClassVar[bool] = False
+
+    name: Literal["longer"] = "longer"
+
+
+class MixedControl(BaseControl):
+    """One phase over the general and the task rows of both phases, in one seeded order: SFT only."""
+
+    label: ClassVar[str] = "mixed({m}, {n})"
+    rules_out: ClassVar[str] = "two phases"
+    warms_up: ClassVar[bool] = False
+
+    name: Literal["mixed"] = "mixed"
+
+
+class MergedControl(BaseControl):
+    """The warm-up's adapter, times `weight`, added to an adapter that was trained on the task from scratch."""
+
+    label: ClassVar[str] = "merged({m}, {n})"
+    rules_out: ClassVar[str] = "it must be continued"
+
+    name: Literal["merged"] = "merged"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class PlaceboControl(BaseControl):
+    """D2LoRA after a warm-up whose answers were exchanged among its rows."""
+
+    label: ClassVar[str] = "placebo({m}, {n})"
+    rules_out: ClassVar[str] = "any tokens do"
+    needs_task: ClassVar[bool] = False
+
+    name: Literal["placebo"] = "placebo"
+
+
+# In the order of tables.
+CONTROLS: tuple[type[BaseControl], ...] = (NoControl, LongerControl, MixedControl, MergedControl, PlaceboControl)
+
+Control: TypeAlias = Annotated[
+    NoControl | LongerControl | MixedControl | MergedControl | PlaceboControl, Field(discriminator="name")
+]
+
+_BY_NAME: dict[str, type[BaseControl]] = {control.model_fields["name"].default: control for control in CONTROLS}
+
+CONTROL_NAMES: tuple[str, ...] = tuple(_BY_NAME)
+
+NO_CONTROL: str = NoControl().name
+
+
+def control_of(name: str) -> type[BaseControl]:
+    """Return the class of a control's name. KeyError for a name that is none's."""
+    return _BY_NAME[name]
+
+
+def in_effect(name: str, m: int | str, n: int | str) -> str:
+    """Return the control of a cell: none without general samples, and where there is nothing that it controls for."""
+    return NO_CONTROL if m == 0 or (n == 0 and control_of(name).needs_task) else name

@@ -1,0 +1,111 @@
+"""KTO: TRL's trainer on packed pairs, each a desirable and an undesirable example, its KL estimated over the effective batch.
+
+The KL is that of prompts with answers to other prompts of the batch (Ethayarajh et al. 2024, section 4.1). TRL takes the others from the
+micro-batch, so that the micro-batch changes the result, and refuses one of a single example.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch.nn.functional import pad
+from trl import KTOConfig, KTOTrainer
+
+from d2lora.data import shuffled
+from d2lora.layouts import packing
+from d2lora.settings.methods import Kto
+from d2lora.train.common import Batch, Example
+from d2lora.train.reference import ReferencedObjective, ReferencedTrainer
+
+
+class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
+    """TRL's KTOTrainer on ready ids. As with TRL, every epoch has the batches of one order: what an answer is exchanged with is fixed."""
+
+    args: KTOConfig
+    kl: torch.Tensor  # of the present effective batch
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loss_type, self.calculate_KL = "kto", True  # see KtoObjective.arguments
+
+    def before_training(self, tolerance: float) -> None:
+        """Put the pairs into the seed's order and exchange their answers; ask the reference of both."""
+        super().before_training(tolerance)
+        pairs: list[Example] = self.train_dataset.to_list()
+        pairs = [pairs[i] for i in shuffled(len(pairs), f"kto/{self.args.seed}")]
+        self.train_dataset = Dataset.from_list(pairs)
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        exchanged = exchange_answers(pairs, batch, cast(int, self.args.max_length))
+        values = zip(exchanged, self.of_reference(exchanged, [], tolerance), strict=True)
+        self.exchanged = {pair["row"]: value for pair, value in zip(pairs, values, strict=True)}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self.kl = torch.cat([self.log_ratios(batch["rows"]) for batch in batches]).mean()
+        return batches, None
+
+    def log_ratios(self, rows: list[int]) -> torch.Tensor:
+        """Return log-ratios (rows, 2) of policy and reference for the exchanged answers of rows, without dropout."""
+        pairs, reference = zip(*(self.exchanged[row] for row in rows), strict=True)
+        self.model.eval()
+        policy = self.logps(list(pairs))
+        self.model.train()
+        return policy - torch.tensor(reference, device=policy.device)
+
+    def _compute_kl_logps(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the KL of the effective batch; TRL subtracts the 0 in ref_KL_logps and cuts what is negative."""
+        return self.kl
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        packed, pairs = inputs["packed"], self.pairs(inputs)
+        mask = pad(packing.mask_of(packed), (1, 0))
+        batch = {
+            # TRL reads its labels' ids from input_ids; our forward has its own.
+            **{"input_ids": mask, "completion_mask": mask, "attention_mask": inputs["attention_mask"]},
+            "label": torch.arange(2 * pairs, device=mask.device) < pairs,
+            "ref_logps": torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]),
+            "ref_KL_logps": torch.zeros(1, device=mask.device),
+        }
+        return super().compute_loss(functools.partial(self.answers, model, packed), batch) * self.share(
+            pairs, self.batch_pairs
+        )
+
+
+def exchange_answers(pairs: list[Example], batch: int, max_length: int) -> list[Example]:
+    """Return each pair's prompt with the answers of the pair before it in its batch, of the first with those of the last.
+
+    A batch of a single pair takes those of the pair before that batch. Answers are cut where prompt and answer exceed `max_length`
+    tokens, as TRL cuts them.
+    """
+    exchanged = []
+    for start in range(0, len(pairs), batch):
+        own = pairs[start : start + batch]
+        before = [own[-1], *own[:-1]] if len(own) > 1 else [pairs[start - 1]]
+        for pair, other in zip(own, before, strict=True):
+            room = max_length - len(pair["prompt_ids"])
+            answers = {kind: other[kind][:room] for kind in ("chosen_ids", "rejected_ids")}
+            exchanged.append({"prompt_ids": pair["prompt_ids"], **answers})
+    return exchanged
+
+
+class KtoObjective(ReferencedObjective[Kto]):
+    """How KTO trains."""
+
+    trainer = PackedKTOTrainer
+    config = KTOConfig
+
+    def arguments(self, max_length: int) -> dict[str, Any]:
+        """Return the arguments of KTOConfig. Its loss_type "kto" is set later: with it TRL refuses micro-batches of one."""
+        weights = {name: getattr(self.method, name) for name in ("desirable_weight", "undesirable_weight")}
+        return super().arguments(max_length) | weights | {"max_length": max_length, "loss_type": "apo_zero_unpaired"}
