@@ -20,8 +20,13 @@ from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
 
 
-def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = ()) -> str:
-    """Return what a sweep will do: cells, stages, what is shared and done, samples, notes, and an estimate of the time."""
+def plan_text(
+    cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = (), later: Iterable[Stage] = ()
+) -> str:
+    """Return what a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, and about how long.
+
+    `later` are like stages that follow but are not known yet: their time is counted.
+    """
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
     used = Counter(s.key for c in cells for s in c.chain.stages)
@@ -40,6 +45,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable
         lines += [f"  {_cell_line(c, store)}" for c in cells]
     lines += notes
     if left:
+        left += {s.key: s for s in later if s not in stages and not store.done(s)}.values()
         lines.append(f"  about {_duration(left, store, workers)}")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from d2lora.records import ManifestCell, Records
+from d2lora.records import ManifestCell, Records, Tuning
 from d2lora.report import differences as paired
 from d2lora.report import tables as scores
 from d2lora.report.compare import MARGIN
@@ -16,17 +16,23 @@ from d2lora.report.tables import Table
 
 @dataclass
 class Sweep:
-    """A sweep's cells as planned, and what is finished of them; no points where no table can be made of them."""
+    """A sweep's cells as planned, and what is finished of them; no points where no table can be made of them.
+
+    Of a tuned sweep `points` are of the chosen cells, `fixed` of those at the recipe's own values of the tuned settings.
+    """
 
     name: str
     cells: list[ManifestCell]
     points: list[Point]
     records: Records
+    tuning: Tuning | None = None
+    fixed: list[Point] = field(default_factory=list)
 
     @property
     def columns(self) -> str | None:
         """The setting that the user wants as columns of the sweep's own table; None lets the report choose."""
-        return self._layout.get("columns")
+        columns = self._layout.get("columns")
+        return None if self.tuning and columns in self.tuning.keys else columns  # each arm has one value of it
 
     @property
     def margin(self) -> float:
