@@ -25,6 +25,7 @@ from d2lora.report import (
 from d2lora.report.content import Artefact, Content, Rows, Sweep
 from d2lora.report.manifest import read_manifest
 from d2lora.report.points import points_of
+from d2lora.report.tables import Table
 
 
 def _own(sweep: Sweep) -> Content | None:

@@ -10,7 +10,7 @@ from d2lora.report.axes import LABELS, Axes, general
 from d2lora.report.tables import order_of
 from d2lora.scoring import shown_metrics
 from d2lora.settings import amount
-from d2lora.settings.controls import NO_CONTROL, control_of, in_effect
+from d2lora.settings.controls import control_of
 from d2lora.stages.evaluate import EvaluateSpec
 
 _EQUAL = 1e-12  # means of the same scores in another order differ by less
@@ -36,7 +36,7 @@ def arms(cells: Sequence[ManifestCell], keys: Sequence[str]) -> list[Arm]:
     A cell that depends on no tuned setting, as the base on no learning rate, is in none.
     """
     labels, others = axes.differing_settings(cells)
-    shown = [*labels, *(key for key in others if key not in (*keys, "data_seed", "control.name"))]
+    shown = [*labels, *(key for key in others if key not in (*keys, "data_seed"))]
     by_place: dict[tuple[object, ...], Arm] = {}
     for cell in cells:
         if values := values_of(cell, keys):
@@ -51,7 +51,8 @@ def _place(cell: ManifestCell, keys: Sequence[str]) -> tuple[object, ...]:
     """Return what a cell is, but for its seeds and the tuned settings."""
     settings = axes.settings_of(cell).items()
     others = sorted((key, value) for key, value in settings if key not in keys and key != "data_seed")
-    return cell.config["method"]["name"], cell.config["m"], cell.config["n"], *others
+    config = cell.config
+    return config["method"]["name"], config["m"], config["n"], axes.control(config), *others
 
 
 def _label(cell: ManifestCell, shown: Iterable[str]) -> str:
@@ -62,8 +63,7 @@ def _label(cell: ManifestCell, shown: Iterable[str]) -> str:
         named[key] if key in LABELS else axes.text(key, settings[key]) for key in shown if key in named | settings
     ]
     m, n = (amount(config[key]) for key in ("m", "n"))
-    control = in_effect(config.get("control", {}).get("name", NO_CONTROL), config["m"], config["n"])
-    shape = f"LoRA n={n}" if config["m"] == 0 else control_of(control).label.format(m=m, n=n)
+    shape = f"LoRA n={n}" if config["m"] == 0 else control_of(axes.control(config)).label.format(m=m, n=n)
     return " ".join(filter(None, [config["method"]["name"].upper(), shape, *others]))
 
 
