@@ -131,6 +131,7 @@ class StageKeys(_Read):
     warmup: str | None = None
     adapt: str | None = None
     evaluate: dict[str, str]
+    validation: dict[str, str] = Field(default_factory=dict)  # evaluations too, where settings are tuned
     contamination: dict[str, str] = Field(default_factory=dict)
     flips: dict[str, str] = Field(default_factory=dict)  # of a bfloat16 model only
     merge: str | None = None  # of the control arm that adds two adapters
@@ -148,12 +149,51 @@ class ManifestCell(_Read):
     stages: StageKeys
 
 
+class Candidate(_Read):
+    """Values of the tuned settings that one arm was trained with.
+
+    `scores` are its cells' on the validation benchmark by their ids, one a seed or replicate, None where there is no result.
+    `missing` names seeds that others of the arm have results of and it has none. `own`: the values are the recipe's own, so its
+    cells are evaluated on the test whatever is chosen.
+    """
+
+    values: dict[str, str]
+    scores: dict[str, Number | None]
+    mean: Number | None = None  # None unless every seed has its result
+    missing: list[str] = Field(default_factory=list)
+    own: bool = False
+    chosen: bool = False
+    chosen_before: bool = False  # by candidates or results that were fewer then; its cells had met the test
+
+
+class TunedArm(_Read):
+    """One method, m, n and so on, with the candidates among which its tuned settings are chosen, in order of their values."""
+
+    label: str
+    benchmark: str
+    metric: str | None = None  # None while there is no result
+    candidates: list[Candidate]
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """Return the candidate that was chosen; None while none is."""
+        return next((c for c in self.candidates if c.chosen), None)
+
+
+class Tuning(_Read):
+    """What a sweep chose on validation benchmarks: `keys` are the tuned settings."""
+
+    keys: list[str]
+    arms: list[TunedArm]
+
+
 class Manifest(_Read):
-    """A sweep's cells; `earlier` are others that the sweep's name once had."""
+    """A sweep's cells; `earlier` are others that the sweep's name once had. `tuning` is None where nothing is tuned."""
 
     sweep: str
     cells: list[ManifestCell]
     earlier: list[ManifestCell] = Field(default_factory=list)
+    tuning: Tuning | None = None
 
 
 def reason(error: ValidationError) -> str:

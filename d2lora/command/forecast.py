@@ -245,7 +245,7 @@ class _Work:
 
     @cached_property
     def _benchmark(self) -> Benchmark | None:
-        return self.config.task.benchmark.get(self.stage.subject)
+        return self.config.benchmarks.get(self.stage.subject)
 
     @cached_property
     def _items(self) -> tuple[float, str]:

@@ -15,9 +15,13 @@ from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
 
 
-def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = ()) -> str:
-    """Return what a sweep will do: cells, stages, what is shared and done, samples, notes, what the design can find, time and
-    memory.
+def plan_text(
+    cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = (), later: Iterable[Stage] = ()
+) -> str:
+    """Return what a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, what the design can find,
+    time and memory.
+
+    `later` are like stages that follow but are not known yet: their time is counted.
     """
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
@@ -37,7 +41,7 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable
         lines += [f"  {_cell_line(c, store)}" for c in cells]
     lines += notes
     lines += findable.lines(cells, store)
-    lines += forecast.Forecast(cells, store, workers).lines()
+    lines += forecast.Forecast(cells, store, workers, later).lines()
     return "\n".join(lines)
 
 

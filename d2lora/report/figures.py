@@ -43,6 +43,7 @@ class Panel:
     curves: list[Curve]
     arms: bool  # told apart by arm (one method), else by method
     x: str = "n"  # the setting on the x axis
+    even: bool = False  # whether points are one apart there, whatever their values
 
     @property
     def xs(self) -> list[float]:
@@ -56,6 +57,7 @@ class Placed(Protocol):
     title: str
     unit: str
     x: str
+    even: bool
 
     @property
     def xs(self) -> list[float]: ...
@@ -209,14 +211,19 @@ def _draw_curves(axis: Any, panel: Panel) -> None:
 
 def _dress(axis: Any, panel: Placed) -> None:
     """Give an axis its title, labels, scale and ticks."""
-    ticks = panel.xs
+    ticks = places(panel)
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
     if spread := is_logarithmic(panel):
         axis.set_xscale("log")
         axis.minorticks_off()
     crowded = _crowded([math.log(x) for x in ticks] if spread else ticks)
-    axis.set_xticks(ticks, [_tick(x) for x in ticks], rotation=45 if crowded else 0)
+    axis.set_xticks(ticks, [_tick(x) for x in panel.xs], rotation=45 if crowded else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
+
+
+def places(panel: Placed) -> list[float]:
+    """Return where the panel's values of x stand on its axis."""
+    return [float(i) for i in range(len(panel.xs))] if panel.even else panel.xs
 
 
 def x_label(panel: Placed) -> str:
@@ -226,7 +233,7 @@ def x_label(panel: Placed) -> str:
 
 def is_logarithmic(panel: Placed) -> bool:
     """Tell whether the x axis is logarithmic: that of n never is."""
-    return panel.x != "n" and panel.xs[0] > 0 and panel.xs[-1] >= _WIDE * panel.xs[0]
+    return not panel.even and panel.x != "n" and panel.xs[0] > 0 and panel.xs[-1] >= _WIDE * panel.xs[0]
 
 
 def _tick(x: float) -> str:

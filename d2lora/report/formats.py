@@ -247,11 +247,11 @@ def latex_rows(caption: str, head: list[str], rows: list[list[str]]) -> str:
 def csv_text(tables: list[Table]) -> str:
     """Return tables as CSV, one point a row, fractions with all digits; missing values are empty."""
     out = io.StringIO()
-    keys = dict.fromkeys(k for table in tables for p in table.points for k in p.axes)
+    keys = dict.fromkeys(k for table in tables for p in table.points for k in (*p.axes, *p.tuned))
     writer = csv.DictWriter(out, [*_CSV, *keys], lineterminator="\n")
     writer.writeheader()
     for table in tables:
-        writer.writerows(_csv_row(table, p) | p.axes for p in table.points)
+        writer.writerows(_csv_row(table, p) | p.axes | p.tuned for p in table.points)
     return out.getvalue()
 
 

@@ -9,13 +9,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs, lock, write_json
 from d2lora.plan import Cell
-from d2lora.records import Manifest, ManifestCell, StageKeys, reason
+from d2lora.records import Manifest, ManifestCell, StageKeys, Tuning, reason
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.contamination import ContaminationSpec
 from d2lora.stages.evaluate import EvaluateSpec
@@ -24,19 +25,19 @@ from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.warmup import WarmupSpec
 
 
-def write_manifest(output: Path, cells: list[Cell]) -> None:
-    """Write a grid's manifest: each cell's resolved config and the keys of its stages."""
-    sweep, entries = cells[0].config.sweep, [_entry(c) for c in cells]
+def write_manifest(output: Path, cells: list[Cell], tuning: Tuning | None = None) -> None:
+    """Write a grid's manifest: each cell's resolved config, the keys of its stages, and what is chosen if settings are tuned."""
+    sweep, entries = cells[0].config.sweep, [entry(c) for c in cells]
     with _held(output, sweep) as before:
-        _write(output, sweep, entries, [*before.earlier, *before.cells])
+        _write(output, sweep, entries, [*before.earlier, *before.cells], tuning)
 
 
 def add_to_manifest(output: Path, cell: Cell) -> None:
     """Add a single cell to its sweep's manifest."""
-    sweep, entry = cell.config.sweep, _entry(cell)
+    sweep = cell.config.sweep
     with _held(output, sweep) as before:
-        others = [e for e in before.cells if e.id != cell.id]
-        _write(output, sweep, [*others, entry], before.earlier)
+        others = [other for other in before.cells if other.id != cell.id]
+        _write(output, sweep, [*others, entry(cell)], before.earlier, before.tuning)
 
 
 @contextlib.contextmanager
@@ -53,15 +54,23 @@ def _held(output: Path, sweep: str) -> Iterator[Manifest]:
         yield before or Manifest(sweep=sweep, cells=[])
 
 
-def _write(output: Path, sweep: str, cells: list[ManifestCell], earlier: list[ManifestCell]) -> None:
+def _write(
+    output: Path, sweep: str, cells: list[ManifestCell], earlier: list[ManifestCell], tuning: Tuning | None
+) -> None:
     planned = {entry.id for entry in cells}
     others = {entry.id: entry for entry in earlier if entry.id not in planned}
     whole = Manifest(sweep=sweep, cells=cells, earlier=list(others.values()))
+    if tuning:
+        whole = whole.model_copy(update={"tuning": tuning})
     write_json(Outputs(output).manifest(sweep), whole.as_read())
 
 
-def _entry(cell: Cell) -> ManifestCell:
-    config = cell.config.model_dump(exclude={"output", "dry_run", "skip_invalid", "job", "data_root"})
+def entry(cell: Cell) -> ManifestCell:
+    """A cell as manifests list it."""
+    left_out: dict[str, Any] = dict.fromkeys(("output", "dry_run", "skip_invalid", "job", "data_root"), True)
+    if not cell.config.tune:  # then nothing reads them
+        left_out |= {"tune": True, "task": {"validation": True}}
+    config = cell.config.model_dump(exclude=left_out)
     chain = cell.chain
     evaluations = {s.subject: s.key for s in chain.evaluations}
     trained = dict.fromkeys(spec.KIND for spec in (PrepareSpec, WarmupSpec, AdaptSpec)) | {
@@ -72,6 +81,8 @@ def _entry(cell: Cell) -> ManifestCell:
     stages = {**trained, EvaluateSpec.KIND: evaluations, ContaminationSpec.KIND: checks}
     if flips:
         stages[FlipsSpec.KIND] = flips
+    if chain.validations:
+        stages["validation"] = {s.subject: s.key for s in chain.validations}
     return ManifestCell(id=cell.id, config=config, stages=StageKeys.model_validate(stages))
 
 

@@ -113,7 +113,7 @@ function scales({ curves, x: axis, margin }) {
   const xs = [...new Set([...points, ...paper].map(([x]) => x))].sort((a, b) => a - b);
   const ys = [...points.flatMap(ends), ...paper.map(([, v]) => v), ...(margin === undefined ? [] : [-margin, margin])];
   const low = Math.min(...ys), high = Math.max(...ys), room = (high - low || 0.02) * 0.06;
-  const at = (n) => (axis.logarithmic ? Math.log(n) : n), start = at(xs[0]), width = at(xs[xs.length - 1]) - start || 1;
+  const at = (n) => (axis.even ? xs.indexOf(n) : axis.logarithmic ? Math.log(n) : n), start = at(xs[0]), width = at(xs[xs.length - 1]) - start || 1;
   const pad = margin === undefined ? 0 : 2.5 * APART; // room for what stands beside its x
   const x = (n) => LEFT + pad + ((W - LEFT - RIGHT - 2 * pad) * (at(n) - start)) / width;
   const y = (v) => TOP + ((H - TOP - BOTTOM) * (high + room - v)) / (high - low + 2 * room || 1);

@@ -166,7 +166,7 @@ class _Data:
 
 
 def _placed(panel: figures.Placed) -> JSON:
-    x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel)}
+    x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel), "even": panel.even}
     return {"title": panel.title, "unit": panel.unit, "x": x}
 
 

@@ -100,7 +100,7 @@ def value(point: Point) -> float | None:
     `task.continuation`.
     """
     usual = (point.init, point.recipe, point.limit, point.axes) == (PLAIN, "paper", None, {})
-    if not usual or point.warmup not in _WARMUPS:
+    if not usual or point.tuned or point.warmup not in _WARMUPS:
         return None
     n = _ALL_TITLES if point.task == "title" and point.n == "all" else point.n
     metric = "rouge" if point.metric.startswith("rouge") else point.metric

@@ -1,6 +1,6 @@
 """Make points, the entries of tables and figures, from a manifest and its records, with their items' scores."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -72,6 +72,7 @@ class Point:
     clusters: np.ndarray | None = None  # of its items (items,), where the benchmark names a column
     draws: set[int] = field(default_factory=set)  # its cells' data_seed
     samples: int | None = None  # task samples trained on, where a record says so
+    tuned: Axes = field(default_factory=dict)  # settings that were chosen for it on validation, each arm's its own
     tested: set[str] = field(default_factory=set)  # what its evaluations tested on: fingerprints, one if all is well
 
     @property
@@ -106,7 +107,7 @@ class Point:
 
     @property
     def units(self) -> np.ndarray:
-        """Scores by what may be drawn by itself (runs, units): items, or clusters where items belong together."""
+        """Return scores by what may be drawn by itself (runs, units): items, or clusters where items belong together."""
         return self.units_of(self.table)
 
     def units_of(self, scores: np.ndarray) -> np.ndarray:
@@ -127,9 +128,13 @@ class Point:
         return stats.clipped(stats.percentiles(stats.bootstrap(self.units)), 0.0, self.table)
 
 
-def points_of(manifest: Manifest, records: Records) -> list[Point]:
-    """Return the sweep's points in the benchmarks' main metrics, with the seeds folded and every other axis told apart."""
-    labels, keys = axes.differing_settings(manifest.cells)
+def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()) -> list[Point]:
+    """Return the sweep's points in the benchmarks' main metrics, with the seeds folded and every other axis told apart.
+
+    `folded` are settings of which each arm has one value, chosen for it: they are no axes.
+    """
+    labels, differing_keys = axes.differing_settings(manifest.cells)
+    keys = [key for key in differing_keys if key not in folded]
     metrics = main_metrics(manifest, records)
     points: dict[tuple[object, ...], Point] = {}
     for cell in tqdm(manifest.cells, desc=f"reading {manifest.sweep}", leave=False, disable=None):
@@ -144,8 +149,9 @@ def points_of(manifest: Manifest, records: Records) -> list[Point]:
                 place = (*(names[k] for k in labels), *shape.values(), benchmark, metric, *sorted(others.items()))
                 if place not in points:
                     points[place] = Point(
-                        **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others
-                    )
+                        **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others,
+                        tuned=axes.axes_of(cell, benchmark, folded),
+                    )  # fmt: skip
                 points[place].draws.add(c["data_seed"])
                 _add(points[place], c["seed"], run, records)
     return list(points.values())

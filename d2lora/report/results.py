@@ -7,8 +7,8 @@ from pathlib import Path
 
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
-from d2lora.records import Manifest, Record, Records
-from d2lora.report import axes
+from d2lora.records import Manifest, ManifestCell, Record, Records
+from d2lora.report import axes, tuning
 from d2lora.report.axes import general
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.stages.evaluate import EvaluateSpec
@@ -55,9 +55,8 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
     Beside COLUMNS, rows have the settings that the sweep's cells differ in, by key, if the cell depends on them. Cells
     of earlier grids with the sweep's name have rows if they are finished.
     """
-    finished = (
-        c for c in manifest.earlier if all(records.get(EvaluateSpec.KIND, k) for k in c.stages.evaluate.values())
-    )
+    finished = (c for c in manifest.earlier if all(records.get(EvaluateSpec.KIND, k) for k in _evaluations(c).values()))
+    roles = tuning.roles(manifest.tuning)
     _, keys = axes.differing_settings(manifest.cells)
     for cell in [*manifest.cells, *finished]:
         c, stages = cell.config, cell.stages
@@ -71,10 +70,11 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
             "lr": rates[c["method"]["name"]] if stages.adapt else rates["warmup"] if stages.warmup else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
+            **({"tuned": roles[cell.id]} if cell.id in roles else {}),
             **unused(trained),
             "train_seconds": round(sum(r.seconds for r in trained if r.stage != PrepareSpec.KIND), 3),
         }
-        for benchmark, key in stages.evaluate.items():
+        for benchmark, key in _evaluations(cell).items():
             record = records.get(EvaluateSpec.KIND, key)
             flips = records.get(FlipsSpec.KIND, stages.flips.get(benchmark))
             memory = max((r.peak_memory_mb for r in [*trained, record] if r), default="")
@@ -90,6 +90,11 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
             for metric, score in scores.items():
                 others = axes.axes_of(cell, benchmark, keys)
                 yield common | measured | {"metric": metric, **score} | _batch(flips, metric) | others
+
+
+def _evaluations(cell: ManifestCell) -> dict[str, str]:
+    """The keys of a cell's evaluations by benchmark, those on validation benchmarks too."""
+    return cell.stages.validation | cell.stages.evaluate
 
 
 def _batch(flips: Record | None, metric: str) -> dict:

@@ -56,7 +56,17 @@ def crossed(points: Iterable[Point]) -> Variances | None:
 
 def _arm(point: Point) -> tuple[object, ...]:
     others = tuple((k, v) for k, v in sorted(point.axes.items()) if k != "data_seed")
-    names = (point.model, point.task, point.method, point.init, point.warmup, point.recipe, point.m, point.n)
+    names = (
+        point.model,
+        point.task,
+        point.method,
+        point.init,
+        point.warmup,
+        point.recipe,
+        point.m,
+        point.n,
+        point.control,
+    )
     return (*names, *others, *sorted(point.tested))
 
 

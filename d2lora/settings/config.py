@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 
 from d2lora.errors import UserError
 from d2lora.settings.controls import (
@@ -19,8 +19,8 @@ from d2lora.settings.controls import (
 from d2lora.settings.gpus import Planning
 from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
-from d2lora.settings.recipe import Recipe
-from d2lora.settings.tasks import Model, Task, Warmup
+from d2lora.settings.recipe import RATE, Recipe
+from d2lora.settings.tasks import Benchmark, Model, Task, Warmup
 from d2lora.settings.values import Amount, PathText, Seed, Strict, Text
 
 
@@ -43,6 +43,10 @@ class Report(Strict):
     margin: Annotated[float, Field(gt=0)] = 1.0  # points within which two arms are called equivalent
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class Config(Strict):
     """One cell of the grid: D2LoRA(m, n) of one task, method, init, recipe and seed."""
 
@@ -59,6 +63,9 @@ class Config(Strict):
     seed: Seed = 0  # initialization, order, dropout
     data_seed: Seed = 0  # which n and m rows
     split_seed: Seed = 0  # hold-outs
+    tune: Annotated[list[Text], BeforeValidator(_listed)] = Field(
+        default=[]
+    )  # keys whose values a sweep chooses on validation benchmarks, arm by arm
     sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
     report: Report = Report()
@@ -69,9 +76,14 @@ class Config(Strict):
     skip_invalid: StrictBool = False
     job: list[Text] | None = None  # keys of the stages that this process is to do; set by the grid sweeper
 
+    @property
+    def benchmarks(self) -> dict[str, Benchmark]:
+        """The task's benchmarks, and where settings are tuned its validation benchmarks."""
+        return self.task.benchmark | (self.task.validation if self.tune else {})
+
     @model_validator(mode="after")
     def _data_root_where_needed(self) -> "Config":
-        read = [b.data for b in self.task.benchmark.values()]
+        read = [b.data for b in self.benchmarks.values()]
         read += [self.task.data] * (self.n != 0)
         read += [self.warmup.data] * (self.m != 0 or self.init.looks_at == "general")
         if self.data_root is None and any(source.path.startswith("None/") for source in read):
@@ -108,19 +120,30 @@ class Config(Strict):
         columns = self.report.columns
         part, _, inner = (columns or "n").partition(".")
         if part not in type(self).model_fields or part in (
-            "report",
-            "plan",
-            "wandb",
-            "output",
-            "sweep",
-            "seed",
-            "replicate",
+            *("report", "plan", "wandb", "output", "sweep", "seed", "replicate", "tune"),
         ):
             raise ValueError(
                 f"report.columns={columns}: n, m, model, init, warmup, or a setting's key, for example recipe.lr"
             )
         if inner and not _has_key(self.model_dump(), columns or ""):
             raise ValueError(f"report.columns={columns}: there is no such key; --cfg job shows all")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_keys_are_settings(self) -> "Config":
+        for key in self.tune:
+            part, _, inner = key.partition(".")
+            if key in (f"{RATE}_factor", *(f"{RATE}.{name}" for name in METHOD_NAMES)):
+                raise ValueError(f"tune={key}: {RATE} is meant, the rate of each cell's own method")
+            if part not in ("method", "init", "recipe", "warmup") or not inner:
+                raise ValueError(f"tune={key}: the key of a setting, for example {RATE} or method.beta")
+            # Those of a method or an initialization may be another cell's: the sweep knows.
+            if part in ("recipe", "warmup") and not _has_key(self.model_dump(), key):
+                raise ValueError(f"tune={key}: there is no such key; --cfg job shows all")
+            if not self.task.validation:
+                raise ValueError(
+                    f"tune={key}: task={self.task.name} names no validation benchmark to choose on (task.validation, docs/tuning.md)"
+                )
         return self
 
     @model_validator(mode="after")

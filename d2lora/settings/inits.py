@@ -224,6 +224,7 @@ class DoraInit(BaseInit):
     """DoRA (Liu et al. 2024, arXiv 2402.09353): a magnitude m, trained from W's, for each output of W + s B A."""
 
     variant: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = False  # a magnitude scales the sum of the base's weight and the adapter's
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_dora": True})
 
     name: Literal["dora"] = "dora"

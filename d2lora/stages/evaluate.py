@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from d2lora import data
 from d2lora.progress import Progress
 from d2lora.records import CLUSTER, Item, Result
-from d2lora.settings import Config
+from d2lora.settings import Benchmark, Config
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run, in_memory
 from d2lora.stages.stage import Identity, Spec, Stage, versions
@@ -41,14 +41,32 @@ class EvaluateSpec(Spec):
 
 def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
     """Yield the evaluations of an adapter; without a parent those of the base, whose specs have no seed or recipe."""
-    model = None if parent else data.model_identity(config.model)
-    whose = parent.label if parent else f"base {config.model.name}"
-    for name, benchmark in config.task.benchmark.items():
-        scored = benchmark.content() | {"data": data.identity(benchmark.data, config.split_seed)}
-        yield Stage(EvaluateSpec(benchmark=scored, model=model), parent, f"{name} of {whose}", subject=name)
+    yield from _of(config.task.benchmark, config, parent)
     for name in config.task.lm_eval:
-        spec = EvaluateSpec(lm_eval=name, libraries=versions("lm-eval"), model=model)
-        yield Stage(spec, parent, f"{name} of {whose}", subject=name)
+        spec = EvaluateSpec(lm_eval=name, libraries=versions("lm-eval"), model=_base(config, parent))
+        yield Stage(spec, parent, _label(name, config, parent), subject=name)
+
+
+def validations(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
+    """Yield the evaluations on validation benchmarks, where settings are tuned."""
+    if config.tune:
+        yield from _of(config.task.validation, config, parent)
+
+
+def _of(benchmarks: dict[str, Benchmark], config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
+    for name, benchmark in benchmarks.items():
+        scored = benchmark.content() | {"data": data.identity(benchmark.data, config.split_seed)}
+        spec = EvaluateSpec(benchmark=scored, model=_base(config, parent))
+        yield Stage(spec, parent, _label(name, config, parent), subject=name)
+
+
+def _base(config: Config, parent: Stage[Spec] | None) -> Identity | None:
+    """Return the model of the base's own evaluation; an adapter's key says its model already."""
+    return None if parent else data.model_identity(config.model)
+
+
+def _label(name: str, config: Config, parent: Stage[Spec] | None) -> str:
+    return f"{name} of {parent.label if parent else f'base {config.model.name}'}"
 
 
 def work(run: Run[EvaluateSpec]) -> Result:
@@ -69,12 +87,16 @@ def work(run: Run[EvaluateSpec]) -> Result:
 
 
 def _clustered(run: Run[EvaluateSpec], items: Sequence[Item]) -> list[Item]:
-    """Give items what their rows have in the benchmark's `cluster` column, if it names one."""
+    """Give items what their rows have in the benchmark's `cluster` column, if it names one; a row without a value stands alone."""
     benchmark = run.config.task.benchmark.get(run.stage.subject)
     if run.stage.spec.lm_eval or benchmark is None or benchmark.cluster is None:
         return list(items)
     rows = run.rows(benchmark.data)
-    return [item | {CLUSTER: str(rows[item["index"]][benchmark.cluster])} for item in items]
+    values = [rows[item["index"]].get(benchmark.cluster) for item in items]
+    return [
+        item | {CLUSTER: f"row {item['index']}" if value is None else str(value)}
+        for item, value in zip(items, values, strict=True)
+    ]
 
 
 def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limit: int | None = None) -> "Evaluation":
@@ -85,7 +107,7 @@ def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limi
     from d2lora.layouts import proof
 
     name = run.stage.subject
-    benchmark = None if run.stage.spec.lm_eval else run.config.task.benchmark[name]
+    benchmark = None if run.stage.spec.lm_eval else run.config.benchmarks[name]
     questions = harness.Questions(name, benchmark, run.rows(benchmark.data) if benchmark else ())
     engine = harness.InMemory(run.base, tested, proof.Memory(run.outputs.proofs, data.model_identity(run.config.model)))
     attempt = lambda size: engine.evaluate(questions, size, progress, limit)  # noqa: E731

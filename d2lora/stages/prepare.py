@@ -50,7 +50,7 @@ def sources(config: Config) -> dict[str, Data]:
     read = {"task.data": config.task.data} if config.n != 0 else {}
     if config.m != 0 or general_samples(config):
         read["warmup.data"] = config.warmup.data
-    return read | {f"benchmark {name}": b.data for name, b in config.task.benchmark.items()}
+    return read | {f"benchmark {name}": b.data for name, b in config.benchmarks.items()}
 
 
 def general_samples(config: Config) -> int:
