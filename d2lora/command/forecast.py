@@ -67,6 +67,7 @@ class Forecast:
         self.measured: Measured = measured(store.outputs.root, self.gpu)
         self.device: Device = device(config, self.gpu)
         self._shapes: dict[str, Shape] = {}
+        self._estimates: dict[str, Estimate] = {}  # by the stages' keys
 
     def lines(self) -> list[str]:
         """Return a line for each kind of stage that is left, and the whole; nothing if nothing is left."""
@@ -110,6 +111,11 @@ class Forecast:
 
     def of(self, stage: Stage) -> Estimate:
         """Return the estimate of one stage: of records like it, or from its FLOP."""
+        if stage.key not in self._estimates:
+            self._estimates[stage.key] = self._estimate(stage)
+        return self._estimates[stage.key]
+
+    def _estimate(self, stage: Stage) -> Estimate:
         config = self.configs.get(stage.key, self.cells[0].config)
         work = _Work(stage, config, self._shape(config), self.device, self.measured)
         if pace := self.measured.pace(groups_of(stage)):

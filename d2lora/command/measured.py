@@ -23,6 +23,7 @@ from d2lora.stages.warmup import WarmupSpec
 _TRAININGS = (WarmupSpec.KIND, AdaptSpec.KIND)
 _EVALUATIONS = (EvaluateSpec.KIND, FlipsSpec.KIND)
 _LOADS = 1.0  # seconds from which loading a base includes the libraries' imports: a process's first
+_LATEST, _LATEST_STARTS = 24, 4  # records of a group that count: code changes, and so does what else a machine does
 _APART = 2.0  # how much the largest stage must exceed the smallest to tell fixed seconds from those of its size
 
 Group = tuple[str, ...]  # what the time of a stage of some size depends on most
@@ -64,7 +65,7 @@ class Measured:
 
 def measured(output: Path, gpu: str | None) -> Measured:
     """Read the records under `output`; of a GPU those only, whose own contains this name. Damaged ones are left out."""
-    by_key = {record.key: record for record in _all(Outputs(output))}
+    by_key = {r.key: r for r in sorted(_all(Outputs(output)), key=lambda r: r.provenance.started)}
     here = [r for r in by_key.values() if _is_of(r, gpu)]
     grouped: dict[Group, list[Record]] = defaultdict(list)
     rows: dict[Group, list[Record]] = defaultdict(list)
@@ -76,9 +77,9 @@ def measured(output: Path, gpu: str | None) -> Measured:
             rows[row_group(record.stage, record.spec)].append(record)
     starts = [r.load_seconds for r in here if r.load_seconds and r.load_seconds >= _LOADS]
     return Measured(
-        {group: _pace(these) for group, these in grouped.items()},
+        {group: _pace(these[-_LATEST:]) for group, these in grouped.items()},
         {group: _per_row(these) for group, these in rows.items()},
-        mean(starts) if starts else None,
+        mean(starts[-_LATEST_STARTS:]) if starts else None,
     )
 
 
