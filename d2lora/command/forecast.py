@@ -1,7 +1,7 @@
 """Say how long what is left of a plan takes, what memory it needs, and what it costs: as measured here, or from FLOP and rates.
 
 FLOP of a token, of a model of N parameters: 2 N forward and 2 N for what is passed back through the frozen weights, so 4 N of a
-training step with LoRA; 2 N more of each forward pass without a backward one (a reference, once an adaptation), 2 N of a prompt.
+training step with LoRA; 2 N more of each forward pass without a backward one (a reference, once an adaptation), 2 N of a prompt and of an answer.
 """
 
 import heapq
@@ -27,7 +27,7 @@ from d2lora.stages.training import TrainingSpec
 from d2lora.stages.warmup import WarmupSpec
 from d2lora.store import Store
 
-_FIXED = 1.0  # seconds of a stage with a model beside its tokens: attach, prove, save, check
+_FIXED = 0.3  # seconds of a stage with a model beside its tokens: attach, prove, save, check
 _CHECK = 2.0  # seconds of an overlap check
 _CHOICES = 4  # of a multiple-choice item
 _LM_EVAL = 1_000, 64  # items of a harness task and tokens of its answers, which a plan does not read
@@ -96,7 +96,7 @@ class Forecast:
     @property
     def seconds(self) -> float:
         """Return the time from the plan to the end of the report, with this many workers."""
-        start = self.measured.start or self.device.start(self._weights(self.cells[0].config))
+        start = self.measured.start(self.workers) or self.device.start(self._weights(self.cells[0].config))
         between = _BETWEEN * start
         total = start + _END * start
         for batch in plan.batches(self.cells, self.done):
@@ -283,6 +283,7 @@ class _Work:
         seconds = asked * self._prompt.count * 2 * shape.parameters / self.device.flops
         if not self._generates:
             return seconds + passes * self.device.token * shape.layers
+        seconds += asked * self._answer * 2 * shape.parameters / self.device.flops
         return seconds + passes * self._answer * self.device.decode(shape, shape.parameters * _bytes(self.config))
 
     @property

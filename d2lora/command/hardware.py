@@ -21,7 +21,7 @@ _LOAD = 1e9  # bytes/s of weights from a disk
 _IMPORTS = 13.0  # seconds until a process has its libraries
 
 _THREAD = 80e9  # FLOP/s of a processor's thread: DPO of SmolLM2-135M with AVX-512, 2.6 s a pair (docs/training.md)
-_THREAD_LAYER = 10e-3  # seconds of a processor for a layer's part of a training step beyond its FLOP
+_THREAD_LAYER = 35e-3  # seconds of a processor for a layer's part of a training step beyond its FLOP: the lab's steps
 _THREAD_TOKEN = 1e-3  # and of one generated token
 _PROCESS = 0.7 * 2**30  # bytes of a process with its libraries
 

@@ -1,8 +1,10 @@
 """Read from finished records how long stages take, what memory they need, and how many tokens rows have."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from statistics import mean
 
@@ -56,7 +58,12 @@ class Measured:
 
     paces: dict[Group, Pace]
     tokens: dict[Group, float]  # of a row, by kind of stage, method and data
-    start: float | None  # seconds until a process has its libraries and the base; None where no record shows it
+    alone: float | None  # seconds until a process has its libraries and the base; None where no record shows it
+    together: float | None  # and where others started at the same time
+
+    def start(self, workers: int) -> float | None:
+        """Return how long the start of so many workers takes; None where no record shows it."""
+        return (self.together or self.alone) if workers > 1 else (self.alone or self.together)
 
     def pace(self, groups: Iterable[Group]) -> Pace | None:
         """Return the pace of the first of these groups that has one."""
@@ -75,11 +82,13 @@ def measured(output: Path, gpu: str | None) -> Measured:
     for record in by_key.values():  # rows are as long on any hardware
         if record.stage in _TRAININGS and record.metrics.get("tokens_seen") and not record.spec.get("control"):
             rows[row_group(record.stage, record.spec)].append(record)
-    starts = [r.load_seconds for r in here if r.load_seconds and r.load_seconds >= _LOADS]
+    starts = [r for r in here if r.load_seconds and r.load_seconds >= _LOADS]
+    shared = {a.key for a, b in itertools.permutations(starts, 2) if _overlap(a, b)}
     return Measured(
         {group: _pace(these[-_LATEST:]) for group, these in grouped.items()},
         {group: _per_row(these) for group, these in rows.items()},
-        mean(starts[-_LATEST_STARTS:]) if starts else None,
+        _start([r for r in starts if r.key not in shared]),
+        _start([r for r in starts if r.key in shared]),
     )
 
 
@@ -90,6 +99,17 @@ def _all(outputs: Outputs) -> Iterable[Record]:
                 yield record
         except (OSError, UserError):
             continue  # `python -m d2lora check` names it; a forecast can do without
+
+
+def _start(these: Sequence[Record]) -> float | None:
+    """Return the mean time of the latest of these records in which a process loaded its libraries; None without any."""
+    return mean(r.load_seconds or 0.0 for r in these[-_LATEST_STARTS:]) if these else None
+
+
+def _overlap(first: Record, second: Record) -> bool:
+    """Tell whether the second process started while the first one was loading."""
+    begun, other = (datetime.fromisoformat(r.provenance.started) for r in (first, second))
+    return abs((other - begun).total_seconds()) <= min(first.load_seconds or 0, second.load_seconds or 0)
 
 
 def _is_of(record: Record, gpu: str | None) -> bool:
