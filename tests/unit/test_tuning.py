@@ -360,3 +360,18 @@ def test_the_tuned_sweeps_are_what_their_names_say() -> None:
     names = {(c.config.method.name, c.config.m, c.config.n) for c in paper}
     assert names == {(c.config.method.name, c.config.m, c.config.n) for c in table3}
     assert {s.subject for c in paper for s in c.chain.validations} == {"gsm8k_validation"}
+
+
+def test_initializations_are_compared_each_with_its_own_rate(tmp_path: Path) -> None:
+    usual = {"lora": 2e-3, "milora": 4e-3}
+    typed = Typed(
+        tmp_path, "sweep=tuned", "tune=[recipe.lr]", "init=lora,milora", "m=0", "n=16", "recipe.lr_factor=1,2", "replicate=0,1",
+        ability=lambda cell: 0.7 if rate(cell) == usual[cell.config.init.name] else 0.3,
+    ).run()  # fmt: skip
+    assert typed.arm("SFT LoRA n=16 lora").chosen.values == {"recipe.lr": "0.002"}
+    assert typed.arm("SFT LoRA n=16 milora").chosen.values == {"recipe.lr": "0.004"}
+    report.write(tmp_path, ["tuned"])
+    with (tmp_path / "report" / "tuned" / "inits.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows[1:]] == ["lora", "milora"], "a row each, of the chosen cells"
+    assert "missing" not in str(rows)
