@@ -6,7 +6,7 @@ A grid is LoRA and D2LoRA at four sizes of n, each in some replicates, all on th
 number exceeds a threshold; the number is a sum of the item's difficulty, what the arm has of its own on it, the luck of a
 training (the same on all items), and noise. Three figures that a lab's records show fix their spreads: the standard deviation
 of an arm's accuracy over trainings, and on which share of the items two trainings of an arm, or two arms, disagree. The defaults
-are assumptions in the range of the lab's; with --output they are read from the finished evaluations there (two or more seeds).
+are assumptions in the range of the lab's; with --output they are read from the finished evaluations there.
 
 Prints, for 95 % intervals, in how many cases they hold the truth; how often a difference of zero is called beyond chance at 5 %
 (nominal 5 %), in a cell and after Holm's correction anywhere in a grid; how often +3 points are found.
@@ -121,23 +121,32 @@ def _holds(resampled: np.ndarray, truth: float) -> bool:
 
 
 def spreads_of(output: Path) -> Spreads:
-    """Read the spreads from all sweeps of an output folder: means over its accuracies and their pairs of LoRA and D2LoRA."""
+    """Read the spreads from all sweeps of an output folder: means over its accuracies and their pairs of LoRA and D2LoRA.
+
+    Without a point of two seeds or more, those of trainings stay as assumed.
+    """
     from d2lora.records import Records
     from d2lora.report import compare, manifest
     from d2lora.report.points import points_of
 
     records = Records(output)
     points = [p for s in manifest.sweeps(output) for p in points_of(manifest.read_manifest(output, s), records)]
-    points = [p for p in points if p.scores and stats.is_binary(p.table)]
+    points = [p for p in points if p.scores and p.metric == "accuracy" and stats.is_binary(p.table)]
+    pairs = set(compare.comparisons(points).values())
+    if not pairs:
+        raise SystemExit(f"{output}: no pair of LoRA and D2LoRA with answers that are right or wrong")
+    found = Spreads(
+        accuracy=float(np.mean([p.value for p in points])),
+        between_arms=float(np.mean([np.abs(c.differences).mean() for c in pairs])),
+    )
     several = [p.table for p in points if len(p.table) > 1]
     if not several:
-        raise SystemExit(f"{output}: no evaluation of right and wrong with two seeds or more")
-    pairs = [(c.lora, c.d2lora) for c in compare.comparisons(points).values()]
-    return Spreads(
-        accuracy=float(np.mean([p.value for p in points])),
+        print(f"{output}: one seed: how trainings spread is assumed")
+        return replace(found, between_runs=min(found.between_runs, found.between_arms))
+    return replace(
+        found,
         run_sd=float(np.mean([t.mean(axis=1).var(ddof=1) for t in several])) ** 0.5,
         between_runs=float(np.mean([np.abs(np.diff(t, axis=0)).mean() for t in several])),
-        between_arms=float(np.mean([np.abs(a.table[0] - b.table[0]).mean() for a, b in pairs])),
     )
 
 

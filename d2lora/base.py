@@ -1,4 +1,4 @@
-"""The base model, loaded once a process and checked not to change."""
+"""Load the base model once a process, and check that it does not change."""
 
 import contextlib
 import functools
@@ -42,7 +42,7 @@ logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 @dataclass
 class Base:
-    """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` are of its weights and settings as loaded."""
+    """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` were taken when it was loaded."""
 
     name: str
     model: PreTrainedModel
@@ -56,7 +56,9 @@ class Base:
             raise RuntimeError(f"the weights of the base {self.name} were changed by an earlier stage in this process")
 
     def restore(self) -> None:
-        """Put back what a stage may have left on the base: layers, patches, modes, settings. RuntimeError if weights changed."""
+        """Restore what a stage may have changed on the base: layers, patches, modes, settings. RuntimeError if weights
+        changed.
+        """
         remove_adapters(self.model)
         self.model.__dict__.pop("forward", None)  # TRL's trainers patch it and do not put it back
         self.model.gradient_checkpointing_disable()
@@ -65,7 +67,7 @@ class Base:
         self.check()
 
     def attention(self, wanted: str) -> str:
-        """Return the implementation of attention to train with: the recipe's, but eager where a family has no other."""
+        """Return the implementation of attention to train with: the recipe's, or eager if the family has no other."""
         loaded: str = self.model.config._attn_implementation
         return loaded if wanted == "sdpa" else wanted
 
@@ -74,7 +76,7 @@ LOADED: dict[str, Base] = {}  # the one base of this process, by its config as J
 
 
 def device() -> str:
-    """Return where everything runs: on one GPU if there is one."""
+    """Return the device of all models: a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -85,7 +87,7 @@ def memory_mb() -> float:
 
 
 def load_base(model: Model, cache: Path) -> Base:
-    """Return the base of a config, from memory if this process has it. `cache` is where GGUF weights are kept as safetensors."""
+    """Return the base of a config, cached in this process. `cache` is the folder for converted GGUF weights."""
     name = model.model_dump_json()
     if name not in LOADED:
         if not LOADED:
@@ -98,7 +100,7 @@ def load_base(model: Model, cache: Path) -> Base:
 
 
 def read_base(model: Model, cache: Path) -> Base:
-    """Return a base from disk or the Hub, not kept. UserError where it cannot be read, or is no causal language model."""
+    """Load a base from disk or the Hub, uncached. UserError if it cannot be loaded, or is no causal language model."""
     path = data.model_files(model)
     if model.gguf_package:
         assert path is not None, "a GGUF package has files"
@@ -135,7 +137,7 @@ def _from_pretrained(model: Model, source: str) -> tuple[PreTrainedTokenizerBase
 
 
 def _set_up(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, name: str) -> None:
-    """Give a base what it may lack: a token to pad with, ends to stop at; and take what its checkpoint asks of generation."""
+    """Add what a base may lack (a padding token, end tokens), and adopt the generation settings of its checkpoint."""
     if tokenizer.pad_token is None:
         # only ever masked: labels and attention masks say what is padding
         tokenizer.pad_token = tokenizer.eos_token or data.shape(tokenizer).end
@@ -147,7 +149,7 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, name: str)
 
 
 def _with_attention(load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """Return a model with PyTorch's attention, or with its own ("eager") where its family has no other."""
+    """Return a model with PyTorch's attention, or with its own ("eager") if its family has no other."""
     try:
         return load(attn_implementation="sdpa")
     except ValueError as error:
@@ -175,7 +177,9 @@ def _from_gguf(file: Path, cache: Path) -> Path:
 
 
 def checksum(model: torch.nn.Module) -> int:
-    """Return a checksum of all weights' bits that adapters do not change; a sum of integers, so exact in any order."""
+    """Return a checksum of the bits of all weights that adapters do not train; a sum of integers, so exact in any
+    order.
+    """
     kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     total = 0
     for name, weight in sorted(model.state_dict().items()):
@@ -186,7 +190,7 @@ def checksum(model: torch.nn.Module) -> int:
 
 
 def remove_adapters(model: torch.nn.Module) -> None:
-    """Take every adapter layer off a model, also those of a start that failed half-way."""
+    """Remove every adapter layer from a model, also those of a start that failed half-way."""
     for name, module in reversed(list(model.named_modules())):  # inner ones first
         if isinstance(module, BaseTunerLayer) and not name.endswith(".base_layer"):
             module = module.get_base_layer()

@@ -1,8 +1,8 @@
-"""Where things lie in an output folder, files that are there whole or not at all, and locks.
+"""Define the paths in an output folder, and write files atomically, with locks.
 
 store/<kind>/<key>/   records           checkpoints/<key>/   of trainings that were stopped
 manifests/<sweep>     planned grids     reference/<policy>/  log-probabilities of DPO's reference
-failed/<key>          why stages failed fingerprints/, proofs/, models/   what is remembered and can be made again
+failed/<key>          why stages failed fingerprints/, proofs/, models/   caches
 report/               tables, figures   progress/<key>, wandb/, hydra/
 """
 
@@ -45,7 +45,7 @@ class Outputs:
 
     @property
     def store(self) -> Path:
-        """The records, <kind>/<key>/."""
+        """Return the folder of all records, <kind>/<key>/."""
         return self.root / "store"
 
     def record(self, kind: str, key: str) -> Path:
@@ -57,7 +57,7 @@ class Outputs:
         return self.store / kind / f".{key}-{token}"
 
     def entries(self) -> list[Path]:
-        """Return what lies in the folders of the store, in order: records, unfinished ones, and what does not belong there."""
+        """Return all entries of the store's folders, in order: records, unfinished ones, and foreign files."""
         kinds = (folder for folder in self.store.glob("*") if folder.name != _LOCKS)
         return sorted(path for kind in kinds for path in (kind.iterdir() if kind.is_dir() else [kind]))
 
@@ -67,7 +67,7 @@ class Outputs:
 
     @property
     def manifests(self) -> Path:
-        """The manifests of all sweeps."""
+        """Return the folder of all sweeps' manifests."""
         return self.root / "manifests"
 
     def manifest(self, sweep: str) -> Path:
@@ -84,26 +84,26 @@ class Outputs:
 
     @property
     def checkpoints(self) -> Path:
-        """The checkpoints of trainings that were stopped, a folder a stage."""
+        """Return the folder of checkpoints of trainings that were stopped, one folder for each stage."""
         return self.root / "checkpoints"
 
     @property
     def references(self) -> Path:
-        """The log-probabilities of DPO's references, a folder a policy."""
+        """Return the folder of log-probabilities of DPO's references, one folder for each policy."""
         return self.root / "reference"
 
     def fingerprint(self, name: str) -> Path:
-        """Return the file of something remembered about data, a model, or both."""
+        """Return the cache file of a fact about data, a model, or both."""
         return self.root / "fingerprints" / f"{name}.json"
 
     @property
     def proofs(self) -> Path:
-        """What was shown to be exact, a file a model (layouts.proof.Memory)."""
+        """Return the folder of layouts.proof.Memory, which caches the layouts that were tested."""
         return self.root / "proofs"
 
     @property
     def models(self) -> Path:
-        """GGUF weights as safetensors."""
+        """Return the folder of GGUF weights that were converted to safetensors."""
         return self.root / "models"
 
     def progress(self, key: str) -> Path:
@@ -112,17 +112,17 @@ class Outputs:
 
     @property
     def report(self) -> Path:
-        """The tables, figures and the page."""
+        """Return the folder of tables, figures and the page."""
         return self.root / "report"
 
     @property
     def results(self) -> Path:
-        """The file of all sweeps' results, a row a cell, benchmark and metric."""
+        """Return the file of all sweeps' results, one row for each cell, benchmark and metric."""
         return self.report / "results.csv"
 
     @property
     def page(self) -> Path:
-        """The page of all sweeps."""
+        """Return the page of all sweeps."""
         return self.report / "index.html"
 
     def artefacts(self, sweep: str) -> Path:
@@ -131,17 +131,19 @@ class Outputs:
 
     @property
     def wandb(self) -> Path:
-        """The runs of Weights & Biases."""
+        """Return the folder of W&B's runs."""
         return self.root / "wandb"
 
     def logged(self, run_id: str) -> Path:
-        """Return the file that remembers with what content a run was logged."""
+        """Return the file that has the content with which a run was last logged."""
         return self.wandb / "logged" / f"{run_id}.json"
 
 
 @contextlib.contextmanager
 def lock(file: Path) -> Iterator[None]:
-    """Let one process at a time inside; without locks on this file system all of them, and the rename alone decides."""
+    """Let one process at a time into the `with` block; on a file system without locks all of them, where the rename
+    alone decides.
+    """
     from filelock import FileLock
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +161,7 @@ def lock(file: Path) -> Iterator[None]:
 
 
 def cached(file: Path, make: Callable[[], Any]) -> Any:
-    """Return the value in a JSON file, made by one process and written if no readable one is there. For what can be made again."""
+    """Return the value in a JSON file; if there is none, or it is damaged, make it and write it, in one process only."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return json.loads(file.read_text())
     with lock(file.with_suffix(".lock")):
@@ -171,7 +173,7 @@ def cached(file: Path, make: Callable[[], Any]) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -180,7 +182,7 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file that is there whole or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     with temporary.open("x") as file:

@@ -46,6 +46,7 @@ class Chain:
     prepare: Stage[PrepareSpec] | None = None
     flips: tuple[Stage[FlipsSpec], ...] = ()
     merge: Stage[MergeSpec] | None = None
+    validations: tuple[Stage[EvaluateSpec], ...] = ()  # evaluations that settings are chosen by
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -55,7 +56,7 @@ class Chain:
     @property
     def results(self) -> tuple[Stage, ...]:
         """Return the stages that the cell's result comes from, without the checks of data and base."""
-        return self.trainings + self.evaluations
+        return self.trainings + self.validations + self.evaluations
 
     @property
     def trainings(self) -> tuple[Stage, ...]:
@@ -79,7 +80,9 @@ def chain(config: Config) -> Chain:
         merge.stage(config, control, second, first) if isinstance(control, MergedControl) and first and second else None
     )
     evaluations = tuple(evaluate.stages(config, added or second or first or start))
-    return Chain(first, second, evaluations, contamination.stages(config), start, tuple(flips.stages(config)), added)
+    validations = tuple(evaluate.validations(config, added or second or first or start))
+    checks, batches = contamination.stages(config), tuple(flips.stages(config))
+    return Chain(first, second, evaluations, checks, start, batches, added, validations)
 
 
 # --- a grid --------------------------------------------------------------------------------------------------------
@@ -95,9 +98,15 @@ class Cell:
 
     @functools.cached_property
     def id(self) -> str:
-        """Return a readable name with a hash of what the cell computes: equal cells have equal ids."""
-        c = self.config
-        computed = digest([s.key for s in self.chain.results] + [c.method.name, c.task.name], 8)
+        """Return a readable name with a hash of what the cell computes: equal cells have equal ids.
+
+        Where settings are tuned, a cell is the same whether or not it is evaluated on the test in the end.
+        """
+        c, chain = self.config, self.chain
+        computed = digest(
+            [s.key for s in chain.trainings + (chain.validations or chain.evaluations)] + [c.method.name, c.task.name],
+            8,
+        )
         return f"{c.task.name}-{c.method.name}-m{c.m}-n{c.n}-s{c.seed}-{computed}"
 
 

@@ -1,9 +1,8 @@
-"""Records and manifests as typed objects, validated where they are read.
+"""Define records and manifests as types, validated when they are read.
 
-A record is what a finished stage leaves (record.json). A manifest lists a sweep's cells with the keys of their stages. Keys that
-these types do not name are kept, and fields that older records lack have defaults.
-
-Of the store's folders this module only reads: store.py writes them.
+A record is the result of a finished stage (record.json). A manifest lists a sweep's cells with the keys of their
+stages. Unknown keys are kept, and fields that older records lack have defaults. This module only reads the store;
+store.py writes it.
 """
 
 import json
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 Number = int | float  # as JSON has it: 1 stays 1
 Item: TypeAlias = dict[str, Any]  # a line of items.jsonl: of an evaluation index, prompt, answer, gold, and its metrics
 
+CLUSTER = "cluster"  # of an item: what its row has in the benchmark's cluster column
 RECORD, ITEMS = "record.json", "items.jsonl"  # in a stage's folder
 
 
@@ -60,7 +60,7 @@ class Provenance(_Read):
 
 
 class _Header(_Read):
-    """What a stage was asked to do."""
+    """What identifies a stage: its kind, version, spec, parent and label."""
 
     key: str
     stage: str
@@ -71,7 +71,7 @@ class _Header(_Read):
 
 
 class Result(_Read):
-    """What a stage's work gives, beside the files that it leaves.
+    """What a stage's work returns, beside the files that it writes.
 
     `metrics` of an evaluation, an overlap check or flips are Scores; of a training they are losses, counts and the log.
     """
@@ -104,17 +104,17 @@ class Result(_Read):
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """Return the rows that a training passed over, by reason; its misfits are not in it."""
+        """Return how many rows a training left out, by reason, except those that are too long (`misfits`)."""
         return (self.data or {}).get("left_out", {})
 
     @property
     def misfits(self) -> int:
-        """Return how many rows a training passed over as too long."""
+        """Return how many rows a training left out as too long."""
         return (self.data or {}).get("misfits", 0)
 
 
 class Record(Result, _Header):
-    """What a finished stage leaves: what it was asked, what came out, and from where. Times are in seconds, memory in MB."""
+    """The record of a finished stage: its inputs, its result and its provenance. Times are in seconds, memory in MB."""
 
     files: dict[str, str] = Field(default_factory=dict)  # SHA-256 by name
     provenance: Provenance = Field(default_factory=Provenance)
@@ -131,6 +131,7 @@ class StageKeys(_Read):
     warmup: str | None = None
     adapt: str | None = None
     evaluate: dict[str, str]
+    validation: dict[str, str] = Field(default_factory=dict)  # evaluations too, where settings are tuned
     contamination: dict[str, str] = Field(default_factory=dict)
     flips: dict[str, str] = Field(default_factory=dict)  # of a bfloat16 model only
     merge: str | None = None  # of the control arm that adds two adapters
@@ -148,12 +149,51 @@ class ManifestCell(_Read):
     stages: StageKeys
 
 
+class Candidate(_Read):
+    """Values of the tuned settings that one arm was trained with.
+
+    `scores` are its cells' on the validation benchmark by their ids, one a seed or replicate, None where there is no result.
+    `missing` names seeds that others of the arm have results of and it has none. `own`: the values are the recipe's own, so its
+    cells are evaluated on the test whatever is chosen.
+    """
+
+    values: dict[str, str]
+    scores: dict[str, Number | None]
+    mean: Number | None = None  # None unless every seed has its result
+    missing: list[str] = Field(default_factory=list)
+    own: bool = False
+    chosen: bool = False
+    chosen_before: bool = False  # by candidates or results that were fewer then; its cells had met the test
+
+
+class TunedArm(_Read):
+    """One method, m, n and so on, with the candidates among which its tuned settings are chosen, in order of their values."""
+
+    label: str
+    benchmark: str
+    metric: str | None = None  # None while there is no result
+    candidates: list[Candidate]
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """Return the candidate that was chosen; None while none is."""
+        return next((c for c in self.candidates if c.chosen), None)
+
+
+class Tuning(_Read):
+    """What a sweep chose on validation benchmarks: `keys` are the tuned settings."""
+
+    keys: list[str]
+    arms: list[TunedArm]
+
+
 class Manifest(_Read):
-    """A sweep's cells; `earlier` are others that the sweep's name once had."""
+    """A sweep's cells; `earlier` are others that the sweep's name once had. `tuning` is None where nothing is tuned."""
 
     sweep: str
     cells: list[ManifestCell]
     earlier: list[ManifestCell] = Field(default_factory=list)
+    tuning: Tuning | None = None
 
 
 def reason(error: ValidationError) -> str:
@@ -194,7 +234,7 @@ def record_digest(content: object) -> str:
 
 
 def read_items(folder: Path) -> list[Item]:
-    """Read the items in a stage's folder; none of a stage that leaves no items."""
+    """Read the items in a stage's folder; [] for a stage without items."""
     file = folder / ITEMS
     if not file.exists():
         return []
@@ -226,10 +266,17 @@ class Records:
 
         UserError if the items are not those of the record.
         """
+        return self._columns(key)[metric]
+
+    def clusters(self, key: str) -> "np.ndarray | None":
+        """Return a number for each item (items,), the same for those that belong together; None where no column says so."""
+        return self._columns(key).get(CLUSTER)
+
+    def _columns(self, key: str) -> dict[str, "np.ndarray"]:
         if key not in self._scores:
             record = self._records["evaluate", key]
             self._scores[key] = _read_scores(self._file(key), record.scores)
-        return self._scores[key][metric]
+        return self._scores[key]
 
     def texts(self, key: str, lines: list[int]) -> list[Item]:
         """Read whole items of a finished evaluation by their lines in its file."""
@@ -248,12 +295,16 @@ def _read_scores(file: Path, metrics: dict[str, Score]) -> dict[str, "np.ndarray
     columns = ["index", *metrics]
     try:
         text = file.read_text().strip().replace("\n", ",")  # one call of the decoder a file: a third of the time
-        table = np.array([[item[c] for c in columns] for item in json.loads(f"[{text}]")], float)
+        items = json.loads(f"[{text}]")
+        table = np.array([[item[c] for c in columns] for item in items], float)
+        clusters = [str(item[CLUSTER]) for item in items] if CLUSTER in items[0] else None
         table = table.reshape(-1, len(columns))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{file}: not readable ({error!r}); move its folder away to have it done again") from None
     scores = {c: table[:, i].astype(np.float32) for i, c in enumerate(columns)}
     for metric, score in metrics.items():
         if len(table) != score.items or abs(float(table[:, columns.index(metric)].mean()) - score.value) > 1e-6:
             raise UserError(f"{file}: its items do not give the record's {metric}; move its folder away")
+    if clusters:
+        scores[CLUSTER] = np.unique(clusters, return_inverse=True)[1]
     return scores

@@ -110,6 +110,18 @@ def bootstrap(
     return mean + (of_items + variance**0.5 * normal) * _stretch((runs - 1) / share)[levels]
 
 
+def by_cluster(scores: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Scores (runs, items) as scores (runs, clusters) whose mean over clusters is the mean over items, in each run.
+
+    `clusters` (items,) numbers the cluster of each item. What a cluster deviates from the mean is weighted by its size, so drawing
+    clusters gives the linearized variance of a mean of clustered items (Cochran 1977, Sampling Techniques, section 9A).
+    """
+    mean = float(scores.mean(dtype=float))
+    sizes = np.bincount(clusters)
+    sums = np.stack([np.bincount(clusters, row, len(sizes)) for row in scores.astype(float)])
+    return mean + len(sizes) / len(clusters) * (sums - mean * sizes)
+
+
 def _own_share(scores: np.ndarray) -> float:
     """Return which share of the variance between items' means comes from the items themselves.
 

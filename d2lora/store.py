@@ -1,11 +1,13 @@
-"""Records of finished stages on disk: published whole or not at all, and never made twice.
+"""Store the records of finished stages on disk: each is published atomically, and never made twice.
 
-    <output>/store/<stage>/<key>/   record.json, items.jsonl (evaluations), adapter/ (trainings), state/ (where
-                                    training goes on from other matrices than adapter/ has)
+    <output>/store/<stage>/<key>/   record.json, items.jsonl (evaluations), adapter/ (trainings), state/ (if training
+                                    goes on from other matrices than those of adapter/)
 
-Correctness rests on one rename; the lock only saves waste. A file system without locks costs double work, never damage.
+Correctness depends on one rename only; locks avoid double work. On a file system without locks a stage may be done
+twice, and nothing worse.
 
-`python -m d2lora check` verifies the store; `python -m d2lora gc` lists what no sweep's manifest names any more, and `gc --yes` frees it.
+`python -m d2lora check` verifies the store; `python -m d2lora gc` lists what no sweep's manifest names any more, and
+`gc --yes` deletes it.
 """
 
 import json
@@ -39,7 +41,7 @@ class Store:
         return (self.folder(stage) / RECORD).is_file()
 
     def begun(self, stage: Stage) -> list[Path]:
-        """Return the folders in which workers do a stage, or did when they were killed."""
+        """Return the folders of workers that are doing a stage, or were killed while doing it."""
         pattern = self.outputs.unfinished(stage.kind, stage.key)
         return list(pattern.parent.glob(pattern.name))
 
@@ -85,7 +87,7 @@ class Store:
 
 
 def _write(folder: Path, record: Record) -> None:
-    """Write record.json into a stage's folder, and have the disk hold all that is in it."""
+    """Write record.json into a stage's folder, and flush everything in it to the disk."""
     content = record.as_read()
     file = folder / RECORD
     file.write_text(json.dumps(content | {"digest": records.record_digest(content)}, indent=1, allow_nan=False))
@@ -102,7 +104,9 @@ def _write(folder: Path, record: Record) -> None:
 
 
 def check(output: Path) -> Iterator[str]:
-    """Yield what is wrong in the store under `output`, a line each: damage, edits, missing or foreign files, what a kill left."""
+    """Yield a line for each fault in the store under `output`: damage, edits, missing or foreign files, remains of
+    killed workers.
+    """
     outputs = Outputs(output)
     for path in outputs.entries():
         if _is_unfinished(path):
@@ -114,7 +118,7 @@ def check(output: Path) -> Iterator[str]:
 
 
 def entries(output: Path) -> list[Path]:
-    """Return what lies in the store's folders, records or not."""
+    """Return all entries of the store's folders, records or not."""
     return Outputs(output).entries()
 
 
@@ -145,9 +149,10 @@ def _is_published(outputs: Outputs, key: str) -> bool:
 
 
 def garbage(output: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what can be freed, and why: records that no manifest names, what kills left, checkpoints of finished stages.
+    """Yield what can be deleted, and why: records that no manifest names, remains of killed workers, checkpoints of
+    finished stages.
 
-    UserError while a damaged manifest was not looked at: what it names is not known.
+    UserError while there is a damaged manifest: the keys that it names are unknown.
     """
     outputs = Outputs(output)
     named = _named(outputs)

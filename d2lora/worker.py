@@ -1,4 +1,4 @@
-"""A share of a grid: stage after stage, each published or its failure written down."""
+"""Do a share of a grid: one stage after another, each published, or its failure recorded."""
 
 import contextlib
 import shutil
@@ -22,9 +22,10 @@ from d2lora.store import Store
 
 
 def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progress]) -> list[Stage]:
-    """Do the cell's stages that `config.job` names (all without it), in order. Returns those that failed or were blocked.
+    """Do the cell's stages that `config.job` names (all if it is empty), in order. Return those that failed or were
+    blocked.
 
-    A failure is written to <output>/failed and blocks what depends on it, nothing else.
+    A failure is written to <output>/failed; it blocks the stages that depend on it and no others.
     """
     wanted = set(config.job) if config.job is not None else None
     unknown = (wanted or set()) - {s.key for s in cell.chain.stages}
@@ -53,7 +54,7 @@ def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progre
 
 
 def do_stage(config: Config, stage: Stage, store: Store, progress: Progress) -> Record:
-    """Do one stage of the cell, if nobody has, and return its record. Its parent must be done."""
+    """Do one stage of the cell, unless it is done already, and return its record. Its parent must be done."""
 
     def work(folder: Path) -> Record:
         mirrored.enter_context(mirror.stage(config, stage, store))
@@ -66,7 +67,7 @@ def do_stage(config: Config, stage: Stage, store: Store, progress: Progress) -> 
 
 
 def _record(run: Run[Any]) -> Record:
-    """Do a stage's work. Returns its record: the result, and where the numbers came from."""
+    """Do a stage's work, and return its record: the result and its provenance."""
     stage, started, clock = run.stage, datetime.now(UTC), time.monotonic()
     reset_peak_memory()
     result = KINDS[type(stage.spec)](run)
@@ -88,7 +89,7 @@ def _record(run: Run[Any]) -> Record:
 
 
 def write_failure(outputs: Outputs, key: str, label: str, error: BaseException) -> None:
-    """Leave <output>/failed/<key>.json: what failed, why, and the traceback."""
+    """Write <output>/failed/<key>.json: the stage, the error and the traceback."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     text = "".join(traceback.format_exception(error))

@@ -69,6 +69,20 @@ def publish(
                     store.ensure(stage, lambda f, s=stage, c=cell: _record(f, s, c, s.subject, items, ability, text, provenance, more))  # fmt: skip
 
 
+def do(
+    store: Store,
+    cell: Cell,
+    stages: Iterable[Stage],
+    ability: Callable[[Cell], float] = gain,
+    more: Callable[[Stage], dict] = lambda stage: {},
+    items: int = 40,
+) -> None:
+    """Publish the records of some of a cell's stages, as its job would."""
+    with mock.patch("d2lora.store.sync"):
+        for stage in stages:
+            store.ensure(stage, lambda f, s=stage: _record(f, s, cell, s.subject, items, ability, lambda i: f"answer {i}", lambda s: PROVENANCE, more))  # fmt: skip
+
+
 def record(stage: Stage, **facts: object) -> Record:
     """Return the record of a stage that took a second and 100 MB; `facts` are further fields, or other values of these."""
     content = {"key": stage.key, "stage": stage.kind, "label": stage.label, "version": 1, "spec": stage.spec.content()}
@@ -98,7 +112,7 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
         samples = 6970 if n == "all" else n
         seen = {"samples_seen": samples, "tokens_seen": 9 * (samples or 0)}
         return {"metrics": seen, "data": {"samples": samples, "misfits": 0}}
-    kind = cell.config.task.benchmark[benchmark].kind
+    kind = cell.config.benchmarks[benchmark].kind
     scores = _scores(stage, kind, items, ability(cell))
     with (folder / "items.jsonl").open("w") as file:
         for i in range(items):

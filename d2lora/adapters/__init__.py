@@ -1,1 +1,1 @@
-"""LoRA adapters on a base: how they start, are saved, and read again."""
+"""Initialize, save and load LoRA adapters on a base."""

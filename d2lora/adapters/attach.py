@@ -1,4 +1,4 @@
-"""Adapters on the base: put on, taken up again, saved, and proven to be what was saved."""
+"""Attach adapters to the base, save them, and check that the saved adapter is the trained one."""
 
 import contextlib
 import copy
@@ -33,9 +33,9 @@ from d2lora.settings.tasks import Model
 
 @contextlib.contextmanager
 def adapter(base: Base, start: Start[BaseInit], record: Path | None) -> Iterator[PeftModel]:
-    """Have a trainable adapter on the base: the one in a record's folder, or a fresh one.
+    """Attach a trainable adapter inside the `with` block: the one in a record's folder, or a fresh one.
 
-    On leaving, the base is as it was, and checked to be, also where the start fails.
+    On leaving, the base is restored and checked, even if the start fails.
     """
     torch.manual_seed(start.seed)
     try:
@@ -49,16 +49,17 @@ def adapter(base: Base, start: Start[BaseInit], record: Path | None) -> Iterator
 
 
 def _on(wrapped: PeftModel, quantize: bool) -> contextlib.AbstractContextManager[None]:
-    """Have the adapter on the quantized base for a while, or on the base as it is."""
+    """Quantize the base under the adapter inside the `with` block, if its initialization does; else change nothing."""
     return quantized(wrapped) if quantize else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def in_training(wrapped: PeftModel) -> Iterator[None]:
-    """Have `wrapped.train()` reach the adapter alone: the base stays as in evaluation, so it draws no random numbers.
+    """Make `wrapped.train()` set the adapter alone to training: the base stays in evaluation mode, so that it draws no
+    random numbers.
 
-    Routers sample and states are kept otherwise in some families' training. With gradient checkpointing the layers that do it
-    must believe that they train.
+    In some families, routers sample and states are stored differently in training mode. With gradient checkpointing,
+    the layers that do it must be in training mode.
     """
     parts = [m for name, m in wrapped.named_modules() if "lora_" in name or isinstance(m, BaseTunerLayer)]
     own = {id(m) for m in parts} | {id(wrapped)}
@@ -83,9 +84,10 @@ def in_training(wrapped: PeftModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def trained(base: Base, folder: Path | None, quantize: bool = False) -> Iterator[tuple[torch.nn.Module, bool]]:
-    """Have the base with the adapter in `folder` for inference, and whether it changes the logits of a probe (`check_applied`).
+    """Yield the base with the adapter in `folder` for inference, and whether it changes the logits of a test input
+    (`check_applied`).
 
-    The base alone if there is no folder; with `quantize`, the adapter is for the quantized base.
+    Without a folder, yield the base alone; with `quantize`, the adapter is for the quantized base.
     """
     if folder is None:
         yield base.model, False
@@ -100,9 +102,9 @@ def trained(base: Base, folder: Path | None, quantize: bool = False) -> Iterator
 
 
 def _merged(base: Base, wrapped: PeftModel) -> torch.nn.Module | None:
-    """Return a merged copy, a third faster; None where it is not the same model to rounding.
+    """Return a merged copy, which is a third faster; None if it is not the same model up to rounding.
 
-    bfloat16 would round small updates away, and layers that share one weight would get all their adapters.
+    bfloat16 would round small updates away, and layers that share a weight would all get each other's adapters.
     """
     if base.model.dtype != torch.float32:
         return None
@@ -116,15 +118,17 @@ def _merged(base: Base, wrapped: PeftModel) -> torch.nn.Module | None:
 
 
 def _probe(base: Base) -> torch.Tensor:
-    """Return ids (1, 40) of a text, at least some dozens of tokens whatever the tokenizer makes of it."""
+    """Return token ids (1, 40) of a test input."""
     ids = base.tokenizer("The adapter must change these logits, and merged or read again it must not.")["input_ids"]
     return torch.tensor([(ids * 40)[:40]], device=base.model.device)
 
 
 def check_applied(base: Base, wrapped: PeftModel) -> bool:
-    """Tell whether the adapter changes the logits of a probe. RuntimeError if one with non-zero weights doesn't even when enlarged.
+    """Tell whether the adapter changes the logits of a test input. RuntimeError if non-zero weights do not even after
+    enlarging them.
 
-    After few steps of a small learning rate it may not: what it adds to a bfloat16 activation is less than half of its last bit.
+    After few steps with a small learning rate it may not: its change of a bfloat16 activation is then less than half of
+    the last bit.
     """
     if not any(p.any() for name, p in wrapped.named_parameters() if "lora_B" in name):
         return False
@@ -140,7 +144,9 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
 
 
 def covered(model: Model, target_modules: str | list[str]) -> dict[str, Any]:
-    """Return what an adapter reaches of a model (coverage.of), from its config alone: no weights are read."""
+    """Return the layers and the share of weights that an adapter covers (coverage.of), from the model's config: no
+    weights are loaded.
+    """
     path = data.model_files(model)
     remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     if model.gguf_package:
@@ -160,7 +166,7 @@ def remember_coverage(model: dict[str, Any], target_modules: str | list[str], fi
 
 @dataclass(frozen=True)
 class Saved:
-    """What an adapter was when it was saved: the weights of each layer (A, B of a plain adapter, DoRA's m) and the logits of a probe."""
+    """A saved adapter: the weights of each layer (A, B of a plain adapter) and the logits of a test input."""
 
     weights: Weights
     logits: torch.Tensor
@@ -182,9 +188,10 @@ def save(base: Base, wrapped: PeftModel, record: Path) -> Saved:
 
 
 def check_round_trip(base: Base, start: Start[BaseInit], model: dict[str, Any], proofs: Path) -> None:
-    """Raise UserError where an adapter on these layers is not read from disk as it was saved: before it is trained, once a model.
+    """Raise UserError if an adapter on these layers is not loaded as it was saved; tested before training, once for
+    each model.
 
-    `model` is the base's identity, by which it is remembered in the folder `proofs` what was shown of it.
+    `model` is the base's identity, under which the outcome is cached in the folder `proofs`.
     """
     lora, init = start.lora, start.init if start.init.variant else PlainInit()
     name = f"adapter read again, {digest(lora.model_dump(), 8)}" + (f", {init.name}" if init.variant else "")
@@ -204,7 +211,8 @@ def check_round_trip(base: Base, start: Start[BaseInit], model: dict[str, Any], 
 
 
 def check_saved(base: Base, saved: Saved, record: Path, quantize: bool = False) -> None:
-    """Raise RuntimeError unless the adapter read from the record is the one that was trained: its weights and the probe's logits.
+    """Raise RuntimeError unless the adapter loaded from the record is the trained one: its weights, and the logits of a
+    test input.
 
     With `quantize`, it was trained on the quantized base.
     """

@@ -1,4 +1,6 @@
-"""CorDA (Yang et al. 2024, arXiv 2406.05223): directions of W C, C being the covariance of a layer's inputs."""
+"""Initialize as CorDA (Yang et al. 2024, arXiv 2406.05223): from directions of W C, C being the covariance of a layer's
+inputs.
+"""
 
 from peft import PeftModel
 from peft.tuners.lora.config import CordaConfig

@@ -1,4 +1,6 @@
-"""Which layers of a model an adapter reaches: what all-linear leaves out and why, and the share of the weights."""
+"""Find which layers of a model an adapter covers, which ones all-linear leaves out and why, and the share of the
+weights.
+"""
 
 import functools
 import re
@@ -31,7 +33,7 @@ _BYPASSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
 
 def not_adapted(model: PreTrainedModel) -> dict[str, str]:
-    """Return the linear layers that "all-linear" leaves out, by their whole names, and why."""
+    """Return the linear layers that "all-linear" leaves out, by their full names, and why."""
     linear: dict[str, nn.Module] = {
         name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | Conv1D)
     }
@@ -75,7 +77,7 @@ def _not_linear(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[st
 
 
 def tell(model: PreTrainedModel, left_out: dict[str, str]) -> None:
-    """Print one line, once a process and family, for what all-linear leaves out."""
+    """Print one line about layers that all-linear leaves out, once for each process and family."""
     if left_out and model.config.model_type not in _told:
         _told.add(model.config.model_type)
         kinds = {kind(name): why for name, why in left_out.items()}
@@ -88,10 +90,10 @@ _told: set[str] = set()
 
 
 def of(wrapped: PeftModel) -> dict[str, Any]:
-    """Return what of the base's weights is adapted: {share, adapted, left_out}.
+    """Return which of the base's weights are adapted: {share, adapted, left_out}.
 
-    `share` is of all matrices' weights, `adapted` the kinds of layers (their names without numbers), and `left_out` the share of
-    each kind that is not, largest first, from a thousandth on.
+    `share` is of all matrices' weights, `adapted` the kinds of layers (their names without numbers), and `left_out` the
+    share of each other kind, largest first, if it is at least a thousandth.
     """
     adapted = {name.removeprefix("base_model.model."): layer for name, layer in layers(wrapped).items()}
     sizes: dict[str, int] = {}

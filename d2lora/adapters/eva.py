@@ -1,4 +1,6 @@
-"""EVA (Paischer et al. 2024, arXiv 2410.07170): A from the inputs' principal components, ranks by explained variance."""
+"""Initialize as EVA (Paischer et al. 2024, arXiv 2410.07170): A from the inputs' principal components, ranks by
+explained variance.
+"""
 
 import functools
 import itertools
@@ -65,7 +67,7 @@ def batches(rows: list[Sequence], fewest: int) -> list[list[Sequence]]:
 
 
 def _counted(count: Iterator[int], most: int, progress: Progress, model: nn.Module, inputs: Batch) -> None:
-    """Do a forward pass of EVA's. RuntimeError when it has gone round the data too often without an end."""
+    """Do one of EVA's forward passes. RuntimeError if it goes over the data too often without converging."""
     if (number := next(count)) > most:
         raise RuntimeError(f"EVA has not converged in {_PASSES} passes over its rows: take more of them")
     progress(number, most)

@@ -43,7 +43,7 @@ def base_weight(layer: LoraLayer) -> nn.Parameter:
 
 
 def turned(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
-    """Return a weight as (out, in) from the way the layer keeps it, or the other way round: Conv1D keeps (in, out)."""
+    """Transpose a weight between a layer's own orientation and (out, in): Conv1D stores (in, out)."""
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
 
 
@@ -69,17 +69,19 @@ def plain_matrices(layer: LoraLayer) -> Matrices:
 
 
 def _scaled(added: torch.Tensor, layer: LoraLayer, adapter: str) -> torch.Tensor:
-    """Return s times what an adapter adds. A product with 1 (alpha = r, the default) would be two passes over as much as the output."""
+    """Return s times an adapter's output. With s = 1 (alpha = r, the default) it is returned as it is, which saves two
+    passes over it.
+    """
     scale = layer.scaling[adapter]
     return added if scale == 1 else added * scale
 
 
 class Plain(LoraVariant):
-    """LoRA as PEFT has it, W x + s B A x, scaled as above."""
+    """LoRA as in PEFT, W x + s B A x, but without a product with s = 1."""
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Do nothing beyond PEFT's own: it asks where an initialization changes the rank."""
+        """Do nothing: PEFT calls this where an initialization may change the rank."""
 
     @staticmethod
     def forward(
@@ -123,7 +125,7 @@ class MultiLora(LoraVariant):
 
     @staticmethod
     def start(layer: LoraLayer, modules: int) -> None:
-        """Make a layer's fresh adapter one of so many modules."""
+        """Turn a layer's fresh adapter into one of `modules` parallel modules."""
         _, B = matrices(layer)
         with torch.no_grad():
             for block in B.chunk(modules, 1):

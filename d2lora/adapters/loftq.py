@@ -1,4 +1,6 @@
-"""LoftQ (Li et al. 2023, arXiv 2310.08659): the base in 4 bits, and an adapter that begins as what that loses."""
+"""Initialize as LoftQ (Li et al. 2023, arXiv 2310.08659): quantize the base to 4 bits, and start the adapter from the
+error.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,9 +19,10 @@ from d2lora.settings.inits import BaseInit
 
 @torch.no_grad()
 def loftq(wrapped: PeftModel, start: Start[BaseInit], rows: list[Sequence], progress: Progress) -> None:
-    """Start with one iteration: s B A is the part of rank r of W - Q, Q being W in NF4.
+    """Start A and B from one iteration: s B A is the best approximation of rank r to W - Q, Q being W in NF4.
 
-    One iteration, so that Q is what a 4-bit load of the base gives. PEFT's own wants a GPU and leaves out the scale s.
+    One iteration, so that Q is what loading the base in 4 bits gives. PEFT's own needs a GPU and leaves out the scale
+    s.
     """
     adapted = layers(wrapped)
     for index, layer in enumerate(adapted.values()):
@@ -42,7 +45,7 @@ def nf4(weight: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def quantized(wrapped: nn.Module) -> Iterator[None]:
-    """Have the base's weights under the adapter in NF4 for a while; put back as they were, bit for bit."""
+    """Hold the base's weights under the adapter in NF4 inside the `with` block, and restore them bit for bit."""
     adapted = layers(wrapped).values()
     originals = [base_weight(layer).data for layer in adapted]
     try:

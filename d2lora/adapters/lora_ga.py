@@ -43,10 +43,11 @@ def _add_gradients(wrapped: PeftModel, config: LoraConfig, rows: list[Sequence],
 
 
 def _init(layer: LoraLayer, config: LoraGAConfig) -> None:
-    """Start a layer from the gradient that PEFT has left on it.
+    """Start a layer from the gradient that PEFT has stored on it.
 
-    PEFT weighs B by the gradient's singular values and leaves A unscaled, so where B starts depends on the loss's scale. The
-    paper (theorem 3.2) and its authors' code take orthonormal directions, both times out^(1/4) / gamma^(1/2): so does this.
+    PEFT scales B by the gradient's singular values and does not scale A, so B's start depends on the scale of the loss.
+    The paper (theorem 3.2) and its authors' code use orthonormal directions, both times out^(1/4) / gamma^(1/2), and so
+    does this.
     """
     layer.lora_ga_init(ADAPTER, config)
     A, B = matrices(layer)

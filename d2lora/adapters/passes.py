@@ -1,4 +1,4 @@
-"""What preparations that look at rows share: passes of rows through the base, and leaving nothing behind on it."""
+"""Pass rows through the base for preparations, and remove what PEFT's preparations leave on it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -38,9 +38,9 @@ def of_base_layers(wrapped: PeftModel, lora: Lora, **settings: Any) -> LoraConfi
 
 @contextlib.contextmanager
 def cleaned_up(wrapped: PeftModel) -> Iterator[None]:
-    """Take what PEFT's preparations leave on the base's layers away again, also when they fail.
+    """Remove what PEFT's preparations leave on the base's layers when the `with` block ends, also after an error.
 
-    The base stays in memory for the process's next stages, which a hook that is left would end.
+    The base stays in memory for later stages of the process, in which a hook that is left would raise.
     """
     modules = [layer.get_base_layer() for layer in layers(wrapped).values()]
     tables = [table for module in modules for table in (module._forward_hooks, module._backward_hooks)]

@@ -1,4 +1,4 @@
-"""Which function prepares an adapter for each initialization that computes A and B."""
+"""Choose the function that prepares an adapter for its initialization."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,9 +34,9 @@ PREPARATIONS: dict[type[BaseInit], Callable[[PeftModel, Start[Any], list[Sequenc
 
 
 def prepare(wrapped: PeftModel, start: Start[BaseInit], rows: list[Sequence], progress: Progress) -> None:
-    """Start a fresh adapter as its initialization says, on `rows` where it looks at data.
+    """Start a fresh adapter as its initialization says, from `rows` if it uses data.
 
-    UserError where rank or rows do not allow it. RuntimeError where PEFT has left a layer as plain LoRA would start.
+    UserError if rank or rows do not allow it. RuntimeError if PEFT has left a layer as plain LoRA.
     """
     _check_rank(wrapped, start)
     PREPARATIONS[type(start.init)](wrapped, start, rows, progress)

@@ -1,4 +1,4 @@
-"""Adapters on disk: record/adapter for everyone, and where training needs more, record/state."""
+"""Write adapters to disk: record/adapter for everyone, and record/state if training needs other matrices to go on."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ from d2lora.adapters.layers import ADAPTER, MultiLora, Residual, config_of, magn
 def save(wrapped: PeftModel, record: Path) -> None:
     """Save the adapter as record/adapter, in PEFT's format for the original base.
 
-    Where that is another one than is trained, the trained one (rank r) is saved in record/state.
+    If the trained one has other matrices (of rank r), it is also saved as record/state.
     """
     config = config_of(wrapped)
     if isinstance(config.target_modules, set):  # a set's order, and with it the file, would be another in each process

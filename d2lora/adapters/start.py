@@ -1,4 +1,4 @@
-"""How an adapter begins: as PEFT starts it, or as a stage left it."""
+"""Make a trainable adapter: fresh as PEFT starts it, or the one that an earlier stage has trained."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ I = TypeVar("I", bound=BaseInit, covariant=True)  # noqa: E741
 
 @dataclass(frozen=True)
 class Start(Generic[I]):
-    """What a new adapter depends on: its rank, scale and layers, its initialization, and the seed of the random numbers."""
+    """Everything that a new adapter depends on: its rank, scale and layers, its initialization, and the seed."""
 
     lora: Lora
     init: I
@@ -32,7 +32,7 @@ class Start(Generic[I]):
 
 
 def lora_config(start: Start[BaseInit]) -> LoraConfig:
-    """Return PEFT's config: of what PEFT itself can start without a preparation."""
+    """Return PEFT's config, with the initializations that PEFT itself does without a preparation."""
     lora = start.lora
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -45,9 +45,9 @@ def lora_config(start: Start[BaseInit]) -> LoraConfig:
 
 
 def fresh(model: PreTrainedModel, start: Start[BaseInit]) -> PeftModel:
-    """Return a new adapter on the model, as PEFT starts it; A and B of prepared initializations come with `prepare`.
+    """Return a new adapter on the model, as PEFT starts it; `prepare` then sets A and B of prepared initializations.
 
-    UserError where PEFT, or the initialization, cannot adapt a layer.
+    UserError if PEFT, or the initialization, cannot adapt a layer.
     """
     config = lora_config(start)
     if config.target_modules == "all-linear":
@@ -99,7 +99,7 @@ def _add_multilora(wrapped: PeftModel, init: BaseInit) -> bool:
 
 
 def taken_up(model: PreTrainedModel, init: BaseInit, record: Path) -> PeftModel:
-    """Return the adapter that a stage left in its record's folder, to be trained on: same rank, same parameters."""
+    """Return the adapter in an earlier stage's record, to train it further: same rank, same parameters."""
     folder = record / "state" if (record / "state").is_dir() else record / "adapter"
     wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
     if _add_multilora(wrapped, init):  # PEFT has read A and B; once more with the scales, which it did not know
@@ -113,9 +113,9 @@ def taken_up(model: PreTrainedModel, init: BaseInit, record: Path) -> PeftModel:
 
 
 def for_training(wrapped: PeftModel) -> PeftModel:
-    """Return the adapter with layers of ours, and a config that starts nothing.
+    """Return the adapter with our layers, and a config without an initialization.
 
-    TRL adds a copy of the adapter for DPO's reference, and PEFT would start that anew.
+    TRL adds a copy of the adapter for DPO's reference, and PEFT would initialize that copy again.
     """
     config = config_of(wrapped)
     config.init_lora_weights, config.eva_config = True, None

@@ -1,4 +1,4 @@
-"""Initializations from the base's weights: PiSSA, OLoRA, MiLoRA."""
+"""Initialize from the base's weights: PiSSA, OLoRA, MiLoRA."""
 
 from collections.abc import Callable
 
@@ -18,9 +18,9 @@ LayerInit = Callable[[LoraLayer], None]
 
 @torch.no_grad()
 def take_out(wrapped: PeftModel, init: LayerInit, progress: Progress) -> None:
-    """Start A and B of each layer by a method that changes the layer's weight, and leave the weight as it was.
+    """Initialize A and B of each layer with a function that also changes the layer's weight, and restore the weight.
 
-    RuntimeError where A or B is left zero or not finite.
+    RuntimeError if A or B is zero or not finite afterwards.
     """
     adapted = layers(wrapped)
     for index, (name, layer) in enumerate(adapted.items()):
@@ -49,7 +49,7 @@ def olora(wrapped: PeftModel, start: Start[BaseInit], rows: list[Sequence], prog
 
 
 def _olora(layer: LoraLayer) -> None:
-    """Start a layer as PEFT does; its own takes Conv1D's weight (in, out) for one of (out, in)."""
+    """Start a layer as PEFT does, but also for Conv1D, whose weight (in, out) PEFT would take for (out, in)."""
     weight = base_weight(layer)
     weight.data = turned(weight.data, layer)
     layer.olora_init(ADAPTER)

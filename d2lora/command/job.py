@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from d2lora import worker
-from d2lora.command import preflight, rehearsal, summary, terminal
+from d2lora.command import preflight, rehearsal, summary, terminal, tuning
 from d2lora.command.grid import cell_of
 from d2lora.command.guard import one_line, reader_may_leave, refuse
 from d2lora.errors import UserError
@@ -35,6 +35,7 @@ def one_cell(cell: Cell) -> int:
     """Do all stages of a cell, print its results, and return the exit code; a dry run prints the plan only."""
     output = Outputs.of(cell.config).root
     store = Store(output)
+    tuning.refuse_single(cell.config)
     preflight.check(cell.config, set())
     rehearsal.remember()
     if cell.config.dry_run:

@@ -13,7 +13,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from d2lora import mirror, plan, report, worker
-from d2lora.command import preflight, rehearsal, summary, terminal
+from d2lora.command import preflight, rehearsal, summary, terminal, tuning
 from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells
 from d2lora.command.guard import one_line
 from d2lora.command.launchers import launcher_of
@@ -33,11 +33,13 @@ def sweep(
     Exit with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
     """
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
-    every = valid_cells(Composer(config, loader), grid)
+    compose = Composer(config, loader)
+    every = valid_cells(compose, grid)
     cells, this = plan.unique(every), launcher_of(config)
     first = cells[0].config
     store = Store(Outputs.of(first).root)
-    planned = summary.plan_text(cells, store, this.count(config), preflight.coverage(cells))
+    tuner = tuning.Tuner(cells, compose, store) if first.tune else None
+    planned = _plan(cells, tuner, store, this.count(config))
     if not first.dry_run:
         _refuse_twice(first.sweep, this.queued(config.hydra.job.name))
     rehearsal.remember()
@@ -45,9 +47,42 @@ def sweep(
         print(line, file=sys.stderr)
     print(planned, flush=not first.dry_run)
     if not first.dry_run:
-        new = any(not store.done(s) for s in plan.stages(cells))
-        _train(config, launcher, cells, store)
+        train = functools.partial(_train, config, launcher, store=store)
+        cells, new = train_tuned(train, tuner) if tuner else _train_all(train, cells, store)
         _finish(cells, store, new)
+
+
+def _plan(cells: list[Cell], tuner: tuning.Tuner | None, store: Store, workers: int) -> str:
+    """Return the plan as text; where settings are tuned, up to the choice."""
+    notes = preflight.coverage(cells)
+    if tuner is None:
+        return summary.plan_text(cells, store, workers, notes)
+    begun, _ = tuner.begin()
+    return summary.plan_text(begun, store, workers, [*notes, tuner.note()], tuner.later())
+
+
+# Does what is left of cells' stages, and tells whether something was.
+Train = Callable[[list[Cell]], bool]
+
+
+def _train_all(train: Train, cells: list[Cell], store: Store) -> tuple[list[Cell], bool]:
+    manifest.write_manifest(store.outputs.root, cells)
+    return cells, train(cells)
+
+
+def train_tuned(train: Train, tuner: tuning.Tuner) -> tuple[list[Cell], bool]:
+    """Do the candidates, choose, and do the chosen ones' evaluations on the test.
+
+    Returns the cells as they are after the choice, and whether something was left to do.
+    """
+    output = tuner.store.outputs.root
+    begun, standing = tuner.begin()
+    manifest.write_manifest(output, begun, standing)
+    new = train(begun)
+    cells, chosen, made = tuner.choose()
+    manifest.write_manifest(output, cells, made)
+    print(tuning.summary(made), flush=True)
+    return cells, (bool(chosen) and train(chosen)) or new
 
 
 def _refuse_twice(sweep: str, jobs: list[str]) -> None:
@@ -58,14 +93,15 @@ def _refuse_twice(sweep: str, jobs: list[str]) -> None:
         )
 
 
-def _train(config: DictConfig, launcher: Launcher, cells: list[Cell], store: Store) -> None:
-    """Let the launcher do the stages that are not done yet."""
+def _train(config: DictConfig, launcher: Launcher, cells: list[Cell], store: Store) -> bool:
+    """Let the launcher do the stages that are not done yet, and tell whether there were any."""
     output, this = Outputs.of(cells[0].config).root, launcher_of(config)
-    manifest.write_manifest(output, cells)
+    new = any(not store.done(s) for s in plan.stages(cells))
     text, at_work = (functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work))
     with terminal.board(text, at_work, output):  # type: ignore[arg-type] # joined, the two types are lost
         launch_batches(functools.partial(launch_once, launcher, config), cells, store, this.apart)
     this.dismiss()
+    return new
 
 
 def _finish(cells: list[Cell], store: Store, new: bool) -> None:

@@ -28,7 +28,7 @@ def check(config: Config, passed: Passed) -> None:
     check_inputs(config, passed)
     if not _asks_others(config):
         output = Outputs.of(config).root
-        items = (config.model, config.task.benchmark, config.split_seed, output)
+        items = (config.model, config.benchmarks, config.split_seed, output)
         _once(passed, lambda: rehearsal.check_items(config, output), "items", items)
 
 
@@ -43,7 +43,7 @@ def check_inputs(config: Config, passed: Passed) -> None:
     extra = config.init.extra
     if extra and find_spec(extra.package) is None:
         raise UserError(f"init={config.init.name}: needs {extra.package}, which is not installed: {extra.install}")
-    for benchmark in config.task.benchmark.values():
+    for benchmark in config.benchmarks.values():
         _check(passed, data.check_benchmark, benchmark, config.split_seed)
     _check(passed, data.check_lm_eval, _harness_tasks(config))
     _check(passed, data.check_model, config.model)

@@ -92,7 +92,7 @@ def check_items(config: Config, output: Path) -> None:
     source = _source(config.model, output)
     context = _context(source) if source else None
     if source and context:
-        for name, benchmark in config.task.benchmark.items():
+        for name, benchmark in config.benchmarks.items():
             _items_fit(config, name, benchmark, source, output, context)
 
 
@@ -114,7 +114,7 @@ def remember() -> None:
 def _task_draw(config: Config, source: Source) -> Draw:
     """Return the draw of the task's rows."""
     task, preference = config.task, config.method.needs_pairs
-    rendering = {"task": task.model_dump(exclude={"name", "data", "benchmark", "lm_eval"})}
+    rendering = {"task": task.model_dump(exclude={"name", "data", "benchmark", "validation", "lm_eval"})}
     make = functools.partial(_pair, task=task)
     draw = _draw(config, source, task.data, f"task/{config.data_seed}", rendering, make)
     return dataclasses.replace(draw, preference=preference)
@@ -254,7 +254,9 @@ def _items_fit(config: Config, name: str, benchmark: Benchmark, source: Source, 
     file = output / "fingerprints" / f"{draw.key}.json"
     if _known(file) or (fates := _until(draw, "all", source)) is None:
         return
-    where = f"task.benchmark.{name}: data.path={benchmark.data.path}"
+    where = (
+        f"task.{'benchmark' if name in config.task.benchmark else 'validation'}.{name}: data.path={benchmark.data.path}"
+    )
     _refuse_bad(draw, fates, where)
     if long := [data.number_of(draw.rows[i], i) for i, fate in enumerate(fates) if fate == LONG]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a run says of itself: the plan and about how long it takes, the sweep's line, a cell's results, what failed."""
+"""Describe a run: the plan and its estimated time, the sweep's progress, a cell's results, failures."""
 
 import json
 from collections import Counter, defaultdict
@@ -20,8 +20,13 @@ from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
 
 
-def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = ()) -> str:
-    """Return what a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, and about how long."""
+def plan_text(
+    cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = (), later: Iterable[Stage] = ()
+) -> str:
+    """Return what a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, and about how long.
+
+    `later` are like stages that follow but are not known yet: their time is counted.
+    """
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
     used = Counter(s.key for c in cells for s in c.chain.stages)
@@ -40,12 +45,15 @@ def plan_text(cells: list[Cell], store: Store, workers: int = 1, notes: Iterable
         lines += [f"  {_cell_line(c, store)}" for c in cells]
     lines += notes
     if left:
+        left += {s.key: s for s in later if s not in stages and not store.done(s)}.values()
         lines.append(f"  about {_duration(left, store, workers)}")
     return "\n".join(lines)
 
 
 def coverage_text(model: str, targets: str | list[str], share: float, left_out: Mapping[str, float]) -> str:
-    """Say what share of a model's weights an adapter reaches, and which kinds it leaves out, from a hundredth of the weights on."""
+    """Say which share of a model's weights an adapter covers, and which kinds of layers (of at least a hundredth) it
+    leaves out.
+    """
     named = targets if isinstance(targets, str) else ",".join(targets)
     left = [f"{kind} {100 * part:.0f} %" for kind, part in left_out.items() if part >= 0.01]
     out = f"; left out: {', '.join(left[:6])}{' ...' if len(left) > 6 else ''}" if left else ""
@@ -70,7 +78,7 @@ def _cell_line(cell: Cell, store: Store) -> str:
 
 
 def _duration(left: list[Stage], store: Store, workers: int) -> str:
-    """Return an estimate from the seconds that finished stages of the same kind took; says so if there are none."""
+    """Return an estimate from the times of finished stages of the same kind; without any, say so."""
     measured = _measured(store)
     if any(_kind(s.kind, s.spec.content()) not in measured for s in left):
         return "an unknown time: nothing like it was measured here yet"
@@ -86,7 +94,7 @@ def _duration(left: list[Stage], store: Store, workers: int) -> str:
 
 
 def _measured(store: Store) -> dict[tuple[str, ...], list[float]]:
-    """Return the seconds a sample that finished stages took, by `_kind`."""
+    """Return the seconds per sample that finished stages took, by `_kind`."""
     measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for folder in store.outputs.entries():
         try:
@@ -99,7 +107,7 @@ def _measured(store: Store) -> dict[tuple[str, ...], list[float]]:
 
 
 def _kind(name: str, spec: Identity) -> tuple[str, ...]:
-    """Return what a stage's time a sample depends on most: kind, method and model; of an evaluation, its benchmark."""
+    """Return what a stage's time per sample depends on most: kind, method and model; of an evaluation, its benchmark."""
     benchmark = spec.get("benchmark", spec.get("lm_eval"))
     if name == ContaminationSpec.KIND:
         return name, canonical(spec["train"])
@@ -112,7 +120,7 @@ def _kind(name: str, spec: Identity) -> tuple[str, ...]:
 
 
 def progress_text(cells: list[Cell], store: Store) -> str:
-    """Return the sweep's line: done, running, left, failures."""
+    """Return the sweep's progress as a line: done, running, left, failed."""
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
     failed, running = sum(_failed(s, store) for s in left), len(at_work(cells, store))
@@ -120,7 +128,7 @@ def progress_text(cells: list[Cell], store: Store) -> str:
 
 
 def at_work(cells: list[Cell], store: Store) -> list[Stage]:
-    """Return the stages that some worker has begun."""
+    """Return the stages that some worker is doing."""
     # What a killed worker left lies there for ever: a stage that is done or has failed is not at work, whatever lies beside it.
     open_ = (s for s in plan.stages(cells) if not store.done(s) and not _failed(s, store))
     return [s for s in open_ if store.begun(s)]
@@ -131,7 +139,7 @@ def _failed(stage: Stage, store: Store) -> bool:
 
 
 def cell_text(cell: Cell, store: Store) -> str:
-    """Return a single cell's results, and what to know of them."""
+    """Return a single cell's results, with notes."""
     lines = [
         *(line for stage in cell.chain.evaluations for line in _scores(stage, store)),
         *(_batch_line(stage, store) for stage in cell.chain.flips),
@@ -166,7 +174,7 @@ def _overlap_line(stage: Stage, store: Store) -> str:
 
 
 def _passed_over(cell: Cell, store: Store) -> Iterator[str]:
-    """Yield what became of rows that a cell's trainings did not take."""
+    """Yield how many rows a cell's trainings left out, and why."""
     for stage in filter(None, (cell.chain.warmup, cell.chain.adapt)):
         record = store.record(stage)
         reasons = {"too long": record.misfits} | record.passed_over if record else {}
@@ -176,7 +184,7 @@ def _passed_over(cell: Cell, store: Store) -> Iterator[str]:
 
 
 def failures_text(output: Path, lost: Iterable[Stage]) -> str:
-    """Return what failed and why, and what that blocked."""
+    """Return the failed stages, their errors, and the stages that they block."""
     lines, store = [], Store(output)
     for stage in lost:
         file = Outputs(output).failed(stage.key)

@@ -1,4 +1,6 @@
-"""What a person sees while it works: one line for the sweep, one bar a stage at work; nothing where nobody looks."""
+"""Show progress on a terminal: one line for the sweep, one bar for each running stage; nothing if the output is not a
+terminal.
+"""
 
 import contextlib
 import os
@@ -43,7 +45,7 @@ class Bar(contextlib.AbstractContextManager):
 
 
 class Note(contextlib.AbstractContextManager):
-    """How far a worker's stage is, in <output>/progress: the terminal may be another process's, on another machine."""
+    """The progress of a worker's stage in <output>/progress: the terminal may be another process's, on another machine."""
 
     def __init__(self, output: Path) -> None:
         self.outputs = Outputs(output)
@@ -78,7 +80,9 @@ class Note(contextlib.AbstractContextManager):
 def board(
     text: Callable[[], str], at_work: Callable[[], list[Stage]], output: Path, every: float = 1.0
 ) -> Iterator[None]:
-    """Keep a line on the terminal and below it a bar for each stage at work, drawn anew every second; nothing elsewhere."""
+    """Show a line for the sweep, and below it a bar for each running stage, updated every second; nothing if not a
+    terminal.
+    """
     if not sys.stderr.isatty():
         yield
         return
@@ -103,7 +107,7 @@ def board(
 
 
 def _draw(bars: dict[str, tqdm], at_work: list[Stage], output: Path) -> None:
-    """Bring `bars`, by the keys of their stages, to what the workers' notes say; those of stages that have ended go."""
+    """Update `bars`, by the keys of their stages, from the workers' progress files; remove those of ended stages."""
     for key in bars.keys() - {stage.key for stage in at_work}:
         bars.pop(key).close()
     for stage in at_work:

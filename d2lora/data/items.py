@@ -32,7 +32,8 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     all_rows = rows(benchmark.data, split_seed)
     evaluated = all_rows[: benchmark.limit]
     lists = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
-    columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | lists)
+    clusters = {benchmark.cluster} if benchmark.cluster else set()
+    columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | lists | clusters)
     require_columns(evaluated, benchmark.data, *columns, empty=True)
     for template in (benchmark.prompt, benchmark.gold):
         require_braces(template, all_rows, benchmark.data.path)

@@ -120,8 +120,8 @@ def identity(data: Data, split_seed: int) -> dict:
     UserError for a Hub name without a revision.
     """
     files = _files(data)
-    chosen = data.model_dump(include={"where", "hold_out", "part", "empty"}, exclude_defaults=True)
-    if data.hold_out:
+    chosen = data.model_dump(include={"where", "hold_out", "validation", "part", "empty"}, exclude_defaults=True)
+    if data.hold_out or data.validation:
         chosen["split_seed"] = split_seed
     if files:
         return {"content": _content(files), **chosen}
@@ -206,11 +206,16 @@ def rows(data: Data, split_seed: int = 0) -> list[Row]:
         raise UserError(f"data.path={data.path}: no rows")
     for column, values in data.where.items():
         read = _where(read, data, column, values)
-    if data.hold_out:
-        if data.hold_out >= len(read):
-            raise UserError(f"data.hold_out={data.hold_out}: the data set has only {len(read)} rows")
-        held_out = set(shuffled(len(read), f"hold-out/{split_seed}")[: data.hold_out])
-        read = [row for index, row in enumerate(read) if (index in held_out) == (data.part == "held_out")]
+    if aside := data.hold_out + data.validation:
+        if aside >= len(read):
+            setting = f"data.hold_out={data.hold_out}" + (
+                f", data.validation={data.validation}" * bool(data.validation)
+            )
+            raise UserError(f"{setting}: the data set has only {len(read)} rows")
+        order = shuffled(len(read), f"hold-out/{split_seed}")
+        parts = {"held_out": order[: data.hold_out], "validation": order[data.hold_out : aside], "rest": order[aside:]}
+        part = set(parts[data.part])
+        read = [row for index, row in enumerate(read) if index in part]
     return read
 
 

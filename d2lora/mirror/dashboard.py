@@ -1,4 +1,4 @@
-"""A sweep's dashboard in W&B: accuracy over n, the loss curves, the tables and figures, as a W&B report.
+"""Write a sweep's dashboard, a W&B report: accuracy over n, loss curves, tables and figures.
 
 `python -m d2lora dashboard SWEEP` writes it with wandb-workspaces (the extra `dashboard`) and prints its address.
 """
@@ -9,6 +9,8 @@ from typing import Any
 
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.warmup import WarmupSpec
 
 
 def main_metrics(output: Path, sweep: str) -> list[str]:
@@ -47,7 +49,7 @@ def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
         wr.H2("Accuracy over n"),
         wr.PanelGrid(runsets=[runs("cell", "config.arm")], panels=over_n),
         wr.H2("Training, over samples seen"),
-        wr.PanelGrid(runsets=[runs("adapt", ""), runs("warmup", "")], panels=curves),
+        wr.PanelGrid(runsets=[runs(AdaptSpec.KIND, ""), runs(WarmupSpec.KIND, "")], panels=curves),
         wr.H2("Tables and figures"),
         wr.PanelGrid(runsets=[runs("report", "")], panels=shown),
     ]

@@ -1,7 +1,7 @@
-"""W&B mirrors the records: a run a stage, a light run a cell, one report run a sweep. It is never the source of a number.
+"""Mirror records to W&B: a run for each stage, a short run for each cell, one report run for each sweep.
 
-Run ids come from keys, so a stage taken up again continues its run. How runs are sent, so that nobody waits for a server, is in
-sender.py.
+W&B is never the source of a number. Run ids come from keys, so a resumed stage continues its run. sender.py sends the
+runs without letting stages wait for a server.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _at_work: ContextVar[Run | None] = ContextVar("at_work", default=None)  # the ru
 
 @contextlib.contextmanager
 def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
-    """Keep a run of a stage that does work. At the end it gets what the published record says, or is marked as failed."""
+    """Open a run around a stage's work. At its end it gets the published record's values, or is marked as failed."""
     if disabled(config):
         yield
         return
@@ -68,14 +68,14 @@ def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
 
 
 def log(values: dict[str, float], samples_seen: int) -> None:
-    """Log a training's current values to the run of the stage at work, if it has one."""
+    """Log a training's current values to the current stage's run, if it has one."""
     if run := _at_work.get():
-        now = {f"train/{k}": v for k, v in values.items()} | {"samples_seen": samples_seen, "_timestamp": time.time()}
-        run.do(lambda r: r.log(now))
+        shown = {f"train/{k}": v for k, v in values.items()} | {"samples_seen": samples_seen, "_timestamp": time.time()}
+        run.do(lambda r: r.log(shown))
 
 
 def _about(config: Config, stage: Stage) -> About:
-    """Return what a stage's run says of what the stage depends on, and of nothing else: the stage may serve many cells."""
+    """Return a run's config: what the stage depends on and nothing else, because the stage may serve many cells."""
     trained = stage if isinstance(stage.spec, PrepareSpec | TrainingSpec | MergeSpec) else stage.parent
     name, tags = _who(config, trained)
     if stage.kind == EvaluateSpec.KIND:
@@ -87,7 +87,7 @@ def _about(config: Config, stage: Stage) -> About:
 
 
 def _who(config: Config, trained: Stage | None) -> tuple[list[str], list[str]]:
-    """Return how an adapter is called, in parts, and its tags. None is the base itself."""
+    """Return the parts of an adapter's name, and its tags. None is the base itself."""
     if trained is None:
         return [f"base {config.model.name}"], ["base"]
     m, n = config.m, config.n if isinstance(trained.spec, AdaptSpec | MergeSpec) else 0
@@ -151,7 +151,7 @@ def _interval(metric: str, items: list[Item]) -> tuple[float, float]:
 
 
 def _plain(value: object) -> str | int | float | None:
-    """Return a value as a Table takes it, whose columns have one type each: lists and the like as their JSON."""
+    """Return a value for a W&B Table, whose columns have one type each: lists and the like as JSON."""
     return value if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False)
 
 
@@ -159,9 +159,10 @@ def _plain(value: object) -> str | int | float | None:
 
 
 def _lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
-    """Show what the stage was given as its inputs; its adapter, if it made one, as its output.
+    """Declare a stage's inputs, and its adapter as output, if it has one.
 
-    An input is given by content, not by name: runs can be uploaded in any order, and W&B takes equal content for one version.
+    Inputs are artifacts with content, so that runs can be uploaded in any order: W&B recognizes equal content as the
+    same version.
     """
     inputs = [
         _adapter(stage.parent, store) if stage.parent else None,
@@ -209,7 +210,7 @@ def _note(kind: str, name: str, spec: Identity) -> Any:
 
 
 def cell(cell: Cell, store: Store) -> None:
-    """Log the light run of a cell whose stages are all done, once: its config, flat, and its results."""
+    """Log the run of a cell whose stages are all done, once: its flat config and its results."""
     if disabled(cell.config):
         return
     records = {s: record for s in cell.chain.results if (record := store.record(s))}
@@ -241,7 +242,7 @@ def _fill_cell(run: Any, cell: Cell, results: dict[str, object]) -> None:
 
 
 def _flat(cell: Cell) -> dict[str, object]:
-    """Return a cell's config as W&B shows it: what one filters and groups by at the top, and the ids of the stages' runs."""
+    """Return a cell's config for W&B: values to filter and group by at the top, and the ids of its stages' runs."""
     c = cell.config
     named = {k: getattr(c, k).name for k in ("method", "task", "model", "init", "warmup", "recipe")}
     sizes = {"m": c.m, "n": c.n, "seed": c.seed, "arm": _arm(c.m), "lr": c.recipe.rate(c.method.name)}
@@ -253,7 +254,9 @@ def _flat(cell: Cell) -> dict[str, object]:
 
 
 def _public(value: Any, key: str = "") -> Any:
-    """Return a config without this machine's paths: of a local one, what is below the project, or else its last name."""
+    """Return a config without paths of this machine: a local path becomes that below the project's folder, or its last
+    name.
+    """
     if isinstance(value, dict):
         return {k: _public(v, k) for k, v in value.items()}
     if key != "path" or not isinstance(value, str):
@@ -343,13 +346,13 @@ def _where(outputs: Outputs) -> str:
 
 def _log_once(about: About, content: object, whose: Config, outputs: Outputs, fill: Callable[[Any], None]) -> None:
     """Log a run unless it was logged with this content before; <output>/wandb/logged remembers that."""
-    file, now = outputs.logged(about.id), _digest(content)
-    if file.exists() and cached(file, str) == now:
+    file, current = outputs.logged(about.id), _digest(content)
+    if file.exists() and cached(file, str) == current:
         return
 
     def fill_and_note(run: Any) -> None:  # one task: a run that could not be filled is sent again
         fill(run)
-        write_json(file, now)
+        write_json(file, current)
 
     run = Run(whose, outputs, about)
     run.do(fill_and_note)

@@ -1,7 +1,8 @@
-"""W&B runs, sent by threads that no stage waits for: a server that is down, slow or refuses cannot hold up a cell.
+"""Send W&B runs from threads for which no stage waits, so that a server that is down, slow or refuses does not delay a
+cell.
 
-The first thing that goes wrong is told in one line; from then on the process keeps its runs on disk, where `wandb sync` finds
-them. What the runs show is in runs.py.
+The first error is reported in one line; from then on the process keeps its runs on disk, for `wandb sync`. runs.py
+decides what the runs show.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ _at_once = threading.BoundedSemaphore(4)  # runs that are begun, filled or uploa
 
 
 def _warn(text: str) -> None:
-    """Print the first warning of a process only: what follows is mostly the same again."""
+    """Print the first warning of a process only: later ones mostly repeat it."""
     with _telling:  # several runs' threads meet the same dead server at once
         first, _state.warned = not _state.warned, True
     if first:
@@ -46,20 +47,20 @@ def _warn(text: str) -> None:
 
 
 def _fail(error: BaseException) -> None:
-    """Keep the coming runs on disk, and say why."""
+    """Keep further runs on disk, and print why."""
     _state.offline = True
     line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
     _warn(f"{line}: runs are kept on disk from here on")
 
 
 def disabled(config: Config) -> bool:
-    """Tell whether nothing is to be sent: the user said so, or nothing came to an end."""
+    """Tell whether nothing is sent: because W&B is disabled, or because wandb hangs."""
     mode = os.environ.get("WANDB_MODE") if config.wandb.mode == "auto" else config.wandb.mode
     return mode == "disabled" or _state.stuck
 
 
 def flush(config: Config) -> None:
-    """Wait for what is still to be written or uploaded, but not for ever. Every job ends with this."""
+    """Wait, at most for a limited time, for runs to be written or uploaded. Every job ends with this."""
     started, patience = time.monotonic(), config.wandb.patience
     slow = TimeoutError(f"the server takes longer than wandb.patience={patience:g} s")
     for limit, then in ((patience, lambda: _fail(slow)), (2 * patience + 5, _give_up)):
@@ -72,17 +73,19 @@ def flush(config: Config) -> None:
 
 
 def hush() -> None:
-    """Print no more warnings: the process is being stopped, and wandb ends now, whatever its threads make of it."""
+    """Print no more warnings: the process is being stopped, and so is wandb."""
     _state.warned = True
 
 
 def is_offline() -> bool:
-    """Tell whether something went wrong, so that runs are kept on disk."""
+    """Tell whether an error occurred, so that runs are kept on disk."""
     return _state.offline
 
 
 def _give_up() -> None:
-    """Leave runs behind that do not come to an end. Those to come are on disk and need no server; if they stick too, it ends."""
+    """Abandon runs that do not end. Later runs go to disk, which needs no server; if those hang too, nothing more is
+    sent.
+    """
     global _at_once
     _at_once = threading.BoundedSemaphore(4)
     if _state.left and not _state.stuck:
@@ -107,7 +110,7 @@ class About:
 
 
 class Run:
-    """One W&B run, begun, filled and ended by a thread of its own, in the order in which it was asked to."""
+    """A W&B run. A thread of its own starts it, does its tasks in order, and ends it."""
 
     def __init__(self, whose: Config, outputs: Outputs, about: About) -> None:
         self.whose, self.outputs, self.about = whose, outputs, about
@@ -118,11 +121,11 @@ class Run:
         self.thread.start()
 
     def do(self, task: Callable[[Any], object]) -> None:
-        """Have the thread call task(run), unless all of the run was logged before."""
+        """Let the thread call task(run), unless the whole run was logged before."""
         self.tasks.put(task)
 
     def end(self, code: int = 0) -> None:
-        """Have the thread end the run; with a code other than 0 it shows as failed."""
+        """Let the thread end the run; a code other than 0 marks it as failed."""
         self.tasks.put(code)
 
     def _work(self) -> None:
@@ -186,7 +189,7 @@ class Run:
 
 
 def _free(run_id: str) -> None:
-    """Make wandb's service end a run whose init failed: it keeps the id in use, and refuses it offline (wandb#9865)."""
+    """End a run in wandb's service whose init failed: it would keep the id in use, and be refused offline (wandb#9865)."""
     import wandb
 
     service = wandb.setup().ensure_service()
@@ -196,7 +199,7 @@ def _free(run_id: str) -> None:
 
 
 def _prepare(outputs: Outputs) -> None:
-    """Set what wandb takes from the environment only, and reads when it is imported."""
+    """Set environment variables that wandb reads when it is imported."""
     # Its staging of artifacts and its cache belong to the runs, not to the home folder.
     os.environ.setdefault("WANDB_DATA_DIR", str(outputs.wandb / "data"))
     os.environ.setdefault("WANDB_CACHE_DIR", str(outputs.wandb / "cache"))
@@ -226,7 +229,9 @@ def _settings(patience: float) -> Any:
 
 
 def _mode(config: Config) -> str:
-    """Return the mode of a run. auto is WANDB_MODE, or what `wandb offline` left, or online with credentials and offline without."""
+    """Return the mode of a run: auto means WANDB_MODE, else what `wandb offline` has set, else online with credentials
+    and offline without.
+    """
     wanted = os.environ.get("WANDB_MODE", _left_mode()) if config.wandb.mode == "auto" else config.wandb.mode
     if wanted in ("auto", "online") and _credentials():
         return "online"
@@ -236,7 +241,7 @@ def _mode(config: Config) -> str:
 
 
 def _left_mode() -> str:
-    """Return offline or disabled where `wandb offline` or `wandb disabled` was typed, else auto."""
+    """Return the mode that `wandb offline` or `wandb disabled` has set, else auto."""
     import wandb
 
     left = wandb.setup().settings.mode

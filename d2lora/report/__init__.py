@@ -1,4 +1,4 @@
-"""Tables, figures and the page of finished work, from manifests and records alone: no log, never W&B.
+"""Make tables, figures and the page of finished work, from manifests and records alone: no logs, no W&B.
 
 `python -m d2lora report [SWEEP ...]` writes them for the named sweeps, or for all, into <output>/report/.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def finish(output: Path, sweep: str, draw: bool = True) -> str:
-    """Write results.csv and return a sweep's tables as text; with `draw` write its files and the page, too."""
+    """Write results.csv and return a sweep's tables as text; with `draw`, write its files and the page too."""
     if draw:
         return write(output, [sweep])
     from d2lora.report import artefacts, results  # late: planning a grid needs none of it
@@ -52,7 +52,7 @@ def write(output: Path, sweeps: Iterable[str]) -> str:
 
 
 def _load(output: Path, name: str, records: Records) -> "artefacts.Loaded":
-    """Load a sweep; one that is damaged has no artefacts and says why, so that it does not take the others along."""
+    """Return a sweep's tables and panels. A damaged sweep has none and says why, so that the others are still reported."""
     from d2lora.report import artefacts
 
     try:
@@ -62,7 +62,7 @@ def _load(output: Path, name: str, records: Records) -> "artefacts.Loaded":
 
 
 def everything(output: Path, sweeps: list[str]) -> str:
-    """Write the reports of the named sweeps, or of all. UserError where nothing was run yet."""
+    """Write the report of the named sweeps, or of all (see `write`). UserError if nothing was run yet."""
     names = sweeps or manifest.sweeps(output)
     if not names:
         raise UserError(f"{output}: nothing was run here yet: python run.py, or make lab")

@@ -1,4 +1,6 @@
-"""The report's tables and figures: ARTEFACTS, in the order of the page, and the files and texts that are made of them."""
+"""Collect a sweep's artefacts: its own table and curves, Table 2, and the paper's tables and figures that its cells
+cover.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -7,19 +9,49 @@ from pathlib import Path
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.records import Records
-from d2lora.report import controls, costs, differences, evidence, figures, formats, inits, paper, settings, tables
+from d2lora.report import (
+    controls,
+    costs,
+    differences,
+    evidence,
+    figures,
+    formats,
+    inits,
+    paper,
+    settings,
+    tables,
+    tuning,
+)
 from d2lora.report.content import Artefact, Content, Rows, Sweep
 from d2lora.report.manifest import read_manifest
 from d2lora.report.points import points_of
+from d2lora.report.tables import Table
 
 
 def _own(sweep: Sweep) -> Content | None:
     """Return the sweep's own table and curves: all of its cells."""
     if not sweep.points:
         return None
-    own = tables.build(sweep.points, sweep.columns, sweep.margin)
-    curves = [panel for table in own for panel in figures.panels(table, "all")]
-    return Content(tables=own, panels=curves, notes=evidence.notes(sweep.points, sweep.records))
+    told = tuning.notes(sweep.tuning) if sweep.tuning else []
+    return _all(sweep.own_tables, sweep, told)
+
+
+def _fixed(sweep: Sweep) -> Content | None:
+    """Return a tuned sweep's table and curves at the recipe's own values; None if these are not among the candidates."""
+    if not (sweep.fixed and sweep.tuning):
+        return None
+    built = tables.build(sweep.fixed, sweep.columns, sweep.margin)
+    return _all(built, sweep, tuning.fixed_notes(sweep.tuning))
+
+
+def _all(built: list[Table], sweep: Sweep, told: list[str]) -> Content:
+    points = [point for table in built for point in table.points]
+    curves = [panel for table in built for panel in figures.panels(table, "all")]
+    return Content(tables=built, panels=curves, notes=[*told, *evidence.notes(points, sweep.records)])
+
+
+def _candidates(sweep: Sweep) -> Content | None:
+    return Content(rows=Rows(*tuning.table(sweep.tuning))) if sweep.tuning else None
 
 
 def _paper_table(selection: paper.Artefact, sweep: Sweep) -> Content | None:
@@ -41,16 +73,25 @@ def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
 
 def _differences(sweep: Sweep) -> Content | None:
     """Return how D2LoRA differs from LoRA in the sweep's own tables; None where no pair is finished."""
-    own = tables.build(sweep.points, sweep.columns, sweep.margin)
-    panels = [panel for table in own for panel in differences.panels(table)]
+    panels = [panel for table in sweep.own_tables for panel in differences.panels(table)]
     return Content(differences=panels) if panels else None
 
 
 def _settings(sweep: Sweep) -> Content | None:
-    return Content(rows=Rows(*settings.settings(sweep.cells)))
+    cells = [c for c in sweep.cells if c.stages.evaluate or not sweep.tuning]  # of the others nothing is shown
+    return Content(rows=Rows(*settings.settings(cells)))
 
 
 OWN = Artefact("table", "Sweep {sweep}", _own, title="All cells of this sweep", figure="curves", folded="below others")
+FIXED = Artefact(
+    "table_fixed",
+    "Sweep {sweep} at the recipe's own values",
+    _fixed,
+    title="At the recipe's own values",
+    figure="curves_fixed",
+)
+
+CONTROLS = Artefact("controls", controls.CAPTION, controls.content)
 
 # In the order of the page.
 ARTEFACTS: tuple[Artefact, ...] = (
@@ -58,7 +99,9 @@ ARTEFACTS: tuple[Artefact, ...] = (
     *(Artefact(a.name, a.caption, functools.partial(_paper_table, a)) for a in paper.TABLES),
     *(Artefact(a.name, a.caption, functools.partial(_paper_figure, a)) for a in paper.FIGURES),
     OWN,
-    Artefact("controls", controls.CAPTION, controls.content),
+    CONTROLS,
+    FIXED,
+    Artefact("candidates", "Candidates: validation score in %, mean over seeds", _candidates),
     Artefact("inits", inits.CAPTION, inits.content),
     Artefact("costs", "What each arm cost to train", costs.content, folded="yes"),
     Artefact("contamination", "Test items found in a training set", evidence.contamination_content, files=False),
@@ -94,15 +137,16 @@ class Loaded:
 
 
 def load(output: Path, name: str, records: Records) -> Loaded:
-    """Read a sweep's manifest and records, and make the artefacts that apply to it. UserError for a damaged manifest."""
+    """Return a sweep's tables and panels, from its manifest and records."""
     manifest = read_manifest(output, name)
     try:
-        points, problem = points_of(manifest, records), ""
+        points, fixed = tuning.points(manifest, records) if manifest.tuning else (points_of(manifest, records), [])
+        problem = "" if points or not manifest.tuning else "nothing is chosen yet"
     except UserError as error:
-        points, problem = [], str(error)
-    sweep = Sweep(name, manifest.cells, points, records)
-    made = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
-    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in made if content is not None])
+        points, fixed, problem = [], [], str(error)
+    sweep = Sweep(name, manifest.cells, points, records, manifest.tuning, fixed)
+    contents = [(artefact, artefact.make(sweep)) for artefact in ARTEFACTS]
+    return Loaded(sweep, problem, [Shown(artefact, content) for artefact, content in contents if content is not None])
 
 
 def damaged(name: str, records: Records, problem: str) -> Loaded:
@@ -111,17 +155,26 @@ def damaged(name: str, records: Records, problem: str) -> Loaded:
 
 
 def text(loaded: Loaded) -> str:
-    """Return what the terminal shows of a sweep: its own tables with verdicts, and what speaks against them."""
+    """Return what the terminal shows of a sweep: its own tables with their verdicts, and notes on what limits them."""
     own = loaded.content(OWN.name)
     if loaded.problem or own is None:
         return f"no table: {loaded.problem}"
-    parts = [formats.text(table) for table in own.tables] + [f"note: {line}" for line in own.notes]
+    parts = _texts(own)
+    if tuned := loaded.sweep.tuning:
+        fixed = loaded.content(FIXED.name)
+        parts = ["== tuned ==", *parts, *(["== fixed ==", *_texts(fixed)] if fixed else []), tuning.text(tuned)]
+    if against := loaded.content(CONTROLS.name):
+        parts += against.notes
     shares = evidence.contamination(loaded.sweep.cells, loaded.sweep.records)
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(shares)]))
 
 
+def _texts(content: Content) -> list[str]:
+    return [formats.text(table) for table in content.tables] + [f"note: {line}" for line in content.notes]
+
+
 def write(output: Path, loaded: Loaded) -> None:
-    """Write a sweep's artefacts: tables as Markdown, LaTeX and CSV, figures as PNG, SVG and PDF."""
+    """Write tables as Markdown, LaTeX and CSV, and figures as PNG, SVG and PDF."""
     folder = Outputs(output).artefacts(loaded.sweep.name)
     folder.mkdir(parents=True, exist_ok=True)
     for shown in loaded.shown:

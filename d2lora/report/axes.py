@@ -1,23 +1,21 @@
-"""Axes: the settings that a sweep's cells differ in beside method, m, n, seeds and the named parts of a config."""
+"""Find the settings that a sweep's cells differ in, beside method, m, n, seeds and the named parts of a config."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from d2lora.records import ManifestCell
-from d2lora.settings import Machine
+from d2lora.settings import RATE, Machine
 from d2lora.settings.controls import NO_CONTROL, control_of, in_effect
 
 # The named parts of a config: shown by their names where cells differ in them.
 LABELS = ("model", "task", "init", "warmup", "recipe")
-# The learning rate of a cell's own method, whichever it is.
-RATE = "recipe.lr"
 # Decides which units dropout drops, and is in a key then.
 _LAYOUT = ("recipe.packing", "recipe.micro_batch", "recipe.attention")
 # In no stage's key, so no axis; of the layout without dropout only.
 MACHINE = tuple(f"recipe.{name}" for name in Machine.model_fields if name != "packing")
 # Not settings of a cell's result, or shown otherwise: n and m as columns and arms, seeds folded into each number.
-_NOT_SETTINGS = ("n", "m", "seed", "replicate", "sweep", "report")
+_NOT_SETTINGS = ("n", "m", "seed", "replicate", "sweep", "report", "tune")
 # Where a setting's value comes from beside the part that it stands in: conf takes epochs from the recipe's.
 _ORIGINS = {"method.epochs": {"method", "recipe"}, "warmup.epochs": {"warmup", "recipe"}, RATE: {"method", "recipe"}}
 
@@ -52,14 +50,16 @@ def settings_of(cell: ManifestCell) -> Axes:
 
 
 def _matters(key: str, cell: ManifestCell) -> bool:
-    """Tell whether the cell's result depends on a setting: not on one of a phase that it has not, nor on how its machine works."""
+    """Tell whether the cell's result depends on a setting: not if its phase has no training, or if only the machine
+    differs.
+    """
     config, part = cell.config, key.split(".")[0]
     arm = control(config)
     adapted, warmed = cell.stages.adapt is not None, cell.stages.warmup is not None
     trained = adapted or warmed or cell.stages.prepare is not None
     if key in _LAYOUT:
         return trained and bool(config["recipe"]["lora"]["dropout"])
-    if key in MACHINE or part in _NOT_SETTINGS or key.startswith("recipe.epochs"):
+    if key in MACHINE or part in _NOT_SETTINGS or key.startswith(("recipe.epochs", "task.validation")):
         return False
     if key.startswith(RATE):
         return {RATE: adapted, f"{RATE}.warmup": warmed}.get(key, False)
@@ -105,7 +105,7 @@ def compatible(general_axes: Axes, axes: Axes) -> bool:
 
 
 def number(value: str) -> float | None:
-    """Return the number that a setting's text is; None if it is none."""
+    """Return a setting's value as a number; None if it is none."""
     try:
         return float(value)
     except ValueError:

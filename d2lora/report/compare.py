@@ -1,4 +1,4 @@
-"""D2LoRA against LoRA, cell by cell on the same items: differences, p values, and what they decide."""
+"""Compare D2LoRA with LoRA, cell by cell on the same items: differences, p values, and the verdict in words."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,9 +21,9 @@ _BASE = ("", "", "")
 
 @dataclass(eq=False)
 class Comparison:
-    """D2LoRA minus LoRA at one place of a table. Fractions, not percent; `adjusted` is Holm's p over the table.
+    """D2LoRA minus LoRA in one entry of a table, as fractions. `adjusted` is Holm's p over the table.
 
-    `differences` (runs, items) are those of the items' scores; `equivalence` is the 90 % interval of their mean.
+    `differences` (runs, units) are those of the items' scores, or of clusters of items; `equivalence` is the 90 % interval of their mean.
     """
 
     lora: Point
@@ -44,6 +44,7 @@ class Comparison:
 
     @property
     def beyond_chance(self) -> bool:
+        """Tell whether the difference is significant at 5 % after Holm's correction."""
         return self.adjusted <= ALPHA
 
     @property
@@ -61,15 +62,15 @@ class Comparison:
 
     @property
     def label(self) -> str:
+        """Return the names of what is compared."""
         names = ", ".join(NAMES[m] for m in self.methods)
         return f"{names} m={amount(self.d2lora.m)} n={amount(self.d2lora.n)} {self.where}".strip()
 
 
 def comparisons(points: Iterable[Point], margin: float = MARGIN) -> dict[Point, Comparison]:
-    """The comparison of each D2LoRA point with its LoRA point, if both have results on the same items.
+    """Return the comparison of each D2LoRA point with its LoRA point, if both have results on the same items.
 
-    `margin` is in points: within it two arms are called equivalent.
-    Points that share their evaluations (at n = 0) share one comparison, so that it counts once, in Holm's correction too.
+    Points with the same evaluations (at n = 0) share one comparison, so that it counts once in Holm's correction too.
     """
     points = list(points)
     placed, labels = places(points), differing(points)
@@ -98,7 +99,9 @@ def adjust(family: list[Comparison]) -> None:
 
 
 def compared(first: Point, second: Point) -> Comparison | None:
-    """Second minus first on the same items and seeds; None where they share none. Its p is not adjusted yet."""
+    """Compare two points on the items and seeds that both have: second minus first. None if they have none. p is not
+    adjusted yet.
+    """
     pair = _paired(first, second)
     return _compare(first, second, *pair) if pair else None
 
@@ -116,10 +119,10 @@ def places(points: Iterable[Point]) -> Places:
 
 
 def counterpart(by_place: Places, point: Point, init: str, m: int | str, control: str = NO_CONTROL) -> Point | None:
-    """Return the point that differs from `point` in initialization, m or control arm alone; None where the sweep has none.
+    """Return the point that differs from `point` in initialization or m alone; None if the sweep has none.
 
-    LoRA has no warm-up, unless its initialization looked at one's rows; at n = 0 it is the base, which may be quantized. Settings
-    that it does not depend on, as of the warm-up's learning rate, may be any.
+    LoRA has no warm-up, unless its initialization was computed from a warm-up's rows; at n = 0 it is the base, which
+    may be quantized. Settings on which it does not depend, such as the warm-up's learning rate, need not be equal.
     """
     origins = [(init, point.recipe, point.warmup), (init, point.recipe, "")]
     if point.n == 0 and m == 0 and init not in QUANTIZING:
@@ -137,9 +140,10 @@ def _evaluation(point: Point, seed: int) -> str:
 
 
 def _paired(lora: Point, d2lora: Point) -> tuple[tuple[int, ...], np.ndarray, np.ndarray] | None:
-    """Seeds that both have, and the scores (seeds, items) of LoRA and D2LoRA; None without, or on unlike items.
+    """Return the seeds that both have, and the scores (seeds, items) of LoRA and D2LoRA; None without seeds, or if the
+    items differ.
 
-    Seeds that change neither evaluation are one.
+    Seeds that share both evaluations count once.
     """
     base = next(iter(lora.scores.values()), None) if lora.is_base else None
     first = dict.fromkeys(d2lora.scores, base) if base is not None else lora.scores
@@ -151,15 +155,17 @@ def _paired(lora: Point, d2lora: Point) -> tuple[tuple[int, ...], np.ndarray, np
 
 
 def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarray, second: np.ndarray) -> Comparison:
-    difference = second - first
+    difference = d2lora.units_of(second - first)
     drawn = stats.bootstrap(difference)
-    exact = len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
+    clustered = d2lora.clusters is not None
+    exact = not clustered and len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
     if exact:
         p = far_p = stats.mcnemar(first[0], second[0])
         test, interval = "exact McNemar", stats.newcombe(first[0], second[0])
         equivalence = stats.newcombe(first[0], second[0], 1 - 2 * ALPHA)
     else:
         p, test = stats.bootstrap_p(drawn), "paired bootstrap" if len(seeds) == 1 else "two-level bootstrap"
+        test += " of clusters" * clustered
         far_p = stats.bootstrap_p(stats.bootstrap(difference, wide=True)) if len(seeds) > 2 else p
         interval = stats.clipped(stats.percentiles(drawn), -1.0, first, second)
         equivalence = stats.percentiles(drawn, 1 - 2 * ALPHA)
@@ -179,7 +185,9 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
 
 
 def seeds_text(seeds: set[int], draws: set[int]) -> str:
-    """Return how many trainings a table rests on, and how many draws of the rows (`draws`); that one or two are few is said."""
+    """Say how many trainings a table is based on, and how many draws of the rows (`draws`); with one or two, also that
+    they are few.
+    """
     what = "replicate" if len(draws) > 1 else "training seed"
     if len(seeds) == 1:
         return f"One {what} ({min(seeds)}): what another seed would change is not known."

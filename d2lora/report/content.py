@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
-from d2lora.records import ManifestCell, Records
+from d2lora.records import ManifestCell, Records, Tuning
 from d2lora.report import differences as paired
+from d2lora.report import tables as scores
 from d2lora.report.compare import MARGIN
 from d2lora.report.figures import Panel
 from d2lora.report.points import Point
@@ -14,22 +16,33 @@ from d2lora.report.tables import Table
 
 @dataclass
 class Sweep:
-    """A sweep's cells as planned, and what is finished of them; no points where no table can be made of them."""
+    """A sweep's cells as planned, and what is finished of them; no points where no table can be made of them.
+
+    Of a tuned sweep `points` are of the chosen cells, `fixed` of those at the recipe's own values of the tuned settings.
+    """
 
     name: str
     cells: list[ManifestCell]
     points: list[Point]
     records: Records
+    tuning: Tuning | None = None
+    fixed: list[Point] = field(default_factory=list)
 
     @property
     def columns(self) -> str | None:
         """The setting that the user wants as columns of the sweep's own table; None lets the report choose."""
-        return self._layout.get("columns")
+        columns = self._layout.get("columns")
+        return None if self.tuning and columns in self.tuning.keys else columns  # each arm has one value of it
 
     @property
     def margin(self) -> float:
         """The points within which the user calls two arms equivalent."""
         return self._layout.get("margin", MARGIN)
+
+    @cached_property
+    def own_tables(self) -> list[Table]:
+        """Return the tables of all its cells, whose comparisons are made once for all artefacts."""
+        return scores.build(self.points, self.columns, self.margin)
 
     @property
     def _layout(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from d2lora.report.looks import METHODS, NAMES
 from d2lora.report.points import Point, differing, size
 from d2lora.report.tables import order_of
 from d2lora.settings import amount
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.warmup import WarmupSpec
 
 _HEAD = ("seeds", "warm-up (s)", "adaptation (s)", "samples", "tokens", "tokens/s", "peak memory (MB)")
 NOTES = [
@@ -54,8 +56,8 @@ def _costs(points: Iterable[Point], records: Records) -> list[_Cost]:
     costs: dict[tuple[str, ...], _Cost] = {}
     for point in points:
         trained = tuple(run.adapt for run in point.runs.values() if run.adapt)
-        adapted = [r for key in trained if (r := records.get("adapt", key))]
-        warmed = [r for run in point.runs.values() if (r := records.get("warmup", run.warmup))]
+        adapted = [r for key in trained if (r := records.get(AdaptSpec.KIND, key))]
+        warmed = [r for run in point.runs.values() if (r := records.get(WarmupSpec.KIND, run.warmup))]
         if adapted:
             costs.setdefault(trained, _Cost(point, adapted, warmed))
     return list(costs.values())

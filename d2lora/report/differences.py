@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2lora.report import figures
+from d2lora.report.axes import LABELS
 from d2lora.report.compare import Comparison
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts
 from d2lora.report.tables import Line, Table
 from d2lora.settings import amount
 
-_NAMED = ("model", "task", "init", "recipe", "warmup")
 _APART = 3.0  # points between the markers of methods at one x
 
 
@@ -36,6 +36,7 @@ class Panel:
     curves: list[Curve]
     margin: float
     x: str  # the setting on the x axis
+    even: bool = True  # values of x one apart: at 100, 200 and 10,000 samples differences are to be read equally well
 
     @property
     def xs(self) -> list[float]:
@@ -67,7 +68,7 @@ def _curve(line: Line, table: Table) -> Curve:
 
 def _arm(point: Point, column: str) -> tuple[object, ...]:
     """Return what tells a panel from another: all but the method and what is on the x axis."""
-    names = (getattr(point, key) for key in (*_NAMED, "m", "n") if key != column)
+    names = (getattr(point, key) for key in (*LABELS, "m", "n") if key != column)
     return (*names, *sorted((key, value) for key, value in point.axes.items() if key != column))
 
 
@@ -85,7 +86,7 @@ def draw_panel(axis: Any, panel: Panel) -> None:
     axis.axhspan(-panel.margin, panel.margin, color="#888888", alpha=0.18, linewidth=0, label=margin_label(panel))
     axis.axhline(0, color="black", linewidth=0.8)
     for curve, shift in zip(panel.curves, shifts(panel.curves, _APART), strict=True):
-        _draw_curve(axis, curve, shift)
+        _draw_curve(axis, curve, dict(zip(panel.xs, figures.places(panel), strict=True)), shift)
     axis.margins(x=0.06)  # room for what stands beside its x
     axis.autoscale_view()
 
@@ -100,10 +101,10 @@ def shifts(curves: Sequence[Curve], apart: float) -> list[float]:
     return [apart * (i - (len(curves) - 1) / 2) for i in range(len(curves))]
 
 
-def _draw_curve(axis: Any, curve: Curve, shift: float) -> None:
+def _draw_curve(axis: Any, curve: Curve, places: dict[float, float], shift: float) -> None:
     from matplotlib.transforms import offset_copy
 
-    x = [x for x, *_ in curve.points]
+    x = [places[x] for x, *_ in curve.points]
     middle, low, high = ([100 * value for value in values] for values in zip(*(
         (c.difference, *c.interval) for *_, c in curve.points), strict=True))  # fmt: skip
     below, above = ([abs(a - b) for a, b in zip(middle, ends, strict=True)] for ends in (low, high))

@@ -1,30 +1,47 @@
-"""What stands behind a table's numbers: how its records were made, where they disagree, and tainted test items."""
+"""Report what a table's numbers are based on: how its records were made, where they disagree, and test items seen in
+training.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from d2lora.keys import canonical
 from d2lora.records import ManifestCell, Provenance, Record, Records, Score
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.points import Point
 from d2lora.stages import flips
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.contamination import ContaminationSpec
+from d2lora.stages.evaluate import EvaluateSpec
+from d2lora.stages.prepare import PrepareSpec
+from d2lora.stages.warmup import WarmupSpec
 
 
 def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[Record, str]]:
-    """The finished records behind points by key, each with the name that its data set goes by in the config."""
+    """Return the finished records of points by key, each with the config's name of its data set."""
     named = {}
     for point in points:
         for run in point.runs.values():
-            names = {"evaluate": point.benchmark, "adapt": point.task, "warmup": point.warmup, "prepare": point.init}
-            for stage, name in names.items():
-                if record := records.get(stage, getattr(run, stage)):
+            stages = (
+                (EvaluateSpec.KIND, run.evaluate, point.benchmark),
+                (AdaptSpec.KIND, run.adapt, point.task),
+                (WarmupSpec.KIND, run.warmup, point.warmup),
+                (PrepareSpec.KIND, run.prepare, point.init),
+            )
+            for kind, key, name in stages:
+                if record := records.get(kind, key):
                     named[record.key] = record, name
     return named
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
-    """What to know of a table's records: rows left out, what a bfloat16 model's batch does, adapters too small to act, answers without
-    an end, and why they may not be comparable (versions of packages, hardware, data under one name, uncommitted code)."""
+    """Return the notes under a table, a line each.
+
+    They are about rows left out, the batch size of a bfloat16 model, adapters too small to matter, answers that were
+    cut, and records that may not be comparable (package versions, hardware, other data under the same name, uncommitted
+    code).
+    """
     points = list(points)
     named = list(records_of(points, records).values())
     origins = [record.provenance for record, _ in named]
@@ -34,10 +51,10 @@ def notes(points: Iterable[Point], records: Records) -> list[str]:
 
 
 def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
-    """Rows that trainings passed over: those that do not fit, and those left out, by reason; of each data set the most."""
+    """Yield how many rows trainings left out, too long or for another reason; the most of each data set."""
     most: dict[tuple[str, str], int] = {}
     for record, name in named:
-        if record.stage in ("warmup", "adapt"):
+        if record.stage in (WarmupSpec.KIND, AdaptSpec.KIND):
             reasons = {"too long (recipe.max_length)": record.misfits} | record.passed_over
             for reason, count in reasons.items():
                 if count:
@@ -47,19 +64,21 @@ def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
 
 
 def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:
-    """A line for each evaluation of a bfloat16 base at two batch sizes, with the metrics that are shown."""
+    """Yield a line for each evaluation of a bfloat16 base at two batch sizes, with the metrics that are shown."""
     shown: dict[str, dict[str, None]] = defaultdict(dict)
     for point in points:
         for run in point.runs.values():
             if run.flips:
                 shown[run.flips][point.metric] = None
     for key, metrics in shown.items():
-        if record := records.get("flips", key):
+        if record := records.get(flips.FlipsSpec.KIND, key):
             yield f"{flips.text(record, metrics)}."
 
 
 def _rounded(named: list[tuple[Record, str]]) -> Iterator[str]:
-    """A learning rate of 1e-7 leaves an adapter that a bfloat16 base can round away: its result is the base's, not the method's."""
+    """Yield a line if trainings changed their adapters so little (at 1e-7, say) that a bfloat16 base rounds the change
+    away.
+    """
     tested = [record for record, _ in named if record.adapter_changes_logits is not None]
     if away := sum(not record.adapter_changes_logits for record in tested):
         yield (
@@ -72,7 +91,7 @@ _COUNTS = {"cut": "stopped at max_new_tokens, before an end of their own", "empt
 
 
 def _counts(named: list[tuple[Record, str]]) -> Iterator[str]:
-    """Answers that were never finished or say nothing are scored as they are: a low score may be theirs."""
+    """Yield a line if answers were cut or empty: they are scored as they are, and may explain a low score."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record, name in named:
         if record.counts:
@@ -97,7 +116,9 @@ def _versions(origins: list[Provenance]) -> Iterator[str]:
 
 
 def _hardware(origins: list[Provenance]) -> Iterator[str]:
-    """Another processor rounds otherwise, and training carries that on: noise of a size that nobody measured."""
+    """Yield a line if processors or GPUs differ: they round differently, and training amplifies that by an unknown
+    amount.
+    """
     parts = [origin.hardware for origin in origins]
     names = Counter(h.get("gpu") or " ".join(h[k] for k in ("cpu", "simd") if h.get(k)) for h in parts)
     del names[""]  # not recorded
@@ -105,8 +126,8 @@ def _hardware(origins: list[Provenance]) -> Iterator[str]:
         yield f"Records were made on different hardware: {_counted(names)}."
 
 
-def _counted(found: Counter) -> str:
-    return ", ".join(f"{name} ({count} records)" for name, count in sorted(found.items(), key=str))
+def _counted(counts: Counter[Any]) -> str:
+    return ", ".join(f"{name} ({count} records)" for name, count in sorted(counts.items(), key=str))
 
 
 def _fingerprints(named: list[tuple[Record, str]]) -> Iterator[str]:
@@ -132,7 +153,7 @@ def _code(origins: list[Provenance]) -> Iterator[str]:
 def contamination(cells: Iterable[ManifestCell], records: Records) -> dict[str, dict[str, Score]]:
     """Return test items found in a training set: {"<training set> / <benchmark>": {measure: share}}."""
     keys = {pair: key for c in cells for pair, key in c.stages.contamination.items()}
-    checked = {pair: records.get("contamination", key) for pair, key in keys.items()}
+    checked = {pair: records.get(ContaminationSpec.KIND, key) for pair, key in keys.items()}
     return {pair: record.scores for pair, record in sorted(checked.items()) if record}
 
 
@@ -147,7 +168,7 @@ def contamination_content(sweep: Sweep) -> Content | None:
 
 
 def contamination_text(shares: dict[str, dict[str, Score]]) -> str:
-    """Return the same as lines; empty where nothing was checked."""
+    """Return the shares as lines; empty if nothing was checked."""
     if not shares:
         return ""
     lines = [

@@ -1,4 +1,4 @@
-"""Curves over n, or another setting, with the 95 % interval as a band, panels as wide as a paper's column; the paper's own curve is dashed."""
+"""Draw curves over n, or over another setting, with the 95 % interval as a band and the paper's own curve dashed."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ _TALLEST = 6  # panels in a column of a figure
 
 @dataclass
 class Curve:
-    """A line of a table as points (x, point), x being n or another setting; `paper` are the paper's (n, value)."""
+    """A row of a table as points (x, point), x being n or another setting; `paper` has the paper's (n, value)."""
 
     label: str
     method: str
@@ -43,6 +43,7 @@ class Panel:
     curves: list[Curve]
     arms: bool  # told apart by arm (one method), else by method
     x: str = "n"  # the setting on the x axis
+    even: bool = False  # whether points are one apart there, whatever their values
 
     @property
     def xs(self) -> list[float]:
@@ -56,6 +57,7 @@ class Placed(Protocol):
     title: str
     unit: str
     x: str
+    even: bool
 
     @property
     def xs(self) -> list[float]: ...
@@ -104,7 +106,7 @@ def _beside_each_other(lines: list[Line], column: str) -> list[list[Line]]:
 
 
 def _what(point: Point, column: str) -> list[object]:
-    """Return what tells one panel from another, but for methods."""
+    """Return what tells one panel from another, except methods."""
     others = sorted((k, v) for k, v in point.axes.items() if k != column)
     return [
         *(getattr(point, k) for k in (*_SHARED, "warmup", "m", "control")),
@@ -114,7 +116,9 @@ def _what(point: Point, column: str) -> list[object]:
 
 
 def _is_beside(line: Line, head: Line, column: str) -> bool:
-    """Tell whether a panel of the head's shows a line. LoRA has no warm-up set, unless its initialization looks at it."""
+    """Tell whether a line belongs into the panel of `head`. LoRA has no warm-up set, unless its initialization uses
+    one.
+    """
     own, its = line.first, head.first
     same = all(getattr(own, k) == getattr(its, k) for k in _SHARED) and (column == "n" or own.n == its.n)
     others = {k: v for k, v in own.axes.items() if k != column}
@@ -133,16 +137,17 @@ def _curve(line: Line, column: str, short: bool) -> Curve:
 
 
 def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
+    """Return the panels of one of the paper's figures."""
     return [panel for table in tables for panel in panels(table, artefact.panel)]
 
 
-def draw(found: list[Panel], stem: Path) -> list[Path]:
-    """Draw panels, one below the other, to stem.png, .svg and .pdf; the files, none without panels."""
-    return save(stem, functools.partial(_figure, found)) if found else []
+def draw(drawn: list[Panel], stem: Path) -> list[Path]:
+    """Draw panels below each other to stem.png, .svg and .pdf. Return the files: none without panels."""
+    return save(stem, functools.partial(_figure, drawn)) if drawn else []
 
 
 def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
-    """Write the figure that make(pyplot) draws, in the report's style, to stem.png, .svg and .pdf; the files."""
+    """Write the figure that make(pyplot) draws, in the report's style, to stem.png, .svg and .pdf. Returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,23 +172,23 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
     return files
 
 
-def _figure(found: list[Panel], pyplot: Any) -> Any:
-    return stacked(found, _draw_curves, pyplot)
+def _figure(drawn: list[Panel], pyplot: Any) -> Any:
+    return stacked(drawn, _draw_curves, pyplot)
 
 
-def stacked(found: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
+def stacked(drawn: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
     """Return a figure of panels, one below the other, with one legend for all; draw_panel(axis, panel) draws their curves."""
-    columns = -(-len(found) // _TALLEST)
-    rows = -(-len(found) // columns)
+    columns = -(-len(drawn) // _TALLEST)
+    rows = -(-len(drawn) // columns)
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict = {}
-    for axis in axes.flat[len(found) :]:
+    for axis in axes.flat[len(drawn) :]:
         axis.remove()
-    for place, (axis, panel) in enumerate(zip(axes.flat, found, strict=False)):
+    for index, (axis, panel) in enumerate(zip(axes.flat, drawn, strict=False)):
         draw_panel(axis, panel)
         _dress(axis, panel)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        if place + columns >= len(found):  # the last of its column
+        if index + columns >= len(drawn):  # the last of its column
             axis.set_xlabel(x_label(panel))
     figure.set_size_inches(WIDTH * columns, HEIGHT * rows + 0.15 * ((len(handles) + 1) // 2))
     figure.legend(
@@ -206,14 +211,19 @@ def _draw_curves(axis: Any, panel: Panel) -> None:
 
 def _dress(axis: Any, panel: Placed) -> None:
     """Give an axis its title, labels, scale and ticks."""
-    ticks = panel.xs
+    ticks = places(panel)
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
     if spread := is_logarithmic(panel):
         axis.set_xscale("log")
         axis.minorticks_off()
     crowded = _crowded([math.log(x) for x in ticks] if spread else ticks)
-    axis.set_xticks(ticks, [_tick(x) for x in ticks], rotation=45 if crowded else 0)
+    axis.set_xticks(ticks, [_tick(x) for x in panel.xs], rotation=45 if crowded else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
+
+
+def places(panel: Placed) -> list[float]:
+    """Return where the panel's values of x stand on its axis."""
+    return [float(i) for i in range(len(panel.xs))] if panel.even else panel.xs
 
 
 def x_label(panel: Placed) -> str:
@@ -223,7 +233,7 @@ def x_label(panel: Placed) -> str:
 
 def is_logarithmic(panel: Placed) -> bool:
     """Tell whether the x axis is logarithmic: that of n never is."""
-    return panel.x != "n" and panel.xs[0] > 0 and panel.xs[-1] >= _WIDE * panel.xs[0]
+    return not panel.even and panel.x != "n" and panel.xs[0] > 0 and panel.xs[-1] >= _WIDE * panel.xs[0]
 
 
 def _tick(x: float) -> str:
@@ -236,7 +246,7 @@ def _crowded(ticks: Sequence[float]) -> bool:
 
 
 def _labels(curve: Curve, panel: Panel) -> list[str]:
-    """A curve's name in the legend, and that of the paper's; where panels are methods, without the method."""
+    """Return a curve's name in the legend and that of the paper's; without the method if each panel is a method."""
     label = curve.label.removeprefix(f"{NAMES[curve.method]} ") if panel.arms else curve.label
     return [label, f"{label}, paper"] if curve.paper else [label]
 
@@ -266,7 +276,9 @@ def look(curve: Curve, panel: Panel) -> tuple[str, str]:
 
 
 def _style(curve: Curve, panel: Panel) -> dict[str, Any]:
-    """Colour and marker tell arms or methods apart; open markers, and dots where methods do not, are LoRA's."""
+    """Return a curve's style: colour and marker by arm or method; LoRA's markers are open, and its line dotted if
+    methods share a panel.
+    """
     lora = curve.m == 0
     style: dict = {"markersize": 3.5, "linewidth": 1.2}
     style["color"], style["marker"] = look(curve, panel)

@@ -1,4 +1,4 @@
-"""Tables as text, Markdown, LaTeX (booktabs) and CSV."""
+"""Write tables as text, Markdown, LaTeX (booktabs) and CSV."""
 
 import csv
 import io
@@ -54,7 +54,7 @@ def _p(value: float) -> str:
 
 
 def text(table: Table) -> str:
-    """For the terminal; ± is half of the 95 % interval."""
+    """Return a table for the terminal; ± is half of the 95 % interval."""
     head = ["", *(column_name(table, value) for value in table.columns)]
     body = [[line.label, *(_text_entry(table, line.points.get(n)) for n in table.columns)] for line in table.lines]
     parts = [f"{table.title}, ± half of its 95 % interval", *aligned([head, *body])]
@@ -76,7 +76,7 @@ def _text_entry(table: Table, point: Point | None) -> str:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows as lines of columns, the first to the left, the others to the right."""
+    """Return rows as lines with aligned columns, the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     cells = lambda row: (t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))  # noqa: E731
     return ["  ".join(cells(row)).rstrip() for row in rows]
@@ -90,7 +90,9 @@ def _head(table: Table) -> list[str]:
 
 
 def _value_rows(table: Table) -> list[list[list[str]]]:
-    """For each line its rows: values, intervals, and where the paper has numbers those and the differences to them."""
+    """Return the rows of each line of the table: values, intervals, and if the paper has numbers, those and the
+    differences to them.
+    """
     groups = []
     for line in table.lines:
         points = [line.points.get(n) for n in table.columns]
@@ -118,7 +120,7 @@ def _value_rows(table: Table) -> list[list[list[str]]]:
 
 
 def pair_rows(table: Table) -> list[list[str]]:
-    """The comparisons of a table as rows of texts, in points."""
+    """Return the comparisons of a table as rows of texts, in percentage points."""
     return [
         [
             c.label,
@@ -136,11 +138,18 @@ def pair_rows(table: Table) -> list[list[str]]:
 
 
 def footnotes(tables: list[Table]) -> list[str]:
-    """What a reader must know of the numbers of tables that stand together."""
+    """Return what a reader must know about the numbers of these tables."""
     points = [p for t in tables for p in t.points]
     seeds = {s for p in points for s in p.scores}
     lines = [
         "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
+    ]
+    clustered = {
+        p.benchmark: (p.table.shape[1], p.units.shape[1]) for p in points if p.scores and p.clusters is not None
+    }
+    lines += [
+        f"{name}: its {items:,} items are in {clusters:,} clusters, which intervals and tests draw instead of items."
+        for name, (items, clusters) in clustered.items()
     ]
     if any(t.marked for t in tables):
         lines.append(f"{MARK}.")
@@ -159,7 +168,7 @@ def footnotes(tables: list[Table]) -> list[str]:
 
 
 def markdown(caption: str, tables: list[Table], notes: list[str]) -> str:
-    """An artefact's tables with verdicts, comparisons and notes."""
+    """Return an artefact as Markdown: tables with verdicts, comparisons and notes."""
     parts = [f"# {caption}"]
     for table in tables:
         body = [row for rows in _value_rows(table) for row in rows]
@@ -192,12 +201,14 @@ _ESCAPES = (
 
 
 def latex_text(value: str) -> str:
-    """Text with LaTeX's special characters escaped."""
+    """Escape LaTeX's special characters."""
     return "".join(_ESCAPES.get(c, c) for c in value)
 
 
 def latex(caption: str, tables: list[Table], notes: list[str]) -> str:
-    """A `table` for each benchmark and metric and one for its comparisons; needs the package booktabs."""
+    """Return an artefact as LaTeX: a `table` for each benchmark and metric, and one for its comparisons. Needs the
+    package booktabs.
+    """
     parts = ["% needs \\usepackage{booktabs}"]
     for table in tables:
         title = f"{caption} ({table.title}). {' '.join([table.verdict, *table.remarks, *footnotes(tables), *notes])}"
@@ -213,7 +224,7 @@ def latex(caption: str, tables: list[Table], notes: list[str]) -> str:
 
 
 def latex_rows(caption: str, head: list[str], rows: list[list[str]]) -> str:
-    """A booktabs table of rows that are LaTeX already."""
+    """Return a booktabs table of rows that are LaTeX already."""
     lines = [
         r"\begin{table}",
         r"\centering\small",
@@ -234,13 +245,13 @@ def latex_rows(caption: str, head: list[str], rows: list[list[str]]) -> str:
 
 
 def csv_text(tables: list[Table]) -> str:
-    """One row a point, fractions with all digits; missing values are empty."""
+    """Return tables as CSV, one point a row, fractions with all digits; missing values are empty."""
     out = io.StringIO()
-    keys = dict.fromkeys(k for table in tables for p in table.points for k in p.axes)
+    keys = dict.fromkeys(k for table in tables for p in table.points for k in (*p.axes, *p.tuned))
     writer = csv.DictWriter(out, [*_CSV, *keys], lineterminator="\n")
     writer.writeheader()
     for table in tables:
-        writer.writerows(_csv_row(table, p) | p.axes for p in table.points)
+        writer.writerows(_csv_row(table, p) | p.axes | p.tuned for p in table.points)
     return out.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""A sweep's initializations side by side: scores, how they differ from plain LoRA's, time of preparation, memory."""
+"""Compare a sweep's initializations: scores, differences to plain LoRA, time of preparation, memory."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -15,13 +15,17 @@ from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import order_of
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.prepare import PrepareSpec
+from d2lora.stages.warmup import WarmupSpec
 
 CAPTION = "Initializations: scores in %, differences to init=lora in points on the same items"
 
 
 @dataclass
 class Row:
-    """One initialization under one method, m and n: its point a benchmark and metric, and the comparison with init=lora.
+    """One initialization with one method, m and n: a point for each benchmark and metric, and the comparison with
+    init=lora.
 
     The base is plain LoRA's row at m = n = 0.
     """
@@ -57,43 +61,43 @@ def content(sweep: Sweep) -> Content | None:
 
 
 def compare(points: Iterable[Point], records: Records) -> list[Row]:
-    """The rows of a sweep with several initializations, in the order of the sweep; none otherwise."""
+    """Return the rows of a sweep with several initializations, in the order of the sweep; none for other sweeps."""
     points = [p for p in points if p.control == NO_CONTROL]
     if len({p.init for p in points if not p.is_base}) < 2:
         return []
     placed = places(points)
-    found: dict[tuple, Row] = {}
+    rows: dict[tuple[object, ...], Row] = {}
     for p in points:
         start = (PLAIN, "", "") if p.is_base else (p.init, p.warmup, p.recipe)
-        place = (p.model, p.task, *start, p.method, p.m, p.n)
-        row = found.setdefault((*place, *p.axes.items()), Row(*place, p.axes))
+        what = (p.model, p.task, *start, p.method, p.m, p.n)
+        row = rows.setdefault((*what, *p.axes.items()), Row(*what, p.axes))
         benchmark = f"{p.benchmark} {p.metric}".strip()
         row.points[benchmark] = p
         plain = counterpart(placed, p, PLAIN, p.m)
         if row.init != PLAIN and plain and (comparison := compared(plain, p)):
             row.against[benchmark] = comparison
-    for row in found.values():
+    for row in rows.values():
         _add_costs(row, records)
-    _adjust(found.values())
-    return sorted(found.values(), key=_place(found.values()))
+    _adjust(rows.values())
+    return sorted(rows.values(), key=_order(rows.values()))
 
 
-def _place(rows: Iterable[Row]) -> Callable[[Row], tuple]:
-    """What to sort rows by: initializations side by side, in the order of the sweep, the base's with the plain ones."""
+def _order(rows: Iterable[Row]) -> Callable[[Row], tuple[object, ...]]:
+    """Return what to sort rows by: initializations side by side, in the order of the sweep, the base's with the plain ones."""
     labels = _labels(rows)
-    order = {init: place for place, init in enumerate(dict.fromkeys(row.init for row in rows))}
+    order = {init: number for number, init in enumerate(dict.fromkeys(row.init for row in rows))}
     return lambda r: (
         METHODS.index(r.method), size(r.n), size(r.m), *(order_of(r.value_of(k)) for k in labels), order[r.init]
     )  # fmt: skip
 
 
 def _labels(rows: Iterable[Row]) -> list[str]:
-    """What tells rows apart beside initialization, method, m and n."""
+    """Return what tells rows apart beside initialization, method, m and n."""
     return [k for k in differing(rows) if k != "init"]
 
 
 def _adjust(rows: Iterable[Row]) -> None:
-    """Holm's correction over each benchmark's column."""
+    """Apply Holm's correction to each benchmark's column."""
     columns: dict[str, list[Comparison]] = {}
     for row in rows:
         for benchmark, comparison in row.against.items():
@@ -104,15 +108,18 @@ def _adjust(rows: Iterable[Row]) -> None:
 
 def _add_costs(row: Row, records: Records) -> None:
     runs = [run for p in row.points.values() for run in p.runs.values()]
-    prepared = [r for run in runs if (r := records.get("prepare", run.prepare))]
-    trained = [r for run in runs for s in ("warmup", "adapt") if (r := records.get(s, getattr(run, s)))]
+    prepared = [r for run in runs if (r := records.get(PrepareSpec.KIND, run.prepare))]
+    trained = [r for run in runs if (r := records.get(WarmupSpec.KIND, run.warmup))]
+    trained += [r for run in runs if (r := records.get(AdaptSpec.KIND, run.adapt))]
     if prepared:
         row.prepare_seconds = mean(r.seconds for r in prepared)
     row.peak_memory_mb = max((r.peak_memory_mb for r in [*prepared, *trained]), default=None)
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows of texts): for each benchmark the score, its interval, the difference to init=lora and its interval."""
+    """Return (head, rows of texts): for each benchmark the score, its interval, the difference to init=lora and its
+    interval.
+    """
     benchmarks = list(dict.fromkeys(k for row in rows for k in row.points))
     labels = _labels(rows)
     head = ["initialization", *(k if k in LABELS else short_name(k) for k in labels), "method", "m", "n"]
@@ -136,7 +143,7 @@ def _texts(row: Row, labels: list[str], benchmarks: list[str]) -> list[str]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """What a reader must know of the table."""
+    """Return what a reader must know about the table."""
     seeds = {seed for row in rows for p in row.points.values() for seed in p.scores}
     tests = sum(len(row.against) for row in rows)
     return [
@@ -147,9 +154,9 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def _figure(rows: list[Row], pyplot):
-    """A panel a benchmark and n: scores with intervals by initialization; filled markers have a warm-up.
+    """Draw a panel for each benchmark and n: scores with intervals by initialization; filled markers have a warm-up.
 
-    More models, tasks, recipes or warm-ups have panels of their own. The base is a line in all of them.
+    Several models, tasks, recipes or warm-ups have panels of their own. The base is a line in all of them.
     """
     labels = _labels(rows)
     where = lambda r: " ".join(label_texts(r, labels))  # noqa: E731
@@ -163,9 +170,9 @@ def _figure(rows: list[Row], pyplot):
     )  # fmt: skip
     for axis, (benchmark, n, here) in zip(axes[:, 0], places, strict=True):
         panel = [r for r in rows if (r.n, where(r)) == (n, here)]
-        for place, (method, m) in enumerate(series):
+        for number, (method, m) in enumerate(series):
             shown = [r for r in panel if (r.method, r.m) == (method, m)]
-            _draw(axis, shown, benchmark, inits, (place - (len(series) - 1) / 2) * 0.8 / len(series))
+            _draw(axis, shown, benchmark, inits, (number - (len(series) - 1) / 2) * 0.8 / len(series))
         for base in (b for b in bases if (b.model, b.task) in {(r.model, r.task) for r in panel}):
             if (point := base.points.get(benchmark)) and point.value is not None:
                 axis.axhline(100 * point.value, color="grey", linestyle=":", linewidth=0.8, label="base", zorder=0)
@@ -180,7 +187,7 @@ def _figure(rows: list[Row], pyplot):
 
 
 def _draw(axis, rows: list[Row], benchmark: str, inits: list[str], shift: float) -> None:
-    """One method and m: a marker an initialization, beside those of the others."""
+    """Draw one method and m: a marker for each initialization, beside those of the others."""
     scored = [(inits.index(r.init) + shift, r.points[benchmark]) for r in rows if benchmark in r.points]
     shown = [(x, 100 * p.value, [100 * b for b in p.interval]) for x, p in scored if p.value is not None and p.interval]
     if not shown:

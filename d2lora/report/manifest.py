@@ -1,7 +1,7 @@
-"""Manifests: what a sweep planned, each cell's resolved config with the keys of its stages.
+"""Write and read manifests: what a sweep planned, each cell's resolved config with the keys of its stages.
 
-`cells` are those of the grid as it was typed last: its tables. `earlier` are others that this sweep's name once had; their
-results stay in results.csv, and their records in the store.
+`cells` are those of the sweep's latest grid, which its tables show. `earlier` are those of earlier grids of the same
+name; their results stay in results.csv, and their records in the store.
 """
 
 import contextlib
@@ -9,69 +9,90 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs, lock, write_json
 from d2lora.plan import Cell
-from d2lora.records import Manifest, ManifestCell, StageKeys, reason
+from d2lora.records import Manifest, ManifestCell, StageKeys, Tuning, reason
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.contamination import ContaminationSpec
+from d2lora.stages.evaluate import EvaluateSpec
+from d2lora.stages.flips import FlipsSpec
+from d2lora.stages.prepare import PrepareSpec
+from d2lora.stages.warmup import WarmupSpec
 
 
-def write_manifest(output: Path, cells: list[Cell]) -> None:
-    """The grid as planned: each cell's resolved config and the keys of its stages."""
-    sweep, entries = cells[0].config.sweep, [_entry(c) for c in cells]
+def write_manifest(output: Path, cells: list[Cell], tuning: Tuning | None = None) -> None:
+    """Write a grid's manifest: each cell's resolved config, the keys of its stages, and what is chosen if settings are tuned."""
+    sweep, entries = cells[0].config.sweep, [entry(c) for c in cells]
     with _held(output, sweep) as before:
-        _write(output, sweep, entries, [*before.earlier, *before.cells])
+        _write(output, sweep, entries, [*before.earlier, *before.cells], tuning)
 
 
 def add_to_manifest(output: Path, cell: Cell) -> None:
-    """A cell typed by hand joins its sweep's manifest."""
-    sweep, entry = cell.config.sweep, _entry(cell)
+    """Add a single cell to its sweep's manifest."""
+    sweep = cell.config.sweep
     with _held(output, sweep) as before:
-        kept = [e for e in before.cells if e.id != cell.id]
-        _write(output, sweep, [*kept, entry], before.earlier)
+        others = [other for other in before.cells if other.id != cell.id]
+        _write(output, sweep, [*others, entry(cell)], before.earlier, before.tuning)
 
 
 @contextlib.contextmanager
 def _held(output: Path, sweep: str) -> Iterator[Manifest]:
-    """The sweep's manifest, or an empty one; meanwhile no other process writes it, so that no cell is lost."""
+    """Yield the sweep's manifest, or an empty one, locked against other processes so that no cell is lost."""
     file = Outputs(output).manifest(sweep)
     with lock(file.with_suffix(".lock")):
         try:
             before = read_manifest(output, sweep) if file.exists() else None
         except UserError:
-            before, aside = None, file.with_name(f"{file.name}.damaged")
+            before, aside = None, Outputs(output).damaged_manifest(sweep)
             file.replace(aside)
             print(f"{file}: damaged, so it begins anew; the old one is now {aside.name}", file=sys.stderr)
         yield before or Manifest(sweep=sweep, cells=[])
 
 
-def _write(output: Path, sweep: str, cells: list[ManifestCell], earlier: list[ManifestCell]) -> None:
-    now = {entry.id for entry in cells}
-    others = {entry.id: entry for entry in earlier if entry.id not in now}
+def _write(
+    output: Path, sweep: str, cells: list[ManifestCell], earlier: list[ManifestCell], tuning: Tuning | None
+) -> None:
+    planned = {entry.id for entry in cells}
+    others = {entry.id: entry for entry in earlier if entry.id not in planned}
     whole = Manifest(sweep=sweep, cells=cells, earlier=list(others.values()))
+    if tuning:
+        whole = whole.model_copy(update={"tuning": tuning})
     write_json(Outputs(output).manifest(sweep), whole.as_read())
 
 
-def _entry(cell: Cell) -> ManifestCell:
-    config = cell.config.model_dump(exclude={"output", "dry_run", "skip_invalid", "job", "data_root"})
+def entry(cell: Cell) -> ManifestCell:
+    """A cell as manifests list it."""
+    left_out: dict[str, Any] = dict.fromkeys(("output", "dry_run", "skip_invalid", "job", "data_root"), True)
+    if not cell.config.tune:  # then nothing reads them
+        left_out |= {"tune": True, "task": {"validation": True}}
+    config = cell.config.model_dump(exclude=left_out)
     chain = cell.chain
     evaluations = {s.subject: s.key for s in chain.evaluations}
-    trained = dict.fromkeys(("prepare", "warmup", "adapt")) | {s.kind: s.key for s in chain.trainings}
+    trained = dict.fromkeys(spec.KIND for spec in (PrepareSpec, WarmupSpec, AdaptSpec)) | {
+        s.kind: s.key for s in chain.trainings
+    }
     checks = {s.subject: s.key for s in chain.contamination}
     flips = {s.subject: s.key for s in chain.flips}  # of a bfloat16 model only
-    stages = {**trained, "evaluate": evaluations, "contamination": checks} | ({"flips": flips} if flips else {})
+    stages = {**trained, EvaluateSpec.KIND: evaluations, ContaminationSpec.KIND: checks}
+    if flips:
+        stages[FlipsSpec.KIND] = flips
+    if chain.validations:
+        stages["validation"] = {s.subject: s.key for s in chain.validations}
     return ManifestCell(id=cell.id, config=config, stages=StageKeys.model_validate(stages))
 
 
 def sweeps(output: Path) -> list[str]:
-    """The names of all sweeps that have a manifest."""
+    """Return the names of all sweeps with a manifest."""
     return sorted(f.stem for f in Outputs(output).manifests.glob("*.json"))
 
 
 def read_manifest(output: Path, sweep: str) -> Manifest:
-    """A sweep's manifest. UserError if there is none or it is damaged."""
+    """Read a sweep's manifest. UserError if there is none, or if it is damaged."""
     file = Outputs(output).manifest(sweep)
     try:
         content = json.loads(file.read_text())

@@ -113,7 +113,7 @@ function scales({ curves, x: axis, margin }) {
   const xs = [...new Set([...points, ...paper].map(([x]) => x))].sort((a, b) => a - b);
   const ys = [...points.flatMap(ends), ...paper.map(([, v]) => v), ...(margin === undefined ? [] : [-margin, margin])];
   const low = Math.min(...ys), high = Math.max(...ys), room = (high - low || 0.02) * 0.06;
-  const at = (n) => (axis.logarithmic ? Math.log(n) : n), start = at(xs[0]), width = at(xs[xs.length - 1]) - start || 1;
+  const at = (n) => (axis.even ? xs.indexOf(n) : axis.logarithmic ? Math.log(n) : n), start = at(xs[0]), width = at(xs[xs.length - 1]) - start || 1;
   const pad = margin === undefined ? 0 : 2.5 * APART; // room for what stands beside its x
   const x = (n) => LEFT + pad + ((W - LEFT - RIGHT - 2 * pad) * (at(n) - start)) / width;
   const y = (v) => TOP + ((H - TOP - BOTTOM) * (high + room - v)) / (high - low + 2 * room || 1);
@@ -142,10 +142,10 @@ function panel(found) {
   const drawn = found.margin === undefined ? curves.map((c) => curve(c, x, y))
     : [s("rect", { class: "margin", x: LEFT, width: W - LEFT - RIGHT, y: y(found.margin), height: y(-found.margin) - y(found.margin) }),
       s("line", { class: "zero", x1: LEFT, x2: W - RIGHT, y1: y(0), y2: y(0) }), curves.map((c, i) => difference(c, (n) => x(n) + APART * (i - (curves.length - 1) / 2), y))];
-  return h("figure", {}, h("figcaption", {}, `${found.title}: ${found.unit}`),
+  return h("figure", { class: found.margin === undefined ? null : "differences" }, h("figcaption", {}, `${found.title}: ${found.unit}`),
     s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": found.title }, axes, drawn),
     h("div", {}, curves.map(legend), found.margin === undefined ? null
-      : h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, s("rect", { class: "margin", width: 30, height: 12 })), found.band)));
+      : h("span", { class: "key shaded" }, s("svg", { viewBox: "0 0 30 12" }, s("rect", { class: "margin", width: 30, height: 12 })), found.band)));
 }
 function difference(c, x, y) {
   const points = c.points.map(([n, i, k]) => [x(n), data.points[i], data.comparisons[k]]);

@@ -1,6 +1,6 @@
-"""The report as one HTML file: page.html with its style, its script and the data, and nothing from the network.
+"""Write the report as one HTML file: page.html with its style, script and data, and nothing from the network.
 
-Texts of records (prompts, answers) are not trusted: they enter as JSON that can't close its element, and the script only
+Texts of records (prompts, answers) are not trusted: they are JSON that can't close its element, and the script only
 ever sets them as text.
 """
 
@@ -44,7 +44,7 @@ def page(sweeps: list[Loaded], records: Records) -> str:
 
 
 class _Data:
-    """The page's data; points, comparisons and environments stand once in lists and are named by their index."""
+    """The page's data. Points, comparisons and environments are in lists, each once, and referred to by their index."""
 
     def __init__(self, records: Records) -> None:
         self.records = records
@@ -166,12 +166,12 @@ class _Data:
 
 
 def _placed(panel: figures.Placed) -> JSON:
-    x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel)}
+    x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel), "even": panel.even}
     return {"title": panel.title, "unit": panel.unit, "x": x}
 
 
 def fingerprint(value: object) -> str:
-    """Return twelve digits that tell one value from another."""
+    """Return twelve hex digits that tell one value from another."""
     return digest(value, 12)
 
 
@@ -203,7 +203,7 @@ def _comparison(c: Comparison) -> JSON:
 def _samples(points: Iterable[Point], records: Records) -> JSON:
     """Return {"sets": prompts and golds of the sampled items of each benchmark, "answers": those of each evaluation}.
 
-    All evaluations of a benchmark show the same items, so that any two can be read side by side.
+    All evaluations of a benchmark show the same items, so that any two can be compared.
     """
     groups: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # of what is tested: evaluation -> metric -> scores
     for point in points:
@@ -227,7 +227,9 @@ def _samples(points: Iterable[Point], records: Records) -> JSON:
 
 
 def sample(scores: list[np.ndarray], count: int) -> list[int]:
-    """Return the lines of `count` items: half by chance (seeded), half those on which evaluations disagree most; in order."""
+    """Return the indices of `count` items in order: half chosen at random (seeded), half those on which evaluations
+    disagree most.
+    """
     table = np.stack(scores)
     count = min(count, table.shape[1])
     telling = np.argsort(-table.std(axis=0), kind="stable")[: count // 2].tolist()

@@ -1,4 +1,6 @@
-"""The paper's Tables 1 and 3 and Figures 1 to 4 by what their cells are, at the paper's scale and the lab's; its numbers."""
+"""Define the paper's Tables 1 and 3 and Figures 1 to 4 by their cells, at the paper's scale and the lab's, with its
+numbers.
+"""
 
 import csv
 import functools
@@ -59,10 +61,11 @@ FIGURES = (
 
 
 def select(artefact: Artefact, points: Iterable[Point]) -> list[Point]:
-    """The points that an artefact shows; none unless they have two sizes n and its methods and arms, once each.
+    """Return the points of an artefact; none unless they have at least two sizes n and all its methods and arms, once
+    each.
 
-    Its rows are methods and arms and nothing else, so a sweep over models, initializations, warm-up sets, recipes or
-    several m is not the paper's artefact: the sweep's own table has it.
+    The artefact has rows for methods and arms only, so a sweep over models, initializations, warm-up sets, recipes or
+    several m is shown in the sweep's own table instead.
     """
     points = list(points)
     wanted = set(itertools.product(artefact.methods, {False, artefact.warmed}))
@@ -90,13 +93,14 @@ def _shown(artefact: Artefact, scale: Scale, point: Point) -> bool:
 
 
 def value(point: Point) -> float | None:
-    """The paper's number for a point, as a fraction; None where it has none for this model, task, size and the like.
+    """Return the paper's number for a point, as a fraction; None if it has none for this model, task, size and so on.
 
-    The paper does not say which ROUGE its Table 1 has, so its number stands beside each. Nor whether a pair's chosen
-    step or all that is left of the solution is learned, so its number stands beside either `task.continuation`.
+    The paper does not say which ROUGE Table 1 has, so its number is shown beside each. Nor does it say whether a pair's
+    next step or its whole remaining solution is learned, so its number is shown beside both values of
+    `task.continuation`.
     """
     usual = (point.init, point.recipe, point.limit, point.axes) == (PLAIN, "paper", None, {})
-    if not usual or point.warmup not in _WARMUPS:
+    if not usual or point.tuned or point.warmup not in _WARMUPS:
         return None
     n = _ALL_TITLES if point.task == "title" and point.n == "all" else point.n
     metric = "rouge" if point.metric.startswith("rouge") else point.metric

@@ -1,6 +1,6 @@
-"""Points: what tables and figures show, from a manifest and its records, each with its items' scores."""
+"""Make points, the entries of tables and figures, from a manifest and its records, with their items' scores."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,8 @@ from d2lora.report.looks import QUANTIZING
 from d2lora.scoring import shown_metrics
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL, control_of
+from d2lora.stages.adapt import AdaptSpec
+from d2lora.stages.evaluate import EvaluateSpec
 
 
 def differing(points: Iterable[Any]) -> list[str]:
@@ -67,8 +69,10 @@ class Point:
     )  # other settings that the sweep's cells differ in, where they matter for it
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by seed, of finished evaluations: (items,)
+    clusters: np.ndarray | None = None  # of its items (items,), where the benchmark names a column
     draws: set[int] = field(default_factory=set)  # its cells' data_seed
     samples: int | None = None  # task samples trained on, where a record says so
+    tuned: Axes = field(default_factory=dict)  # settings that were chosen for it on validation, each arm's its own
     tested: set[str] = field(default_factory=set)  # what its evaluations tested on: fingerprints, one if all is well
 
     @property
@@ -86,18 +90,29 @@ class Point:
 
     @property
     def is_base(self) -> bool:
-        """The base itself: one evaluation serves all seeds, methods, initializations and recipes but those of own_base."""
+        """Tell whether it is the base itself: one evaluation serves all seeds, methods, initializations and recipes,
+        except own_base.
+        """
         return self.m == 0 and self.n == 0 and not self.own_base
 
     @property
     def own_base(self) -> bool:
-        """Whether it starts from a quantized base, which is another model than the base itself."""
+        """Tell whether it starts from a quantized base, which is another model than the base itself."""
         return self.init in QUANTIZING
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Scores (runs, items), equal evaluations once."""
+        """Return the scores (runs, items); seeds with the same evaluation count once."""
         return np.stack(list({self.runs[s].evaluate: x for s, x in self.scores.items()}.values()))
+
+    @property
+    def units(self) -> np.ndarray:
+        """Return scores by what may be drawn by itself (runs, units): items, or clusters where items belong together."""
+        return self.units_of(self.table)
+
+    def units_of(self, scores: np.ndarray) -> np.ndarray:
+        """Return scores, or differences, of its items (runs, items) by item or cluster (runs, units)."""
+        return scores if self.clusters is None else stats.by_cluster(scores, self.clusters)
 
     @property
     def value(self) -> float | None:
@@ -105,13 +120,21 @@ class Point:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the value: stats.interval."""
-        return stats.interval(self.table) if self.scores else None
+        """Return the 95 % interval of the value: stats.interval; of clustered items, from clusters drawn again."""
+        if not self.scores:
+            return None
+        if self.clusters is None:
+            return stats.interval(self.table)
+        return stats.clipped(stats.percentiles(stats.bootstrap(self.units)), 0.0, self.table)
 
 
-def points_of(manifest: Manifest, records: Records) -> list[Point]:
-    """Return the sweep's points in the benchmarks' main metrics, with the seeds folded and every other axis told apart."""
-    labels, keys = axes.differing_settings(manifest.cells)
+def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()) -> list[Point]:
+    """Return the sweep's points in the benchmarks' main metrics, with the seeds folded and every other axis told apart.
+
+    `folded` are settings of which each arm has one value, chosen for it: they are no axes.
+    """
+    labels, differing_keys = axes.differing_settings(manifest.cells)
+    keys = [key for key in differing_keys if key not in folded]
     metrics = main_metrics(manifest, records)
     points: dict[tuple[object, ...], Point] = {}
     for cell in tqdm(manifest.cells, desc=f"reading {manifest.sweep}", leave=False, disable=None):
@@ -126,8 +149,9 @@ def points_of(manifest: Manifest, records: Records) -> list[Point]:
                 place = (*(names[k] for k in labels), *shape.values(), benchmark, metric, *sorted(others.items()))
                 if place not in points:
                     points[place] = Point(
-                        **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others
-                    )
+                        **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others,
+                        tuned=axes.axes_of(cell, benchmark, folded),
+                    )  # fmt: skip
                 points[place].draws.add(c["data_seed"])
                 _add(points[place], c["seed"], run, records)
     return list(points.values())
@@ -135,30 +159,31 @@ def points_of(manifest: Manifest, records: Records) -> list[Point]:
 
 def _add(point: Point, seed: int, run: Run, records: Records) -> None:
     point.runs[seed] = run
-    record = records.get("evaluate", run.evaluate)
+    record = records.get(EvaluateSpec.KIND, run.evaluate)
     if record and point.metric in record.scores:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
+        point.clusters = records.clusters(run.evaluate)
         spec = record.spec
         point.tested.add(canonical(spec.get("benchmark") or spec.get("lm_eval")))
         if len(point.tested) > 1:
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"
             )
-    if (adapt := records.get("adapt", run.adapt)) and adapt.data is not None:
+    if (adapt := records.get(AdaptSpec.KIND, run.adapt)) and adapt.data is not None:
         point.samples = adapt.data["samples"]
 
 
 def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:
-    """Each benchmark's metrics to show: [""] while it has no result."""
+    """Return each benchmark's metrics to show: [""] while it has no result."""
     shown: dict[str, list[str]] = {}
     for cell in manifest.cells:
         for benchmark, key in cell.stages.evaluate.items():
             metrics = shown.setdefault(benchmark, [])
-            if not metrics and (record := records.get("evaluate", key)):
+            if not metrics and (record := records.get(EvaluateSpec.KIND, key)):
                 metrics += shown_metrics(list(record.scores))
     return {benchmark: metrics or [""] for benchmark, metrics in shown.items()}
 
 
 def size(amount: int | str) -> float:
-    """Sorts amounts: all comes last."""
+    """Return a sort key for amounts: "all" comes last."""
     return float("inf") if amount == "all" else float(amount)

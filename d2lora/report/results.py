@@ -1,4 +1,4 @@
-"""results.csv: one row a cell, benchmark and metric, of all sweeps."""
+"""Write results.csv: the results of all sweeps, one row for each cell, benchmark and metric."""
 
 import csv
 from collections import Counter
@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2lora.errors import UserError
-from d2lora.records import Manifest, Record, Records
-from d2lora.report import axes
+from d2lora.outputs import Outputs
+from d2lora.records import Manifest, ManifestCell, Record, Records
+from d2lora.report import axes, tuning
 from d2lora.report.axes import general
 from d2lora.report.manifest import read_manifest, sweeps
+from d2lora.stages.evaluate import EvaluateSpec
+from d2lora.stages.flips import FlipsSpec
+from d2lora.stages.prepare import PrepareSpec
 
 COLUMNS = [
     "cell_id",
@@ -46,11 +50,13 @@ _NO_SCORE = {"value": "", "stderr": "", "items": ""}
 
 
 def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
-    """One row a cell, benchmark and metric; a cell without its evaluation has one row with empty values.
+    """Yield one row for each cell, benchmark and metric; a cell without its evaluation has one row with empty values.
 
-    Beside COLUMNS it has the settings that the sweep's cells differ in, by their keys, where they matter for the cell. Earlier cells of the sweep's name have rows where they are finished.
+    Beside COLUMNS, rows have the settings that the sweep's cells differ in, by key, if the cell depends on them. Cells
+    of earlier grids with the sweep's name have rows if they are finished.
     """
-    finished = (c for c in manifest.earlier if all(records.get("evaluate", k) for k in c.stages.evaluate.values()))
+    finished = (c for c in manifest.earlier if all(records.get(EvaluateSpec.KIND, k) for k in _evaluations(c).values()))
+    roles = tuning.roles(manifest.tuning)
     _, keys = axes.differing_settings(manifest.cells)
     for cell in [*manifest.cells, *finished]:
         c, stages = cell.config, cell.stages
@@ -64,12 +70,13 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
             "lr": rates[c["method"]["name"]] if stages.adapt else rates["warmup"] if stages.warmup else "",
             "reference": c["method"].get("reference") or "",
             **{k: c[k] for k in ("m", "n", "seed")},
+            **({"tuned": roles[cell.id]} if cell.id in roles else {}),
             **unused(trained),
-            "train_seconds": round(sum(r.seconds for r in trained if r.stage != "prepare"), 3),
+            "train_seconds": round(sum(r.seconds for r in trained if r.stage != PrepareSpec.KIND), 3),
         }
-        for benchmark, key in stages.evaluate.items():
-            record = records.get("evaluate", key)
-            flips = records.get("flips", stages.flips.get(benchmark))
+        for benchmark, key in _evaluations(cell).items():
+            record = records.get(EvaluateSpec.KIND, key)
+            flips = records.get(FlipsSpec.KIND, stages.flips.get(benchmark))
             memory = max((r.peak_memory_mb for r in [*trained, record] if r), default="")
             measured = {
                 "eval_seconds": record.seconds if record else "",
@@ -85,16 +92,21 @@ def result_rows(manifest: Manifest, records: Records) -> Iterator[dict]:
                 yield common | measured | {"metric": metric, **score} | _batch(flips, metric) | others
 
 
+def _evaluations(cell: ManifestCell) -> dict[str, str]:
+    """The keys of a cell's evaluations by benchmark, those on validation benchmarks too."""
+    return cell.stages.validation | cell.stages.evaluate
+
+
 def _batch(flips: Record | None, metric: str) -> dict:
-    """The share of a bfloat16 base's answers that its batch turns, and what that does to the metric."""
+    """Return the share of a bfloat16 base's answers that the batch size changes, and the difference of the metric."""
     scores = flips.scores if flips else {}
     names = {"batch_flips": "answers_flipped", "batch_difference": f"{metric}_difference"}
     return {column: scores[name].value for column, name in names.items() if name in scores}
 
 
 def unused(trained: list[Record]) -> dict[str, int | str]:
-    """How many rows a cell's trainings passed over: too long ones, and those left out by reason; empty without a training."""
-    counted = [r for r in trained if r.stage != "prepare" and r.data]
+    """Return how many rows a cell's trainings left out: too long ones, and others by reason; empty without a training."""
+    counted = [r for r in trained if r.stage != PrepareSpec.KIND and r.data]
     reasons: Counter[str] = Counter()
     for record in counted:
         reasons.update(record.passed_over)
@@ -103,8 +115,10 @@ def unused(trained: list[Record]) -> dict[str, int | str]:
 
 
 def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
-    """outputs/report/results.csv from all manifests; the file, and a line for each sweep that is not in it: damaged."""
-    file = output / "report" / "results.csv"
+    """Write outputs/report/results.csv from all manifests. Return the file, and a line for each sweep that is left out
+    as damaged.
+    """
+    file = Outputs(output).results
     file.parent.mkdir(parents=True, exist_ok=True)
     rows, damaged = [], []
     for sweep in sweeps(output):

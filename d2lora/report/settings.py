@@ -1,4 +1,4 @@
-"""Table 2: the settings that ran, from the configs of a sweep's cells; one column a distinct config."""
+"""Make Table 2: the settings that ran, from the configs of a sweep's cells, one column for each different config."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -41,7 +41,9 @@ _APART = ("n", "m", "seed", "sweep", "method.name", "recipe.name", "recipe.lr", 
 
 
 def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) of Table 2. A setting that the paper has no row for is shown where the columns differ in it."""
+    """Return (head, rows) of Table 2. A setting without a row in the paper's table is shown if the columns differ in
+    it.
+    """
     columns: dict[tuple, list[dict]] = {}
     for cell in cells:
         config = _values(cell.config)
@@ -56,7 +58,7 @@ def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]
 
 
 def _values(config: dict) -> dict[str, str]:
-    """The settings of a cell that make a column, flat."""
+    """Return the settings of a cell that a column shows, flat."""
     method = config["method"]["name"]
     found = {k: v for k, v in flat(config) if not _apart(k)}
     return found | {

@@ -1,4 +1,6 @@
-"""Tables of a sweep: one a benchmark and metric; rows are method and LoRA or D2LoRA, columns n or another setting."""
+"""Make a sweep's tables, one for each benchmark and metric: rows are method and LoRA or D2LoRA, columns n or another
+setting.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ Value = int | str  # of a column: n, m, or another setting's text
 
 @dataclass
 class Line:
-    """A row: one method and arm, its points by the columns' value; the first of them is of this line alone if any is."""
+    """A row: one method and arm, with its points by the columns' value. The first point is one of this row alone, if
+    there is one.
+    """
 
     label: str
     method: str
@@ -30,13 +34,13 @@ class Line:
 
     @property
     def first(self) -> Point:
-        """The point that says what the line is of."""
+        """Return the point from which the row's label is made."""
         return next(iter(self.points.values()))
 
 
 @dataclass
 class Table:
-    """One benchmark in one metric; `column` is the setting that the columns are of, `margin` that of equivalence in points."""
+    """One benchmark with one metric; `column` is the setting in the columns."""
 
     title: str
     points: list[Point]
@@ -47,7 +51,7 @@ class Table:
 
     @cached_property
     def pairs(self) -> dict[Point, Comparison]:
-        """The comparison of each D2LoRA point that has one."""
+        """Return the comparison of each D2LoRA point that has one."""
         return comparisons(self.points, self.margin)
 
     @property
@@ -108,10 +112,10 @@ def _table(benchmark: str, metric: str, points: list[Point], column: str, margin
 
 
 def _lines(points: list[Point], keys: list[str], column: str) -> list[Line]:
-    """Return the rows in order. A point that does not depend on what tells rows apart stands in each of them.
+    """Return the rows in order. A point that does not depend on what tells rows apart is in each of them.
 
-    The base knows no method's rate, initialization or recipe, D2LoRA(m, 0) no rate of phase 2. One that does not depend on the
-    columns' setting stands in each column.
+    The base depends on no method, initialization or recipe, D2LoRA(m, 0) on no learning rate of phase 2. A point that
+    does not depend on the columns' setting is in each column.
     """
     rows = [(p.method, tuple(_of_row(p, k) for k in keys)) for p in points]
     own = [row for row in dict.fromkeys(rows) if not any(_covers(row, other) for other in rows)]

@@ -1,4 +1,7 @@
-"""What the variance of a score is made of: the items that were asked, the training's seed, the draw of its rows."""
+"""What the variance of a score is made of: the items that were asked, the training's seed, the draw of its rows.
+
+Where items belong together, clusters stand for items.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,7 +56,17 @@ def crossed(points: Iterable[Point]) -> Variances | None:
 
 def _arm(point: Point) -> tuple[object, ...]:
     others = tuple((k, v) for k, v in sorted(point.axes.items()) if k != "data_seed")
-    names = (point.model, point.task, point.method, point.init, point.warmup, point.recipe, point.m, point.n)
+    names = (
+        point.model,
+        point.task,
+        point.method,
+        point.init,
+        point.warmup,
+        point.recipe,
+        point.m,
+        point.n,
+        point.control,
+    )
     return (*names, *others, *sorted(point.tested))
 
 
@@ -62,11 +75,11 @@ def _arms(count: int) -> str:
 
 
 def _crossed_scores(arm: list[Point]) -> np.ndarray | None:
-    """Return scores (draws, seeds, items) of the seeds that all draws have; None for fewer than two of either."""
+    """Return scores (draws, seeds, units) of the seeds that all draws have; None for fewer than two of either."""
     shared = sorted(set.intersection(*(set(p.scores) for p in arm)))
     if len(arm) < 2 or len(shared) < 2:
         return None
-    return np.stack([[p.scores[s] for s in shared] for p in arm]).astype(float)
+    return np.stack([p.units_of(np.stack([p.scores[s] for s in shared])) for p in arm]).astype(float)
 
 
 def _two_way(means: np.ndarray) -> tuple[float, float, float]:
@@ -89,7 +102,7 @@ def _of_items(scores: np.ndarray) -> float:
 
 def replicated(points: Iterable[Point]) -> Variances | None:
     """Tell the items from the replicates, each another draw of the rows and another training."""
-    tables = [p.table.astype(float) for p in points if len(p.draws) > 1 and len(p.scores) > 1 and len(p.table) > 1]
+    tables = [p.units.astype(float) for p in points if len(p.draws) > 1 and len(p.scores) > 1 and len(p.table) > 1]
     if not tables:
         return None
     of_items = max(float(np.mean([_of_items(t) for t in tables])), 0.0)

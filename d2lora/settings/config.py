@@ -1,9 +1,9 @@
-"""The configuration of one cell, checked before any data or model is loaded."""
+"""Define the configuration of one cell, checked before any data or model is loaded."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 
 from d2lora.errors import UserError
 from d2lora.settings.controls import (
@@ -18,13 +18,13 @@ from d2lora.settings.controls import (
 )
 from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
-from d2lora.settings.recipe import Recipe
-from d2lora.settings.tasks import Model, Task, Warmup
+from d2lora.settings.recipe import RATE, Recipe
+from d2lora.settings.tasks import Benchmark, Model, Task, Warmup
 from d2lora.settings.values import Amount, PathText, Seed, Strict, Text
 
 
 class Wandb(Strict):
-    """Where W&B mirrors the records. Nothing of it changes a result, so nothing of it is in a key or a manifest."""
+    """Settings of the mirror in W&B. None of them changes a result, so they are in no key and no manifest."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with credentials, offline without
     project: Text | None = None  # WANDB_PROJECT, or d2lora
@@ -34,12 +34,16 @@ class Wandb(Strict):
 
 
 class Report(Strict):
-    """How a sweep's tables are laid out and read. Nothing of it changes a result, so nothing of it is in a key."""
+    """Settings of a sweep's tables. None of them changes a result, so they are in no key."""
 
     columns: Text | None = (
         None  # the setting of the columns and the x axis, by its key; the one with the most values without it
     )
     margin: Annotated[float, Field(gt=0)] = 1.0  # points within which two arms are called equivalent
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Config(Strict):
@@ -58,6 +62,9 @@ class Config(Strict):
     seed: Seed = 0  # initialization, order, dropout
     data_seed: Seed = 0  # which n and m rows
     split_seed: Seed = 0  # hold-outs
+    tune: Annotated[list[Text], BeforeValidator(_listed)] = Field(
+        default=[]
+    )  # keys whose values a sweep chooses on validation benchmarks, arm by arm
     sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
     report: Report = Report()
@@ -67,9 +74,14 @@ class Config(Strict):
     skip_invalid: StrictBool = False
     job: list[Text] | None = None  # keys of the stages that this process is to do; set by the grid sweeper
 
+    @property
+    def benchmarks(self) -> dict[str, Benchmark]:
+        """The task's benchmarks, and where settings are tuned its validation benchmarks."""
+        return self.task.benchmark | (self.task.validation if self.tune else {})
+
     @model_validator(mode="after")
     def _data_root_where_needed(self) -> "Config":
-        read = [b.data for b in self.task.benchmark.values()]
+        read = [b.data for b in self.benchmarks.values()]
         read += [self.task.data] * (self.n != 0)
         read += [self.warmup.data] * (self.m != 0 or self.init.looks_at == "general")
         if self.data_root is None and any(source.path.startswith("None/") for source in read):
@@ -105,12 +117,31 @@ class Config(Strict):
     def _columns_are_a_setting(self) -> "Config":
         columns = self.report.columns
         part, _, inner = (columns or "n").partition(".")
-        if part not in type(self).model_fields or part in ("report", "wandb", "output", "sweep", "seed", "replicate"):
+        if part not in type(self).model_fields or part in (
+            *("report", "wandb", "output", "sweep", "seed", "replicate", "tune"),
+        ):
             raise ValueError(
                 f"report.columns={columns}: n, m, model, init, warmup, or a setting's key, for example recipe.lr"
             )
         if inner and not _has_key(self.model_dump(), columns or ""):
             raise ValueError(f"report.columns={columns}: there is no such key; --cfg job shows all")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_keys_are_settings(self) -> "Config":
+        for key in self.tune:
+            part, _, inner = key.partition(".")
+            if key in (f"{RATE}_factor", *(f"{RATE}.{name}" for name in METHOD_NAMES)):
+                raise ValueError(f"tune={key}: {RATE} is meant, the rate of each cell's own method")
+            if part not in ("method", "init", "recipe", "warmup") or not inner:
+                raise ValueError(f"tune={key}: the key of a setting, for example {RATE} or method.beta")
+            # Those of a method or an initialization may be another cell's: the sweep knows.
+            if part in ("recipe", "warmup") and not _has_key(self.model_dump(), key):
+                raise ValueError(f"tune={key}: there is no such key; --cfg job shows all")
+            if not self.task.validation:
+                raise ValueError(
+                    f"tune={key}: task={self.task.name} names no validation benchmark to choose on (task.validation, docs/tuning.md)"
+                )
         return self
 
     @model_validator(mode="after")
@@ -157,7 +188,7 @@ def _has_key(values: Mapping[str, Any], key: str) -> bool:
 
 
 def parse(values: dict) -> Config:
-    """The checked Config of a resolved mapping; UserError with one line a problem otherwise."""
+    """Return the checked Config of a resolved mapping. UserError with one line for each problem."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -173,7 +204,7 @@ _CLASSES: dict[str, dict[str, type[BaseModel]]] = {
 
 
 def _line(problem: Any) -> str:
-    """Tell a problem of pydantic's as key=value and what is allowed."""
+    """Return one of pydantic's problems as key=value and what is allowed."""
     loc, choice, allowed = problem["loc"], "", ""
     classes = _CLASSES.get(loc[0], {}) if loc else {}
     if len(loc) > 1 and loc[1] in classes:  # pydantic names the class that was meant between a setting and its fields

@@ -1,4 +1,4 @@
-"""Control arms: what D2LoRA(m, n) must beat for its gain to be the warm-up's, and not that of something simpler."""
+"""Define control arms: simpler procedures that D2LoRA(m, n) must beat before its gain can be attributed to the warm-up."""
 
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -28,7 +28,7 @@ class NoControl(BaseControl):
 
 
 class LongerControl(BaseControl):
-    """LoRA on the n task rows with as many tokens as warm-up and adaptation together, by more epochs."""
+    """LoRA on the n task rows for more epochs, so that it sees as many tokens as warm-up and adaptation together."""
 
     label: ClassVar[str] = "longer({m}, {n})"
     rules_out: ClassVar[str] = "more steps"
@@ -38,7 +38,7 @@ class LongerControl(BaseControl):
 
 
 class MixedControl(BaseControl):
-    """One phase over the general and the task rows of both phases, in one seeded order: SFT only."""
+    """One phase on the general and the task rows together, in one seeded order. SFT only."""
 
     label: ClassVar[str] = "mixed({m}, {n})"
     rules_out: ClassVar[str] = "two phases"
@@ -58,7 +58,7 @@ class MergedControl(BaseControl):
 
 
 class PlaceboControl(BaseControl):
-    """D2LoRA after a warm-up whose answers were exchanged among its rows."""
+    """D2LoRA after a warm-up in which rows have each other's answers."""
 
     label: ClassVar[str] = "placebo({m}, {n})"
     rules_out: ClassVar[str] = "any tokens do"
@@ -82,10 +82,10 @@ NO_CONTROL: str = NoControl().name
 
 
 def control_of(name: str) -> type[BaseControl]:
-    """Return the class of a control's name. KeyError for a name that is none's."""
+    """Return the class of the control with this name. KeyError if there is none."""
     return _BY_NAME[name]
 
 
 def in_effect(name: str, m: int | str, n: int | str) -> str:
-    """Return the control of a cell: none without general samples, and where there is nothing that it controls for."""
+    """Return the control of a cell: none if it has no general samples, or nothing to control for."""
     return NO_CONTROL if m == 0 or (n == 0 and control_of(name).needs_task) else name

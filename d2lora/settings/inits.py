@@ -1,4 +1,4 @@
-"""The initializations of A and B: what each may be told, and what plan, training and report need to know of it.
+"""Define the initializations of A and B: the settings of each, and the facts that plan, training and report need.
 
 docs/inits.md says what each computes; d2lora/adapters computes it.
 """
@@ -43,7 +43,9 @@ class BaseInit(Strict):
 
     @property
     def looks_at(self) -> Literal["general", "task"] | None:
-        """Return whose rows a preparation looks at: the warm-up's ("general"), the cell's own n ("task"), or none."""
+        """Return which rows a preparation is computed from: the warm-up's ("general"), the cell's own n ("task"), or
+        none.
+        """
         return None
 
     @property
@@ -222,6 +224,7 @@ class DoraInit(BaseInit):
     """DoRA (Liu et al. 2024, arXiv 2402.09353): a magnitude m, trained from W's, for each output of W + s B A."""
 
     variant: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = False  # a magnitude scales the sum of the base's weight and the adapter's
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_dora": True})
 
     name: Literal["dora"] = "dora"

@@ -1,4 +1,4 @@
-"""The methods of phase 2: what each may be told, and what plan, training and report need to know of it."""
+"""Define the methods of phase 2: the settings of each, and the facts that plan, training and report need."""
 
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -10,7 +10,8 @@ from d2lora.settings.values import Positive, Strict
 class BaseMethod(Strict):
     """What all methods have: a name, epochs, and the facts below, which depend on no setting.
 
-    The colours are those of Okabe and Ito's palette (2008), which people with colour blindness tell apart; in grey the markers do.
+    The colours are from Okabe and Ito's palette (2008), which people with colour blindness can tell apart; in greyscale
+    the markers differ.
     """
 
     label: ClassVar[str]  # in tables and figures
@@ -83,9 +84,11 @@ class Orpo(BaseMethod):
 
 
 class Simpo(BaseMethod):
-    """Simple preference optimization (Meng et al. 2024): without a reference, on log-probabilities averaged over an answer's tokens.
+    """Simple preference optimization (Meng et al. 2024): without a reference, on log-probabilities averaged over an
+    answer's tokens.
 
-    `beta` scales them; the chosen answer is to be ahead by `gamma` after that (equation 6).
+    `beta` scales the log-probabilities; `gamma` is the margin by which the chosen answer should then be ahead (equation
+    6).
     """
 
     label: ClassVar[str] = "SimPO"
@@ -130,5 +133,5 @@ METHOD_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 
 
 def method_of(name: str) -> type[BaseMethod]:
-    """Return the class of a method's name. KeyError for a name that is none's."""
+    """Return the class of the method with this name. KeyError if there is none."""
     return _BY_NAME[name]

@@ -2,6 +2,7 @@
 not (Machine).
 """
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, StrictBool, model_validator
@@ -10,6 +11,8 @@ from d2lora.settings.methods import METHOD_NAMES, method_of
 from d2lora.settings.values import Positive, Rate, Strict, Text
 
 WARMUP = "warmup"  # phase 1, beside phase 2's methods
+RATE = "recipe.lr"  # as an axis: the learning rate of a cell's own method, whichever it is
+_FACTOR = "lr_factor"
 
 _T = TypeVar("_T")
 
@@ -62,6 +65,13 @@ class Training(Strict):
         return self.lr[phase]
 
 
+def _times(rate: Any, factor: float, phase: str) -> Any:
+    """Return a method's rate times a factor, without the last digits that rounding leaves; the warm-up's as it is."""
+    if phase == WARMUP or factor == 1 or not isinstance(rate, float):
+        return rate
+    return float(f"{rate * factor:.12g}")
+
+
 class Machine(Strict):
     """The settings of a recipe that change results by rounding only, and so are in no key.
 
@@ -79,7 +89,25 @@ class Machine(Strict):
 
 # In this order, because pydantic lists the fields of the last base class first: a recipe is shown with Training's first.
 class Recipe(Machine, Training):
-    """A recipe as users write it: the settings of Training and of Machine side by side."""
+    """A recipe as users write it: the settings of Training and of Machine side by side.
+
+    `lr_factor` is no setting of its own but a way to type rates: recipe.lr_factor=0.5,1,2 are three rates of each method. What is
+    kept, and in keys, is the rate that results.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rates_times_their_factor(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or _FACTOR not in values:
+            return values
+        factor = values[_FACTOR]
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise ValueError(f"{_FACTOR}={factor}: a number above 0")
+        rest = {key: value for key, value in values.items() if key != _FACTOR}
+        rates = rest.get("lr")
+        if not isinstance(rates, dict):
+            return rest
+        return rest | {"lr": {phase: _times(rate, factor, phase) for phase, rate in rates.items()}}
 
     @model_validator(mode="after")
     def _micro_batch_divides_batch(self) -> "Recipe":

@@ -18,13 +18,16 @@ class Data(Strict):
     revision: Text | None = None
     where: dict[Text, list[Value]] = Field(default={})  # column -> values to keep
     hold_out: Annotated[StrictInt, Field(ge=0)] = 0  # rows set aside by split_seed before anything else
-    part: Literal["rest", "held_out"] = "rest"
+    validation: Annotated[StrictInt, Field(ge=0)] = 0  # rows set aside beside those, to choose settings on
+    part: Literal["rest", "held_out", "validation"] = "rest"
     empty: Literal["refuse", "leave_out"] = "refuse"  # rows with nothing where a text should be
 
     @model_validator(mode="after")
     def _held_out_of_something(self) -> "Data":
         if self.part == "held_out" and not self.hold_out:
             raise ValueError("part=held_out needs hold_out, the number of rows that are set aside")
+        if self.part == "validation" and not self.validation:
+            raise ValueError("part=validation needs validation, the number of rows that are set aside")
         return self
 
 
@@ -59,6 +62,12 @@ class Benchmark(Strict):
     chat: StrictBool = True
     max_new_tokens: Positive = 512
     limit: Positive | None = None  # the first rows only
+    # The column that says which rows belong together, as those of one passage or template: they are not independent.
+    cluster: Text | None = None
+
+    def content(self) -> dict[str, Any]:
+        """Return what a key has of the benchmark beside its data; without clusters nothing of them, as before there were any."""
+        return self.model_dump(exclude={"data"} if self.cluster else {"data", "cluster"})
 
     @property
     def scoring(self) -> Kind:
@@ -104,7 +113,16 @@ class Task(Strict):
     continuation: Literal["step", "rest"] = "step"
     rendered: StrictBool = False  # rows carry the model's own tokens already: no template is applied
     benchmark: dict[Text, Benchmark] = Field(default={})
+    validation: dict[Text, Benchmark] = Field(
+        default={}
+    )  # what `tune` chooses settings on, the first; read for nothing else
     lm_eval: list[Text] = Field(default=[])  # names of lm-evaluation-harness's own tasks
+
+    @model_validator(mode="after")
+    def _validation_has_names_of_its_own(self) -> "Task":
+        if both := ", ".join(self.benchmark.keys() & self.validation.keys()):
+            raise ValueError(f"validation.{both}: a benchmark has this name too")
+        return self
 
     @property
     def templates(self) -> list[str]:

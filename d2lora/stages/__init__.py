@@ -1,4 +1,6 @@
-"""The kinds of stages, one file each: what its key covers (Spec, VERSION), which of them a cell has, and the work."""
+"""List the kinds of stages. Each is a file: what its key covers (Spec, VERSION), which of them a cell has, and the
+work.
+"""
 
 from collections.abc import Callable
 from typing import Any

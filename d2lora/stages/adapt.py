@@ -1,4 +1,4 @@
-"""Phase 2: the adapter is trained on n task samples by a method."""
+"""Phase 2: train the adapter on n task samples by a method."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +15,7 @@ from d2lora.stages.training import TrainingSpec
 
 @dataclass(frozen=True)
 class AdaptSpec(TrainingSpec):
-    """A training on n samples; `task` is what turns rows into them."""
+    """A training on n samples; `task` has the settings by which rows become samples."""
 
     n: int | str
     task: Identity

@@ -87,7 +87,7 @@ def pairs(config: Config) -> list[Pair]:
     return [
         Pair(benchmark, rows, columns, templates, config.split_seed, f"{name} / {test}")
         for name, rows, columns, templates in training_sets
-        for test, benchmark in config.task.benchmark.items()
+        for test, benchmark in config.benchmarks.items()
     ]
 
 

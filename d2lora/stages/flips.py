@@ -1,7 +1,7 @@
-"""How much of a bfloat16 model's score is the batch it was evaluated in: two evaluations of the base, item by item.
+"""Measure how much of a bfloat16 model's score depends on the batch size: two evaluations of the base, item by item.
 
-A batch's shape decides in which order products are added up. In bfloat16 that is enough to turn a greedy answer (arXiv
-2506.09501), so scores that differ by no more than this do not differ.
+A batch's shape decides in which order products are added. In bfloat16 that can change a greedy answer (arXiv
+2506.09501), so a difference of scores that is not larger than this says nothing.
 """
 
 import math
@@ -35,7 +35,7 @@ class FlipsSpec(EvaluateSpec):
 
 
 def stages(config: Config) -> Iterator[Stage[FlipsSpec]]:
-    """Yield, of a bfloat16 model, the base's evaluations alone and in batches: one each for all cells."""
+    """Yield the evaluations of a bfloat16 base at two batch sizes, shared by all cells; none for a float32 base."""
     if config.model.dtype != "bfloat16":
         return
     batches = (1, max(2, config.recipe.eval_batch))
@@ -46,7 +46,7 @@ def stages(config: Config) -> Iterator[Stage[FlipsSpec]]:
 
 
 def work(run: Run[FlipsSpec]) -> Result:
-    """Evaluate the base at both batch sizes, and keep the items that differ."""
+    """Evaluate the base at both batch sizes, and write the items that differ."""
     spec, evaluations = run.stage.spec, []
     for number, batch in enumerate(spec.batches):
         half = lambda done, total, before=number: run.progress(before * total + done, 2 * total)  # noqa: E731
@@ -60,9 +60,10 @@ def work(run: Run[FlipsSpec]) -> Result:
 
 
 def compare(alone: list[Item], together: list[Item], metrics: Iterable[str]) -> tuple[dict[str, Score], list[Item]]:
-    """Return Scores and the items that differ, of the same items evaluated at two batch sizes.
+    """Return the Scores, and the items that differ, of the same items evaluated at two batch sizes.
 
-    `answers_flipped` and `<metric>_flipped` are shares of items, `<metric>_difference` the second score minus the first.
+    `answers_flipped` and `<metric>_flipped` are shares of items, `<metric>_difference` is the second score minus the
+    first.
     """
     pairs = list(zip(alone, together, strict=True))
     scores = {"answers_flipped": _mean([float(a["answer"] != b["answer"]) for a, b in pairs])}
@@ -86,7 +87,7 @@ def _mean(values: list[float]) -> Score:
 
 
 def text(record: Result, metrics: Iterable[str] | None = None) -> str:
-    """Return what a record says of the named metrics (of all without names), as a line."""
+    """Return a record as a line, with the named metrics (all by default)."""
     scores, (alone, together) = record.scores, record.batches or (1, 1)
     every = [name.removesuffix("_difference") for name in scores if name.endswith("_difference")]
     answers = scores["answers_flipped"]

@@ -37,7 +37,7 @@ def stage(
 
 
 def work(run: Run[MergeSpec]) -> Result:
-    """Write the sum of the two adapters, of both ranks together: exact, for their products add up."""
+    """Write the sum of the two adapters, whose rank is the sum of their ranks, so that it is exact."""
     from d2lora.adapters import merging
 
     assert run.parent is not None, "the adaptation"

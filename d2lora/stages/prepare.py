@@ -1,4 +1,6 @@
-"""What an initialization computes from the base's weights or from rows: shared by all cells whose base, LoRA settings and rows are these."""
+"""Compute an initialization from the base's weights or from rows: shared by all cells with the same base, LoRA settings
+and rows.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from d2lora.stages.stage import Identity, Spec, Stage, versions
 
 @dataclass(frozen=True)
 class PrepareSpec(Spec):
-    """The base, the initialization, and the rows that it looks at (`rows` is empty where it looks at none)."""
+    """The base, the initialization, and the rows that it is computed from (`rows` is empty if it uses none)."""
 
     model: Identity
     init: Init
@@ -37,21 +39,22 @@ class PrepareSpec(Spec):
 def is_prepared(config: Config) -> bool:
     """Tell whether the cell's adapter starts from a preparation.
 
-    D2LoRA(0, 0) is the base, however it would have started; but with LoftQ it is a quantized base with its adapter.
+    D2LoRA(0, 0) is the base whatever the initialization, except for LoftQ, where it is a quantized base with its
+    adapter.
     """
     return config.init.prepared and (config.m != 0 or config.n != 0 or config.init.quantizes)
 
 
 def sources(config: Config) -> dict[str, Data]:
-    """Return the data sets that a cell reads, by their keys: it needs none of a phase that it has not."""
+    """Return the data sets that a cell reads, by their keys: none for a phase that it does not have."""
     read = {"task.data": config.task.data} if config.n != 0 else {}
     if config.m != 0 or general_samples(config):
         read["warmup.data"] = config.warmup.data
-    return read | {f"benchmark {name}": b.data for name, b in config.task.benchmark.items()}
+    return read | {f"benchmark {name}": b.data for name, b in config.benchmarks.items()}
 
 
 def general_samples(config: Config) -> int:
-    """Return how many rows of the warm-up's data the cell's preparation looks at."""
+    """Return how many rows of the warm-up's data the cell's preparation uses."""
     init = config.init
     if isinstance(init, FromRowsInit) and init.data == "general" and is_prepared(config):
         return init.samples
@@ -76,7 +79,9 @@ def stage(config: Config) -> Stage[PrepareSpec] | None:
 
 
 def _rows(config: Config, init: FromRowsInit) -> Identity:
-    """Return the rows that an initialization looks at: the first of the warm-up's order, or of the cell's own n rows."""
+    """Return the rows that an initialization is computed from: the first of the warm-up's order, or of the cell's own n
+    rows.
+    """
     limits = {"data_seed": config.data_seed, "max_length": config.recipe.max_length}
     if init.data == "general":
         identity = {"data": data.identity(config.warmup.data, config.split_seed), **rows.reading(config.warmup)}

@@ -1,4 +1,4 @@
-"""What warm-up and adaptation share: a training of an adapter."""
+"""Train an adapter: what warm-up and adaptation share."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from d2lora.stages.stage import Identity, Spec, versions
 
 @dataclass(frozen=True)
 class TrainingSpec(Spec):
-    """What of a configuration changes a training's result beyond rounding. `method` is also its epochs."""
+    """The settings that change a training's result beyond rounding. `method` includes its epochs."""
 
     model: Identity
     init: Init
@@ -43,7 +43,7 @@ class TrainingSpec(Spec):
         return self.method.epochs
 
     def steps(self, samples: int, epochs: float) -> int:
-        """Return the optimizer's steps over as many samples; the last batch of an epoch may be smaller."""
+        """Return the number of optimizer steps for so many rows; the last batch of an epoch may be smaller."""
         return math.ceil(math.ceil(samples / self.batch) * epochs)
 
     def content(self) -> Identity:
@@ -84,8 +84,8 @@ def tokens(method: Method, subset: data.Subset) -> int:
 def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, epochs: float | None = None) -> Result:
     """Train an adapter on a subset, from the parent's adapter or a fresh one, and save it.
 
-    `reference` is the folder that remembers the log-probabilities of a method's reference; `epochs` are those of the spec without a
-    control arm that has others. When memory ends, the micro-batch is halved.
+    `reference` is the folder that caches the log-probabilities of DPO's reference. If memory runs out, the micro-batch
+    is halved.
     """
     from d2lora.adapters import attach, coverage
     from d2lora.adapters.start import Start
@@ -117,7 +117,8 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
 
 
 def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Path:
-    """Return where the log-probabilities of a method's reference are remembered: one folder a policy, for all cells that start from it.
+    """Return the folder that caches the log-probabilities of DPO's reference: one for each policy, for all cells that
+    start from it.
 
     `of_base`: the reference is the base, wherever the training starts.
     """

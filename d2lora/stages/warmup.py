@@ -1,4 +1,6 @@
-"""Phase 1: a fresh adapter is fine-tuned on m general samples. Its spec knows no n, method or task: one warm-up serves the whole grid."""
+"""Phase 1: fine-tune a fresh adapter on m general samples. Its spec has no n, method or task, so one warm-up serves the
+whole grid.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +17,7 @@ from d2lora.stages.training import TrainingSpec
 
 @dataclass(frozen=True)
 class WarmupSpec(TrainingSpec):
-    """A training on m conversations; `reading` is what turns rows into them."""
+    """A training on m conversations; `reading` has the settings by which rows become conversations."""
 
     reading: Identity
     m: int | str

@@ -1,1 +1,1 @@
-"""Training an adapter: one train() for both phases and all methods."""
+"""Train adapters: one train() for both phases and all methods."""

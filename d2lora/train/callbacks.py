@@ -1,4 +1,4 @@
-"""What happens around the steps of a training: progress, checkpoints, W&B's curves."""
+"""Define callbacks for a training: progress, checkpoints, W&B's curves."""
 
 import json
 import math
@@ -17,20 +17,20 @@ _WHOLE = "whole.json"
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint on disk; `mark` says its step, and the seconds that were trained up to it."""
+    """A complete checkpoint on disk, with its step and the seconds that were trained up to it (in its file `mark`)."""
 
     folder: Path
     mark: dict[str, float]
 
 
 def checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the latest whole checkpoint of a stage."""
+    """Return the latest complete checkpoint of a stage; None if there is none."""
     marks = [Checkpoint(file.parent, json.loads(file.read_text())) for file in folder.glob(f"checkpoint-*/{_WHOLE}")]
     return max(marks, key=lambda found: found.mark["step"], default=None)
 
 
 class Watch(TrainerCallback):
-    """Reports progress, saves a checkpoint now and then (whole on the disk before it is marked so)."""
+    """Reports progress, and saves a checkpoint at intervals, which is marked complete only when it is on disk."""
 
     def __init__(self, progress: Progress, checkpoint_minutes: float, seconds_before: float = 0.0) -> None:
         self.progress, self.every = progress, 60 * checkpoint_minutes
@@ -42,7 +42,9 @@ class Watch(TrainerCallback):
         control.should_save = time.monotonic() - self.saved >= self.every and state.global_step < state.max_steps
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint as whole: a process may die while Trainer writes one, or the machine before it is on the disk."""
+        """Mark the checkpoint as complete: the process may die while Trainer writes it, or the machine before it is on
+        disk.
+        """
         self.saved = time.monotonic()
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         for file in folder.iterdir():
@@ -51,7 +53,9 @@ class Watch(TrainerCallback):
 
 
 class Mirror(TrainerCallback):
-    """Shows W&B every entry of the log, over the samples seen. `rows` are trained on, of a mean of `tokens` tokens."""
+    """Logs every entry of Trainer's log to W&B, over the samples seen. The training has `rows` rows of `tokens` tokens
+    on average.
+    """
 
     def __init__(self, rows: int, batch: int, tokens: float) -> None:
         self.rows, self.batch, self.tokens = rows, batch, tokens

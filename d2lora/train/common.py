@@ -1,7 +1,8 @@
-"""What the trainers of all methods share: the collator, the finite check, and weighing over the effective batch.
+"""Define what the trainers of all methods share: the collator, the check for finite losses, and averages over the
+effective batch.
 
-Losses and optimizers are TRL's. Ours is which tokens go through the model (layouts/packing.py), and that neither packing nor the
-micro-batch changes a result by more than rounding.
+Losses and optimizers are TRL's. We change which tokens go through the model (layouts/packing.py), and make sure that
+neither packing nor the micro-batch changes a result by more than rounding.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +37,7 @@ M = TypeVar("M", bound=BaseMethod)
 
 @dataclass(frozen=True)
 class Objective(ABC, Generic[M]):
-    """How a method trains: TRL's classes with our changes, and what they are told beyond what all methods share."""
+    """How a method trains: TRL's classes with our changes, and the arguments that only this method has."""
 
     method: M
 
@@ -54,7 +55,7 @@ class Objective(ABC, Generic[M]):
 
     @abstractmethod
     def arguments(self, max_length: int) -> dict[str, Any]:
-        """Return arguments of `config`. None may have TRL cut a sequence: data.subset has left out what does not fit."""
+        """Return arguments of `config`. TRL must not cut sequences: data.subset has left out those that do not fit."""
 
     def trainer_arguments(self, drawn: Subset, reference: Path | None) -> dict[str, Any]:
         """Return what `trainer` takes beyond what TRL's takes."""
@@ -63,9 +64,9 @@ class Objective(ABC, Generic[M]):
 
 @dataclass
 class Packer:
-    """The collator: token ids of a micro-batch -> packing.pack, and what TRL's trainers count by.
+    """The collator: it packs the token ids of a micro-batch (packing.pack), and adds what TRL's trainers count with.
 
-    `hidden` is the width of the model. The layout is chosen once a trainer is there to prove it with.
+    `hidden` is the model's width. The layout is set once a trainer exists to test it with.
     """
 
     hidden: int
@@ -87,16 +88,18 @@ class Packer:
 
 
 class PackedTrainer(_Trainer):
-    """A trainer on Packer's batches; stops at the first loss that is no number, and names its rows of the data set."""
+    """A trainer on Packer's batches. It stops at the first loss that is not finite, and names the rows of its batch."""
 
     data_collator: Packer
     model: PeftModel
 
     def before_training(self, tolerance: float) -> None:
-        """Do what comes before the first step, in the proven layout: a token is within `tolerance` nats of a plain pass."""
+        """Prepare the first step, in the layout that was tested: log-probabilities are within `tolerance` nats of a
+        plain pass.
+        """
 
     def counted(self) -> dict[str, int]:
-        """Return what a record is to say of this training beyond its losses."""
+        """Return counts for the record beside the losses."""
         return {}
 
     def training_step(
@@ -111,15 +114,15 @@ class PackedTrainer(_Trainer):
         return loss
 
     def log_probs(self, model: torch.nn.Module, packed: packing.Packed) -> FusedCausalLMOutput:
-        """Return what the model says of a batch's predicted tokens, in the layout of the collator."""
+        """Return the log-probabilities of a batch's predicted tokens, in the collator's layout."""
         return packing.log_probs(model, packed, self.data_collator.layout)
 
 
 class WholeBatchTrainer(PackedTrainer):
-    """Weighs each micro-batch by its share of the effective batch's pairs (and ORPO's NLL by its share of tokens).
+    """Weights each micro-batch by its share of the effective batch's pairs (and ORPO's NLL by its share of tokens).
 
-    TRL averages per micro-batch and Trainer averages those: not the same when an epoch's last micro-batch is smaller,
-    and for ORPO's token-averaged NLL never the same.
+    TRL averages over each micro-batch, and Trainer over those averages. That differs if an epoch's last micro-batch is
+    smaller, and always for ORPO's NLL, which is averaged over tokens.
     """
 
     def get_batch_samples(
@@ -132,7 +135,9 @@ class WholeBatchTrainer(PackedTrainer):
         return batches, None
 
     def share(self, of: int | torch.Tensor, total: int | torch.Tensor) -> float:
-        """Return what to multiply a micro-batch's mean with, so that Trainer's division by the micro-batches gives the mean over all."""
+        """Return the factor for a micro-batch's mean, so that Trainer's average over micro-batches is the mean over the
+        whole batch.
+        """
         return float(of) / float(total) * self.micro_batches if self.model.training else 1.0
 
     @staticmethod
@@ -146,7 +151,7 @@ class WholeBatchTrainer(PackedTrainer):
 
 
 class MeanLogpsTrainer(WholeBatchTrainer):
-    """Put before a trainer of TRL's that compares mean log-probabilities of answers and has no reference: ORPO's, CPO's."""
+    """A mixin for TRL's trainers that compare answers' mean log-probabilities without a reference: ORPO's, CPO's."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

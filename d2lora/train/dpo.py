@@ -1,4 +1,4 @@
-"""DPO: TRL's trainer on packed pairs."""
+"""Train by DPO: TRL's trainer on packed pairs."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ from d2lora.train.reference import ReferencedObjective, ReferencedTrainer
 
 
 class PackedDPOTrainer(ReferencedTrainer, DPOTrainer):
-    """TRL's DPOTrainer on ready ids."""
+    """TRL's DPOTrainer on pairs that are tokenized already."""
 
     def compute_loss(
         self,

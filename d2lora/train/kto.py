@@ -1,7 +1,9 @@
-"""KTO: TRL's trainer on packed pairs, each a desirable and an undesirable example, its KL estimated over the effective batch.
+"""Train by KTO: TRL's trainer on packed pairs, each a desirable and an undesirable example, with the KL of the
+effective batch.
 
-The KL is that of prompts with answers to other prompts of the batch (Ethayarajh et al. 2024, section 4.1). TRL takes the others from the
-micro-batch, so that the micro-batch changes the result, and refuses one of a single example.
+The KL is estimated from prompts with the answers to other prompts of the batch (Ethayarajh et al. 2024, section 4.1).
+TRL takes the other prompts from the micro-batch, so that its size changes the result, and refuses micro-batches of a
+single example.
 """
 
 import functools
@@ -21,7 +23,9 @@ from d2lora.train.reference import ReferencedObjective, ReferencedTrainer
 
 
 class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
-    """TRL's KTOTrainer on ready ids. As with TRL, every epoch has the batches of one order: what an answer is exchanged with is fixed."""
+    """TRL's KTOTrainer on pairs that are tokenized already. As in TRL, all epochs have the same batches, so exchanged
+    answers are fixed.
+    """
 
     args: KTOConfig
     kl: torch.Tensor  # of the present effective batch
@@ -31,7 +35,7 @@ class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
         self.loss_type, self.calculate_KL = "kto", True  # see KtoObjective.arguments
 
     def before_training(self, tolerance: float) -> None:
-        """Put the pairs into the seed's order and exchange their answers; ask the reference of both."""
+        """Put the pairs into the seeded order, exchange their answers, and compute the reference of both."""
         super().before_training(tolerance)
         pairs: list[Example] = self.train_dataset.to_list()
         pairs = [pairs[i] for i in shuffled(len(pairs), f"kto/{self.args.seed}")]
@@ -58,7 +62,7 @@ class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
         return policy - torch.tensor(reference, device=policy.device)
 
     def _compute_kl_logps(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Return the KL of the effective batch; TRL subtracts the 0 in ref_KL_logps and cuts what is negative."""
+        """Return the KL of the effective batch; TRL subtracts ref_KL_logps, which is 0, and clips negative values."""
         return self.kl
 
     def compute_loss(
@@ -83,10 +87,10 @@ class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
 
 
 def exchange_answers(pairs: list[Example], batch: int, max_length: int) -> list[Example]:
-    """Return each pair's prompt with the answers of the pair before it in its batch, of the first with those of the last.
+    """Return each pair's prompt with the answers of the previous pair of its batch; the first gets those of the last.
 
-    A batch of a single pair takes those of the pair before that batch. Answers are cut where prompt and answer exceed `max_length`
-    tokens, as TRL cuts them.
+    A batch of a single pair gets those of the pair before that batch. Answers are cut if prompt and answer exceed
+    `max_length` tokens, as in TRL.
     """
     exchanged = []
     for start in range(0, len(pairs), batch):

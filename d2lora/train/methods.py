@@ -1,4 +1,4 @@
-"""Which objective trains which method."""
+"""Choose the objective that trains a method."""
 
 from typing import Any
 
@@ -20,5 +20,5 @@ OBJECTIVES: dict[type[BaseMethod], type[Objective[Any]]] = {
 
 
 def objective(method: BaseMethod) -> Objective[Any]:
-    """Return how a method is trained, as its settings say."""
+    """Return how a method is trained, with its settings."""
     return OBJECTIVES[type(method)](method)

@@ -1,4 +1,4 @@
-"""ORPO: TRL's trainer on packed pairs, its NLL averaged over the tokens of the effective batch."""
+"""Train by ORPO: TRL's trainer on packed pairs, with the NLL averaged over the tokens of the effective batch."""
 
 from typing import Any
 
@@ -11,14 +11,18 @@ from d2lora.train.common import Batch, MeanLogpsTrainer, Objective
 
 
 class PackedORPOTrainer(MeanLogpsTrainer, ORPOTrainer):
-    """TRL's ORPOTrainer on ready ids, its NLL averaged over the tokens of the effective batch."""
+    """TRL's ORPOTrainer on pairs that are tokenized already, with the NLL averaged over the tokens of the effective
+    batch.
+    """
 
     def nll_tokens(self, batch: Batch) -> int:
-        """Count the predicted tokens that the NLL averages over: the first token of a sequence is predicted by nothing."""
+        """Count the predicted tokens that the NLL averages over: the first token of a sequence is not predicted."""
         return int(self._in_nll(batch["packed"]).sum())
 
     def _in_nll(self, packed: packing.Packed) -> torch.Tensor:
-        """Which predicted tokens the NLL covers: those of chosen answers, and of prompts if they are predicted."""
+        """Return a mask of the predicted tokens in the NLL: those of chosen answers, and of prompts if they are
+        predicted.
+        """
         return packed["answer"] < len(packed["lengths"]) // 2
 
     def concatenated_forward(self, model: torch.nn.Module, batch: Batch) -> Any:
@@ -30,7 +34,7 @@ class PackedORPOTrainer(MeanLogpsTrainer, ORPOTrainer):
         return *self.means(predicted, packed), weighed
 
     def odds_ratio_loss(self, chosen_logps: torch.FloatTensor, rejected_logps: torch.FloatTensor) -> Any:
-        """Return TRL's losses of pairs, weighed by the micro-batch's share of pairs, and what TRL logs beside them."""
+        """Return TRL's losses of pairs, weighted by the micro-batch's share of pairs, and the values that TRL logs."""
         losses, *rest = super().odds_ratio_loss(chosen_logps, rejected_logps)
         return losses * self.share(len(losses), self.batch_pairs), *rest
 

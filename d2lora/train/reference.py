@@ -1,4 +1,4 @@
-"""The reference of DPO and KTO: its log-probabilities are computed once a policy, kept, and proven."""
+"""Compute the log-probabilities of a reference once for each policy, cache them, and check them."""
 
 import contextlib
 import functools
@@ -22,7 +22,8 @@ _PROVEN = 3  # of the longest pairs, beside the first
 
 
 class ReferencedTrainer(WholeBatchTrainer):
-    """Put before a trainer of TRL's that has a reference. What the reference says is computed before training, once for each pair.
+    """A mixin for TRL's trainers with a reference, whose log-probabilities are computed before training, once for each
+    pair.
 
     `cache` is the folder of the policy that is the reference; `ahead` are the pairs that fill the last block.
     """
@@ -49,11 +50,12 @@ class ReferencedTrainer(WholeBatchTrainer):
             self.train_dataset = self.train_dataset.add_column(f"ref_{column}_logps", part)
 
     def counted(self) -> dict[str, int]:
-        """Return how many pairs the reference was asked of; the others were in the cache."""
+        """Return for how many pairs the reference was computed; the others were in the cache."""
         return {"reference_pairs_computed": self.computed}
 
     def of_reference(self, pairs: list[Example], ahead: list[Example], tolerance: float) -> list[list[float]]:
-        """Return [chosen, rejected] log-probabilities of pairs under the reference, from the cache where it has them, checked.
+        """Return [chosen, rejected] log-probabilities of pairs under the reference, from the cache if it has them,
+        checked.
 
         `ahead` are pairs that fill the last block, whose log-probabilities are computed with it.
         """
@@ -69,7 +71,7 @@ class ReferencedTrainer(WholeBatchTrainer):
     def reference_logps(self, examples: list[Example]) -> list[list[float]]:
         """Return [chosen, rejected] log-probabilities (nats, summed over an answer) of pairs under the reference.
 
-        Pairs that do not fit the memory at once are asked in halves.
+        If memory runs out, the pairs are split into halves.
         """
         with contextlib.suppress(torch.OutOfMemoryError):
             return self._reference_logps(examples)
@@ -85,7 +87,7 @@ class ReferencedTrainer(WholeBatchTrainer):
 
     @torch.no_grad()
     def logps(self, examples: list[Example]) -> torch.Tensor:
-        """Return log-probabilities (pairs, 2) of chosen and rejected answers (nats, summed) as the model is now."""
+        """Return log-probabilities (pairs, 2) of chosen and rejected answers (nats, summed) under the current model."""
         batch: Batch = self._prepare_inputs(self.data_collator(examples))
         packed = batch["packed"]
         with self.accelerator.autocast():
@@ -97,9 +99,10 @@ class ReferencedTrainer(WholeBatchTrainer):
         return self.model.disable_adapter() if self.method.base_is_reference else contextlib.nullcontext()
 
     def check_reference(self, pairs: Sequence[Example], values: list[list[float]], tolerance: float) -> None:
-        """Raise RuntimeError unless the log-probabilities of the first pair and the longest are those of the reference.
+        """Raise RuntimeError unless the log-probabilities of the first pair and the longest pairs are those of the
+        reference.
 
-        It is asked in the plain way: each answer in a forward pass of its own, whole logits, nothing remembered.
+        They are compared with plain passes: one answer each, the model's own head, no cache.
         """
         for index in sorted({0, *sorted(range(len(pairs)), key=lambda i: -longest(pairs[i]))[:_PROVEN]}):
             with self.as_reference(), self.accelerator.autocast():
@@ -115,7 +118,7 @@ class ReferencedTrainer(WholeBatchTrainer):
                     )
 
     def answers(self, model: torch.nn.Module, packed: packing.Packed, **_: Any) -> FusedCausalLMOutput:
-        """Return a batch's forward with its results as TRL's loss expects them: a row an answer."""
+        """Run a batch and return the results as TRL's loss expects them: one row for each answer."""
         predicted = self.log_probs(model, packed)
         wanted = ("log_probs", "entropy", "mean_logits", "is_top1")
         return FusedCausalLMOutput(**{k: packing.by_answer(predicted[k], packed) for k in wanted if k in predicted})
@@ -132,5 +135,5 @@ class ReferencedObjective(Objective[R], Generic[R]):
         return {"router_aux_loss_coef": 0.0, "beta": self.method.beta, "disable_dropout": False}
 
     def trainer_arguments(self, drawn: Subset, reference: Path | None) -> dict[str, Any]:
-        """Return the method, the folder of what its reference says, and the pairs that fill its last block."""
+        """Return the method, the cache of its reference, and the pairs that fill the last block."""
         return {"method": self.method, "cache": reference, "ahead": drawn.ahead}

@@ -1,4 +1,6 @@
-"""SFT: TRL's trainer on packed rows; the loss is on the chosen answer, or on every assistant turn of a conversation."""
+"""Train by SFT: TRL's trainer on packed rows, with the loss on the chosen answer, or on every assistant turn of a
+conversation.
+"""
 
 from typing import Any
 

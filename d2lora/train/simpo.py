@@ -1,4 +1,4 @@
-"""SimPO: TRL's trainer on packed pairs."""
+"""Train by SimPO: TRL's trainer on packed pairs."""
 
 from typing import Any
 
@@ -10,16 +10,18 @@ from d2lora.train.common import Batch, MeanLogpsTrainer, Objective
 
 
 class PackedSimPOTrainer(MeanLogpsTrainer, CPOTrainer):
-    """TRL's CPOTrainer, which has SimPO's loss, on ready ids."""
+    """TRL's CPOTrainer, which has SimPO's loss, on pairs that are tokenized already."""
 
     def concatenated_forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        """Return mean log-probabilities of chosen and rejected answers, their mean logits, and 0 as CPO's NLL, which SimPO has not."""
+        """Return mean log-probabilities of chosen and rejected answers, their mean logits, and 0 for CPO's NLL, which
+        SimPO lacks.
+        """
         packed = batch["packed"]
         predicted = self.log_probs(model, packed)
         return *self.means(predicted, packed), torch.zeros((), device=self.accelerator.device)
 
     def cpo_loss(self, policy_chosen_logps: torch.FloatTensor, policy_rejected_logps: torch.FloatTensor) -> Any:
-        """Return TRL's losses of pairs, weighed by the micro-batch's share of pairs, and the rewards that TRL logs beside them."""
+        """Return TRL's losses of pairs, weighted by the micro-batch's share of pairs, and the rewards that TRL logs."""
         losses, *rewards = super().cpo_loss(policy_chosen_logps, policy_rejected_logps)
         return losses * self.share(len(losses), self.batch_pairs), *rewards
 

@@ -1,4 +1,4 @@
-"""One train() for both phases and all methods: what TRL's trainers are told, checkpoints to go on from, the record's metrics."""
+"""Train for both phases and all methods: TRL's arguments, checkpoints to resume from, the record's metrics."""
 
 import contextlib
 from collections.abc import Iterator
@@ -42,12 +42,13 @@ def train(
     proofs: Path | None = None,
     epochs: float | None = None,
 ) -> dict[str, Any]:
-    """Train the adapter on the drawn examples as `spec` says, which is in the stage's key; what `machine` says is not.
+    """Train the adapter on the drawn examples. `spec` has the settings in the stage's key, `machine` those that are
+    not.
 
-    `epochs` are the spec's unless given. `folder` is for checkpoints, from the last of which it goes on; `reference` remembers what a
-    method's reference says (one folder a policy), `proofs` which layouts were shown to be exact (next to `folder`, if not said).
-    Returns metrics: first and last loss, steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the steps).
-    FloatingPointError for a loss or weights that are no number.
+    `folder` is for checkpoints; training resumes from the latest. `reference` caches the log-probabilities of DPO's
+    reference (one folder for each policy), `proofs` the layouts that were tested (next to `folder` by default). Returns
+    metrics: first and last loss, steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the
+    steps). FloatingPointError for a loss or weights that are not finite.
     """
     how = objective(spec.method)
     rows = how.examples(drawn)
@@ -129,7 +130,7 @@ def _prove(
     at_once: int,
     memory: proof.Memory,
 ) -> proof.Proof:
-    """Give the trainer's batches the first of the layouts that is exact for its model on these rows; return what was shown of it."""
+    """Set the trainer's layout to the first that is exact for its model on these rows, and return its proof."""
     collator, autocast = trainer.data_collator, trainer.accelerator.autocast
     wrapped = trainer.model.eval().to(trainer.accelerator.device)
     texts = [text for row in rows for text in sequences(row)]
@@ -159,15 +160,16 @@ def _listed_once(wrapped: PeftModel) -> Iterator[None]:
 
 
 def _losses(trainer: PackedTrainer, every: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return first and last loss with the number of steps, and the log that the record keeps: an entry every so many steps."""
+    """Return first and last loss with the number of steps, and the log for the record: an entry every `every` steps."""
     log = thin([e for e in trainer.state.log_history if "loss" in e], every)
     return {"first_loss": log[0]["loss"], "last_loss": log[-1]["loss"], "steps": trainer.state.global_step}, log
 
 
 def thin(log: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
-    """Return a log with an entry after step 1 and then every so many steps, as the trainer would have written it at once.
+    """Return a log with an entry after step 1 and then every `every` steps, as if the trainer had logged at these steps
+    only.
 
-    Losses and rewards are means over the steps since the entry before; what tells a state is as it was last.
+    Losses and rewards are averaged over the steps since the previous entry; other values are those of the last step.
     """
     states = ("step", "epoch", "learning_rate", "grad_norm", "num_tokens")
     kept: list[dict[str, Any]] = []
@@ -191,7 +193,7 @@ def tokens(method: Method, drawn: Subset) -> int:
 
 
 def _tokens(row: Example, layout: str) -> int:
-    """Count the tokens that one row puts through the model, padding apart."""
+    """Count the tokens of a row that go through the model, without padding."""
     if "turns" in row:
         return sum(_tokens(sequence, layout) for sequence in row["turns"])
     prompt = len(row.get("prompt_ids", ())) * (1 if layout == "packed" else 2)

@@ -100,6 +100,38 @@ def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> No
     assert f"damaged: {damaged}" in run(*grid, code=1).stderr
 
 
+def test_a_tuned_sweep_meets_the_test_after_its_choice_and_is_not_done_twice(run, tmp_path: Path) -> None:
+    grid = ["-m", "tune=[recipe.lr]", "recipe.lr_factor=0.5,2", "m=0,8", "n=4", "replicate=0,1", *SHORT]
+    grid += ["task.validation.lab_math_validation.limit=4", "sweep=tuned"]
+    text = run(*grid).stdout
+    assert re.search(r"tuned +recipe.lr: 4 candidates in 2 arms; of each arm the best on lab_math_validation", text)
+    assert "tuned: recipe.lr is chosen in 2 of 2 arms" in text
+    assert len(re.findall(r"\[lr=0\.00[14]: +\d+\.\d\d\]", text)) == 2, text
+    out = tmp_path / "out"
+    records = {f: json.loads(f.read_text()) for f in (out / "store" / "evaluate").glob("*/record.json")}
+    times: dict[str, list[int]] = {}
+    for file, record in records.items():
+        times.setdefault(record["benchmark"], []).append(file.stat().st_mtime_ns)
+    assert {name: len(each) for name, each in times.items()} == {
+        "lab_math_validation": 8,
+        "lab_math": 4,
+        "lab_facts": 4,
+    }
+    assert max(times["lab_math_validation"]) < min(times["lab_math"] + times["lab_facts"]), "the choice comes first"
+    tuning = json.loads((out / "manifests" / "tuned.json").read_text())["tuning"]
+    chosen = [id for arm in tuning["arms"] for c in arm["candidates"] if c["chosen"] for id in c["scores"]]
+    tested = {r["cell_id"] for r in results(out) if r["benchmark"] == "lab_math"}
+    assert len(chosen) == 4
+    assert tested == set(chosen)
+    again = run(*grid).stdout
+    assert "0 to do" in again
+    assert {f: f.stat().st_mtime_ns for f in records} == {
+        f: f.stat().st_mtime_ns for f in (out / "store" / "evaluate").glob("*/record.json")
+    }
+    assert json.loads((out / "manifests" / "tuned.json").read_text())["tuning"] == tuning
+    assert "add -m" in one_line(run("tune=[recipe.lr]", "n=4", code=2).stderr)
+
+
 def test_joblib_s_workers_make_the_same_adapters(run, tmp_path: Path) -> None:
     grid = ["-m", "method=sft,dpo", "n=8", "m=0,8", *SHORT]
     assert "Warning" not in run(*grid).stderr

@@ -169,15 +169,22 @@ def test_tables_sort_filters_narrow_and_points_tell(output: Path) -> None:
         const column = () => [...table.tBodies[0].rows].map((r) => parseFloat(r.cells[2].textContent));
         table.tHead.rows[0].cells[2].click(); result.down = column();
         table.tHead.rows[0].cells[2].click(); result.up = column();
-        const hit = document.querySelector(".hit");
+        const hit = document.querySelector("figure:not(.differences) .hit"), apart = document.querySelector("figure.differences .hit");
         hit.dispatchEvent(new PointerEvent("pointerenter")); result.tip = [tip.hidden, tip.textContent];
+        apart.dispatchEvent(new PointerEvent("pointerenter")); result.difference = tip.textContent;
+        apart.dispatchEvent(new PointerEvent("click")); result.said = dialog.textContent; dialog.close();
+        result.first = document.querySelector("figure").className;
         result.missing = document.querySelectorAll(".missing").length;
         const filter = document.querySelector("select[name=method]");
         filter.value = "dpo"; filter.dispatchEvent(new Event("change"));
         result.rows = [...document.querySelectorAll("th[scope=row]")].map((t) => t.textContent);
-        result.curves = [...document.querySelectorAll(".key")].map((t) => t.textContent);
+        result.curves = [...document.querySelectorAll(".key:not(.shaded)")].map((t) => t.textContent);
         """,
     )
+    assert found["first"] == "differences"
+    difference = r"D2LoRA − LoRA: [+−]\d+\.\d\d points \[[+−]\d+\.\d, [+−]\d+\.\d\]"
+    assert re.search(difference + ", undecided\naccuracy", found["difference"])
+    assert re.search(difference + ".*not beyond chance; D2LoRA is undecided", found["said"])
     assert found["down"] == sorted(found["down"], reverse=True)
     assert found["up"] == sorted(found["up"])
     hidden, tip = found["tip"]
@@ -234,12 +241,14 @@ def test_curves_can_be_told_apart_and_filters_leave_no_panel_twice(many: Path) -
     found = in_page(
         many,
         """
-        const panels = () => Object.fromEntries([...document.querySelectorAll("figure")].filter((f) => f.textContent.startsWith("lab_math"))
+        const panels = () => Object.fromEntries([...document.querySelectorAll("figure:not(.differences)")].filter((f) => f.textContent.startsWith("lab_math"))
           .map((f) => [f.querySelector("figcaption").textContent, [...f.querySelectorAll(".key")].map((k) => {
             const [line, dot] = [".curve", ".dot"].map((x) => k.querySelector(x)), style = getComputedStyle(line);
             return [k.textContent, [style.stroke, style.strokeDasharray, dot.getAttribute("d"), getComputedStyle(dot).fill].join()]; })]));
         result.all = panels();
-        for (const m of ["40", "0"]) { choose("m", m); result[m] = panels(); }
+        const differences = () => [...document.querySelectorAll("figure.differences figcaption")].map((f) => f.textContent).filter((t) => t.startsWith("lab_math"));
+        result.differences = differences();
+        for (const m of ["40", "0"]) { choose("m", m); result[m] = panels(); result[`differences ${m}`] = differences(); }
         """,
     )
     for caption, keys in found["all"].items():
@@ -247,6 +256,10 @@ def test_curves_can_be_told_apart_and_filters_leave_no_panel_twice(many: Path) -
     who = ("lab, lora", "lab, pissa", "llama-3.2-1b-instruct, lora")
     captions = [f"lab_math, {x}, D2LoRA({m}, n): accuracy in %" for x in who for m in (40, 8)]
     assert sorted(found["all"]) == captions
+    apart = [caption.replace("accuracy in %", "accuracy: D2LoRA - LoRA in points") for caption in captions]
+    assert sorted(found["differences"]) == apart
+    assert sorted(found["differences 40"]) == [caption for caption in apart if "40" in caption]
+    assert found["differences 0"] == []
     assert sorted(found["40"]) == [c for c in captions if "40" in c]
     assert len(found["0"]) == 3, "LoRA of each"
     assert {label for keys in found["0"].values() for label, _ in keys} == {"SFT LoRA", "DPO LoRA"}

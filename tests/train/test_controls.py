@@ -117,7 +117,7 @@ def test_a_placebo_has_the_answers_of_other_rows(make) -> None:
     )
 
 
-@pytest.mark.parametrize("init", ["lora", "pissa", "multilora", "eva"])
+@pytest.mark.parametrize("init", ["lora", "pissa", "multilora", "eva", "rslora"])
 def test_merged_is_the_exact_sum_of_both_adapters(make, tiny: Path, init: str) -> None:
     more = ["init.samples=8"] if init == "eva" else []
     cell = make(f"init={init}", *more, "control=merged", "control.weight=0.5")
@@ -140,6 +140,7 @@ def test_merged_is_the_exact_sum_of_both_adapters(make, tiny: Path, init: str) -
     [
         (["control=mixed", "method=dpo"], "control=mixed: needs method=sft"),
         (["control=merged", "init=loftq"], "control=merged: with init=loftq two adapters have no sum"),
+        (["control=merged", "init=dora"], "control=merged: with init=dora two adapters have no sum"),
         (["control=placebo", "+warmup.rendered=true"], "control=placebo: needs conversations"),
         (["control=merged", "control.weight=0"], "control.weight=0"),
     ],

@@ -13,8 +13,10 @@ from lm_eval.api.task import ConfigurableTask
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import composing
 import families
 from configurations import configurations
+from doing import do
 
 from d2lora import data
 from d2lora.base import Base, load_base
@@ -22,6 +24,7 @@ from d2lora.command import fetch
 from d2lora.errors import UserError
 from d2lora.evaluate import harness
 from d2lora.layouts import proof
+from d2lora.records import Records
 from d2lora.scoring import kind_named
 from d2lora.settings import Benchmark, Data, Model
 
@@ -277,3 +280,26 @@ def test_a_prompt_or_gold_that_is_no_text_is_refused_before_anything_is_asked() 
     ):
         with pytest.raises(UserError, match="row 2: "):
             harness.task_of("t", numbers(), [ROWS[0], row], template=True)
+
+
+def test_items_keep_the_cluster_that_their_benchmark_names(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "passages.jsonl"
+    rows = [row | {"passage": passage} for row, passage in zip(ROWS, ("a", "a", "b", None), strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test_set = [
+        f"model.path={tiny}",
+        f"task.benchmark.lab_math.data.path={file}",
+        "~task.benchmark.lab_math.data.split",
+    ]
+    more = [
+        "+task.benchmark.lab_math.cluster=passage",
+        "~task.benchmark.lab_facts",
+        "task.benchmark.lab_math.max_new_tokens=3",
+    ]
+    cell = composing.cell("n=0", *test_set, *more, f"output={tmp_path / 'out'}")
+    do(cell)
+    key = cell.chain.evaluations[0].key
+    records = Records(tmp_path / "out")
+    records.get("evaluate", key)
+    assert [item["cluster"] for item in records.texts(key, [0, 1, 2, 3])] == ["a", "a", "b", "row 3"]
+    assert records.clusters(key).tolist() == [0, 0, 1, 2]

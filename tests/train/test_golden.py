@@ -48,10 +48,10 @@ def test_a_key_that_moves_is_named_with_what_moved_it() -> None:
     assert [line.split(": ")[-1] for line in lines] == ["lr", "parent", "parent"]
 
 
-@pytest.mark.parametrize("group", ["method", "init", "task"])
+@pytest.mark.parametrize("group", ["method", "init", "task", "control"])
 def test_every_choice_has_a_golden_key(group: str) -> None:
     chosen = {o.split("=")[1] for overrides in make.KEYS.values() for o in overrides if o.startswith(f"{group}=")}
-    defaults = {"sft", "lora", "lab_math", "math"}  # math: that of scale=paper
+    defaults = {"sft", "lora", "lab_math", "none", "math"}  # math: that of scale=paper
     there = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml")}
     assert there - chosen - defaults - ELSEWHERE == set(), "give tests/golden/make.py a cell with it"
 

@@ -164,3 +164,9 @@ def test_an_index_into_a_text_is_no_gold(check) -> None:
         check([{"q": "?", "a": "18"}], gold="{a[0]}")
         == "row 1: gold={a[0]}: '18' is a text, and {a[0]} names a part of it"
     )
+
+
+def test_a_cluster_column_that_no_row_has_is_refused(check) -> None:
+    rows = [{"q": "?", "a": 1, "passage": "x"}, {"q": "?", "a": 2, "passage": None}]
+    assert check(rows, cluster="passage") is None
+    assert "chapter" in check(rows, cluster="chapter")

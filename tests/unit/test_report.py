@@ -16,7 +16,7 @@ from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.records import Records
-from d2lora.report import artefacts, compare, evidence, figures, formats, paper, tables, verdict
+from d2lora.report import artefacts, compare, controls, differences, evidence, figures, formats, paper, tables, verdict
 from d2lora.report.axes import MACHINE
 from d2lora.report.points import Point, points_of
 from d2lora.store import Store
@@ -83,7 +83,7 @@ def test_latex_is_booktabs_and_escaped(table3: Path) -> None:
 
 def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numbers(table3: Path) -> None:
     folder = table3 / "report" / "mine"
-    assert {f.stem for f in folder.glob("*.png")} == {"curves", "figure1", "figure2", "figure3"}
+    assert {f.stem for f in folder.glob("*.png")} == {"curves", "differences", "figure1", "figure2", "figure3"}
     assert (folder / "figure2.pdf").read_bytes().startswith(b"%PDF")
     loaded = artefacts.load(table3, "mine", Records(table3))
     panels = {s.artefact.name: s.content.panels for s in loaded.shown}
@@ -682,7 +682,7 @@ def test_each_comparison_is_better_worse_equivalent_or_undecided(tmp_path: Path)
     cells = grid(wide, n=[100, 200, 400], m=[0, 4000], seed=range(5))
     made.publish(tmp_path, cells, items=400, ability=ability)
     report.write(tmp_path, ["mine"])
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     assert {c.d2lora.n: c.decision for c in table.unique_pairs} == {100: "better", 200: "equivalent", 400: "worse"}
     said = "Equivalent within 6 points (two one-sided tests, 5 %) in 1, undecided in 0."
     files = {f.name: f.read_text() for f in (tmp_path / "report" / "mine").iterdir() if f.suffix in (".md", ".tex")}
@@ -707,7 +707,7 @@ def test_one_seed_s_equivalence_is_newcombe_s_interval_within_one_point_where_a_
     for cell in content["cells"]:
         del cell["config"]["report"]
     file.write_text(json.dumps(content))
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).shown[0].tables[0]
+    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     (pair,) = table.unique_pairs
     assert table.margin == 1.0
     assert pair.equivalence[0] > pair.interval[0]
@@ -818,3 +818,138 @@ def test_the_artefact_of_the_documentation_is_written_and_on_the_page(tmp_path: 
     rows = read_csv(tmp_path / "report" / "mine" / "too_long.csv")
     assert [row["rows too long"] for row in rows] == ["3", "3"]
     assert "Rows that were too long, by training" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a grid with all control arms: merged is as good as D2LoRA, and the others are as LoRA."""
+    output = tmp_path_factory.mktemp("controlled")
+    cells = [
+        cell
+        for control in ("none", "longer", "mixed", "merged", "placebo")
+        for replicate in range(3)
+        for cell in grid(f"control={control}", f"replicate={replicate}", n=[0, 100, 500], m=[0, 4000])
+    ]
+
+    def ability(cell: Cell) -> float:
+        return 0.6 if cell.config.m != 0 and cell.config.control.name in ("none", "merged") else 0.4
+
+    made.publish(output, cells, items=200, ability=ability)
+    report.write(output, ["mine"])
+    return output
+
+
+def test_control_arms_are_rows_of_their_own_and_d2lora_is_still_compared_with_lora(controlled: Path) -> None:
+    table = tables.build(points(controlled))[0]
+    arms = ["LoRA", "D2LoRA(4k, n)", "longer(4k, n)", "mixed(4k, n)", "merged(4k, n)", "placebo(4k, n)"]
+    assert [line.label for line in table.lines] == [f"SFT {arm}" for arm in arms]
+    assert [sorted(line.points) for line in table.lines] == [[0, 100, 500]] * 2 + [[100, 500]] * 3 + [[0, 100, 500]]
+    assert {(c.lora.arm, c.d2lora.arm) for c in table.unique_pairs} == {("LoRA", "D2LoRA(4k, n)")}
+
+
+def test_d2lora_is_compared_with_its_best_control(controlled: Path) -> None:
+    chosen = [p for p in points(controlled) if p.benchmark == "lab_math"]
+    found = controls.against(chosen)
+    assert [(each.point.n, sorted(each.comparisons)) for each in found] == [
+        (0, ["placebo"]),
+        (100, ["longer", "merged", "mixed", "placebo"]),
+        (500, ["longer", "merged", "mixed", "placebo"]),
+    ]
+    for each in found:
+        for name, comparison in each.comparisons.items():
+            assert comparison.beyond_chance == (name != "merged"), name
+        assert each.best.lora.control == ("merged" if each.point.n else "placebo")
+    told = controls.verdict(found)
+    assert "its best control (longer, mixed, merged, placebo)" in told
+    assert "beyond chance in 1 (Holm over 9 comparisons" in told
+    assert controls.verdict([]) == ""
+    rows = read_csv(controlled / "report" / "mine" / "controls.csv")
+    assert {r["rules out"] for r in rows} == {"more steps", "two phases", "it must be continued", "any tokens do"}
+    assert "D2LoRA beats its best control" in report.finish(controlled, "mine", draw=False)
+
+
+def test_a_setting_of_a_control_is_an_axis_of_its_arm_alone(tmp_path: Path) -> None:
+    cells = [c for w in ("0.5", "1.0") for c in grid("control=merged", f"control.weight={w}", n=[8], m=[0, 8])]
+    made.publish(tmp_path, [*cells, *grid(n=[8], m=[8])])
+    weights = {(p.control, p.m): {q.axes.get("control.weight") for q in points(tmp_path) if (q.control, q.m) == (p.control, p.m)} for p in points(tmp_path)}  # fmt: skip
+    assert weights == {("none", 0): {None}, ("none", 8): {None}, ("merged", 8): {"0.5", "1.0"}}
+
+
+def difference_panels(output: Path) -> list[differences.Panel]:
+    return artefacts.load(output, "mine", Records(output)).content("differences").differences
+
+
+def test_differences_are_the_first_picture_with_their_intervals_and_the_margin(table3: Path) -> None:
+    folder = table3 / "report" / "mine"
+    assert {f.suffix for f in folder.glob("differences.*")} == {".png", ".svg", ".pdf"}
+    assert artefacts.ARTEFACTS[0].name == "differences"
+    (panel,) = [p for p in difference_panels(table3) if p.title == "gsm8k"]
+    assert [c.label for c in panel.curves] == ["SFT", "DPO", "ORPO"]
+    assert (panel.x, panel.xs, panel.margin) == ("n", SIZES, 1.0)
+    assert all(c.d2lora.m == 40000 and c.lora.m == 0 for curve in panel.curves for *_, c in curve.points)
+    text = (table3 / "report" / "index.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*)</script>', text)[1])
+    first = data["sweeps"][0]["shown"][0]["panels"][0]
+    assert (first["margin"], first["band"]) == (0.01, "within ± 1 point")
+    x, point, comparison = first["curves"][0]["points"][1]
+    assert (x, data["points"][point]["n"], data["comparisons"][comparison]["decision"]) == (1000, 1000, "undecided")
+
+
+def test_drawn_differences_are_those_of_the_comparisons(table3: Path) -> None:
+    from matplotlib import pyplot
+
+    panel = difference_panels(table3)[0]
+    figure = figures.stacked([panel], differences.draw_panel, pyplot)
+    (axis,) = figure.axes
+    drawn = {bar.get_label(): bar for bar in axis.containers}
+    for curve in panel.curves:
+        line, _, (spans,) = drawn[curve.label].lines
+        assert list(line.get_ydata()) == pytest.approx([100 * c.difference for *_, c in curve.points])
+        ends = [tuple(segment[:, 1]) for segment in spans.get_segments()]
+        assert ends == [pytest.approx([100 * end for end in c.interval]) for *_, c in curve.points]
+    low, high = axis.get_ylim()
+    assert low < min(100 * c.interval[0] for curve in panel.curves for *_, c in curve.points)
+    assert high > max(100 * c.interval[1] for curve in panel.curves for *_, c in curve.points)
+    pyplot.close(figure)
+
+
+def test_each_arm_has_a_panel_of_differences_and_a_swept_rate_is_its_axis(tmp_path: Path, rates: Path) -> None:
+    made.publish(tmp_path, grid(methods=("sft", "orpo"), n=[8, 16], m=[0, 8, 40]))
+    titles = [p.title for p in difference_panels(tmp_path) if p.title.startswith("lab_math")]
+    assert titles == ["lab_math, D2LoRA(8, n)", "lab_math, D2LoRA(40, n)"]
+    panels = [p for p in difference_panels(rates) if p.title.startswith("lab_math")]
+    assert {p.x for p in panels} == {"recipe.lr"}
+    assert [p.title for p in panels] == ["lab_math, n=0", "lab_math, n=500"]
+    made.publish(tmp_path, grid("sweep=alone", n=[8, 16], m=[0]))
+    assert artefacts.load(tmp_path, "alone", Records(tmp_path)).content("differences") is None
+
+
+def test_items_that_belong_together_are_drawn_together(tmp_path: Path) -> None:
+    """Ten questions on each of 20 passages: intervals are wider, tests are not exact, and the report says why."""
+    made.publish(tmp_path / "items", grid(n=[100, 200], m=[0, 4000], seed=range(3)), items=200)
+    column = "+task.benchmark.lab_math.cluster=passage"
+    cells = grid(column, n=[100, 200], m=[0, 4000], seed=range(3))
+    made.publish(tmp_path / "clusters", cells, items=200)
+    for cell in cells:
+        file = tmp_path / "clusters" / "store" / "evaluate" / cell.chain.evaluations[0].key / "items.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        whole = [line | {"cluster": f"passage {line['index'] % 20}"} for line in lines]
+        file.write_text("".join(json.dumps(line) + "\n" for line in whole))
+    text = report.finish(tmp_path / "clusters", "mine")
+    table, plain = (tables.build(points(tmp_path / name))[0] for name in ("clusters", "items"))
+    assert {c.test for c in table.unique_pairs} == {"two-level bootstrap of clusters"}
+    assert all(c.differences.shape == (3, 20) for c in table.unique_pairs)
+    assert [p.value for p in table.points] == pytest.approx([float(p.table.mean()) for p in table.points])
+    assert "Pooled over 2 cells" in table.verdict
+    note = "lab_math: its 200 items are in 20 clusters, which intervals and tests draw instead of items."
+    assert note in formats.footnotes([table])
+    assert note not in formats.footnotes([plain])
+    assert note in (tmp_path / "clusters" / "report" / "mine" / "table.md").read_text()
+    assert "lab_facts" in text
+
+
+def test_a_cluster_column_is_in_the_key_only_where_it_is_named() -> None:
+    (plain,), (named,) = grid(n=[0]), grid("+task.benchmark.lab_math.cluster=question", n=[0])
+    assert "cluster" not in plain.chain.evaluations[0].spec.content()["benchmark"]
+    assert named.chain.evaluations[0].spec.content()["benchmark"]["cluster"] == "question"
+    assert plain.chain.evaluations[1].key == named.chain.evaluations[1].key

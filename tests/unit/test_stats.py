@@ -271,3 +271,28 @@ def test_an_interval_of_shares_promises_nothing_impossible() -> None:
     assert low < -3, "not shares"
     low, high = stats.interval(np.ones((2, 100)))
     assert 0.9 < low < high == 1
+
+
+def test_means_of_clusters_are_the_runs_means_and_items_that_agree_count_once() -> None:
+    """50 passages with ten questions each, all right or all wrong: 50 answers, not 500."""
+    right = RNG.random((3, 50)) < 0.6
+    scores, clusters = np.repeat(right, 10, axis=1).astype(float), np.repeat(np.arange(50), 10)
+    units = stats.by_cluster(scores, clusters)
+    assert units.shape == (3, 50)
+    assert units.mean(axis=1) == pytest.approx(scores.mean(axis=1))
+    assert units == pytest.approx(right.astype(float)), "of one size, they are the clusters' means"
+    assert stats.by_cluster(scores, np.arange(500)) == pytest.approx(scores), "items for themselves stay as they are"
+
+
+def test_clustered_intervals_hold_where_those_of_items_do_not() -> None:
+    """300 studies of one run: clusters of 1 to 19 items that share most of their luck."""
+    generator, held = np.random.default_rng(11), {"items": 0, "clusters": 0}
+    for _ in range(300):
+        sizes = generator.integers(1, 20, 60)
+        clusters = np.repeat(np.arange(60), sizes)
+        scores = (generator.normal(0, 1, 60)[clusters] + generator.normal(0, 0.5, sizes.sum()) > 0).astype(float)[None]
+        for name, units in (("items", scores), ("clusters", stats.by_cluster(scores, clusters))):
+            low, high = stats.percentiles(stats.bootstrap(units, 2000))
+            held[name] += low <= 0.5 <= high
+    assert held["items"] / 300 < 0.7
+    assert 0.9 < held["clusters"] / 300 < 0.98
