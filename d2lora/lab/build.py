@@ -85,7 +85,10 @@ def related_rows(count: int) -> Iterator[dict[str, Any]]:
 def recall_items() -> list[dict[str, str]]:
     """Return lab-facts's test questions with their answers as sentences: what the base knows, said and not chosen."""
     return [
-        {"question": world.fact_questions(creature, attribute)["test"][0], "answer": world.fact_sentence(creature, attribute)}
+        {
+            "question": world.fact_questions(creature, attribute)["test"][0],
+            "answer": world.fact_sentence(creature, attribute),
+        }
         for creature, attribute in world.facts()
     ]
 
