@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora import data
@@ -147,6 +147,16 @@ def covered(model: Model, target_modules: str | list[str]) -> dict[str, Any]:
     """Return the layers and the share of weights that an adapter covers (coverage.of), from the model's config: no
     weights are loaded.
     """
+    return _covered(_empty(model), target_modules)
+
+
+def _covered(empty: PreTrainedModel, target_modules: str | list[str]) -> dict[str, Any]:
+    with torch.device("meta"):
+        return coverage.of(fresh(empty, Start(Lora(r=1, alpha=1, target_modules=target_modules), PlainInit())))
+
+
+def _empty(model: Model) -> PreTrainedModel:
+    """Return a model without weights, on the device "meta"."""
     path = data.model_files(model)
     remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     if model.gguf_package:
@@ -155,13 +165,31 @@ def covered(model: Model, target_modules: str | list[str]) -> dict[str, Any]:
     else:
         config = AutoConfig.from_pretrained(str(path or model.path), **remote)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(families.settled(config), trust_remote_code=model.trust_remote_code)
-        return coverage.of(fresh(empty, Start(Lora(r=1, alpha=1, target_modules=target_modules), PlainInit())))
+        return AutoModelForCausalLM.from_config(families.settled(config), trust_remote_code=model.trust_remote_code)
 
 
-def remember_coverage(model: dict[str, Any], target_modules: str | list[str], file: str) -> None:
-    """Write the coverage of a model (its config as a mapping) into a JSON file."""
-    write_json(Path(file), covered(Model.model_validate(model), target_modules))
+def shape_of(empty: PreTrainedModel) -> dict[str, int]:
+    """Return what time and memory depend on: parameters, layers, the widths of a layer and of its keys, vocabulary."""
+    config = empty.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "parameters": sum(weight.numel() for weight in empty.parameters()),
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "kv": (getattr(config, "num_key_value_heads", None) or heads) * width,
+        "vocabulary": config.vocab_size,
+    }
+
+
+def remember_coverage(model: dict[str, Any], target_modules: str | list[str], file: str, shape_file: str) -> None:
+    """Write the coverage of a model (its config as a mapping) into a JSON file, and its size into another."""
+    empty = _empty(Model.model_validate(model))
+    with contextlib.suppress(
+        AttributeError
+    ):  # a family without attention, say: a plan then takes its size from its name
+        write_json(Path(shape_file), shape_of(empty))
+    write_json(Path(file), _covered(empty, target_modules))
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 
 from d2lora import data, plan
 from d2lora.command import rehearsal, summary
@@ -14,7 +16,7 @@ from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.settings import Config
 from d2lora.stages import prepare
-from d2lora.stages.rows import coverage_file
+from d2lora.stages.rows import coverage_file, shape_file
 from d2lora.store import Store
 
 Passed = set[str]  # the checks that passed, as name and arguments: most are the same in all cells of a grid
@@ -108,11 +110,13 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
 
     A dry run computes it. A run reports what is cached, since its records will have it.
     """
-    lines = {}
+    lines: dict[Path, str] = {}
+    seen: set[Path] = set()
     for config in (cell.config for cell in cells if cell.chain.adapter):
         file = coverage_file(config)
-        if file in lines or not (config.dry_run or file.exists()):
+        if file in seen or not (config.dry_run or file.exists()):
             continue
+        seen.add(file)
         targets = config.recipe.lora.target_modules
         if not file.exists():
             _compute_coverage(config)
@@ -124,6 +128,9 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
 
 def _compute_coverage(config: Config) -> None:
     """Compute the layers that the cell's adapter covers, in another process: planning must not import torch and PEFT."""
-    arguments = [config.model.model_dump(), config.recipe.lora.target_modules, str(coverage_file(config))]
+    files = [str(coverage_file(config)), str(shape_file(config))]
+    arguments = [config.model.model_dump(), config.recipe.lora.target_modules, *files]
     code = "import json, sys; from d2lora.adapters import attach; attach.remember_coverage(*json.load(sys.stdin))"
-    subprocess.run([sys.executable, "-c", code], input=json.dumps(arguments), text=True, capture_output=True)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # a config that is not here would be tried for again and again
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, input=json.dumps(arguments), text=True, capture_output=True, env=offline)

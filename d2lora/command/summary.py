@@ -1,21 +1,16 @@
 """Describe a run: the plan and its estimated time, the sweep's progress, a cell's results, failures."""
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from d2lora import plan, records
+from d2lora import plan
+from d2lora.command import findable, forecast
 from d2lora.data import overlap
-from d2lora.errors import UserError
-from d2lora.keys import canonical
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.stages import VERSIONS, Stage, flips
-from d2lora.stages.contamination import ContaminationSpec
-from d2lora.stages.evaluate import EvaluateSpec
-from d2lora.stages.prepare import PrepareSpec
-from d2lora.stages.stage import Identity
 from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
 
@@ -23,7 +18,8 @@ from d2lora.store import Store
 def plan_text(
     cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = (), later: Iterable[Stage] = ()
 ) -> str:
-    """Return what a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, and about how long.
+    """Return what a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, what the design can find,
+    time and memory.
 
     `later` are like stages that follow but are not known yet: their time is counted.
     """
@@ -44,9 +40,8 @@ def plan_text(
     if len(cells) <= 12 or cells[0].config.dry_run:
         lines += [f"  {_cell_line(c, store)}" for c in cells]
     lines += notes
-    if left:
-        left += {s.key: s for s in later if s not in stages and not store.done(s)}.values()
-        lines.append(f"  about {_duration(left, store, workers)}")
+    lines += findable.lines(cells, store)
+    lines += forecast.Forecast(cells, store, workers, later).lines()
     return "\n".join(lines)
 
 
@@ -75,48 +70,6 @@ def _cell_line(cell: Cell, store: Store) -> str:
     chain = cell.chain
     marks = [f"{s.kind} {s.key[:8]}{' (done)' if store.done(s) else ''}" for s in chain.stages]
     return f"{cell.id}: {', '.join(marks)}"
-
-
-def _duration(left: list[Stage], store: Store, workers: int) -> str:
-    """Return an estimate from the times of finished stages of the same kind; without any, say so."""
-    measured = _measured(store)
-    if any(_kind(s.kind, s.spec.content()) not in measured for s in left):
-        return "an unknown time: nothing like it was measured here yet"
-    if any(s.samples is None for s in left):
-        return "an unknown time: n or m is all of a data set that is not read yet"
-    seconds = 0.0
-    for stage in left:
-        times = measured[_kind(stage.kind, stage.spec.content())]
-        seconds += sum(times) / len(times) * (stage.samples or 1)
-    seconds = seconds / workers + 20  # imports
-    text = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-    return text + (f" with {workers} workers" if workers > 1 else "")
-
-
-def _measured(store: Store) -> dict[tuple[str, ...], list[float]]:
-    """Return the seconds per sample that finished stages took, by `_kind`."""
-    measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for folder in store.outputs.entries():
-        try:
-            if record := records.read(folder):
-                samples = max(record.metrics.get("samples_seen", 1), 1)
-                measured[_kind(record.stage, record.spec)].append(record.seconds / samples)
-        except (OSError, UserError, KeyError, TypeError):
-            continue  # `python -m d2lora check` names it; an estimate can do without
-    return measured
-
-
-def _kind(name: str, spec: Identity) -> tuple[str, ...]:
-    """Return what a stage's time per sample depends on most: kind, method and model; of an evaluation, its benchmark."""
-    benchmark = spec.get("benchmark", spec.get("lm_eval"))
-    if name == ContaminationSpec.KIND:
-        return name, canonical(spec["train"])
-    if name == EvaluateSpec.KIND:
-        return name, canonical(benchmark)
-    if name == flips.FlipsSpec.KIND:
-        return name, canonical([benchmark, spec["model"]])
-    kind = spec["init"]["name"] if name == PrepareSpec.KIND else spec.get("method", {}).get("name", "")
-    return name, kind, canonical(spec["model"])
 
 
 def progress_text(cells: list[Cell], store: Store) -> str:

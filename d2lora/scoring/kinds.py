@@ -21,6 +21,7 @@ class Generated:
     compare: Callable[[str, str], dict[str, float]]  # answer, gold -> a value for each metric
     problem: Callable[[str], str | None]  # why nothing can be compared with this gold, or None; {} is the gold
     family: str = ""  # prefix of metrics that a report shows all together; without one it shows the first metric only
+    right_or_wrong: bool = True  # whether the first metric is 1 or 0 of each item
     needs: ClassVar[tuple[str, ...]] = ()  # optional fields of a benchmark that this kind requires
     generates: ClassVar[bool] = True
 
@@ -37,6 +38,7 @@ class MultipleChoice:
     name: str
     metrics: tuple[str, ...]
     family: str = ""
+    right_or_wrong: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("choices", "labels")
     generates: ClassVar[bool] = False
 

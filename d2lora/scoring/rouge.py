@@ -34,4 +34,4 @@ def _problem(gold: str) -> str | None:
     return None
 
 
-ROUGE = Generated("rouge", METRICS, rouge, _problem, family="rouge")
+ROUGE = Generated("rouge", METRICS, rouge, _problem, family="rouge", right_or_wrong=False)

@@ -16,6 +16,7 @@ from d2lora.settings.controls import (
     control_of,
     in_effect,
 )
+from d2lora.settings.gpus import Planning
 from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
 from d2lora.settings.recipe import RATE, Recipe
@@ -68,6 +69,7 @@ class Config(Strict):
     sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
     report: Report = Report()
+    plan: Planning = Field(default=Planning(), exclude=True)
     wandb: Wandb = Field(default=Wandb(), exclude=True)
     data_root: Text | None = None
     dry_run: StrictBool = False
@@ -118,7 +120,7 @@ class Config(Strict):
         columns = self.report.columns
         part, _, inner = (columns or "n").partition(".")
         if part not in type(self).model_fields or part in (
-            *("report", "wandb", "output", "sweep", "seed", "replicate", "tune"),
+            *("report", "plan", "wandb", "output", "sweep", "seed", "replicate", "tune"),
         ):
             raise ValueError(
                 f"report.columns={columns}: n, m, model, init, warmup, or a setting's key, for example recipe.lr"

@@ -20,6 +20,7 @@ class BaseMethod(Strict):
     needs_pairs: ClassVar[bool]  # trains on (chosen, rejected); otherwise on the chosen answer alone
     least_rows: ClassVar[int] = 1  # of a training set
     cost: ClassVar[float]  # time of a training step relative to SFT's on as many samples
+    extra_forwards: ClassVar[int] = 0  # of a step: passes without a backward one, beside the reference's
     rates_like: ClassVar[str | None] = (
         None  # the method whose learning rate and epochs it has where a recipe lists none
     )
@@ -115,6 +116,7 @@ class Kto(Referenced):
     needs_pairs: ClassVar[bool] = True
     least_rows: ClassVar[int] = 2  # a prompt and an answer to another one
     cost: ClassVar[float] = 3.5  # DPO's, and a forward pass for the KL
+    extra_forwards: ClassVar[int] = 1  # for the KL
     rates_like: ClassVar[str | None] = "dpo"
 
     name: Literal["kto"] = "kto"

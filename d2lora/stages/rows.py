@@ -41,6 +41,11 @@ def coverage_file(config: Config) -> Path:
     return Outputs.of(config).fingerprint(f"coverage-{digest(identity)}")
 
 
+def shape_file(config: Config) -> Path:
+    """Return the file that caches the size of the cell's base (attach.shape_of), for the forecast of a plan."""
+    return Outputs.of(config).fingerprint(f"shape-{digest({'model': data.model_identity(config.model)})}")
+
+
 def general(run: Run[Spec], amount: int | str, max_length: int) -> data.Subset:
     """Return the first `amount` conversations in the warm-up's order, as examples."""
     config = run.config

@@ -1,0 +1,76 @@
+"""Say how fast hardware is that nothing was measured on: a GPU of the table, or this machine's processor.
+
+The shares of a data sheet's rates that are reached were measured on an H200 (docs/training.md): 14 % of its FLOP/s in training, and
+0.1 s for a token of 64 answers of an 8 B model, which is 3 ms a layer: launching kernels takes the time, not reading weights.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from d2lora.command.sizes import Shape
+from d2lora.settings import Config
+from d2lora.settings.gpus import Gpu, gpu_in
+
+_MFU = 0.14
+_LAYER = 3e-3  # seconds of a GPU for a layer's part of one generated token
+_SVD = 1e12  # FLOP/s of a GPU's decompositions: these do not run on tensor cores
+_LOAD = 1e9  # bytes/s of weights from a disk
+_IMPORTS = 13.0  # seconds until a process has its libraries
+
+_THREAD = 80e9  # FLOP/s of a processor's thread: DPO of SmolLM2-135M with AVX-512, 2.6 s a pair (docs/training.md)
+_THREAD_LAYER = 10e-3  # seconds of a processor for a layer's part of a training step beyond its FLOP
+_THREAD_TOKEN = 1e-3  # and of one generated token
+_PROCESS = 0.7 * 2**30  # bytes of a process with its libraries
+
+
+@dataclass(frozen=True)
+class Device:
+    """What work runs on: FLOP/s that training reaches, seconds of a layer in a step and in a generated token, memory."""
+
+    label: str  # how its rate is said
+    flops: float
+    bandwidth: float
+    step: float
+    token: float
+    svd: float
+    process: float  # bytes beside the model's
+    memory: float | None  # bytes; None where nothing says what is too much
+    gpu: Gpu | None = None
+
+    def start(self, weights: float) -> float:
+        """Return the seconds until a process has its libraries and a base of so many bytes."""
+        return _IMPORTS + weights / _LOAD
+
+    def decode(self, shape: Shape, weights: float) -> float:
+        """Return the seconds of one token of a batch's answers: the weights are read, and each layer is launched."""
+        return max(weights / self.bandwidth, shape.layers * self.token)
+
+
+def device(config: Config, name: str | None) -> Device:
+    """Return the GPU of this name, or one of the same family as the table has; a processor's threads without a name."""
+    if name is None:
+        threads = config.recipe.threads or os.cpu_count() or 1
+        label = f"a processor's {_THREAD / 1e9:.0f} GFLOP/s a thread"
+        return Device(label, _THREAD * threads, 1e10, _THREAD_LAYER, _THREAD_TOKEN, _THREAD * threads, _PROCESS, None)
+    known = gpu_in(name)
+    gpu = known or gpu_in("a100")
+    assert gpu is not None, "in the table"
+    whose = f"{gpu.label}'s" if known else f"an {gpu.label}'s (for {name})"
+    label = f"{whose} {gpu.flops / 1e12:.0f} TFLOP/s at {100 * _MFU:.0f} % MFU"
+    return Device(label, gpu.flops * _MFU, gpu.bandwidth, 0.0, _LAYER, _SVD, 2**30, gpu.memory if known else None, gpu)
+
+
+@functools.cache
+def gpu_here() -> str | None:
+    """Return the name of this machine's first GPU as its driver says it; None if there is none."""
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0].strip() if lines else None
