@@ -231,5 +231,6 @@ def test_every_benchmark_belongs_to_a_task(cell) -> None:
     used = set()
     for file in (ROOT / "conf" / "task").glob("*.yaml"):
         if file.stem != "math_local":  # the user's copy of math
-            used |= set(cell(f"task={file.stem}").config.task.benchmark)
+            task = cell(f"task={file.stem}").config.task
+            used |= {*task.benchmark, *task.validation}
     assert used == {f.stem for f in (ROOT / "conf" / "benchmark").glob("*.yaml")}
