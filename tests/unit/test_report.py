@@ -997,5 +997,7 @@ def test_fewer_than_four_replicates_have_no_halves(tmp_path: Path) -> None:
 def test_figure_3_of_the_lab_shows_what_is_forgotten_where_a_grid_has_it(asked: list[str], tmp_path: Path) -> None:
     choice = f"benchmark@task.benchmark=[{','.join(asked)}]"
     made.publish(tmp_path, grid(choice, methods=METHODS, n=[0, 100, 200], m=[0, 4000]))
-    panels = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("figure3").panels
-    assert {p.benchmark for panel in panels for p in panel.points} == {asked[-1]}
+    loaded = artefacts.load(tmp_path, "mine", Records(tmp_path))
+    figure = next(a for a in paper.FIGURES if a.name == "figure3")
+    assert {p.benchmark for p in paper.select(figure, loaded.sweep.points)} == {asked[-1]}
+    assert loaded.content("figure3").panels
