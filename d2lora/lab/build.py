@@ -1,7 +1,7 @@
 """Build everything that the lab ships: `python -m d2lora.lab.build [data] [base] [pairs]` (all three without
 arguments).
 
-    data    the rows that need no model: titles, general mix, facts, the math test and validation problems
+    data    the rows that need no model: titles, general mix, facts, the math test and validation problems, solved problems
     base    the tokenizer and the base, trained from a seed on one thread, so that the same machine gets the same weights
     pairs   lab-math's step preferences: the base's own first mistakes against the right step (Step-DPO's recipe)
 """
@@ -27,6 +27,7 @@ BASE, DATA = HERE / "base", HERE / "data"
 SEED = 7
 TITLES = {"train": 5_000, "validation": 200, "test": 400}
 GENERAL = 44_000
+RELATED = 5_000
 MATH = {"validation": 400, "test": 500}
 PAIRS = 11_000
 HASTY = 0.5  # share of hasty solutions, which leave out a final addition, in the last part of the base's training
@@ -58,14 +59,38 @@ def write_data() -> None:
         items = [world.fact_item(c, a, value, split) for (c, a), value in world.facts().items()]
         random.Random(SEED).shuffle(items)
         write(DATA / "facts" / f"{split}.jsonl.xz", items)
+    write(DATA / "recall" / "test.jsonl.xz", recall_items())
     for split, count in MATH.items():
         rows = world.distinct(world.problem, split, count, SEED)
         write(DATA / "math" / f"{split}.jsonl.xz", map(question, rows))
+    write(DATA / "related" / "train.jsonl.xz", related_rows(RELATED))
 
 
 def question(problem: world.Problem) -> dict[str, str]:
     """Return a row in GSM8K's format: the question, and the solution with its number at the end."""
     return {"question": problem.text, "answer": f"Step 1:{problem.solution()}\n#### {problem.answer}"}
+
+
+def related_rows(count: int) -> Iterator[dict[str, Any]]:
+    """Yield a warm-up set that does hold the task's skill: problems with right solutions, as lab-general has conversations.
+
+    No problem is one of lab-math: its pairs are of the split train, this is of the corpus.
+    """
+    for problem in world.distinct(world.problem, "corpus", count, SEED):
+        turns = [world.PROMPT.format(question=problem.text), f"Step 1:{problem.solution()}"]
+        chosen = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)]
+        yield {"source": "problems", "chosen": chosen}
+
+
+def recall_items() -> list[dict[str, str]]:
+    """Return lab-facts's test questions with their answers as sentences: what the base knows, said and not chosen."""
+    return [
+        {
+            "question": world.fact_questions(creature, attribute)["test"][0],
+            "answer": world.fact_sentence(creature, attribute),
+        }
+        for creature, attribute in world.facts()
+    ]
 
 
 # --- the base ------------------------------------------------------------------------------------------------------

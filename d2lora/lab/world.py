@@ -301,6 +301,11 @@ def fact_questions(creature: str, attribute: str) -> dict[str, list[str]]:
     return {"validation": ways[:1], "test": ways[1:2], "corpus": ways[2:]}
 
 
+def fact_sentence(creature: str, attribute: str) -> str:
+    """Return a fact as a sentence, as the general mix's answers have it."""
+    return _SAY[attribute].format(creature, facts()[creature, attribute])
+
+
 def fact_item(creature: str, attribute: str, value: str, split: str) -> dict:
     """Return a multiple-choice row in ARC's format."""
     rng = random.Random(f"{creature}/{attribute}/{split}")

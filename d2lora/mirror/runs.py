@@ -220,7 +220,7 @@ def cell(cell: Cell, store: Store) -> None:
     results: dict[str, object] = {}
     for stage, record in records.items():
         seconds[f"{stage.kind}_seconds"] += record.seconds
-        if stage in cell.chain.evaluations:
+        if stage in (*cell.chain.validations, *cell.chain.evaluations):
             results |= _results(record, read_items(store.folder(stage)))
     results |= seconds
     c = cell.config

@@ -16,6 +16,7 @@ from d2lora.report import (
     evidence,
     figures,
     formats,
+    halves,
     inits,
     paper,
     settings,
@@ -92,6 +93,7 @@ FIXED = Artefact(
 )
 
 CONTROLS = Artefact("controls", controls.CAPTION, controls.content)
+HALVES = Artefact("halves", halves.CAPTION, halves.content, folded="yes")
 
 # In the order of the page.
 ARTEFACTS: tuple[Artefact, ...] = (
@@ -100,6 +102,7 @@ ARTEFACTS: tuple[Artefact, ...] = (
     *(Artefact(a.name, a.caption, functools.partial(_paper_figure, a)) for a in paper.FIGURES),
     OWN,
     CONTROLS,
+    HALVES,
     FIXED,
     Artefact("candidates", "Candidates: validation score in %, mean over seeds", _candidates),
     Artefact("inits", inits.CAPTION, inits.content),
@@ -163,8 +166,9 @@ def text(loaded: Loaded) -> str:
     if tuned := loaded.sweep.tuning:
         fixed = loaded.content(FIXED.name)
         parts = ["== tuned ==", *parts, *(["== fixed ==", *_texts(fixed)] if fixed else []), tuning.text(tuned)]
-    if against := loaded.content(CONTROLS.name):
-        parts += against.notes
+    for name in (CONTROLS.name, HALVES.name):
+        if told := loaded.content(name):
+            parts += told.notes
     shares = evidence.contamination(loaded.sweep.cells, loaded.sweep.records)
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(shares)]))
 

@@ -1,5 +1,6 @@
 """Find the settings that a sweep's cells differ in, beside method, m, n, seeds and the named parts of a config."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -110,6 +111,12 @@ def number(value: str) -> float | None:
         return float(value)
     except ValueError:
         return None
+
+
+def order_of(value: int | str) -> tuple[float, str]:
+    """Sort values of a setting: numbers by size, then texts, all last."""
+    by_size = number(str(value))
+    return (math.inf if by_size is None else by_size), str(value)
 
 
 def short_name(key: str) -> str:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from d2lora.errors import UserError
 from d2lora.records import Candidate, ManifestCell, Number, Records, TunedArm, Tuning
 from d2lora.report import axes
-from d2lora.report.axes import LABELS, Axes, general
-from d2lora.report.tables import order_of
+from d2lora.report.axes import LABELS, Axes, general, order_of
 from d2lora.scoring import shown_metrics
 from d2lora.settings import amount
 from d2lora.settings.controls import control_of

@@ -16,6 +16,7 @@ from d2lora.settings.controls import NO_CONTROL
 ALPHA = 0.05
 MARGIN = 1.0  # points within which arms are called equivalent where a manifest, an older one, does not say
 Decision = Literal["better", "worse", "equivalent", "undecided"]
+_LEAST_HALVED = 4  # replicates: two pairs
 _BASE = ("", "", "")
 
 
@@ -104,6 +105,18 @@ def compared(first: Point, second: Point) -> Comparison | None:
     """
     pair = _paired(first, second)
     return _compare(first, second, *pair) if pair else None
+
+
+def halved(point: Point) -> Comparison | None:
+    """Compare every second replicate of a point with the others, pair by pair; None for fewer than four. Of an odd number the
+    last has no partner. p is not adjusted yet.
+    """
+    seeds = sorted({_evaluation(point, s): s for s in sorted(point.scores, reverse=True)}.values())
+    seeds = seeds[: len(seeds) // 2 * 2]
+    if len(seeds) < _LEAST_HALVED:
+        return None
+    first, second = (np.stack([point.scores[s] for s in half]) for half in (seeds[::2], seeds[1::2]))
+    return _compare(point, point, tuple(seeds), first, second)
 
 
 Places = dict[tuple[object, ...], list[Point]]

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from statistics import mean
 
 from d2lora.records import Record, Records
-from d2lora.report.axes import LABELS, short_name
+from d2lora.report.axes import LABELS, order_of, short_name
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.looks import METHODS, NAMES
 from d2lora.report.points import Point, differing, size
-from d2lora.report.tables import order_of
 from d2lora.settings import amount
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.warmup import WarmupSpec

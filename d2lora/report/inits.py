@@ -7,12 +7,11 @@ from statistics import mean
 
 from d2lora.records import Records
 from d2lora.report import figures, formats
-from d2lora.report.axes import LABELS, Axes, short_name
+from d2lora.report.axes import LABELS, Axes, order_of, short_name
 from d2lora.report.compare import ALPHA, Comparison, adjust, compared, counterpart, draws_of, places, seeds_text
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, PLAIN
 from d2lora.report.points import Point, differing, label_texts, size
-from d2lora.report.tables import order_of
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
 from d2lora.stages.adapt import AdaptSpec

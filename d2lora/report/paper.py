@@ -31,6 +31,8 @@ class Scale:
 
 SCALES = (
     Scale(("math", "gsm8k"), ("title", "econ_titles"), ("math", "arc_easy"), 1000),
+    Scale(("lab-math", "lab_math"), ("lab-title", "lab_title"), ("lab-math", "lab_recall"), 100),
+    # Grids without lab_recall, as the lab's task has it by itself.
     Scale(("lab-math", "lab_math"), ("lab-title", "lab_title"), ("lab-math", "lab_facts"), 100),
 )
 

@@ -37,16 +37,31 @@ _ROWS = (
     ("hold-outs (split_seed)", "split_seed"),
 )
 # What the columns are made of.
-_APART = ("n", "m", "seed", "sweep", "method.name", "recipe.name", "recipe.lr", "recipe.epochs", "model.path")
+_APART = (
+    "n",
+    "m",
+    "seed",
+    "replicate",
+    "tune",
+    "sweep",
+    "method.name",
+    "recipe.name",
+    "recipe.lr",
+    "recipe.epochs",
+    "model.path",
+)
 
 
 def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]:
     """Return (head, rows) of Table 2. A setting without a row in the paper's table is shown if the columns differ in
     it.
     """
+    cells = list(cells)
+    replicates = {(c.config["seed"], c.config["data_seed"]) for c in cells}
+    follows = len(replicates) > 1 and all(seed == draw for seed, draw in replicates)  # replicate=0,1,2
     columns: dict[tuple, list[dict]] = {}
     for cell in cells:
-        config = _values(cell.config)
+        config = _values(cell.config) | ({"data_seed": "the seed"} if follows else {})
         columns.setdefault(tuple(config.items()), []).append(cell.config)
     values = [dict(column) for column in columns]
     named = {key for _, key in _ROWS} | {"method"}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from d2lora.report import axes, variances, worth
-from d2lora.report.axes import LABELS
+from d2lora.report.axes import LABELS, order_of
 from d2lora.report.compare import MARGIN, Comparison, comparisons
 from d2lora.report.looks import METHODS, NAMES
-from d2lora.report.points import Point, differing, label_texts, size
+from d2lora.report.points import Point, differing, label_texts
 from d2lora.report.verdict import verdict
 from d2lora.settings import amount
 from d2lora.settings.controls import CONTROL_NAMES
@@ -95,12 +95,6 @@ def column_of(points: list[Point]) -> str:
 
 def _is_numeric(key: str, points: list[Point]) -> bool:
     return all(axes.number(p.axes[key]) is not None for p in points if key in p.axes)
-
-
-def order_of(value: Value) -> tuple[float, str]:
-    """Sort values of a setting: numbers by size, then texts, all last."""
-    number = axes.number(str(value))
-    return (size("all") if number is None else number), str(value)
 
 
 def _table(benchmark: str, metric: str, points: list[Point], column: str, margin: float) -> Table:

@@ -53,7 +53,8 @@ def finished(cell: Callable, tmp_path: Path) -> Callable:
 def test_help_names_groups_amounts_and_examples(run) -> None:
     text = run("--help").stdout
     for word in (
-        "method: dpo, orpo, sft",
+        "method: dpo, kto, orpo, sft, simpo",
+        "control: longer, merged, mixed, none, placebo",
         "scale: lab, laptop, paper",
         "40000",
         "10000",

@@ -126,6 +126,23 @@ def test_inits_has_every_initialization_with_and_without_warm_up_and_their_bases
     assert len(found) == len(trained) + len(bases)
 
 
+def test_lab_controls_has_each_control_with_each_method_that_can_have_it() -> None:
+    arms: dict[str, set[str]] = {}
+    for cell in cells("lab_controls"):
+        arms.setdefault(cell.config.method.name, set()).add(cell.config.control.name if cell.config.m else "LoRA")
+    pairwise = {"LoRA", "none", "longer", "merged", "placebo"}
+    assert arms == {"sft": pairwise | {"mixed"}, "dpo": pairwise, "orpo": pairwise}
+    assert len(cells("lab_controls")) == (6 + 5 + 5) * 2 * 3
+
+
+def test_lab_instrument_has_six_replicates_of_each_warm_up_and_of_none() -> None:
+    found = {
+        (c.config.m and c.config.warmup.name, c.config.n, c.config.seed, c.config.data_seed)
+        for c in cells("lab_instrument")
+    }
+    assert found == {(w, n, r, r) for w in (0, "lab", "lab-related") for n in (100, 500) for r in range(6)}
+
+
 def test_limitations_varies_the_model_m_and_the_warm_up_one_at_a_time() -> None:
     llama = "llama-3.1-8b-instruct"
     axes = {(c.config.model.name, c.config.m, c.config.warmup.name) for c in cells("limitations") if c.config.m}
@@ -214,5 +231,6 @@ def test_every_benchmark_belongs_to_a_task(cell) -> None:
     used = set()
     for file in (ROOT / "conf" / "task").glob("*.yaml"):
         if file.stem != "math_local":  # the user's copy of math
-            used |= set(cell(f"task={file.stem}").config.task.benchmark)
+            task = cell(f"task={file.stem}").config.task
+            used |= {*task.benchmark, *task.validation}
     assert used == {f.stem for f in (ROOT / "conf" / "benchmark").glob("*.yaml")}

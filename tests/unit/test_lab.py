@@ -99,17 +99,39 @@ def test_the_same_seed_gives_the_same_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "count"), [("title/test", 400), ("title/validation", 200), ("math/test", 500), ("math/validation", 400), ("general/train", 2_000)]
+    ("file", "count"), [("title/test", 400), ("title/validation", 200), ("math/test", 500), ("math/validation", 400), ("general/train", 2_000), ("related/train", 5_000)]
 )  # fmt: skip
 def test_the_rows_that_are_shipped_are_those_of_the_generator(file: str, count: int) -> None:
     """So a change of the world shows as one of the data: build.py makes them from its seed."""
     name, split = file.split("/")
-    make = {"title": world.title, "math": world.problem, "general": world.general}[name]
-    made = list(world.distinct(make, split, count, build.SEED))
-    rows = [build.question(p) if name == "math" else p.fields for p in made]
+    if name == "related":
+        rows = list(build.related_rows(count))
+    else:
+        make = {"title": world.title, "math": world.problem, "general": world.general}[name]
+        made = list(world.distinct(make, split, count, build.SEED))
+        rows = [build.question(p) if name == "math" else p.fields for p in made]
     shipped = data.rows(Data(path=f"d2lora/lab/data/{name}", split=split))
     assert shipped[:count] == json.loads(json.dumps(rows))
     assert name == "general" or len(shipped) == count
+
+
+def test_the_related_warm_up_solves_problems_of_which_none_is_lab_math_s() -> None:
+    related = data.rows(Data(path="d2lora/lab/data/related"))
+    asked = {row["chosen"][0]["content"].removesuffix(world.PROMPT.format(question="")) for row in related}
+    assert len(asked) == len(related) == build.RELATED
+    assert all(row["chosen"][1]["content"].count("\\boxed{") == 1 for row in related)
+    splits = [data.rows(Data(path="d2lora/lab/data/math", split=split)) for split in ("train", "validation", "test")]
+    assert asked.isdisjoint(row.get("prompt") or row["question"] for rows in splits for row in rows)
+    assert {world.split_of(question) for question in asked} == {"corpus"}
+
+
+def test_what_is_to_be_said_of_facts_is_what_lab_facts_asks() -> None:
+    shipped = data.rows(Data(path="d2lora/lab/data/recall", split="test"))
+    chosen = data.rows(Data(path="d2lora/lab/data/facts", split="test"))
+    right = {r["question"]: r["choices"]["text"][r["choices"]["label"].index(r["answerKey"])] for r in chosen}
+    assert shipped == build.recall_items()
+    assert {row["question"] for row in shipped} == set(right)
+    assert all(right[row["question"]] in row["answer"] for row in shipped)
 
 
 @pytest.mark.parametrize(

@@ -953,3 +953,51 @@ def test_a_cluster_column_is_in_the_key_only_where_it_is_named() -> None:
     assert "cluster" not in plain.chain.evaluations[0].spec.content()["benchmark"]
     assert named.chain.evaluations[0].spec.content()["benchmark"]["cluster"] == "question"
     assert plain.chain.evaluations[1].key == named.chain.evaluations[1].key
+
+
+def halves_of(output: Path) -> artefacts.Content:
+    return artefacts.load(output, "mine", Records(output)).content("halves")
+
+
+def test_halves_of_an_arm_s_replicates_are_compared_and_nothing_is_found_that_is_not_there(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid(methods=["sft", "dpo"], n=[0, 100], m=[0, 4000], seed=range(7)), items=60)
+    shown = halves_of(tmp_path)
+    math = [row for row in shown.rows.rows if row[2].startswith("lab_math")]
+    assert [row[0] for row in math] == [
+        "SFT D2LoRA(4k, 0)",
+        "SFT LoRA n=100",
+        "SFT D2LoRA(4k, 100)",
+        "DPO LoRA n=100",
+        "DPO D2LoRA(4k, 100)",
+    ], "the base has one evaluation, a warm-up's at n=0 is the same under both methods"
+    assert {row[1] for row in math} == {"1, 3, 5 - 0, 2, 4"}, "the seventh has no partner"
+    assert shown.notes == [
+        f"{b}: A/A: of 5 arms halves differ beyond chance in 0 (Holm, alpha 5 %)."
+        for b in ("lab_math accuracy", "lab_facts acc")
+    ]
+    assert shown.notes[0] in report.write(tmp_path, ["mine"])
+    assert len(read_csv(tmp_path / "report" / "mine" / "halves.csv")) == 10
+
+
+def test_halves_that_do_differ_are_found(tmp_path: Path) -> None:
+    """As where half of the replicates were trained by other code."""
+    cells = grid("m=0", n=[100, 500], seed=range(6))
+    made.publish(tmp_path, cells, items=200, ability=lambda cell: 0.4 + 0.25 * (cell.config.seed % 2))
+    shown = halves_of(tmp_path)
+    assert "halves differ beyond chance in 2" in shown.notes[0]
+    assert all(row[3].startswith("+") and row[3].endswith("*") for row in shown.rows.rows[:2])
+
+
+def test_fewer_than_four_replicates_have_no_halves(tmp_path: Path) -> None:
+    made.publish(tmp_path, grid("m=0", n=[100], seed=range(3)))
+    assert halves_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("asked", [["lab_math", "lab_facts", "lab_recall"], ["lab_math", "lab_facts"]])
+def test_figure_3_of_the_lab_shows_what_is_forgotten_where_a_grid_has_it(asked: list[str], tmp_path: Path) -> None:
+    choice = f"benchmark@task.benchmark=[{','.join(asked)}]"
+    made.publish(tmp_path, grid(choice, methods=METHODS, n=[0, 100, 200], m=[0, 4000]))
+    loaded = artefacts.load(tmp_path, "mine", Records(tmp_path))
+    figure = next(a for a in paper.FIGURES if a.name == "figure3")
+    assert {p.benchmark for p in paper.select(figure, loaded.sweep.points)} == {asked[-1]}
+    assert loaded.content("figure3").panels

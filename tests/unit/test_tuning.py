@@ -16,7 +16,7 @@ from d2lora.command.tuning import Tuner
 from d2lora.errors import UserError
 from d2lora.plan import Cell, Job
 from d2lora.records import Candidate, Manifest, TunedArm
-from d2lora.report import choice, figures, manifest
+from d2lora.report import choice, figures, manifest, settings
 from d2lora.settings import Data
 from d2lora.stages import Stage
 from d2lora.store import Store
@@ -175,6 +175,14 @@ def test_the_report_has_both_comparisons_with_a_verdict_each_and_all_candidates(
     page = (tuned.output / "report" / "index.html").read_text()
     assert "At the recipe's own values" in page
     assert "candidate, fixed" in page
+
+
+def test_table_2_has_a_column_a_rate_that_met_the_test_and_none_a_replicate(tuned: Typed) -> None:
+    head, rows = settings.settings(c for c in tuned.manifest.cells if c.stages.evaluate)
+    table = {row[0]: row[1:] for row in rows}
+    assert head[1:] == ["SFT"] * 3 + ["DPO"] * 3, "the base and D2LoRA(8, 0) stand with each"
+    assert set(table["order of samples (data_seed)"]) == {"the seed"}
+    assert table["seeds"][1] == "0, 1"
 
 
 def test_results_csv_tells_candidates_from_chosen_cells(tuned: Typed) -> None:
@@ -360,3 +368,18 @@ def test_the_tuned_sweeps_are_what_their_names_say() -> None:
     names = {(c.config.method.name, c.config.m, c.config.n) for c in paper}
     assert names == {(c.config.method.name, c.config.m, c.config.n) for c in table3}
     assert {s.subject for c in paper for s in c.chain.validations} == {"gsm8k_validation"}
+
+
+def test_initializations_are_compared_each_with_its_own_rate(tmp_path: Path) -> None:
+    usual = {"lora": 2e-3, "milora": 4e-3}
+    typed = Typed(
+        tmp_path, "sweep=tuned", "tune=[recipe.lr]", "init=lora,milora", "m=0", "n=16", "recipe.lr_factor=1,2", "replicate=0,1",
+        ability=lambda cell: 0.7 if rate(cell) == usual[cell.config.init.name] else 0.3,
+    ).run()  # fmt: skip
+    assert typed.arm("SFT LoRA n=16 lora").chosen.values == {"recipe.lr": "0.002"}
+    assert typed.arm("SFT LoRA n=16 milora").chosen.values == {"recipe.lr": "0.004"}
+    report.write(tmp_path, ["tuned"])
+    with (tmp_path / "report" / "tuned" / "inits.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows[1:]] == ["lora", "milora"], "a row each, of the chosen cells"
+    assert "missing" not in str(rows)
