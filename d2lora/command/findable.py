@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from d2lora import stats
 from d2lora.command import sizes
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
@@ -61,6 +60,8 @@ def lines(cells: list[Cell], store: Store) -> list[str]:
 
 
 def _line(config: Config, benchmark: Benchmark, replicates: int, spreads: Spreads) -> str:
+    from d2lora import stats  # late: a plan that needs no estimate needs no numpy
+
     known = sizes.items_of(config, benchmark)
     items = known or _UNREAD
     whose = f"{items:,} items" if known else f"{items:,} items (its own number is not known here yet)"
@@ -73,6 +74,8 @@ def _line(config: Config, benchmark: Benchmark, replicates: int, spreads: Spread
 
 def _found(whose: str, items: int, replicates: int, spreads: Spreads) -> str:
     """Say from which difference on the design shows it; of one or two replicates, that three are needed to tell."""
+    from d2lora import stats
+
     effect = stats.smallest_effect(items, max(replicates, _LEAST), spreads.item_sd, spreads.run_of(items))
     if replicates >= _LEAST:
         return f"with {whose} and {replicates} replicates differences from {100 * effect:.1f} points on"
@@ -87,6 +90,8 @@ def _found(whose: str, items: int, replicates: int, spreads: Spreads) -> str:
 
 def _measured(outputs: Outputs, model: str, task: str, benchmark: str) -> Spreads:
     """Return the spreads in the store's pairs of LoRA and D2LoRA of this model, task and benchmark; assumed ones without any."""
+    from d2lora import stats
+
     pairs = [c for c in _comparisons(outputs, model, task) if c.lora.benchmark == benchmark]
     if not pairs:
         return _ASSUMED

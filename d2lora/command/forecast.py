@@ -206,7 +206,9 @@ class _Work:
         """Return the tokens that a training sees, and what of it is assumed."""
         rows, words = self._rows
         general = self._general_samples
-        tokens = max(rows - general, 0) * self._row.count + general * self._general_row.count
+        tokens = max(rows - general, 0) * self._row.count
+        if general:  # the warm-up's data of a cell without one need not be there
+            tokens += general * self._general_row.count
         return tokens, _joined(words, self._row.how)
 
     @cached_property

@@ -233,4 +233,5 @@ def test_every_benchmark_belongs_to_a_task(cell) -> None:
         if file.stem != "math_local":  # the user's copy of math
             task = cell(f"task={file.stem}").config.task
             used |= {*task.benchmark, *task.validation}
+    used |= {name for c in cells("lab") for name in c.config.task.benchmark}  # a sweep may have more
     assert used == {f.stem for f in (ROOT / "conf" / "benchmark").glob("*.yaml")}

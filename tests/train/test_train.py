@@ -366,7 +366,7 @@ def test_an_adapter_that_bfloat16_rounds_away_is_applied_and_the_table_says_what
     text = report.finish(Outputs.of(cell.config).root, cell.config.sweep, draw=False)
     assert "In 2 of 2 evaluations of adapters the adapter was too small to change a logit" in text
     larger = make("n=8", "method.epochs=1", "model.dtype=bfloat16")
-    assert finish(larger)[1]["evaluate"]["adapter_changes_logits"] is True
+    assert finish(larger)[1]["evaluate"].adapter_changes_logits is True
     LOADED.clear()
 
 
