@@ -11,7 +11,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quick: .venv/ready-dev lint ## lint and the tests that need no torch and start nothing: under a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not thorough" tests/unit
 
 # Two workers on two cores; each test's stages set their own threads.
 test: .venv/ready-dev .wandb-server/ready lint ## lint and all tests but the slow ones: under 15 minutes

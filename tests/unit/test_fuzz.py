@@ -96,6 +96,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.thorough
 @settings(max_examples=2_000, deadline=None, derandomize=True, suppress_health_check=FEW_AT_A_TIME)
 @given(
     base=st.sampled_from(BASES), changes=st.lists(st.tuples(st.sampled_from(PLACES), VALUES), min_size=1, max_size=3)
@@ -138,6 +139,7 @@ TYPED = ["n", "m", "seed", "output", "sweep", "method", "task", "model", "init",
 QUOTED = st.text(max_size=8).map(lambda t: QuotedString(text=t, quote=Quote.single).with_quotes())
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=FEW_AT_A_TIME)
 @given(
     sign=st.sampled_from(["", "", "", "+", "++", "~"]),

@@ -272,6 +272,7 @@ def real(cell):
     return cell("scale=laptop", f"data_root={SHARED}", "model=lab", "n=all", "m=all").config
 
 
+@pytest.mark.thorough
 @needs_shared
 def test_the_real_rows_have_the_columns_of_the_hub_s_data_sets(real) -> None:
     preflight.check_inputs(real, set())

@@ -93,6 +93,7 @@ def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numb
     assert all(not c.paper for panel in panels["figure3"] for c in panel.curves), "Figure 3 has no numbers in the paper"
 
 
+@pytest.mark.thorough
 def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None:
     from matplotlib import pyplot
 
@@ -479,6 +480,7 @@ def test_sweeps_over_models_and_recipes_keep_their_rows_and_comparisons_apart(tm
     assert "SFT m=8 n=8 two gaussian laptop" in labels
 
 
+@pytest.mark.thorough
 def test_the_same_records_give_the_same_report(tmp_path: Path) -> None:
     made.publish(tmp_path, [c for i in ("lora", "gaussian") for c in grid(f"init={i}", n=[8, 16], m=[0, 8])], items=8)
     report.write(tmp_path, ["mine"])
@@ -509,6 +511,7 @@ def test_each_arm_s_costs_are_means_over_seeds_and_a_shared_warm_up_stands_at_ea
     assert "What each arm cost to train" in (tmp_path / "report" / "index.html").read_text()
 
 
+@pytest.mark.thorough
 def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) -> None:
     grid_ = [c for i in ("lora", "milora", "eva") for c in grid(f"init={i}", n=[8, 16], m=[0, 8], seed=range(4))]
     better = lambda cell: made.gain(cell) + (0.4 if cell.config.init.name == "milora" else 0)  # noqa: E731
@@ -528,6 +531,7 @@ def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) 
     assert "4 training seeds (0, 1, 2, 3)" in (folder / "inits.md").read_text()
 
 
+@pytest.mark.thorough
 def test_a_sweep_of_one_initialization_has_no_table_of_them(table3: Path) -> None:
     assert not (table3 / "report" / "mine" / "inits.md").exists()
 

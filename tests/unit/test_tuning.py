@@ -205,6 +205,7 @@ def test_typed_again_nothing_is_done_and_the_choice_is_the_same(tuned: Typed) ->
     assert again.manifest.tuning == tuned.manifest.tuning
 
 
+@pytest.mark.thorough
 def test_a_sweep_that_was_stopped_before_the_choice_goes_on(tuned: Typed, tmp_path: Path) -> None:
     stopped = Typed(tmp_path, *GRID)
     begun, standing = stopped.tuner.begin()
@@ -232,6 +233,7 @@ def test_a_candidate_that_failed_is_left_out_and_said(tmp_path: Path) -> None:
     assert "SFT D2LoRA(8, 16), lr=0.004: not among the candidates: no result on lab_math_validation of seed 1." in text
 
 
+@pytest.mark.thorough
 def test_a_candidate_more_may_move_the_choice(tmp_path: Path) -> None:
     few = [o.replace("0.5,1,2", "0.5,1") for o in GRID]
     before = Typed(tmp_path, *few).run()
@@ -354,6 +356,7 @@ def test_rows_for_validation_are_none_of_the_test_or_the_training(tmp_path: Path
         numbers(hold_out=40, validation=10)
 
 
+@pytest.mark.thorough
 def test_the_tuned_sweeps_are_what_their_names_say() -> None:
     lab, _ = composing.sweep(name="lab_tuned")
     assert len(lab) == 144
