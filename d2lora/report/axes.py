@@ -62,7 +62,7 @@ def _matters(key: str, cell: ManifestCell) -> bool:
         return trained and bool(config["recipe"]["lora"]["dropout"])
     if key in MACHINE or part in _NOT_SETTINGS or key.startswith(("recipe.epochs", "task.validation")):
         return False
-    if key.startswith(RATE):
+    if key == RATE or key.startswith(f"{RATE}."):
         return {RATE: adapted, f"{RATE}.warmup": warmed}.get(key, False)
     if part == "control":
         return arm != NO_CONTROL and key != "control.name"

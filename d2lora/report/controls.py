@@ -7,7 +7,7 @@ from d2lora.report import formats
 from d2lora.report.compare import ALPHA, Comparison, adjust, compared, counterpart, places
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.looks import NAMES
-from d2lora.report.points import Point, differing, label_texts
+from d2lora.report.points import Point, by_benchmark, differing, label_texts
 from d2lora.settings import amount
 from d2lora.settings.controls import CONTROL_NAMES, NO_CONTROL, control_of
 
@@ -63,14 +63,11 @@ def verdict(all_against: list[Against]) -> str:
 
 def content(sweep: Sweep) -> Content | None:
     """Return a row for each comparison with a control arm, and the sentence that sums them up; None without any."""
-    groups: dict[str, list[Point]] = {}
-    for point in sweep.points:
-        groups.setdefault(f"{point.benchmark} {point.metric}".strip(), []).append(point)
     labels = differing(sweep.points)
     rows: list[list[str]] = []
     shows: list[dict[str, int | str]] = []
     notes = []
-    for benchmark, points in groups.items():
+    for benchmark, points in by_benchmark(sweep.points).items():
         all_against = against(points)
         if sentence := verdict(all_against):
             notes.append(f"{benchmark}: {sentence}")
@@ -86,5 +83,5 @@ def _row(point: Point, name: str, c: Comparison, benchmark: str, labels: list[st
     sizes = control.label.format(m=amount(point.m), n=amount(point.n))
     label = " ".join([NAMES[point.method], "-", sizes, *label_texts(point, labels)])
     difference = formats.percent(c.difference, sign="+") + "*" * c.beyond_chance
-    p = [f"{value:.3f}" if value >= 0.001 else "<0.001" for value in (c.p, c.adjusted)]
+    p = [formats.p_text(value) for value in (c.p, c.adjusted)]
     return [label, control.rules_out, benchmark, difference, formats.bounds(c.interval, "+"), *p, c.decision]

@@ -46,7 +46,7 @@ def _seeds_missing(point: Point) -> str:
     return f" ({len(point.scores)} of {len(point.runs)} seeds)" if len(point.scores) < len(point.runs) else ""
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
@@ -126,8 +126,8 @@ def pair_rows(table: Table) -> list[list[str]]:
             c.label,
             percent(c.difference, sign="+") + "*" * c.beyond_chance,
             bounds(c.interval, "+"),
-            _p(c.p),
-            _p(c.adjusted),
+            p_text(c.p),
+            p_text(c.adjusted),
             percent(c.detectable, 1) if c.detectable else "no item differs",
             c.test,
             ", ".join(map(str, c.seeds)),

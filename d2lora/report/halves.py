@@ -6,7 +6,7 @@ from d2lora.report import formats
 from d2lora.report.compare import ALPHA, Comparison, adjust, halved
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.looks import NAMES
-from d2lora.report.points import Point, differing, label_texts
+from d2lora.report.points import Point, by_benchmark, differing, label_texts
 from d2lora.settings import amount
 
 CAPTION = "A/A: one half of an arm's replicates against the other, in points on the same items"
@@ -39,14 +39,11 @@ def verdict(compared: Halves) -> str:
 
 def content(sweep: Sweep) -> Content | None:
     """Return a row for each arm with four or more replicates, and a sentence for each benchmark; None without any."""
-    groups: dict[str, list[Point]] = {}
-    for point in sweep.points:
-        groups.setdefault(f"{point.benchmark} {point.metric}".strip(), []).append(point)
     labels = differing(sweep.points)
     rows: list[list[str]] = []
     shows: list[dict[str, int | str]] = []
     notes = []
-    for benchmark, points in groups.items():
+    for benchmark, points in by_benchmark(sweep.points).items():
         compared = halves(points)
         if sentence := verdict(compared):
             notes.append(f"{benchmark}: {sentence}")
@@ -61,5 +58,5 @@ def _row(point: Point, c: Comparison, benchmark: str, labels: list[str]) -> list
     arm = " ".join([NAMES[point.method], sizes, *label_texts(point, labels)])
     first, second = (", ".join(map(str, seeds)) for seeds in (c.seeds[::2], c.seeds[1::2]))
     difference = formats.percent(c.difference, sign="+") + "*" * c.beyond_chance
-    p = [f"{value:.3f}" if value >= 0.001 else "<0.001" for value in (c.p, c.adjusted)]
+    p = [formats.p_text(value) for value in (c.p, c.adjusted)]
     return [arm, f"{second} - {first}", benchmark, difference, formats.bounds(c.interval, "+"), *p]

@@ -30,6 +30,14 @@ def differing(points: Iterable[Any]) -> list[str]:
     return labels + [k for k in keys if len({p.axes[k] for p in points if k in p.axes}) > 1]
 
 
+def by_benchmark(points: Iterable["Point"]) -> dict[str, list["Point"]]:
+    """Return points by their benchmark and metric, as "lab_math accuracy"."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(f"{point.benchmark} {point.metric}".strip(), []).append(point)
+    return groups
+
+
 def label_texts(point: Any, keys: Iterable[str]) -> list[str]:
     """Return what a point has of named parts and settings, for a row's label or a panel's title: milora, lr=0.001."""
     names = [point.axes.get(k) and axes.text(k, point.axes[k]) if k not in LABELS else getattr(point, k) for k in keys]
@@ -158,7 +166,9 @@ def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()
 
 
 def _add(point: Point, seed: int, run: Run, records: Records) -> None:
-    point.runs[seed] = run
+    before = point.runs.setdefault(seed, run)
+    if before.evaluate != run.evaluate:  # promise 10: two results under one seed are an axis that was not told apart
+        raise UserError(f"a table would hide what tells {before.cell} from {run.cell}: give each its own sweep=NAME")
     record = records.get(EvaluateSpec.KIND, run.evaluate)
     if record and point.metric in record.scores:
         point.scores[seed] = records.scores(run.evaluate, point.metric)

@@ -1005,3 +1005,36 @@ def test_figure_3_of_the_lab_shows_what_is_forgotten_where_a_grid_has_it(asked: 
     figure = next(a for a in paper.FIGURES if a.name == "figure3")
     assert {p.benchmark for p in paper.select(figure, loaded.sweep.points)} == {asked[-1]}
     assert loaded.content("figure3").panels
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("recipe.lr_warmup_ratio", ("0.0", "0.1")),
+        ("recipe.lr.warmup", ("0.001", "0.002")),
+        ("recipe.schedule", ("cosine", "linear")),
+        ("recipe.weight_decay", ("0.0", "0.1")),
+        ("recipe.max_grad_norm", ("1.0", "0.5")),
+        ("recipe.batch", ("8", "16")),
+        ("recipe.lora.alpha", ("16", "32")),
+        ("method.epochs", ("1", "2")),
+        ("split_seed", ("0", "1")),
+        ("task.continuation", ("rest", "step")),
+    ],
+)
+def test_whatever_makes_two_results_of_a_cell_is_an_axis(tmp_path: Path, key: str, values: tuple[str, str]) -> None:
+    cells = [c for value in values for c in grid(f"{key}={value}", "+task.data.hold_out=10", n=[8], m=[8])]
+    assert len({c.id for c in cells}) == 2
+    made.publish(tmp_path, cells)
+    assert [p.axes[key] for p in points(tmp_path) if p.benchmark == "lab_math"] == list(values)
+
+
+def test_two_results_that_nothing_tells_apart_are_never_folded(tmp_path: Path) -> None:
+    made.publish(tmp_path, [*grid(n=[8]), *grid("recipe.batch=16", n=[8])])
+    file = tmp_path / "manifests" / "mine.json"
+    content = json.loads(file.read_text())
+    for cell in content["cells"]:
+        cell["config"]["recipe"]["batch"] = 8  # as if the report did not know the setting
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="a table would hide what tells lab-math-sft-"):
+        points(tmp_path)
