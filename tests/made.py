@@ -118,7 +118,7 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
         for i in range(items):
             item = {"index": i, "prompt": f"question {i}: {text(i)}", "answer": text(i), "gold": f"gold {i}"}
             file.write(json.dumps(item | {m: x[i] for m, x in scores.items()}) + "\n")
-    metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
+    metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x, ddof=1) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
     return {"benchmark": benchmark, "metrics": metrics}
 
 

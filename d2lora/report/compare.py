@@ -10,6 +10,7 @@ from d2lora import stats
 from d2lora.report.axes import compatible
 from d2lora.report.looks import NAMES, QUANTIZING
 from d2lora.report.points import Point, differing, label_texts
+from d2lora.scoring import is_graded
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
 
@@ -18,6 +19,16 @@ MARGIN = 1.0  # points within which arms are called equivalent where a manifest,
 Decision = Literal["better", "worse", "equivalent", "undecided"]
 _LEAST_HALVED = 4  # replicates: two pairs
 _BASE = ("", "", "")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How many items both arms answered right, one of them alone, or neither: what McNemar's test is made from."""
+
+    both: int
+    lora_only: int
+    d2lora_only: int
+    neither: int
 
 
 @dataclass(eq=False)
@@ -38,6 +49,7 @@ class Comparison:
     differences: np.ndarray
     equivalence: tuple[float, float]
     far_p: float  # p on the safe side far out in the tails, where Holm's correction looks: stats.bootstrap
+    outcomes: Outcomes | None = None  # of the exact McNemar test alone
     margin: float = MARGIN / 100
     adjusted: float = 1.0
     methods: list[str] = field(default_factory=list)  # several at n = 0, where no method has done anything yet
@@ -171,7 +183,8 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
     difference = d2lora.units_of(second - first)
     drawn = stats.bootstrap(difference)
     clustered = d2lora.clusters is not None
-    exact = not clustered and len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
+    right_or_wrong = not is_graded(lora.metric) and stats.is_binary(first) and stats.is_binary(second)
+    exact = right_or_wrong and len(seeds) == 1 and not clustered
     if exact:
         p = far_p = stats.mcnemar(first[0], second[0])
         test, interval = "exact McNemar", stats.newcombe(first[0], second[0])
@@ -194,7 +207,14 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
         differences=difference,
         equivalence=equivalence,
         far_p=far_p,
+        outcomes=_outcomes(first[0], second[0]) if exact else None,
     )
+
+
+def _outcomes(lora: np.ndarray, d2lora: np.ndarray) -> Outcomes:
+    """Count items by who answered them right, from 1 and 0 of each (items,)."""
+    counts = (int(np.sum((lora == a) & (d2lora == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    return Outcomes(*counts)
 
 
 def seeds_text(seeds: set[int], draws: set[int]) -> str:
