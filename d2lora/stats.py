@@ -16,9 +16,7 @@ LEVEL = 0.95  # of intervals
 _ROUNDING = 1e-9  # of a variance that was computed from a standard error
 
 
-def interval(
-    scores: np.ndarray, graded: bool = False, clusters: np.ndarray | None = None
-) -> tuple[float, float]:
+def interval(scores: np.ndarray, graded: bool = False, clusters: np.ndarray | None = None) -> tuple[float, float]:
     """Return the 95 % interval of the mean of scores (runs, items).
 
     One run of right or wrong answers: Wilson's interval, which keeps its coverage with few items and near 0 or 1, where

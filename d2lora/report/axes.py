@@ -110,9 +110,9 @@ def differing_settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[s
     for cell, name in zip(cells, names, strict=True):
         for key, value in settings_of(cell).items():
             origins = _ORIGINS.get(key, {key.split(".")[0]})
-            shown = [name[k] for k in (*labels, "method") if k in origins]
-            shown += [str(cell.config["seed"])] * (key == "data_seed")
-            values[key][tuple(shown)].add(value)
+            texts = [name[k] for k in (*labels, "method") if k in origins]
+            texts += [str(cell.config["seed"])] * (key == "data_seed")
+            values[key][tuple(texts)].add(value)
     return labels, [key for key, groups in values.items() if any(len(v) > 1 for v in groups.values())]
 
 

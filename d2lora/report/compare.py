@@ -1,6 +1,6 @@
 """Compare D2LoRA with LoRA, cell by cell on the same items: differences, p values, and the verdict in words."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -86,11 +86,11 @@ def comparisons(points: Iterable[Point], margin: float = MARGIN) -> dict[Point, 
     Points with the same evaluations (at n = 0) share one comparison, so that it counts once in Holm's correction too.
     """
     points = list(points)
-    placed, labels = places(points), differing(points)
-    found: dict[Point, Comparison] = {}
+    by_identity, labels = points_by_identity(points), differing(points)
+    by_point: dict[Point, Comparison] = {}
     distinct: dict[tuple, Comparison] = {}
     for point in points:
-        other = counterpart(placed, point, point.init, 0)
+        other = counterpart(by_identity, point, point.init, 0)
         if point.m == 0 or point.control != NO_CONTROL or other is None or (pair := _paired(other, point)) is None:
             continue
         keys = tuple((_evaluation(other, s), _evaluation(point, s)) for s in pair[0])
@@ -99,9 +99,19 @@ def comparisons(points: Iterable[Point], margin: float = MARGIN) -> dict[Point, 
             distinct[keys].where = " ".join(label_texts(point, labels))
             distinct[keys].margin = margin / 100
         distinct[keys].methods.append(point.method)
-        found[point] = distinct[keys]
+        by_point[point] = distinct[keys]
     adjust(list(distinct.values()))
-    return found
+    return by_point
+
+
+def pairs(points: Iterable[Point]) -> Iterator[tuple[Point, Point, tuple[int, ...]]]:
+    """Yield each D2LoRA point after its LoRA point, with the seeds that both have results of on the same items."""
+    points = list(points)
+    by_identity = points_by_identity(points)
+    for point in points:
+        other = counterpart(by_identity, point, point.init, 0)
+        if point.m != 0 and point.control == NO_CONTROL and other and (pair := _paired(other, point)):
+            yield other, point, pair[0]
 
 
 def adjust(family: list[Comparison]) -> None:
@@ -131,19 +141,21 @@ def halved(point: Point) -> Comparison | None:
     return _compare(point, point, tuple(seeds), first, second)
 
 
-Places = dict[tuple[object, ...], list[Point]]
+PointsByIdentity = dict[tuple[object, ...], list[Point]]
 
 
-def places(points: Iterable[Point]) -> Places:
+def points_by_identity(points: Iterable[Point]) -> PointsByIdentity:
     """Return points by what they are, for counterpart. The base has no initialization or recipe."""
-    by_place: Places = {}
+    by_identity: PointsByIdentity = {}
     for p in points:
         origins = _BASE if p.is_base else (p.init, p.recipe, p.warmup)
-        by_place.setdefault((*_shared(p), p.m, p.control, *origins), []).append(p)
-    return by_place
+        by_identity.setdefault((*_shared(p), p.m, p.control, *origins), []).append(p)
+    return by_identity
 
 
-def counterpart(by_place: Places, point: Point, init: str, m: int | str, control: str = NO_CONTROL) -> Point | None:
+def counterpart(
+    by_identity: PointsByIdentity, point: Point, init: str, m: int | str, control: str = NO_CONTROL
+) -> Point | None:
     """Return the point that differs from `point` in initialization or m alone; None if the sweep has none.
 
     LoRA has no warm-up, unless its initialization was computed from a warm-up's rows; at n = 0 it is the base, which
@@ -152,7 +164,7 @@ def counterpart(by_place: Places, point: Point, init: str, m: int | str, control
     origins = [(init, point.recipe, point.warmup), (init, point.recipe, "")]
     if point.n == 0 and m == 0 and init not in QUANTIZING:
         origins = [_BASE]
-    others = (p for o in origins for p in by_place.get((*_shared(point), m, control, *o), []))
+    others = (p for o in origins for p in by_identity.get((*_shared(point), m, control, *o), []))
     return next((p for p in others if compatible(p.axes, point.axes)), None)
 
 

@@ -44,6 +44,11 @@ def label_texts(point: Any, keys: Iterable[str]) -> list[str]:
     return [name for name in names if name]
 
 
+def arm_name(m: int | str, control: str) -> str:
+    """Return the name of an arm of any n: LoRA, D2LoRA(40k, n), or that of a control arm."""
+    return "LoRA" if m == 0 else control_of(control).label.format(m=amount(m), n="n")
+
+
 @dataclass(frozen=True)
 class Run:
     """One training seed of a point: the keys of its stages."""
@@ -85,7 +90,7 @@ class Point:
 
     @property
     def arm(self) -> str:
-        return "LoRA" if self.m == 0 else self.arm_label.format(m=amount(self.m), n="n")
+        return arm_name(self.m, self.control)
 
     @property
     def arm_label(self) -> str:
@@ -150,14 +155,14 @@ def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()
             run = Run(cell.id, key, stages.adapt, stages.warmup, stages.prepare, stages.flips.get(benchmark))
             limit = c["task"]["benchmark"].get(benchmark, {}).get("limit")
             for metric in metrics[benchmark]:
-                place = (*(names[k] for k in labels), *shape.values(), benchmark, metric, *sorted(others.items()))
-                if place not in points:
-                    points[place] = Point(
+                identity = (*(names[k] for k in labels), *shape.values(), benchmark, metric, *sorted(others.items()))
+                if identity not in points:
+                    points[identity] = Point(
                         **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others,
                         tuned=axes.axes_of(cell, benchmark, folded),
                     )  # fmt: skip
-                points[place].draws.add(c["data_seed"])
-                _add(points[place], c["seed"], run, records)
+                points[identity].draws.add(c["data_seed"])
+                _add(points[identity], c["seed"], run, records)
     return list(points.values())
 
 
@@ -181,13 +186,13 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
 
 def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:
     """Return each benchmark's metrics to show: [""] while it has no result."""
-    shown: dict[str, list[str]] = {}
+    metrics_of: dict[str, list[str]] = {}
     for cell in manifest.cells:
         for benchmark, key in cell.stages.evaluate.items():
-            metrics = shown.setdefault(benchmark, [])
+            metrics = metrics_of.setdefault(benchmark, [])
             if not metrics and (record := records.get(EvaluateSpec.KIND, key)):
                 metrics += shown_metrics(list(record.scores))
-    return {benchmark: metrics or [""] for benchmark, metrics in shown.items()}
+    return {benchmark: metrics or [""] for benchmark, metrics in metrics_of.items()}
 
 
 def size(amount: int | str) -> float:

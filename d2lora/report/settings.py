@@ -75,8 +75,8 @@ def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]
 def _values(config: dict) -> dict[str, str]:
     """Return the settings of a cell that a column shows, flat."""
     method = config["method"]["name"]
-    found = {k: v for k, v in flat(config) if not _apart(k)}
-    return found | {
+    values = {k: v for k, v in flat(config) if not _apart(k)}
+    return values | {
         "method": method,
         "lr": str(config["recipe"]["lr"][method]),
         "recipe.lr.warmup": str(config["recipe"]["lr"]["warmup"]),
