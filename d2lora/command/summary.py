@@ -11,7 +11,6 @@ from d2lora.data import overlap
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.records import Records
-from d2lora.scoring import is_graded
 from d2lora.stages import VERSIONS, Stage, flips
 from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
@@ -106,7 +105,7 @@ def cell_text(cell: Cell, store: Store) -> str:
 
 def _scores(stage: Stage, store: Store) -> Iterator[str]:
     """Yield an evaluation's metrics, each ± half of its 95 % interval as tables have it, and how many answers were cut."""
-    from d2lora import stats  # late: planning a grid needs no numpy
+    from d2lora.report.points import interval_of  # late: planning a grid needs no numpy
 
     records = Records(store.outputs.root)
     record = records.get(stage.kind, stage.key)
@@ -114,8 +113,7 @@ def _scores(stage: Stage, store: Store) -> Iterator[str]:
         yield f"{stage.subject}: missing"
         return
     for metric, score in record.scores.items():
-        scores, clusters = records.scores(stage.key, metric), records.clusters(stage.key)
-        low, high = stats.interval(scores[None], is_graded(metric), clusters)
+        low, high = interval_of(records, stage.key, metric)
         yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {50 * (high - low):.2f} ({score.items} items)"
     if cut := record.counts.get("cut"):
         yield f"{stage.subject}: {cut} of {record.items} answers stopped at max_new_tokens, before an end of their own"

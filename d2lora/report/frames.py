@@ -54,14 +54,21 @@ def results(*sweeps: str, output: Folder = "outputs") -> pd.DataFrame:
 def table(sweep: str, output: Folder = "outputs") -> pd.DataFrame:
     """Return the entries of a sweep's tables, seeds folded: values with their intervals, and comparisons with LoRA.
 
-    The same as table.csv, with numbers as numbers. UserError for a sweep that was never started or is damaged.
+    The same as table.csv, but that `n` is a number of rows and `n_asked` as typed. UserError for a sweep that was never
+    started or is damaged.
     """
     folder = project_path(str(output))
     cells = manifest.read_manifest(folder, sweep)
     points, _ = tuning.points(cells, Records(folder))
     layout = cells.cells[0].config.get("report", {}) if cells.cells else {}  # older manifests have none
     built = scores.build(points, layout.get("columns"), layout.get("margin", MARGIN))
-    return rows_of_results.frame(formats.table_rows(built), formats.TABLE_COLUMNS)
+    rows = [row | {"n": _rows_of(row), "n_asked": row["n"]} for row in formats.table_rows(built)]
+    return rows_of_results.frame(rows, formats.TABLE_COLUMNS)
+
+
+def _rows_of(row: Row) -> int | None:
+    """Return the n of a table's entry; of "all" as many rows as its records say, None while there are none."""
+    return row["samples"] if row["n"] == "all" else row["n"]
 
 
 def items(

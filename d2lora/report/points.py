@@ -137,6 +137,12 @@ class Point:
         return stats.interval(self.table, is_graded(self.metric), self.clusters) if self.scores else None
 
 
+def interval_of(records: Records, key: str, metric: str) -> tuple[float, float]:
+    """Return the 95 % interval of a finished evaluation's metric, as tables have it for one training."""
+    records.get(EvaluateSpec.KIND, key)
+    return stats.interval(records.scores(key, metric)[None], is_graded(metric), records.clusters(key))
+
+
 def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()) -> list[Point]:
     """Return the sweep's points in the benchmarks' main metrics, with the seeds folded and every other axis told apart.
 

@@ -36,6 +36,7 @@ _ROWS = (
     ("order of samples (data_seed)", "data_seed"),
     ("hold-outs (split_seed)", "split_seed"),
 )
+UNUSED = "N/A"  # a setting that a column's cells do not have
 # What the columns are made of.
 _APART = (
     "n",
@@ -88,7 +89,7 @@ def _apart(key: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    return "N/A" if value in (None, "None") else str(value)
+    return UNUSED if value in (None, "None") else str(value)
 
 
 def _ran(configs: list[dict], axis: str) -> str:
