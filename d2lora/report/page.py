@@ -15,7 +15,7 @@ import numpy as np
 
 from d2lora.keys import canonical, digest
 from d2lora.records import ManifestCell, Record, Records, Score
-from d2lora.report import differences, evidence, figures, formats, paper
+from d2lora.report import axes, differences, evidence, figures, formats, paper
 from d2lora.report.artefacts import Loaded, Shown
 from d2lora.report.compare import Comparison
 from d2lora.report.content import Rows, Sweep
@@ -24,6 +24,7 @@ from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point, size
 from d2lora.report.tables import Table, column_name
 from d2lora.settings import amount
+from d2lora.settings.controls import NO_CONTROL
 from d2lora.stages.evaluate import EvaluateSpec
 
 _ANSWER, _PROMPT = 600, 2000  # characters kept of a text
@@ -214,9 +215,9 @@ def _is_finished(cell: ManifestCell, records: Records) -> bool:
 
 
 def _latest(sweep: Sweep) -> str:
-    """Return the day of the sweep's latest record; empty while it has none."""
+    """Return the minute (UTC) of the sweep's latest record; empty while it has none."""
     named = evidence.records_of(sweep.points, sweep.records).values()
-    return max((record.provenance.started for record, _ in named), default="")[:10]
+    return max((record.provenance.started for record, _ in named), default="")[:16].replace("T", " ")
 
 
 def contents_of(cells: Iterable[ManifestCell]) -> str:
@@ -224,12 +225,14 @@ def contents_of(cells: Iterable[ManifestCell]) -> str:
     configs = [cell.config for cell in cells]
     names = {part: dict.fromkeys(c[part]["name"] for c in configs) for part in ("model", "task", "method", "init")}
     named = [*names["model"], *names["task"], *(NAMES[name] for name in names["method"]), *names["init"]]
+    controls = dict.fromkeys(axes.control(c) for c in configs if axes.control(c) != NO_CONTROL)
     sizes = [
         f"{key}={','.join(amount(value) for value in sorted({c[key] for c in configs}, key=size))}"
         for key in ("m", "n")
     ]
     seeds = len({c["seed"] for c in configs})
-    return ", ".join([*named, *sizes, f"{seeds} seed{'s'[: seeds != 1]}"]) if configs else ""
+    arms = [f"control {name}" for name in controls]
+    return ", ".join([*named, *arms, *sizes, f"{seeds} seed{'s'[: seeds != 1]}"]) if configs else ""
 
 
 def _rows(table: Rows) -> JSON:
