@@ -4,12 +4,12 @@ import contextlib
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from d2lora import data, mirror
+from d2lora import data, mirror, plan
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs, write_json
 from d2lora.plan import Cell
@@ -21,34 +21,39 @@ from d2lora.stages import KINDS, Run, Stage
 from d2lora.store import Store
 
 
-def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progress]) -> list[Stage]:
-    """Do the cell's stages that `config.job` names (all if it is empty), in order. Return those that failed or were
+def do(
+    config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progress], others: Sequence[Cell] = ()
+) -> list[Stage]:
+    """Do the stages that `config.job` names (all of the cell's if it is empty), in order. Return those that failed or were
     blocked.
 
-    A failure is written to <output>/failed; it blocks the stages that depend on it and no others.
+    They are the cell's, or of a shared job those of `others`, too. A failure is written to <output>/failed; it blocks the
+    stages that depend on it and no others.
     """
-    wanted = set(config.job) if config.job is not None else None
-    unknown = (wanted or set()) - {s.key for s in cell.chain.stages}
-    if unknown:
+    cells = (cell, *others)
+    owners = {s.key: c for c in reversed(cells) for s in c.chain.stages}
+    if unknown := set(config.job or ()) - owners.keys():
         raise UserError(
             f"job={','.join(sorted(unknown))}: not a stage of this cell: the code or the data changed since the sweep was planned; start it again"
         )
+    wanted = plan.stages(cells) if others else list(cell.chain.stages)
     lost: list[Stage] = []
-    for stage in cell.chain.stages:
-        if wanted is not None and stage.key not in wanted:
+    for stage in wanted:
+        if config.job is not None and stage.key not in config.job:
             continue
         if not all(map(store.done, stage.parents)):
             lost.append(stage)
             continue
         try:
-            do_stage(config, stage, store, watch(stage))
+            do_stage(owners[stage.key].config if others else config, stage, store, watch(stage))
             store.outputs.failed(stage.key).unlink(missing_ok=True)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
             write_failure(store.outputs, stage.key, stage.label, error)
             lost.append(stage)
-    mirror.cell(cell, store)
+    for each in cells:
+        mirror.cell(each, store)
     mirror.flush(config)
     return lost
 

@@ -82,6 +82,8 @@ class Machine(Strict):
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
     attention: Literal["sdpa", "flex_attention"] = "sdpa"  # eager would add a packed batch's mask, not apply it
     eval_batch: Positive = 16
+    engine: Literal["memory", "vllm"] = "memory"
+    engine_python: Text = ".engine/bin/python"
     gradient_checkpointing: StrictBool = False
     threads: Positive | None = None
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2lora import data
+from d2lora.evaluate.vllm import installed
 from d2lora.progress import Progress
 from d2lora.records import CLUSTER, Item, Result
 from d2lora.settings import Benchmark, Config
@@ -21,18 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateSpec(Spec):
-    """A benchmark of ours, or a task of lm-evaluation-harness; for the base itself also the model."""
+    """A benchmark of ours, or a task of lm-evaluation-harness; for the base itself also the model.
+
+    `engine` is the one that is asked, with its version and dtype; None for the model in memory, as before there were others.
+    """
 
     benchmark: Identity | None = None
     lm_eval: str | None = None
     libraries: Identity | None = None
     model: Identity | None = None
+    engine: Identity | None = None
 
     KIND: ClassVar[str] = "evaluate"
     VERSION: ClassVar[int] = 4
 
     def content(self) -> Identity:
-        parts = {name: getattr(self, name) for name in ("benchmark", "lm_eval", "libraries", "model")}
+        parts = {name: getattr(self, name) for name in ("benchmark", "lm_eval", "libraries", "model", "engine")}
         return {name: part for name, part in parts.items() if part is not None}
 
     def cost(self, samples: int) -> float:
@@ -43,7 +48,8 @@ def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[Evaluat
     """Yield the evaluations of an adapter; without a parent those of the base, whose specs have no seed or recipe."""
     yield from _of(config.task.benchmark, config, parent)
     for name in config.task.lm_eval:
-        spec = EvaluateSpec(lm_eval=name, libraries=versions("lm-eval"), model=_base(config, parent))
+        libraries, model = versions("lm-eval"), _base(config, parent)
+        spec = EvaluateSpec(lm_eval=name, libraries=libraries, model=model, engine=_engine(config))
         yield Stage(spec, parent, _label(name, config, parent), subject=name)
 
 
@@ -56,13 +62,34 @@ def validations(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[Ev
 def _of(benchmarks: dict[str, Benchmark], config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
     for name, benchmark in benchmarks.items():
         scored = benchmark.content() | {"data": data.identity(benchmark.data, config.split_seed)}
-        spec = EvaluateSpec(benchmark=scored, model=_base(config, parent))
+        spec = EvaluateSpec(benchmark=scored, model=_base(config, parent), engine=_engine(config))
         yield Stage(spec, parent, _label(name, config, parent), subject=name)
 
 
 def _base(config: Config, parent: Stage[Spec] | None) -> Identity | None:
     """Return the model of the base's own evaluation; an adapter's key says its model already."""
     return None if parent else data.model_identity(config.model)
+
+
+def _engine(config: Config) -> Identity | None:
+    """Return the engine that the cell's evaluations ask; None where it is the model in memory.
+
+    Adapters that are known beforehand to be none of an engine's (of LoftQ, DoRA) have the same evaluations with any
+    `recipe.engine`: those in memory. Where an engine fails later, the key stays, and the record says who answered instead.
+    """
+    return installed.identity(config) if config.init.any_engine else None
+
+
+def asks_engine(stage: Stage[Spec]) -> bool:
+    """Tell whether a stage is an evaluation that asks an engine, which does several adapters' better together."""
+    return isinstance(stage.spec, EvaluateSpec) and stage.spec.engine is not None
+
+
+def engine_text(stage: Stage[Spec]) -> str:
+    """Return the engine that a stage asks, for people: vllm 0.32.0."""
+    assert isinstance(stage.spec, EvaluateSpec), "asks an engine"
+    engine = stage.spec.engine or {}
+    return f"{engine['name']} {engine['version']}"
 
 
 def _label(name: str, config: Config, parent: Stage[Spec] | None) -> str:
