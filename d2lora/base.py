@@ -102,11 +102,8 @@ def load_base(model: Model, cache: Path) -> Base:
 def read_base(model: Model, cache: Path) -> Base:
     """Load a base from disk or the Hub, uncached. UserError if it cannot be loaded, or is no causal language model."""
     path = data.model_files(model)
-    if model.gguf_package:
-        assert path is not None, "a GGUF package has files"
-        path = _from_gguf(path, cache)
     try:
-        tokenizer, net = _from_pretrained(model, str(path or model.path))
+        tokenizer, net = _from_pretrained(model, source(model, cache))
     except OSError as error:
         if path:
             raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
@@ -118,6 +115,15 @@ def read_base(model: Model, cache: Path) -> Base:
         print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)
     net.to(device()).eval().requires_grad_(False)  # type: ignore[arg-type]  # transformers hides its argument
     return Base(model.name if path else model.path, net, tokenizer, checksum(net), Snapshot.of(net))
+
+
+def source(model: Model, cache: Path) -> str:
+    """Return what from_pretrained reads a base from: a folder, or a name on the Hub."""
+    path = data.model_files(model)
+    if model.gguf_package:
+        assert path is not None, "a GGUF package has files"
+        path = _from_gguf(path, cache)
+    return str(path or model.path)
 
 
 def _from_pretrained(model: Model, source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from d2lora import data, mirror
 from d2lora.errors import UserError
+from d2lora.evaluate import vllm
 from d2lora.outputs import Outputs, write_json
 from d2lora.plan import Cell
 from d2lora.progress import Progress
@@ -18,6 +19,7 @@ from d2lora.provenance import peak_memory_mb, provenance, reset_peak_memory
 from d2lora.records import Provenance, Record
 from d2lora.settings import Config
 from d2lora.stages import KINDS, Run, Stage
+from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.store import Store
 
 
@@ -48,6 +50,7 @@ def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progre
         except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
             write_failure(store.outputs, stage.key, stage.label, error)
             lost.append(stage)
+    vllm.close()
     mirror.cell(cell, store)
     mirror.flush(config)
     return lost
@@ -70,6 +73,8 @@ def _record(run: Run[Any]) -> Record:
     """Do a stage's work, and return its record: the result and its provenance."""
     stage, started, clock = run.stage, datetime.now(UTC), time.monotonic()
     reset_peak_memory()
+    if type(stage.spec) is not EvaluateSpec:
+        vllm.close()  # an engine holds the memory that others need
     result = KINDS[type(stage.spec)](run)
     files = {str(f.relative_to(run.folder)): data.digest(f) for f in sorted(run.folder.rglob("*")) if f.is_file()}
     return Record(

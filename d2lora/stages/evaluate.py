@@ -1,10 +1,12 @@
 """Evaluate an adapter, or the base, on one benchmark."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from d2lora import data
+from d2lora.evaluate.vllm import installed
 from d2lora.progress import Progress
 from d2lora.records import CLUSTER, Item, Result
 from d2lora.settings import Benchmark, Config
@@ -16,7 +18,7 @@ from d2lora.stages.training import TrainingSpec
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from d2lora.evaluate.engine import Evaluation
+    from d2lora.evaluate.engine import Evaluation, Questions, Score
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,61 @@ def _label(name: str, config: Config, parent: Stage[Spec] | None) -> str:
 
 def work(run: Run[EvaluateSpec]) -> Result:
     """Evaluate, and write every item."""
-    from d2lora.adapters import attach
     from d2lora.evaluate import harness
 
-    adapter = run.parent / "adapter" if run.parent else None
-    parent = run.stage.parent
-    quantize = isinstance(parent.spec, PrepareSpec | TrainingSpec) and parent.spec.init.quantizes if parent else False
-    with attach.trained(run.base, adapter, quantize) as (tested, changes):
-        metrics, items, batch = scored(run, tested, run.config.recipe.eval_batch, run.progress)
+    metrics, items, batch, changes = _in_engine(run) or _in_memory(run)
     run.write_items(_clustered(run, items))
-    more: dict[str, Any] = {"adapter_changes_logits": changes} if adapter else {}
+    more: dict[str, Any] = {"adapter_changes_logits": changes} if run.parent else {}
     if counts := harness.counts(items):
         more["counts"] = counts
     return Result(benchmark=run.stage.subject, metrics=dict(metrics), eval_batch=batch, **more)
+
+
+class _Outcome(NamedTuple):
+    """An Evaluation, and whether the adapter changes the base's logits."""
+
+    metrics: "dict[str, Score]"
+    items: "list[Item]"
+    batch: int
+    changes: bool
+
+
+def _in_engine(run: Run[EvaluateSpec]) -> _Outcome | None:
+    """Evaluate with the recipe's engine; None if it is, or has to be, done in memory."""
+    if run.config.recipe.engine != installed.NAME:
+        return None
+    from d2lora.evaluate.vllm import engine, sessions
+
+    key = run.stage.parent.key if run.stage.parent else None
+    adapters = [sessions.Adapter(key, run.parent / "adapter", _quantizes(run))] if key and run.parent else []
+    session = sessions.opened(run.base, run.config.model, adapters, run.config.recipe, run.outputs)
+    try:
+        if session.why_not(key):
+            return None
+        answers = engine.InVllm(run.base, session, key)
+        return _Outcome(*answers.evaluate(_questions(run), 0, run.progress), session.changes[key])
+    except (sessions.Gone, sessions.Unable) as why:
+        print(f"{run.stage.label}: evaluated in memory: {why}", file=sys.stderr)
+        return None
+
+
+def _in_memory(run: Run[EvaluateSpec]) -> _Outcome:
+    """Evaluate the base, or the base with the adapter, in this process."""
+    from d2lora.adapters import attach
+
+    if run.config.recipe.engine == installed.NAME:
+        from d2lora.evaluate.vllm import sessions
+
+        sessions.make_room()
+    adapter = run.parent / "adapter" if run.parent else None
+    with attach.trained(run.base, adapter, _quantizes(run)) as (tested, changes):
+        return _Outcome(*scored(run, tested, run.config.recipe.eval_batch, run.progress), changes)
+
+
+def _quantizes(run: Run[EvaluateSpec]) -> bool:
+    """Tell whether the adapter is for a quantized base."""
+    parent = run.stage.parent
+    return isinstance(parent.spec, PrepareSpec | TrainingSpec) and parent.spec.init.quantizes if parent else False
 
 
 def _clustered(run: Run[EvaluateSpec], items: Sequence[Item]) -> list[Item]:
@@ -106,9 +150,16 @@ def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limi
     from d2lora.evaluate import harness
     from d2lora.layouts import proof
 
-    name = run.stage.subject
-    benchmark = None if run.stage.spec.lm_eval else run.config.benchmarks[name]
-    questions = harness.Questions(name, benchmark, run.rows(benchmark.data) if benchmark else ())
     engine = harness.InMemory(run.base, tested, proof.Memory(run.outputs.proofs, data.model_identity(run.config.model)))
+    questions = _questions(run)
     attempt = lambda size: engine.evaluate(questions, size, progress, limit)  # noqa: E731
     return in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
+
+
+def _questions(run: Run[Any]) -> "Questions":
+    """Return the benchmark of an evaluation, with its rows."""
+    from d2lora.evaluate.engine import Questions
+
+    name = run.stage.subject
+    benchmark = None if run.stage.spec.lm_eval else run.config.benchmarks[name]
+    return Questions(name, benchmark, run.rows(benchmark.data) if benchmark else ())
