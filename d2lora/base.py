@@ -107,11 +107,9 @@ def load_base(model: Model, cache: Path) -> Base:
 def read_base(model: Model, cache: Path) -> Base:
     """Load a base from disk or the Hub, uncached. UserError if it cannot be loaded, or is no causal language model."""
     path = data.model_files(model)
-    if model.gguf_package:
-        assert path is not None, "a GGUF package has files"
-        path = _from_gguf(path, cache)
+    files = source(model, cache)
     try:
-        tokenizer, net = _from_pretrained(model, str(path or model.path))
+        tokenizer, net = _from_pretrained(model, files)
     except OSError as error:
         if path:
             raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
@@ -122,9 +120,9 @@ def read_base(model: Model, cache: Path) -> Base:
     if device() == "cpu" and model.dtype != "float32":
         print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)
     net.to(device()).eval().requires_grad_(False)  # type: ignore[arg-type]  # transformers hides its argument
-    name, source = (model.name, _typed(model, path)) if path else (model.path, model.path)
+    name, typed = (model.name, _typed(model, Path(files))) if path else (model.path, model.path)
     revision = None if path else getattr(net.config, "_commit_hash", None) or model.revision
-    return Base(name, net, tokenizer, checksum(net), Snapshot.of(net), source, revision)
+    return Base(name, net, tokenizer, checksum(net), Snapshot.of(net), typed, revision)
 
 
 def _typed(model: Model, path: Path) -> str:
@@ -134,6 +132,15 @@ def _typed(model: Model, path: Path) -> str:
         return str(typed)
     root = data.ROOT.resolve()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def source(model: Model, cache: Path) -> str:
+    """Return what from_pretrained reads a base from: a folder, or a name on the Hub."""
+    path = data.model_files(model)
+    if model.gguf_package:
+        assert path is not None, "a GGUF package has files"
+        path = _from_gguf(path, cache)
+    return str(path or model.path)
 
 
 def _from_pretrained(model: Model, source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
