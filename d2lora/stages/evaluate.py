@@ -81,7 +81,8 @@ def _engine(config: Config) -> Identity | None:
     Adapters that are known beforehand to be none of an engine's (of LoftQ, DoRA) have the same evaluations with any
     `recipe.engine`: those in memory. Where an engine fails later, the key stays, and the record says who answered instead.
     """
-    return installed.identity(config) if config.init.any_engine else None
+    asked = installed.identity(config) if config.init.any_engine else None
+    return {**asked} if asked else None
 
 
 def asks_engine(stage: Stage[Spec]) -> bool:
