@@ -12,8 +12,10 @@ _WEIGHTS = "adapter_model.safetensors"
 _MATRIX = re.compile(r"\.([^.]+)\.lora_[AB]\.weight$")
 _HEADS = ("lm_head", "embed_tokens")
 # Settings of PEFT's LoraConfig that change what an adapted layer computes, or of which matrices there are.
-_OTHERS = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
-_OTHERS += ("layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora", "exclude_modules")
+_OTHERS = (
+    *("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"),
+    *("layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora"),
+)
 
 
 def why_not(folder: Path, quantizes: bool = False) -> str | None:

@@ -1,10 +1,11 @@
 """Keep one engine for a base and its adapters: checked against the model in memory, and replaced when it fails."""
 
 import atexit
+import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,7 @@ class Session:
         self._adapters: dict[str, Adapter] = {}
         self._names: dict[str, str] = {}  # under which the running engine has each adapter
         self._loads = 0
+        self._checked = False  # the running engine, against the model in memory
         self._kept: dict[tuple[Key, str], list[Reply]] = {}
         self._expected: dict[Key, probe.Expected] = {}
         self._client: Client | None = None
@@ -190,15 +192,16 @@ class Session:
             while missing := [i for i in part if i not in replies]:
                 self._ready()
                 try:
-                    for index, reply in self._call(do, [requests[i] for i in missing], **more):
-                        replies[missing[index]] = reply
-                        done(requests[missing[index]]["key"])
+                    with contextlib.closing(self._call(do, [requests[i] for i in missing], **more)) as answered:
+                        for index, reply in answered:
+                            replies[missing[index]] = reply
+                            done(requests[missing[index]]["key"])
                 except Lost as lost:
                     left = sum(i not in replies for i in part)
                     self._lost(lost, f"{left} of {len(part)} requests")
         return [replies[i] for i in range(len(requests))]
 
-    def _call(self, do: str, requests: list[Request], **more: Any) -> Iterator[tuple[int, Reply]]:
+    def _call(self, do: str, requests: list[Request], **more: Any) -> Generator[tuple[int, Reply], None, None]:
         """Yield index and reply of each request as it is answered. Lost unless each is, once, with what was asked for."""
         for request in requests:
             if why := self.why_not(request["key"]):
@@ -244,6 +247,7 @@ class Session:
             return
         _free(self._base)
         self._names.clear()
+        self._checked = False
         size = SIZES[self.failures]
         self._client = Client(self.facts.command, _environment(self.facts.threads), self._log, self.facts.patience)
         opened = list(
@@ -257,16 +261,17 @@ class Session:
     def _load_and_check(self) -> None:
         """Load the adapters that the engine lacks, before anything is asked of them, and compare their probes."""
         new = [a for a in self._adapters.values() if a.key not in self.refused and a.key not in self._names]
-        checked = bool(self._names) and not new
+        if self._checked and not new:
+            return
         for adapter in new:
             self._load(adapter)
-        if checked:
-            return
         loaded: list[Key] = [a.key for a in new if a.key in self._names]
         size = max(1, self._slots - 1)
-        for keys in [[None], *(loaded[i : i + size] for i in range(0, len(loaded), size)), [None] * bool(loaded)]:
+        calls: list[list[Key]] = [[None], *(loaded[i : i + size] for i in range(0, len(loaded), size))]
+        for keys in [*calls, *calls[:1] * bool(loaded)]:  # the base again, after adapters
             if not self.gone:
                 self._compare(keys)
+        self._checked = True
 
     def _load(self, adapter: Adapter) -> None:
         """Load an adapter under a name that was never used before: under one that was, the old adapter would answer."""
