@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lm_eval.api.instance import Instance
@@ -12,10 +12,11 @@ from lm_eval.models.huggingface import HFLM
 from d2lora import data
 from d2lora.base import Base, device
 from d2lora.errors import UserError
-from d2lora.layouts import proof
+from d2lora.layouts import decoding, proof
 from d2lora.progress import Progress
 
 Tokens = list[int]
+_GREEDY = {"attention_mask", "do_sample", "temperature"}  # of generate's settings: those of a greedy answer
 
 
 class _Cuts:
@@ -54,6 +55,7 @@ class WatchedLM(HFLM):
         self.end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
         self.ends = {self.tok_decode(end, skip_special_tokens=False) for end in self.end_ids}
         self.cache_hook = _Cuts()
+        self.leaving = False  # whether texts are decoded by `decoding`, not by `generate`
         self.opening = data.shape(self.tokenizer).opening if chat else ""
         self.before = data.answer_starts(self.tokenizer) if chat else []
 
@@ -95,8 +97,11 @@ class WatchedLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Generate answers to prompts."""
         self.requests += len(requests)
-        texts = sorted((r.args[0] for r in requests), key=len)
-        self._prove([self.tok_encode(text) for text in {*texts[:2], *texts[-2:]}], "left")
+        ordered = sorted((r.args[0] for r in requests), key=len)
+        texts = [self.tok_encode(text) for text in {*ordered[:2], *ordered[-2:]}]
+        self.leaving = self._leaves(texts)
+        if not self.leaving:
+            self._prove(texts, "left")
         return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -133,7 +138,13 @@ class WatchedLM(HFLM):
         self._prove([*texts[:2], *texts[-2:]], "right")
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
-    def _prove(self, texts: list[Tokens], side: str) -> None:
+    def _leaves(self, texts: list[Tokens]) -> bool:
+        """Tell whether `decoding` gives what `generate` gives, tested once for a model and length."""
+        if not texts or not decoding.suits(self.base.model):
+            return False
+        return proof.batch(self.model, self.base.model, texts, "leaving", self.proofs).exact
+
+    def _prove(self, texts: list[Tokens], side: Literal["left", "right"]) -> None:
         """Test padding on this side, once for a model and length.
 
         If it is not exact, set the batch size to 1 and say so.
@@ -160,7 +171,12 @@ class WatchedLM(HFLM):
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         # Generation stops at these tokens anyway. The harness would decode every sequence after every token to look for their text.
         stop = [text for text in stop if text not in self.ends]
-        sequences = super()._model_generate(context, max_length, stop, **kwargs)
+        if self.leaving and not any(stop) and kwargs.keys() <= _GREEDY and not kwargs.get("do_sample"):
+            room, pad = max_length - context.shape[1], self.tokenizer.pad_token_id
+            mask = kwargs["attention_mask"]
+            sequences = decoding.greedy(self.model, self.base.model, context, mask, room, self.end_ids, pad)
+        else:
+            sequences = super()._model_generate(context, max_length, stop, **kwargs)
         self.cache_hook.next += self._cut(sequences[:, context.shape[1] :], max_length - context.shape[1], stop)
         self._count(len(context))
         return sequences
