@@ -139,6 +139,18 @@ def test_what_a_failed_engine_had_not_answered_is_asked_of_a_fresh_one_with_less
     assert "go to a fresh one with 60% of the free memory and 32 sequences at a time" in told
 
 
+def test_a_slow_engine_is_waited_for(opened, tmp_path: Path) -> None:
+    """Eight steps of half a second without an answer, where three seconds without a word are too many."""
+    session = opened(["one"], at="generate", do="slow", after=3, starts=1, answering=3)
+    assert ask(session, "one") == answers_of(101)
+    assert len(logged(tmp_path, "open")) == 1
+
+
+def test_a_python_that_does_not_start_is_a_lost_worker(tmp_path: Path) -> None:
+    with pytest.raises(Lost, match=r"none does not start: No such file"):
+        Client([str(tmp_path / "none")], {}, tmp_path / "log", Patience())
+
+
 def test_after_two_failures_memory_is_asked_and_nothing_runs_on(opened, tmp_path: Path, capsys) -> None:
     session = opened(["one"], at="generate", do="die", after=3, starts=2)
     with pytest.raises(Gone):

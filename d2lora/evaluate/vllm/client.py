@@ -25,7 +25,7 @@ class Patience:
     """Seconds without a word from the worker after which it counts as hung."""
 
     opening: float = 1800.0  # loading weights from a slow disk, capturing CUDA graphs
-    answering: float = 600.0  # each finished answer is a word
+    answering: float = 600.0  # between two steps of the engine, each of a token for all sequences
 
 
 class Client:
@@ -37,15 +37,15 @@ class Client:
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path, patience: Patience) -> None:
         self._log, self._patience, self._number = log, patience, 0
         log.parent.mkdir(parents=True, exist_ok=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with log.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environment,
-                start_new_session=True,  # a group of its own; Ctrl-C reaches this process alone, which then ends it
-            )
+            # In a session, and so a group, of its own: Ctrl-C reaches this process alone, which then ends the worker.
+            try:
+                self._process = subprocess.Popen(
+                    command, **pipes, stderr=stderr, env=environment, start_new_session=True
+                )
+            except OSError as error:
+                raise Lost(f"{command[0]} does not start: {error.strerror}") from None
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -72,7 +72,8 @@ class Client:
                 reply = self._reply(wait)
                 if reply.get("end"):
                     return
-                yield reply
+                if "alive" not in reply:
+                    yield reply
         except BaseException:
             self.close()
             raise
