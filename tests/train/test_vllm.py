@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from d2lora import data
 from d2lora.base import Base, load_base
-from d2lora.command import preflight
 from d2lora.errors import UserError
 from d2lora.evaluate.engine import Questions
 from d2lora.evaluate.vllm import adapters as files
@@ -252,11 +251,10 @@ def test_benchmarks_are_scored_by_the_harness_whoever_answers(opened, base: Base
 
 def test_an_engine_that_is_not_installed_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:
     for python, told in ((tmp_path / "none", "no Python that starts"), (sys.executable, "has no vLLM")):
-        config = composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}").config
         with pytest.raises(UserError, match=f"recipe.engine_python=.*: {told}: build it with `make engine`"):
-            preflight.check_inputs(config, set())
-        config = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
-        installed.check(config.recipe.machine)
+            composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}")
+        in_memory = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
+        installed.check(in_memory.recipe.machine)
 
 
 PARENT = """
