@@ -118,6 +118,18 @@ def _publish(args: argparse.Namespace) -> None:
     print(publish.publish(args.output, args.cell, args.folder, args.to, args.public))
 
 
+def _portable_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=project_path, metavar="ADAPTER", help="outputs/store/adapt/<key>/adapter")
+    parser.add_argument("copy", type=Path, metavar="FOLDER", help="a new folder")
+
+
+def _portable(args: argparse.Namespace) -> None:
+    from d2lora.adapters import portable
+
+    changed = portable.write(args.adapter, args.copy)
+    print(f"{args.copy}: {changed or 'no'} layers' scales are in B now")
+
+
 COMMANDS = {
     "report": Command("write the report again, from the records, and print the tables", _report_arguments, _report),
     "check": Command("verify the records: damage, edits, missing and foreign files", _output, _check),
@@ -137,6 +149,12 @@ COMMANDS = {
         _publish,
         "examples:\n  python -m d2lora publish CELL                    # what it would write\n"
         "  python -m d2lora publish CELL --to me/my-adapter",
+    ),
+    "portable": Command(
+        "copy an adapter for programs that read neither alpha_pattern nor rsLoRA's scale (llama.cpp)",
+        _portable_arguments,
+        _portable,
+        "docs/serving.md shows what it is for",
     ),
     "dashboard": Command("write a sweep's dashboard in W&B and print its address", _dashboard_arguments, _dashboard),
 }

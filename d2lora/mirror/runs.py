@@ -180,7 +180,10 @@ def _lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
 
 
 def _adapter(stage: Stage, store: Store) -> Any:
-    """Return a training's adapter, or None. Its files are those of the record, which never change, so they are not copied."""
+    """Return a training's adapter, or None. Its files are those of the record, which never change, so they are not copied.
+
+    But for its config, which names a local base by its path.
+    """
     import wandb
 
     folder = store.folder(stage) / "adapter"
@@ -190,7 +193,13 @@ def _adapter(stage: Stage, store: Store) -> Any:
         f"{stage.kind}-{stage.key}", "model", description=stage.label, metadata=stage.spec.content()
     )
     for file in sorted(folder.iterdir()):
-        artifact.add_file(str(file), policy="immutable")
+        if file.name == "adapter_config.json":
+            content = json.loads(file.read_text())
+            base = _public_path(content["base_model_name_or_path"])
+            with artifact.new_file(file.name) as copy:
+                json.dump(content | {"base_model_name_or_path": base}, copy, indent=2)
+        else:
+            artifact.add_file(str(file), policy="immutable")
     return artifact
 
 
@@ -260,8 +269,10 @@ def _public(value: Any, key: str = "") -> Any:
     """
     if isinstance(value, dict):
         return {k: _public(v, k) for k, v in value.items()}
-    if key != "path" or not isinstance(value, str):
-        return value
+    return _public_path(value) if key == "path" and isinstance(value, str) else value
+
+
+def _public_path(value: str) -> str:
     try:
         path = data.local(value)
     except UserError:  # weights that come with a package have no file of that name

@@ -15,7 +15,7 @@ LABELS = ("model", "task", "init", "warmup", "recipe")
 # Decides which units dropout drops, and is in a key then.
 _LAYOUT = ("recipe.packing", "recipe.micro_batch", "recipe.attention")
 # In no stage's key, so no axis; of the layout without dropout only.
-MACHINE = tuple(f"recipe.{name}" for name in Machine.model_fields if name != "packing")
+MACHINE = tuple(f"recipe.{name}" for name in Machine.model_fields if name not in ("packing", "engine"))
 # Not settings of a cell's result, or shown otherwise: n and m as columns and arms, seeds folded into each number.
 _NOT_SETTINGS = ("n", "m", "seed", "replicate", "sweep", "report", "tune")
 # Where a setting's value comes from beside the part that it stands in: conf takes epochs from the recipe's.
@@ -91,7 +91,7 @@ def _matters(key: str, cell: _Parts) -> bool:
         return cell.arm != NO_CONTROL and key != "control.name"
     if part == "warmup":  # a control arm without a warm-up has as many epochs of general rows, or tokens
         return cell.general and (cell.warmed or not control_of(cell.arm).warms_up or key != "warmup.epochs")
-    if key.startswith("task.benchmark"):
+    if key.startswith("task.benchmark") or key == "recipe.engine":
         return True
     needs = {"method": cell.adapted, "task": cell.adapted, "recipe": cell.trained, "init": cell.trained}
     return (needs | {"data_seed": cell.trained}).get(part, True)

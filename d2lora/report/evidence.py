@@ -40,13 +40,13 @@ def notes(points: Iterable[Point], records: Records) -> list[str]:
     """Return the notes under a table, a line each.
 
     They are about rows left out, the batch size of a bfloat16 model, adapters too small to matter, answers that were
-    cut, and records that may not be comparable (package versions, hardware, other data under the same name, uncommitted
+    cut, engines other than the model in memory, and records that may not be comparable (package versions, hardware, other data under the same name, uncommitted
     code).
     """
     points = list(points)
     named = list(records_of(points, records).values())
     origins = [record.provenance for record, _ in named]
-    of_records = (note for check in (_unused, _rounded, _counts, _fingerprints) for note in check(named))
+    of_records = (note for check in (_unused, _rounded, _counts, _engines, _fingerprints) for note in check(named))
     of_machines = (note for check in (_versions, _hardware, _code) for note in check(origins))
     return [*_zeros(points), *_flips(points, records), *of_records, *of_machines]
 
@@ -113,6 +113,29 @@ def _counts(named: list[tuple[Record, str]]) -> Iterator[str]:
             if some:
                 most = f", in one evaluation {max(a / b for a, b in shares):.0%}" if len(shares) > 1 else ""
                 yield f"{some:,} of {every:,} answers to {name} ({some / every:.1%}{most}) {what}."
+
+
+def _engines(named: list[tuple[Record, str]]) -> Iterator[str]:
+    """Yield who answered where it was not the model in memory alone, and that engines differ; how many answers fell back to it."""
+    evaluations = [record for record, _ in named if record.stage == EvaluateSpec.KIND]
+    if not any(record.engine for record in evaluations):
+        return
+    names = Counter(_engine_name(record) for record in evaluations)
+    if len(names) == 1:
+        yield f"Answers are of {next(iter(names))}."
+    else:
+        yield f"Answers are of different engines: {_counted(names)}."
+    instead = Counter(
+        f"{r.engine.instead_of}: {r.engine.reason}" for r in evaluations if r.engine and r.engine.instead_of
+    )
+    for failed, count in sorted(instead.items()):
+        yield f"{count} of {len(evaluations)} evaluations were done in memory instead of {failed}."
+
+
+def _engine_name(record: Record) -> str:
+    if record.engine is None or record.engine.instead_of:
+        return "the model in memory"
+    return f"{record.engine.name} {record.engine.version} ({record.engine.dtype})"
 
 
 def _versions(origins: list[Provenance]) -> Iterator[str]:
