@@ -80,7 +80,7 @@ function grid(table) {
     table.remarks.map((text) => h("p", { class: "remark" }, text)),
     sortable(["", ...table.columns], rows, table.title),
     pairs.length ? h("details", {}, h("summary", {}, "each comparison, in points"),
-      sortable(data.pair_head, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
+      sortable(table.pair_head, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
 }
 const verdict = (text, hidden) => h("p", { class: "verdict" }, hidden ? "Of the whole table, with the rows that the filters hide: " : null, text);
 function key(text) {
