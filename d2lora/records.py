@@ -117,6 +117,11 @@ class Result(_Read):
         return max(score.items for score in self.scores.values())
 
     @property
+    def log(self) -> list[dict[str, Any]]:
+        """Return what a training logged: an entry for each logged step, with its `step`, `epoch`, `loss` and so on."""
+        return self.metrics.get("log", [])
+
+    @property
     def passed_over(self) -> dict[str, int]:
         """Return how many rows a training left out, by reason, except those that are too long (`misfits`)."""
         return (self.data or {}).get("left_out", {})

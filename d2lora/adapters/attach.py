@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from d2lora import data
 from d2lora.adapters import coverage, loftq, saving
 from d2lora.adapters.layers import config_of
+from d2lora.adapters.lean import lean
 from d2lora.adapters.saving import Weights
 from d2lora.adapters.start import Start, fresh, taken_up
 from d2lora.base import Base
@@ -76,7 +77,8 @@ def in_training(wrapped: PeftModel) -> Iterator[None]:
     assert all(not m.training for m in wrapped.modules() if id(m) not in own), "the base is in evaluation"
     wrapped.train = train  # type: ignore[method-assign]
     try:
-        yield
+        with lean(wrapped):
+            yield
     finally:
         del wrapped.train
 

@@ -10,6 +10,7 @@ from d2lora.command import findable, forecast
 from d2lora.data import overlap
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.records import Records
 from d2lora.stages import VERSIONS, Stage, evaluate, flips
 from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
@@ -128,14 +129,17 @@ def cell_text(cell: Cell, store: Store) -> str:
 
 
 def _scores(stage: Stage, store: Store) -> Iterator[str]:
-    """Yield an evaluation's metrics, each ± half of its 95 % interval, and how many answers were cut."""
-    record = store.record(stage)
+    """Yield an evaluation's metrics, each ± half of its 95 % interval as tables have it, and how many answers were cut."""
+    from d2lora.report.points import interval_of  # late: planning a grid needs no numpy
+
+    records = Records(store.outputs.root)
+    record = records.get(stage.kind, stage.key)
     if record is None:
         yield f"{stage.subject}: missing"
         return
     for metric, score in record.scores.items():
-        half = 196 * (score.stderr or 0.0)
-        yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {half:.2f} ({score.items} items)"
+        low, high = interval_of(records, stage.key, metric)
+        yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {50 * (high - low):.2f} ({score.items} items)"
     if cut := record.counts.get("cut"):
         yield f"{stage.subject}: {cut} of {record.items} answers stopped at max_new_tokens, before an end of their own"
 

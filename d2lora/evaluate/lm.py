@@ -1,7 +1,7 @@
 """Adapt lm-evaluation-harness's model class, so that prompts have exactly the form that training taught."""
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lm_eval.api.instance import Instance
@@ -10,9 +10,10 @@ from lm_eval.models.huggingface import HFLM
 from d2lora import data
 from d2lora.base import Base, device
 from d2lora.evaluate.prompts import AsTrained, Tokens
-from d2lora.layouts import proof
+from d2lora.layouts import decoding, proof
 from d2lora.progress import Progress
 
+_GREEDY = {"attention_mask", "do_sample", "temperature"}  # of generate's settings: those of a greedy answer
 
 class WatchedLM(AsTrained, HFLM):
     """A Hugging Face model for the harness, with prompts and answers as in training.
@@ -28,12 +29,16 @@ class WatchedLM(AsTrained, HFLM):
         kind = {"batch_size": batch, "device": device(), "softmax_dtype": "float32"}
         super().__init__(pretrained=model, tokenizer=base.tokenizer, **kind)
         self.begin(base, chat, progress)
+        self.leaving = False  # whether texts are decoded by `decoding`, not by `generate`
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Generate answers to prompts."""
         self.requests += len(requests)
-        texts = sorted((r.args[0] for r in requests), key=len)
-        self._prove([self.tok_encode(text) for text in {*texts[:2], *texts[-2:]}], "left")
+        ordered = sorted((r.args[0] for r in requests), key=len)
+        texts = [self.tok_encode(text) for text in {*ordered[:2], *ordered[-2:]}]
+        self.leaving = self._leaves(texts)
+        if not self.leaving:
+            self._prove(texts, "left")
         return super().generate_until(requests, disable_tqdm=True)
 
     def tok_batch_encode(
@@ -60,7 +65,13 @@ class WatchedLM(AsTrained, HFLM):
         self._prove([*texts[:2], *texts[-2:]], "right")
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
-    def _prove(self, texts: list[Tokens], side: str) -> None:
+    def _leaves(self, texts: list[Tokens]) -> bool:
+        """Tell whether `decoding` gives what `generate` gives, tested once for a model and length."""
+        if not texts or not decoding.suits(self.base.model):
+            return False
+        return proof.batch(self.model, self.base.model, texts, "leaving", self.proofs).exact
+
+    def _prove(self, texts: list[Tokens], side: Literal["left", "right"]) -> None:
         """Test padding on this side, once for a model and length.
 
         If it is not exact, set the batch size to 1 and say so.
@@ -80,8 +91,12 @@ class WatchedLM(AsTrained, HFLM):
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         # Generation stops at these tokens anyway. The harness would decode every sequence after every token to look for their text.
         stop = [text for text in stop if text not in self.ends]
-        sequences = super()._model_generate(context, max_length, stop, **kwargs)
         room = max_length - context.shape[1]
+        if self.leaving and not any(stop) and kwargs.keys() <= _GREEDY and not kwargs.get("do_sample"):
+            mask, pad = kwargs["attention_mask"], self.tokenizer.pad_token_id
+            sequences = decoding.greedy(self.model, self.base.model, context, mask, room, self.end_ids, pad)
+        else:
+            sequences = super()._model_generate(context, max_length, stop, **kwargs)
         self.cache_hook.next += [
             self.was_cut(answer, room, stop) for answer in sequences[:, context.shape[1] :].tolist()
         ]

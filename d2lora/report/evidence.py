@@ -9,7 +9,8 @@ from typing import Any
 from d2lora.keys import canonical
 from d2lora.records import ManifestCell, Provenance, Record, Records, Score
 from d2lora.report.content import Content, Rows, Sweep
-from d2lora.report.points import Point
+from d2lora.report.points import Point, by_benchmark
+from d2lora.scoring import is_graded
 from d2lora.stages import flips
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.contamination import ContaminationSpec
@@ -47,7 +48,16 @@ def notes(points: Iterable[Point], records: Records) -> list[str]:
     origins = [record.provenance for record, _ in named]
     of_records = (note for check in (_unused, _rounded, _counts, _engines, _fingerprints) for note in check(named))
     of_machines = (note for check in (_versions, _hardware, _code) for note in check(origins))
-    return [*_flips(points, records), *of_records, *of_machines]
+    return [*_zeros(points), *_flips(points, records), *of_records, *of_machines]
+
+
+def _zeros(points: Iterable[Point]) -> Iterator[str]:
+    """Yield a line for each graded metric in which no item of any cell scores: neither the scores nor their differences say
+    anything then.
+    """
+    for name, group in by_benchmark(p for p in points if p.scores and is_graded(p.metric)).items():
+        if not any(p.table.any() for p in group):
+            yield f"{name}: no answer shares a word with its gold, in any cell, so nothing is known of differences."
 
 
 def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
@@ -65,12 +75,12 @@ def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
 
 def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:
     """Yield a line for each evaluation of a bfloat16 base at two batch sizes, with the metrics that are shown."""
-    shown: dict[str, dict[str, None]] = defaultdict(dict)
+    metrics_of: dict[str, dict[str, None]] = defaultdict(dict)
     for point in points:
         for run in point.runs.values():
             if run.flips:
-                shown[run.flips][point.metric] = None
-    for key, metrics in shown.items():
+                metrics_of[run.flips][point.metric] = None
+    for key, metrics in metrics_of.items():
         if record := records.get(flips.FlipsSpec.KIND, key):
             yield f"{flips.text(record, metrics)}."
 
@@ -173,6 +183,14 @@ def _code(origins: list[Provenance]) -> Iterator[str]:
         yield f"{states['unknown']} of {len(origins)} records were made outside a git checkout: their code is not known."
 
 
+# What the shares of an overlap check are of (data/overlap.py).
+_MEASURES = {
+    "exact": "the share of test items whose whole question is also a text of the training set",
+    "ngram13": "the share of test items that have 13 words in a row in common with a row of the training set, in the question or "
+    "the answer. Set phrases count too, so a large share is a reason to read these items (items.jsonl of the check), and no proof",
+}
+
+
 def contamination(cells: Iterable[ManifestCell], records: Records) -> dict[str, dict[str, Score]]:
     """Return test items found in a training set: {"<training set> / <benchmark>": {measure: share}}."""
     keys = {pair: key for c in cells for pair, key in c.stages.contamination.items()}
@@ -187,7 +205,12 @@ def contamination_content(sweep: Sweep) -> Content | None:
         for pair, measures in contamination(sweep.cells, sweep.records).items()
         for name, share in measures.items()
     ]
-    return Content(rows=Rows(["training set / benchmark", "measure", "share", "items"], rows)) if rows else None
+    notes = [f"{name}: {what}." for name, what in _MEASURES.items() if name in {row[1] for row in rows}]
+    return (
+        Content(rows=Rows(["training set / benchmark", "measure", "share", "items"], rows), notes=notes)
+        if rows
+        else None
+    )
 
 
 def contamination_text(shares: dict[str, dict[str, Score]]) -> str:
@@ -200,4 +223,5 @@ def contamination_text(shares: dict[str, dict[str, Score]]) -> str:
         + f" of {max(m.items for m in measures.values())} items"
         for pair, measures in shares.items()
     ]
-    return "\n".join(["test items found in a training set", *lines])
+    head = "test items found in a training set (exact: the whole question; ngram13: 13 words in a row)"
+    return "\n".join([head, *lines])
