@@ -575,7 +575,7 @@ def test_what_a_recipe_sets_is_shown_with_it_and_what_is_about_the_machine_is_no
     how = (
         "micro_batch=4 eval_batch=7 attention=flex_attention gradient_checkpointing=true threads=2 checkpoint_minutes=1"
     )
-    other = [f"recipe.{x}" for x in (*how.split(), "packing=padded")]
+    other = [f"recipe.{x}" for x in (*how.split(), "engine_python=/x", "packing=padded")]
     assert {x.split("=")[0] for x in other[:-1]} == set(MACHINE)
     assert [c.id for c in grid(n=[8])] == [c.id for c in grid(*other, n=[8])], "in no stage's key"
     made.publish(tmp_path, grid(n=[8]) + grid(*other, n=[16]))
