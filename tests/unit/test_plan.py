@@ -238,3 +238,11 @@ def test_a_plan_says_what_is_handed_out_together(cell, engine, tmp_path) -> None
     text = summary.plan_text(on_engine(cell), Store(tmp_path), engines=2)
     assert "  vllm 0.32.0: 28 evaluations of 13 adapters in 2 jobs, when all trainings are done\n" in text
     assert "vllm" not in summary.plan_text([cell("n=100")], Store(tmp_path))
+
+
+def test_the_progress_line_says_what_the_engine_is_doing(cell, engine, tmp_path) -> None:
+    grid, store = on_engine(cell), Store(tmp_path)
+    assert "vllm" not in summary.progress_text(grid, store)
+    for stage in grid[0].chain.evaluations:
+        store.outputs.unfinished(stage.kind, stage.key, "00000000").mkdir(parents=True)
+    assert ", 2 running (vllm 0.32.0), " in summary.progress_text(grid, store)
