@@ -30,6 +30,7 @@ from d2lora.store import Store
 _FIXED = 0.3  # seconds of a stage with a model beside its tokens: attach, prove, save, check
 _CHECK = 2.0  # seconds of an overlap check
 _CHOICES = 4  # of a multiple-choice item
+_ENGINE_BATCH = 256  # sequences that an engine has at a time, as evaluate/vllm opens it
 _LM_EVAL = 1_000, 64  # items of a harness task and tokens of its answers, which a plan does not read
 _LONGEST = 2  # a micro-batch's rows are as long as so many of the mean
 _BETWEEN, _END = (
@@ -167,7 +168,9 @@ class _Work:
         if isinstance(spec, FlipsSpec):
             return _FIXED + sum(self._evaluation_seconds(size, batch) for batch in spec.batches)
         if isinstance(spec, EvaluateSpec):
-            return _FIXED + self._evaluation_seconds(size, self.config.recipe.eval_batch)
+            return _FIXED + self._evaluation_seconds(
+                size, _ENGINE_BATCH if spec.engine else self.config.recipe.eval_batch
+            )
         return _FIXED + self._preparation_seconds(spec) if isinstance(spec, PrepareSpec) else _CHECK
 
     @property

@@ -140,6 +140,9 @@ def _scores(stage: Stage, store: Store) -> Iterator[str]:
     for metric, score in record.scores.items():
         low, high = interval_of(records, stage.key, metric)
         yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {50 * (high - low):.2f} ({score.items} items)"
+    if engine := record.engine:
+        whom = f" instead of {engine.instead_of}: {engine.reason}" if engine.instead_of else ""
+        yield f"{stage.subject}: answered by {engine.name}{f' {engine.version}' if engine.version else ''}{whom}"
     if cut := record.counts.get("cut"):
         yield f"{stage.subject}: {cut} of {record.items} answers stopped at max_new_tokens, before an end of their own"
 
