@@ -15,13 +15,18 @@ _LEVELS = 500  # of what makes normal numbers Student's t
 LEVEL = 0.95  # of intervals
 
 
-def interval(scores: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of scores (runs, items).
+def interval(
+    scores: np.ndarray, clusters: np.ndarray | None = None, right_or_wrong: bool = True
+) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of scores (runs, items); of clustered items, from clusters drawn again.
 
     One run of right or wrong answers: Wilson's interval, which keeps its coverage with few items and near 0 or 1, where
-    a resampled interval is far too narrow. Otherwise: percentiles of the two-level bootstrap.
+    a resampled interval is far too narrow. Otherwise: percentiles of the two-level bootstrap. `right_or_wrong` is False for
+    metrics of which 0 is the end of a scale (ROUGE).
     """
-    if len(scores) == 1 and is_binary(scores):
+    if clusters is not None:
+        return clipped(percentiles(bootstrap(by_cluster(scores, clusters))), 0.0, scores)
+    if len(scores) == 1 and right_or_wrong and is_binary(scores):
         return wilson(int(scores.sum()), scores.shape[1])
     return clipped(percentiles(bootstrap(scores)), 0.0, scores)
 

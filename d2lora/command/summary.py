@@ -10,6 +10,8 @@ from d2lora.command import findable, forecast
 from d2lora.data import overlap
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.records import Records
+from d2lora.scoring import is_right_or_wrong
 from d2lora.stages import VERSIONS, Stage, flips
 from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
@@ -103,16 +105,30 @@ def cell_text(cell: Cell, store: Store) -> str:
 
 
 def _scores(stage: Stage, store: Store) -> Iterator[str]:
-    """Yield an evaluation's metrics, each ± half of its 95 % interval, and how many answers were cut."""
+    """Yield an evaluation's metrics, each ± half of the 95 % interval that a table gives it, and what to know of its answers."""
     record = store.record(stage)
     if record is None:
         yield f"{stage.subject}: missing"
         return
     for metric, score in record.scores.items():
-        half = 196 * (score.stderr or 0.0)
-        yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {half:.2f} ({score.items} items)"
+        low, high = _interval(stage, store, metric)
+        yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {50 * (high - low):.2f} ({score.items} items)"
     if cut := record.counts.get("cut"):
         yield f"{stage.subject}: {cut} of {record.items} answers stopped at max_new_tokens, before an end of their own"
+    if empty := record.counts.get("empty"):
+        yield f"{stage.subject}: {empty} of {record.items} answers are empty"
+    for reason, count in record.passed_over.items():
+        yield f"{stage.subject}: {count} items left out of the scores ({reason})"
+
+
+def _interval(stage: Stage, store: Store, metric: str) -> tuple[float, float]:
+    """Return the 95 % interval of a metric over an evaluation's items."""
+    from d2lora import stats  # late: planning a grid needs no numpy
+
+    records = Records(store.outputs.root)
+    records.get(stage.kind, stage.key)
+    scores = records.scores(stage.key, metric)[None]
+    return stats.interval(scores, records.clusters(stage.key), is_right_or_wrong(metric))
 
 
 def _batch_line(stage: Stage, store: Store) -> str:

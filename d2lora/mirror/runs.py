@@ -25,6 +25,7 @@ from d2lora.mirror.sender import About, Run, disabled, flush, hush, is_offline
 from d2lora.outputs import Outputs, cached, write_json
 from d2lora.plan import Cell
 from d2lora.records import Item, Record, Score, read_items
+from d2lora.scoring import is_right_or_wrong
 from d2lora.settings import Config, amount
 from d2lora.stages import Stage
 from d2lora.stages.adapt import AdaptSpec
@@ -147,7 +148,7 @@ def _interval(metric: str, items: list[Item]) -> tuple[float, float]:
 
     from d2lora import stats
 
-    return stats.interval(np.array([[float(item[metric]) for item in items]]))
+    return stats.interval(np.array([[float(item[metric]) for item in items]]), right_or_wrong=is_right_or_wrong(metric))
 
 
 def _plain(value: object) -> str | int | float | None:

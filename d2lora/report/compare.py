@@ -10,6 +10,7 @@ from d2lora import stats
 from d2lora.report.axes import compatible
 from d2lora.report.looks import NAMES, QUANTIZING
 from d2lora.report.points import Point, differing, label_texts
+from d2lora.scoring import is_right_or_wrong
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
 
@@ -171,7 +172,8 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
     difference = d2lora.units_of(second - first)
     drawn = stats.bootstrap(difference)
     clustered = d2lora.clusters is not None
-    exact = not clustered and len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
+    exact = is_right_or_wrong(lora.metric) and not clustered and len(seeds) == 1
+    exact = exact and stats.is_binary(first) and stats.is_binary(second)
     if exact:
         p = far_p = stats.mcnemar(first[0], second[0])
         test, interval = "exact McNemar", stats.newcombe(first[0], second[0])

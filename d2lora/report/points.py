@@ -15,7 +15,7 @@ from d2lora.records import Manifest, Records
 from d2lora.report import axes
 from d2lora.report.axes import LABELS, Axes, general
 from d2lora.report.looks import QUANTIZING
-from d2lora.scoring import shown_metrics
+from d2lora.scoring import is_right_or_wrong, shown_metrics
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL, control_of
 from d2lora.stages.adapt import AdaptSpec
@@ -131,9 +131,7 @@ class Point:
         """Return the 95 % interval of the value: stats.interval; of clustered items, from clusters drawn again."""
         if not self.scores:
             return None
-        if self.clusters is None:
-            return stats.interval(self.table)
-        return stats.clipped(stats.percentiles(stats.bootstrap(self.units)), 0.0, self.table)
+        return stats.interval(self.table, self.clusters, is_right_or_wrong(self.metric))
 
 
 def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()) -> list[Point]:

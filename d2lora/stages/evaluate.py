@@ -8,6 +8,7 @@ from d2lora import data
 from d2lora.progress import Progress
 from d2lora.records import CLUSTER, Item, Result
 from d2lora.settings import Benchmark, Config
+from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run, in_memory
 from d2lora.stages.stage import Identity, Spec, Stage, versions
@@ -83,6 +84,9 @@ def work(run: Run[EvaluateSpec]) -> Result:
     more: dict[str, Any] = {"adapter_changes_logits": changes} if adapter else {}
     if counts := harness.counts(items):
         more["counts"] = counts
+    benchmark = run.config.benchmarks.get(run.stage.subject)
+    if benchmark and (left_out := rows.items(run, benchmark).left_out):
+        more["data"] = {"left_out": left_out}
     return Result(benchmark=run.stage.subject, metrics=dict(metrics), eval_batch=batch, **more)
 
 
@@ -91,8 +95,8 @@ def _clustered(run: Run[EvaluateSpec], items: Sequence[Item]) -> list[Item]:
     benchmark = run.config.task.benchmark.get(run.stage.subject)
     if run.stage.spec.lm_eval or benchmark is None or benchmark.cluster is None:
         return list(items)
-    rows = run.rows(benchmark.data)
-    values = [rows[item["index"]].get(benchmark.cluster) for item in items]
+    every = run.rows(benchmark.data)
+    values = [every[item["index"]].get(benchmark.cluster) for item in items]
     return [
         item | {CLUSTER: f"row {item['index']}" if value is None else str(value)}
         for item, value in zip(items, values, strict=True)
@@ -108,7 +112,11 @@ def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limi
 
     name = run.stage.subject
     benchmark = None if run.stage.spec.lm_eval else run.config.benchmarks[name]
-    questions = harness.Questions(name, benchmark, run.rows(benchmark.data) if benchmark else ())
+    asked = rows.items(run, benchmark).rows if benchmark else []
+    every = run.rows(benchmark.data) if benchmark else []
+    questions = harness.Questions(name, benchmark, [every[index] for index in asked])
     engine = harness.InMemory(run.base, tested, proof.Memory(run.outputs.proofs, data.model_identity(run.config.model)))
     attempt = lambda size: engine.evaluate(questions, size, progress, limit)  # noqa: E731
-    return in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
+    evaluation = in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
+    items = [item | {"index": asked[item["index"]]} for item in evaluation.items] if benchmark else evaluation.items
+    return evaluation._replace(items=items)
