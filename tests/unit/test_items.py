@@ -9,7 +9,6 @@ from d2lora import data
 from d2lora.errors import UserError
 from d2lora.settings import Benchmark, Data, fields
 
-
 ADVICE = "; data.empty=leave_out in the benchmark's file leaves out items without a prompt or gold"
 
 
@@ -108,7 +107,7 @@ def test_items_without_a_prompt_or_gold_are_refused_or_left_out_and_counted(tmp_
     file = tmp_path / "test.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in ({"q": "?", "a": "1"}, row, {"q": "??", "a": "2"})))
     given = {"kind": "number", "prompt": "{q}", "gold": "{a}"}
-    with pytest.raises(UserError, match="row 2: .*data.empty=leave_out"):
+    with pytest.raises(UserError, match=r"row 2: .*data\.empty=leave_out"):
         data.check_benchmark(Benchmark(data=Data(path=str(file)), **given), 0)
     lenient = Benchmark(data=Data(path=str(file), empty="leave_out"), **given)
     data.check_benchmark(lenient, 0)
@@ -293,7 +292,7 @@ def test_choices_that_are_none_or_of_which_none_is_right_are_refused(check, row:
     ],
 )  # fmt: skip
 def test_choices_that_no_row_could_have_are_refused_in_the_settings(more: dict, told: str) -> None:
-    with pytest.raises(ValueError, match="(?s).*") as error:
+    with pytest.raises(ValueError, match="choice|label") as error:
         benchmark_of(kind="choice", **more)
     assert told in str(error.value)
 
