@@ -55,8 +55,10 @@ class Estimate:
 class Forecast:
     """The time, memory and cost of what is left of a plan; `later` are stages like those that will follow."""
 
-    def __init__(self, cells: Sequence[Cell], store: Store, workers: int = 1, later: Iterable[Stage] = ()) -> None:
-        self.cells, self.workers = list(cells), workers
+    def __init__(
+        self, cells: Sequence[Cell], store: Store, workers: int = 1, later: Iterable[Stage] = (), engines: int = 1
+    ) -> None:
+        self.cells, self.workers, self.engines = list(cells), workers, engines
         config = self.cells[0].config
         self.configs = {s.key: c.config for c in reversed(self.cells) for s in c.chain.stages}
         self.left = [s for s in plan.stages(self.cells) if not store.done(s)]
@@ -99,7 +101,7 @@ class Forecast:
         start = self.measured.start(self.workers) or self.device.start(self._weights(self.cells[0].config))
         between = _BETWEEN * start
         total = start + _END * start
-        for batch in plan.batches(self.cells, self.done):
+        for batch in plan.batches(self.cells, self.done, self.engines):
             free = [0.0] * self.workers
             for job in batch:
                 work = sum(self.of(s).seconds + between for s in job.stages)

@@ -11,7 +11,7 @@ from d2lora.scoring.kinds import Generated, Kind, MultipleChoice
 from d2lora.scoring.number import NUMBER
 from d2lora.scoring.rouge import ROUGE, ROUGE_OF_ANY_SCRIPT
 
-__all__ = ["KINDS", "Generated", "Kind", "MultipleChoice", "is_right_or_wrong", "kind_named", "shown_metrics"]
+__all__ = ["KINDS", "Generated", "Kind", "MultipleChoice", "is_graded", "kind_named", "shown_metrics"]
 
 KINDS: tuple[Kind, ...] = (NUMBER, EXACT, ROUGE, CHOICE)
 
@@ -23,16 +23,20 @@ def kind_named(name: str, script: str = "latin") -> Kind:
     return {kind.name: kind for kind in KINDS}[name]
 
 
-def is_right_or_wrong(metric: str) -> bool:
-    """Tell whether 0 and 1 of a metric are wrong and right answers: of ROUGE they are the ends of a scale."""
-    graded = tuple(kind.family for kind in KINDS if kind.family and not kind.right_or_wrong)
-    return not metric.startswith(graded)
-
-
 def shown_metrics(metrics: Sequence[str]) -> list[str]:
     """Choose the metrics of an evaluation that a report shows: the first, and all of its family (ROUGE).
 
     Tasks of lm-evaluation-harness have no kind, so a metric's family is recognized by its name.
     """
-    families = tuple(kind.family for kind in KINDS if kind.family)
-    return [*metrics[:1], *(metric for metric in metrics[1:] if metric.startswith(families))]
+    return [*metrics[:1], *(metric for metric in metrics[1:] if metric.startswith(_families()))]
+
+
+def is_graded(metric: str) -> bool:
+    """Tell whether a metric's values lie between right and wrong, as those of the ROUGE family do: an answer that scores 0
+    is then not one that was judged wrong.
+    """
+    return metric.startswith(_families())
+
+
+def _families() -> tuple[str, ...]:
+    return tuple(kind.family for kind in KINDS if kind.family)

@@ -105,7 +105,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
             metrics = training.train(
                 run.base, wrapped, subset, spec, machine, checkpoints, run.progress, reference, proofs, epochs
             )
-            saved = attach.save(run.base, wrapped, run.folder)
+            saved = attach.save(run.base, wrapped, run.folder, spec.init.quantizes)
         attach.check_saved(run.base, saved, run.folder, spec.init.quantizes)
         return metrics, reached
 
