@@ -292,7 +292,7 @@ def test_choices_that_are_none_or_of_which_none_is_right_are_refused(check, row:
     ],
 )  # fmt: skip
 def test_choices_that_no_row_could_have_are_refused_in_the_settings(more: dict, told: str) -> None:
-    with pytest.raises(ValueError, match="choice|label") as error:
+    with pytest.raises(ValueError, match=r"choice|label") as error:
         benchmark_of(kind="choice", **more)
     assert told in str(error.value)
 
