@@ -14,8 +14,8 @@ from d2lora.outputs import project_path
 from d2lora.records import ManifestCell, Record, Records, read_items
 from d2lora.report import axes, formats, manifest, tuning
 from d2lora.report import results as rows_of_results
-from d2lora.report import tables as scores
-from d2lora.report.compare import MARGIN, pairs
+from d2lora.report.compare import pairs
+from d2lora.report.content import Sweep
 from d2lora.report.points import Point, arm_name
 from d2lora.report.results import CellResults, Row
 from d2lora.scoring import shown_metrics
@@ -58,11 +58,10 @@ def table(sweep: str, output: Folder = "outputs") -> pd.DataFrame:
     started or is damaged.
     """
     folder = project_path(str(output))
-    cells = manifest.read_manifest(folder, sweep)
-    points, _ = tuning.points(cells, Records(folder))
-    layout = cells.cells[0].config.get("report", {}) if cells.cells else {}  # older manifests have none
-    built = scores.build(points, layout.get("columns"), layout.get("margin", MARGIN))
-    rows = [row | {"n": _rows_of(row), "n_asked": row["n"]} for row in formats.table_rows(built)]
+    planned, records = manifest.read_manifest(folder, sweep), Records(folder)
+    points, fixed = tuning.points(planned, records)
+    own = Sweep(sweep, planned.cells, points, records, planned.tuning, fixed).own_tables
+    rows = [row | {"n": _rows_of(row), "n_asked": row["n"]} for row in formats.table_rows(own)]
     return rows_of_results.frame(rows, formats.TABLE_COLUMNS)
 
 
@@ -110,7 +109,7 @@ def _items_of_pairs(points: Sequence[Point], records: Records) -> Iterator[pd.Da
         for seed in seeds:
             run = lora.runs.get(seed) or next(iter(lora.runs.values()))  # the base has one for all seeds
             keys = run.evaluate, d2lora.runs[seed].evaluate
-            shape = {name: getattr(d2lora, name) for name in _ITEM_COLUMNS[:-1]} | {"seed": seed}
+            shape = {name: getattr(d2lora, name) for name in _ITEM_COLUMNS[:-1]} | {"n": d2lora.rows, "seed": seed}
             yield _side_by_side(keys, ("lora", "d2lora"), d2lora.metric, records, shape | d2lora.axes)
 
 
