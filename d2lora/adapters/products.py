@@ -144,7 +144,11 @@ class GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Gradient, ...]:
         x, gate, up, *rest = ctx.saved_tensors
         weights, saved = rest[: 3 * _FIELDS], rest[3 * _FIELDS :]
-        last, flat, active = _Layers(weights[2 * _FIELDS :], ctx.scales[2:], ctx.dtype), _flat(gradient, ctx.dtype), silu(gate)
+        last, flat, active = (
+            _Layers(weights[2 * _FIELDS :], ctx.scales[2:], ctx.dtype),
+            _flat(gradient, ctx.dtype),
+            silu(gate),
+        )
         inner, of_last = last.backward([flat], active * up, saved[:3], True)
         assert inner is not None, "wanted"
         of_up, of_gate = active.mul_(inner), torch.ops.aten.silu_backward(inner.mul_(up), gate)

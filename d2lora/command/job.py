@@ -51,7 +51,7 @@ def one_cell(cell: Cell) -> int:
     return 1 if lost else 0
 
 
-def _others(cell: Cell) -> list[Cell]:
+def others(cell: Cell) -> list[Cell]:
     """Return the other cells that a shared job has stages of, as the sweep's manifest has their configs; the worker computes their keys
     again. UserError for a manifest that is damaged.
     """
@@ -59,13 +59,13 @@ def _others(cell: Cell) -> list[Cell]:
     if not missing:
         return []
     planned = manifest.read_manifest(Outputs.of(cell.config).root, cell.config.sweep)
-    others = []
+    cells: list[Cell] = []
     for entry in [*planned.cells, *planned.earlier]:
         evaluations = {*entry.stages.evaluate.values(), *entry.stages.validation.values()}
         if missing & evaluations:
             missing -= evaluations
-            others.append(_cell(entry, cell.config))
-    return others
+            cells.append(_cell(entry, cell.config))
+    return cells
 
 
 def _cell(entry: ManifestCell, beside: Config) -> Cell:
@@ -84,9 +84,9 @@ def share(config: DictConfig) -> int:
     try:
         cell = cell_of(config)
         output = Outputs.of(cell.config).root
-        others = _others(cell)
+        more = others(cell)
         with terminal.Note(output) as note:
-            return len(worker.do(cell.config, cell, Store(output), note.stage, others))
+            return len(worker.do(cell.config, cell, Store(output), note.stage, more))
     except KeyboardInterrupt:
         raise
     except BaseException as error:

@@ -129,7 +129,9 @@ def cell_text(cell: Cell, store: Store) -> str:
 
 
 def _scores(stage: Stage, store: Store) -> Iterator[str]:
-    """Yield an evaluation's metrics, each ± half of its 95 % interval as tables have it, and how many answers were cut."""
+    """Yield an evaluation's metrics, each ± half of its 95 % interval as tables have it, how many answers were cut or empty, and
+    how many items were left out.
+    """
     from d2lora.report.points import interval_of  # late: planning a grid needs no numpy
 
     records = Records(store.outputs.root)
@@ -140,8 +142,15 @@ def _scores(stage: Stage, store: Store) -> Iterator[str]:
     for metric, score in record.scores.items():
         low, high = interval_of(records, stage.key, metric)
         yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {50 * (high - low):.2f} ({score.items} items)"
+    if engine := record.engine:
+        whom = f" instead of {engine.instead_of}: {engine.reason}" if engine.instead_of else ""
+        yield f"{stage.subject}: answered by {engine.name}{f' {engine.version}' if engine.version else ''}{whom}"
     if cut := record.counts.get("cut"):
         yield f"{stage.subject}: {cut} of {record.items} answers stopped at max_new_tokens, before an end of their own"
+    if empty := record.counts.get("empty"):
+        yield f"{stage.subject}: {empty} of {record.items} answers are empty"
+    for reason, count in record.passed_over.items():
+        yield f"{stage.subject}: {count} items left out of the scores ({reason})"
 
 
 def _batch_line(stage: Stage, store: Store) -> str:

@@ -39,14 +39,15 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[Rec
 def notes(points: Iterable[Point], records: Records) -> list[str]:
     """Return the notes under a table, a line each.
 
-    They are about rows left out, the batch size of a bfloat16 model, adapters too small to matter, answers that were
-    cut, engines other than the model in memory, and records that may not be comparable (package versions, hardware, other data under the same name, uncommitted
-    code).
+    They are about rows and items left out, ROUGE's words, the batch size of a bfloat16 model, adapters too small to
+    matter, answers that were cut, engines other than the model in memory, and records that may not be comparable
+    (package versions, hardware, other data under the same name, uncommitted code).
     """
     points = list(points)
     named = list(records_of(points, records).values())
     origins = [record.provenance for record, _ in named]
-    of_records = (note for check in (_unused, _rounded, _counts, _engines, _fingerprints) for note in check(named))
+    checks = (_unused, _left_out, _scripts, _rounded, _counts, _engines, _fingerprints)
+    of_records = (note for check in checks for note in check(named))
     of_machines = (note for check in (_versions, _hardware, _code) for note in check(origins))
     return [*_zeros(points), *_flips(points, records), *of_records, *of_machines]
 
@@ -71,6 +72,26 @@ def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
                     most[name, reason] = max(count, most.get((name, reason), 0))
     for (name, reason), count in sorted(most.items()):
         yield f"Rows of {name} were passed over and others taken: {count:,} at most in a training: {reason}."
+
+
+def _left_out(named: list[tuple[Record, str]]) -> Iterator[str]:
+    """Yield how many test items evaluations left out; the most of each benchmark."""
+    most: dict[tuple[str, str], int] = {}
+    for record, name in named:
+        for reason, count in record.passed_over.items() if record.stage == EvaluateSpec.KIND else ():
+            most[name, reason] = max(count, most.get((name, reason), 0))
+    for (name, reason), count in sorted(most.items()):
+        yield f"Items of {name} were left out of the scores: {count:,} at most in an evaluation: {reason}."
+
+
+def _scripts(named: list[tuple[Record, str]]) -> Iterator[str]:
+    """Yield the benchmarks whose ROUGE has words of any script."""
+    benchmarks = {name: record.spec.get("benchmark") for record, name in named}
+    if names := sorted(name for name, content in benchmarks.items() if content and content.get("script") == "any"):
+        yield (
+            f"ROUGE of {', '.join(names)} has words of every script, in scripts without spaces between words its characters; "
+            "its numbers do not compare with those of rouge-score's own words (a-z and digits)."
+        )
 
 
 def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:

@@ -10,6 +10,7 @@ from d2lora.evaluate.vllm import installed
 from d2lora.progress import Progress
 from d2lora.records import CLUSTER, Engine, Item, Result
 from d2lora.settings import Benchmark, Config
+from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run, in_memory
 from d2lora.stages.stage import Identity, Spec, Stage, versions
@@ -116,6 +117,9 @@ def work(run: Run[EvaluateSpec]) -> Result:
     more: dict[str, Any] = {"adapter_changes_logits": outcome.changes} if run.parent else {}
     if counts := harness.counts(outcome.items):
         more["counts"] = counts
+    benchmark = run.config.benchmarks.get(run.stage.subject)
+    if benchmark and not run.stage.spec.lm_eval and (left_out := rows.items(run, benchmark).left_out):
+        more["data"] = {"left_out": left_out}
     if outcome.engine:
         more["engine"] = outcome.engine
     return Result(benchmark=run.stage.subject, metrics=dict(outcome.metrics), eval_batch=outcome.batch, **more)
@@ -141,7 +145,7 @@ def _in_engine(run: Run[EvaluateSpec]) -> _Outcome | str:
         if why := session.why_not(key):
             return why
         answers = engine.InVllm(run.base, session, key, together)
-        evaluation = answers.evaluate(_questions(run), 0, run.progress)
+        evaluation = _numbered_as_rows(run, answers.evaluate(_questions(run), 0, run.progress))
         return _Outcome(*evaluation, session.changes[key], Engine(**session.identity))
     except (sessions.Gone, sessions.Unable) as why:
         print(f"{run.stage.label}: evaluated in memory: {why}", file=sys.stderr)
@@ -187,8 +191,8 @@ def _clustered(run: Run[EvaluateSpec], items: Sequence[Item]) -> list[Item]:
     benchmark = run.config.task.benchmark.get(run.stage.subject)
     if run.stage.spec.lm_eval or benchmark is None or benchmark.cluster is None:
         return list(items)
-    rows = run.rows(benchmark.data)
-    values = [rows[item["index"]].get(benchmark.cluster) for item in items]
+    every = run.rows(benchmark.data)
+    values = [every[item["index"]].get(benchmark.cluster) for item in items]
     return [
         item | {CLUSTER: f"row {item['index']}" if value is None else str(value)}
         for item, value in zip(items, values, strict=True)
@@ -205,7 +209,17 @@ def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limi
     engine = harness.InMemory(run.base, tested, proof.Memory(run.outputs.proofs, data.model_identity(run.config.model)))
     questions = _questions(run)
     attempt = lambda size: engine.evaluate(questions, size, progress, limit)  # noqa: E731
-    return in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
+    evaluation = in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
+    return _numbered_as_rows(run, evaluation)
+
+
+def _numbered_as_rows(run: Run[Any], evaluation: "Evaluation") -> "Evaluation":
+    """Return an evaluation whose items have the indices of their rows in the data set, of which some may be left out."""
+    benchmark = run.config.benchmarks.get(run.stage.subject)
+    if run.stage.spec.lm_eval or benchmark is None:
+        return evaluation
+    asked = rows.items(run, benchmark).rows
+    return evaluation._replace(items=[item | {"index": asked[item["index"]]} for item in evaluation.items])
 
 
 def _questions(run: Run[Any]) -> "Questions":
@@ -214,4 +228,7 @@ def _questions(run: Run[Any]) -> "Questions":
 
     name = run.stage.subject
     benchmark = None if run.stage.spec.lm_eval else run.config.benchmarks[name]
-    return Questions(name, benchmark, run.rows(benchmark.data) if benchmark else ())
+    if benchmark is None:
+        return Questions(name)
+    every = run.rows(benchmark.data)
+    return Questions(name, benchmark, [every[index] for index in rows.items(run, benchmark).rows])

@@ -28,7 +28,10 @@ def model(dtype: torch.dtype = torch.float32, **lora: object) -> PeftModel:
     )  # fmt: skip
     init = lora.pop("init", "lora")
     net = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    wrapped = fresh(net, Start(Lora(**({"r": 4, "alpha": 4} | lora)), init_of(init)(**({"modules": 2} if init == "multilora" else {}))))
+    wrapped = fresh(
+        net,
+        Start(Lora(**({"r": 4, "alpha": 4} | lora)), init_of(init)(**({"modules": 2} if init == "multilora" else {}))),
+    )
     with torch.no_grad():
         for name, weight in wrapped.named_parameters():
             if weight.requires_grad:
