@@ -13,11 +13,11 @@ from d2lora.errors import UserError
 from d2lora.outputs import project_path
 from d2lora.records import ManifestCell, Record, Records, read_items
 from d2lora.report import axes, formats, manifest, tuning
-from d2lora.report import results as rows_of_results
 from d2lora.report.compare import pairs
 from d2lora.report.content import Sweep
 from d2lora.report.points import Point, arm_name
-from d2lora.report.results import CellResults, Row
+from d2lora.report.results import COLUMNS, CellResults, result_rows
+from d2lora.report.rows import Row, frame
 from d2lora.scoring import shown_metrics
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.evaluate import EvaluateSpec
@@ -43,12 +43,12 @@ def results(*sweeps: str, output: Folder = "outputs") -> pd.DataFrame:
     records, rows = Records(folder), []
     for name in sweeps or manifest.sweeps(folder):
         try:
-            rows += list(rows_of_results.result_rows(manifest.read_manifest(folder, name), records, whole=True))
+            rows += list(result_rows(manifest.read_manifest(folder, name), records, whole=True))
         except UserError as error:
             if sweeps:
                 raise
             warnings.warn(f"sweep {name} is left out: {error}", stacklevel=2)
-    return rows_of_results.frame(rows)
+    return frame(rows, COLUMNS)
 
 
 def table(sweep: str, output: Folder = "outputs") -> pd.DataFrame:
@@ -62,7 +62,7 @@ def table(sweep: str, output: Folder = "outputs") -> pd.DataFrame:
     points, fixed = tuning.points(planned, records)
     own = Sweep(sweep, planned.cells, points, records, planned.tuning, fixed).own_tables
     rows = [row | {"n": _rows_of(row), "n_asked": row["n"]} for row in formats.table_rows(own)]
-    return rows_of_results.frame(rows, formats.TABLE_COLUMNS)
+    return frame(rows, formats.TABLE_COLUMNS)
 
 
 def _rows_of(row: Row) -> int | None:
@@ -157,7 +157,7 @@ def curves(sweep: str, output: Folder = "outputs") -> pd.DataFrame:
         for record in results_of_cell.trained:
             if record.stage in (WarmupSpec.KIND, AdaptSpec.KIND) and record.key not in trainings:
                 trainings[record.key] = [_training(results_of_cell, record) | entry for entry in record.log]
-    return rows_of_results.frame([row for log in trainings.values() for row in log], _CURVE_COLUMNS)
+    return frame([row for log in trainings.values() for row in log], _CURVE_COLUMNS)
 
 
 def _training(of: CellResults, record: Record) -> Row:
