@@ -14,18 +14,28 @@ from omegaconf.errors import OmegaConfBaseException
 from d2lora import data
 from d2lora.errors import UserError
 
+_ended = [0]  # the exit codes of what was done under Hydra, which drops what a task function returns
+
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)  # full, read-only, over quota
 
 
+def end_with(code: int) -> None:
+    """Let the command exit with this code, or a higher one that was given before.
+
+    Not by sys.exit: Hydra's callbacks are called at the end of a job and of a run only if the task function returns.
+    """
+    _ended.append(code)
+
+
 def guard(main: Callable[[], object]) -> NoReturn:
-    """Run main and exit with the code that it returns, or 0.
+    """Run main and exit with the code that it returns, or the highest given to `end_with`.
 
     Exit with 1 for work that failed or a disk error, with 2 for wrong input (one line), with 130 after Ctrl-C, and with
     141 if the reader of the output has closed it.
     """
     with reader_may_leave():
         code = _code(main)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(code if isinstance(code, int) else max(_ended))
 
 
 def _code(main: Callable[[], object]) -> object:

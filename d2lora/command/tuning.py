@@ -72,7 +72,7 @@ class Tuner:
         met = choice.tested(self.before)
         done = {c.id for c in self.cells if c.id in met and all(map(self.store.done, c.chain.evaluations))}
         untested = candidates - set(but) - done
-        return [_untested(cell) if cell.id in untested else cell for cell in self.cells]
+        return [without_test(cell) if cell.id in untested else cell for cell in self.cells]
 
     def _at_own_values(self, compose: Callable[[Overrides], Cell]) -> set[str]:
         """Return the ids of candidates whose tuned settings are what the configuration says without the sweep's values of them."""
@@ -108,7 +108,8 @@ class Tuner:
             _refuse_the_test(config)
 
 
-def _untested(cell: Cell) -> Cell:
+def without_test(cell: Cell) -> Cell:
+    """Return a cell without its evaluations on the test."""
     return Cell(cell.config, dataclasses.replace(cell.chain, evaluations=()), cell.overrides)
 
 

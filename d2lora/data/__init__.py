@@ -3,14 +3,13 @@ transformers.
 """
 
 from d2lora.data.checks import (
-    check_lm_eval,
     check_model,
     check_task,
     check_warmup,
     columns,
-    harness,
     kind_line,
 )
+from d2lora.data.harness_tasks import check_lm_eval, harness_identity, load_harness_task, quiet
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.items import check_benchmark, check_items, choices, golds, right_choice
 from d2lora.data.placebo import exchanged
@@ -79,11 +78,12 @@ __all__ = [
     "fingerprint",
     "general_example",
     "golds",
-    "harness",
+    "harness_identity",
     "hub",
     "hub_problem",
     "identity",
     "kind_line",
+    "load_harness_task",
     "local",
     "longest",
     "mixed",
@@ -91,6 +91,7 @@ __all__ = [
     "model_identity",
     "number_of",
     "pair_example",
+    "quiet",
     "refuse_tokens",
     "render",
     "rendered_conversation",

@@ -9,12 +9,14 @@ import torch
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 
+from d2lora import data
 from d2lora.base import Base
 from d2lora.evaluate.engine import Evaluation, Item, Questions, Score, counts
 from d2lora.evaluate.lm import WatchedLM
-from d2lora.evaluate.task import harness_task, quiet, task_of
+from d2lora.evaluate.task import harness_task, task_of
 from d2lora.layouts import proof
 from d2lora.progress import Progress
+from d2lora.settings import HarnessTask
 
 __all__ = ["InMemory", "Questions", "counts", "evaluate", "task_of"]
 
@@ -30,46 +32,51 @@ class InMemory:
     def evaluate(self, questions: Questions, batch: int, progress: Progress, limit: int | None = None) -> Evaluation:
         """Generate and score answers, as `Engine` defines it."""
         template = self.base.tokenizer.chat_template is not None
-        task: str | ConfigurableTask = questions.name
-        chat = False
         if benchmark := questions.benchmark:
             task = task_of(questions.name, benchmark, questions.rows, template)
             chat = benchmark.chat and template
-        return evaluate(self.base, self.model, task, chat, batch, progress, self.proofs, limit)
+            return evaluate(self.base, self.model, task, chat, batch, progress, self.proofs, limit)
+        asked = questions.harness or HarnessTask(name=questions.name)
+        task, first = harness_task(asked, questions.folder), min(limit or math.inf, asked.limit or math.inf)
+        limit = None if first == math.inf else int(first)
+        chat = asked.chat and template
+        return evaluate(self.base, self.model, task, chat, batch, progress, self.proofs, limit, asked.filter)
 
 
 def evaluate(
     base: Base,
     model: torch.nn.Module,
-    task: str | ConfigurableTask,
+    task: ConfigurableTask,
     chat: bool,
     batch: int,
     progress: Progress,
     proofs: proof.Memory,
     limit: int | None = None,
+    filter_name: str | None = None,
 ) -> Evaluation:
     """Ask a task's items (the first `limit`) and score them; those `cut` at max_new_tokens are marked so.
 
-    The batch becomes 1 where texts in a padded batch do not get what each gets alone. RuntimeError if there are no items.
+    Of a task that reads answers with several filters, `filter_name` counts, or the first. Examples are turns of their
+    own in a chat. The batch becomes 1 where texts in a padded batch do not get what each gets alone. RuntimeError if there are no items.
     """
-    name = task if isinstance(task, str) else str(task.config.task)
-    task = harness_task(task) if isinstance(task, str) else task
-    with quiet():
+    name = str(task.config.task)
+    with data.quiet():
         lm = WatchedLM(base, model, chat, batch, progress, proofs)
-        options = {"bootstrap_iters": 0, "log_samples": True, "apply_chat_template": chat, "verbosity": "ERROR"}
+        options = {"bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR"}
+        options |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
         result = run_harness(lm=lm, task_dict={name: task}, limit=limit, **options)
-    samples = _samples(result["samples"][name], name)
+    samples = _samples(result["samples"][name], name, filter_name)
     metrics = _metrics(samples, name)
     items = [_item(sample, metrics, lm.cut) for sample in samples]
     return Evaluation({m: _score([float(s[m]) for s in samples]) for m in metrics}, items, lm.batch_size)
 
 
-def _samples(logged: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return one sample for each item, in order. If a task reads answers with several filters, the first one counts."""
+def _samples(logged: list[dict[str, Any]], name: str, filter_name: str | None) -> list[dict[str, Any]]:
+    """Return one sample for each item, in order: those of one filter, where a task reads answers with several."""
     if not logged:
         raise RuntimeError(f"benchmark {name}: the evaluation gave no items")
-    first = logged[0]["filter"]
-    return sorted((sample for sample in logged if sample["filter"] == first), key=lambda sample: sample["doc_id"])
+    counts = filter_name or logged[0]["filter"]
+    return sorted((sample for sample in logged if sample["filter"] == counts), key=lambda sample: sample["doc_id"])
 
 
 def _metrics(samples: list[dict[str, Any]], name: str) -> list[str]:
@@ -97,7 +104,9 @@ def _item(sample: dict[str, Any], metrics: list[str], cut: set[str]) -> Item:
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
-    return {"answer": sample["filtered_resps"][0], "gold": sample["target"]}
+    """Return an answer as a filter read it, and, where that is another text, as the model gave it."""
+    answer, raw = sample["filtered_resps"][0], sample["resps"][0][0]
+    return {"answer": answer, "gold": sample["target"], **({"raw": raw} if raw != answer else {})}
 
 
 def _choices(sample: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from d2lora.settings.recipe import RATE, Recipe
 from d2lora.settings.tasks import Benchmark, Model, Task, Warmup
 from d2lora.settings.values import Amount, PathText, Seed, Strict, Text
 
+OF_VALIDATION = "_validation"  # ends the name of the validation benchmark of another
+
 
 class Wandb(Strict):
     """Settings of the mirror in W&B. None of them changes a result, so they are in no key and no manifest."""
@@ -66,6 +68,9 @@ class Config(Strict):
     tune: Annotated[list[Text], BeforeValidator(_listed)] = Field(
         default=[]
     )  # keys whose values a sweep chooses on validation benchmarks, arm by arm
+    objective: Annotated[list[Text], BeforeValidator(_listed)] = Field(
+        default=[], exclude=True
+    )  # what a sweeper optimizes: BENCHMARK/METRIC
     sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
     report: Report = Report()
@@ -78,8 +83,35 @@ class Config(Strict):
 
     @property
     def benchmarks(self) -> dict[str, Benchmark]:
-        """The task's benchmarks, and where settings are tuned its validation benchmarks."""
-        return self.task.benchmark | (self.task.validation if self.tune else {})
+        """The task's benchmarks, and where settings are chosen by them its validation benchmarks."""
+        return self.task.benchmark | (self.task.validation if self.is_validated else {})
+
+    @property
+    def objectives(self) -> list[tuple[str, str]]:
+        """Return benchmark and metric of each objective: the validation benchmark of the one that is named, if it has one."""
+        pairs = [(name, metric) for name, _, metric in (text.rpartition("/") for text in self.objective)]
+        return [
+            (f"{name}{OF_VALIDATION}" if f"{name}{OF_VALIDATION}" in self.task.validation else name, metric)
+            for name, metric in pairs
+        ]
+
+    @property
+    def is_validated(self) -> bool:
+        """Tell whether the cell is evaluated on validation benchmarks: to choose settings by them."""
+        return bool(self.tune) or any(name in self.task.validation for name, _ in self.objectives)
+
+    @model_validator(mode="after")
+    def _objective_is_measured(self) -> "Config":
+        known = [*self.task.validation, *self.task.benchmark, *(task.name for task in self.task.harness_tasks)]
+        for text, (name, metric) in zip(self.objective, self.objectives, strict=True):
+            if name not in known or not metric:
+                raise ValueError(
+                    f"objective={text}: BENCHMARK/METRIC, with a benchmark of {', '.join(known) or 'none'}"
+                )
+            benchmark = (self.task.validation | self.task.benchmark).get(name)
+            if benchmark and metric not in benchmark.scoring.metrics:
+                raise ValueError(f"objective={text}: {name} has {', '.join(benchmark.scoring.metrics)}")
+        return self
 
     @model_validator(mode="after")
     def _data_root_where_needed(self) -> "Config":
@@ -214,7 +246,9 @@ def _line(problem: Any) -> str:
         others = [name for name in classes[choice].model_fields if name != "name"]
         allowed = f" with {loc[0]}={choice}, which takes {', '.join(others) or 'no settings'}"
     key = ".".join(
-        str(part) for part in loc if not str(part).startswith(("literal", "constrained-", "prompt-", "[key]"))
+        str(part)
+        for part in loc
+        if not str(part).startswith(("literal", "constrained-", "prompt-", "harness-", "[key]"))
     )
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":

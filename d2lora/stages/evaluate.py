@@ -27,12 +27,15 @@ class EvaluateSpec(Spec):
     lm_eval: str | None = None
     libraries: Identity | None = None
     model: Identity | None = None
+    harness: Identity | None = (
+        None  # settings of the harness's task that differ, and the content of a task of the user's
+    )
 
     KIND: ClassVar[str] = "evaluate"
     VERSION: ClassVar[int] = 4
 
     def content(self) -> Identity:
-        parts = {name: getattr(self, name) for name in ("benchmark", "lm_eval", "libraries", "model")}
+        parts = {name: getattr(self, name) for name in ("benchmark", "lm_eval", "libraries", "model", "harness")}
         return {name: part for name, part in parts.items() if part is not None}
 
     def cost(self, samples: int) -> float:
@@ -42,14 +45,15 @@ class EvaluateSpec(Spec):
 def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
     """Yield the evaluations of an adapter; without a parent those of the base, whose specs have no seed or recipe."""
     yield from _of(config.task.benchmark, config, parent)
-    for name in config.task.lm_eval:
-        spec = EvaluateSpec(lm_eval=name, libraries=versions("lm-eval"), model=_base(config, parent))
-        yield Stage(spec, parent, _label(name, config, parent), subject=name)
+    for task in config.task.harness_tasks:
+        more = data.harness_identity(task, config.task.lm_eval_path)
+        spec = EvaluateSpec(lm_eval=task.name, libraries=versions("lm-eval"), model=_base(config, parent), harness=more)
+        yield Stage(spec, parent, _label(task.name, config, parent), subject=task.name)
 
 
 def validations(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
-    """Yield the evaluations on validation benchmarks, where settings are tuned."""
-    if config.tune:
+    """Yield the evaluations on validation benchmarks, where settings are chosen by them."""
+    if config.is_validated:
         yield from _of(config.task.validation, config, parent)
 
 
@@ -108,7 +112,9 @@ def scored(run: Run[Any], tested: "Module", batch: int, progress: Progress, limi
 
     name = run.stage.subject
     benchmark = None if run.stage.spec.lm_eval else run.config.benchmarks[name]
-    questions = harness.Questions(name, benchmark, run.rows(benchmark.data) if benchmark else ())
+    asked = next((task for task in run.config.task.harness_tasks if task.name == name), None)
+    rows, folder = run.rows(benchmark.data) if benchmark else (), run.config.task.lm_eval_path
+    questions = harness.Questions(name, benchmark, rows, asked, folder)
     engine = harness.InMemory(run.base, tested, proof.Memory(run.outputs.proofs, data.model_identity(run.config.model)))
     attempt = lambda size: engine.evaluate(questions, size, progress, limit)  # noqa: E731
     return in_memory(attempt, lambda size: size // 2, "recipe.eval_batch", batch)
