@@ -58,7 +58,7 @@ def _begin(config: DictConfig) -> None:
     cells = _cells(config)
     first, store = cells[0].config, Store(Outputs.of(cells[0].config).root)
     tuning.refuse_single(first)
-    _check_objective(config, first.objective, [metric for _, metric in first.objectives])
+    _check_objective(config, first.objective)
     rehearsal.remember()
     note = [] if len(cells) > 1 else [f"  one cell of those that hydra/sweeper={_choice(config)} will choose"]
     print(summary.plan_text(cells, store, notes=[*preflight.coverage(cells), *note]), flush=True)
@@ -86,7 +86,7 @@ def _cells(config: DictConfig) -> list[Cell]:
     return [_without_test(cell)]
 
 
-def _check_objective(config: DictConfig, objective: Sequence[str], metrics: Sequence[str]) -> None:
+def _check_objective(config: DictConfig, objective: Sequence[str]) -> None:
     """Raise UserError where a sweeper that optimizes has nothing to optimize, or would look for the worst."""
     if _name(config) not in _OPTIMIZERS:
         return

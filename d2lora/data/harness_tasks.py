@@ -38,11 +38,8 @@ def load_harness_task(name: str, folder: str | None = None) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"task.lm_eval={name}: its data can't be had: {_first_line(error)}") from None
     except Exception as error:
-        if not any(module in str(type(error)) for module in ("huggingface_hub", "datasets", "httpx", "requests")):
-            raise UserError(
-                f"task.lm_eval={name}: the harness can't load it: {type(error).__name__}: {_first_line(error)}"
-            ) from None
-        raise UserError(hub_problem("task.lm_eval", name, error)) from None
+        told = hub_problem("task.lm_eval", name, error)
+        raise UserError(told.replace("the Hub's answer was", "can't be loaded:")) from None
 
 
 def check_lm_eval(tasks: Sequence[HarnessTask], folder: str | None = None) -> None:
@@ -96,9 +93,11 @@ def _manager(name: str, folder: str | None) -> Any:
 
 def _own_tasks(folder: str) -> Any:
     """Return the index of the tasks in the user's folder. UserError if there is no such folder."""
-    path = local(folder)
+    path: Path | None = None
+    with contextlib.suppress(UserError):  # it says what data sets may be
+        path = local(folder)
     if path is None or not path.is_dir():
-        raise UserError(f"task.lm_eval_path={folder}: no such folder")
+        raise UserError(f"task.lm_eval_path={folder}: no such folder here or in the project")
     return _index_of(path)
 
 

@@ -213,8 +213,8 @@ doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: ["\n"], do_sample: false, max_gen_toks: 6}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 filter_list:
-- {{name: strict, filter: [{{function: regex, regex_pattern: "#### (\\d+)"}}, {{function: take_first}}]}}
-- {{name: loose, filter: [{{function: regex, regex_pattern: "(\\S)"}}, {{function: take_first}}]}}
+- {{name: strict, filter: [{{function: regex, regex_pattern: '#### (\\d+)'}}, {{function: take_first}}]}}
+- {{name: loose, filter: [{{function: regex, regex_pattern: '(\\S)'}}, {{function: take_first}}]}}
 """
 
 
@@ -260,7 +260,7 @@ def test_what_does_not_fit_a_task_of_the_harness_shows_before_training(own: Path
     (own / "rows.jsonl").unlink()
     with pytest.raises(UserError, match=r"task.lm_eval=sums: its data can't be had"):
         data.check_lm_eval([HarnessTask(name="sums")], str(own))
-    with pytest.raises(UserError, match=r"task.lm_eval_path=nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"task.lm_eval_path=nowhere: no such folder here"):
         data.check_lm_eval([HarnessTask(name="sums")], "nowhere")
 
 
