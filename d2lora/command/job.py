@@ -8,7 +8,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import worker
+from d2lora import mirror, worker
 from d2lora.command import preflight, rehearsal, summary, sweepers, terminal, tuning
 from d2lora.command.grid import cell_of
 from d2lora.command.guard import end_with, one_line, reader_may_leave, refuse
@@ -50,6 +50,8 @@ def one_cell(cell: Cell) -> int:
     with terminal.Bar() as bar:
         lost = worker.do(cell.config, cell, store, bar.stage)
     print(summary.cell_text(cell, store))
+    if mirrored := mirror.where_cell(cell, store):
+        print(mirrored)
     print(summary.failures_text(output, lost), end="", file=sys.stderr)
     return 1 if lost else 0
 

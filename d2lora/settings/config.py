@@ -26,12 +26,19 @@ from d2lora.settings.values import Amount, PathText, Seed, Strict, Text, shown
 OF_VALIDATION = "_validation"  # ends the name of the validation benchmark of another
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class Wandb(Strict):
     """Settings of the mirror in W&B. None of them changes a result, so they are in no key and no manifest."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with credentials, offline without
     project: Text | None = None  # WANDB_PROJECT, or d2lora
     entity: Text | None = None  # WANDB_ENTITY, or the account's own
+    group: Text | None = None  # WANDB_RUN_GROUP, or the sweep
+    tags: Annotated[list[Annotated[Text, Field(max_length=64)]], BeforeValidator(_listed)] = Field(default=[])
+    notes: Text | None = None  # WANDB_NOTES
     artifacts: StrictBool = True  # adapters, with their lineage
     patience: Annotated[float, Field(gt=0)] = 60  # seconds that a job waits for the server before it goes on without
 
@@ -43,10 +50,6 @@ class Report(Strict):
         None  # the setting of the columns and the x axis, by its key; the one with the most values without it
     )
     margin: Annotated[float, Field(gt=0)] = 1.0  # points within which two arms are called equivalent
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class Config(Strict):

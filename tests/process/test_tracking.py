@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -594,7 +595,10 @@ def same(server: Server, output: Path) -> None:
 def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
     done = typed(tmp_path, *CHAIN, environment=server.environment)
     assert warnings(done) == []
-    assert done.out.splitlines()[-1] == "W&B: the runs are online"
+    first, last = [line for line in done.out.splitlines() if line.startswith("W&B: ")]
+    assert first.startswith(f"W&B: {server.url}/"), "the first run's address, while there is something to watch"
+    assert last.startswith(f"W&B: the runs are online: {server.url}/")
+    assert "/runs/report-" in last
     same(server, tmp_path / "out")
     files = {name.split("/")[-1].split("_")[0] for (name,) in server.ask("SELECT name FROM files") if "media" in name}
     assert {"items", "results", "table"} <= files
@@ -603,6 +607,114 @@ def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
     page = server.page("/projects/default/lab")
     for name in ("sft · D2LoRA(8, 16) · s0", "warm-up · D2LoRA(8, 0) · s0", "report · mine"):
         assert name in page
+
+
+class Sweeps:
+    """A stand-in before the server for what it lacks: the three queries of `wandb agent`. It passes on all others.
+
+    `trials` are what agents get, in order: run id -> arguments. `sweep_of` collects which runs said that they are a sweep's.
+    """
+
+    def __init__(self, server: Server, command: list[str], trials: dict[str, dict]) -> None:
+        self.server, self.config = server, json.dumps({"command": command})
+        self.trials, self.sweep_of = dict(trials), {}
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.pass_on(b"")
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if answer := outer.answer(body) if self.path == "/graphql" else None:
+                    self.send(200, {"Content-Type": "application/json"}, json.dumps({"data": answer}).encode())
+                else:
+                    self.pass_on(body)
+
+            do_PUT = do_PATCH = do_POST
+
+            def pass_on(self, body: bytes) -> None:
+                headers = {
+                    k: v for k, v in self.headers.items() if k.lower() not in ("content-length", "accept-encoding")
+                }
+                request = urllib.request.Request(
+                    outer.server.url + self.path, data=body or None, headers=headers, method=self.command
+                )
+                try:
+                    with urllib.request.urlopen(request, timeout=30) as got:
+                        self.send(got.status, got.headers, got.read())
+                except urllib.error.HTTPError as error:
+                    self.send(error.code, error.headers, error.read())
+
+            def send(self, status: int, headers, body: bytes) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.environment = server.environment | {"WANDB_BASE_URL": f"http://127.0.0.1:{self.http.server_port}"}
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, body: bytes) -> dict | None:
+        asked = json.loads(body)
+        query, variables = asked.get("query", ""), asked.get("variables") or {}
+        if "mutation UpsertBucket" in query:
+            self.sweep_of[variables.get("name")] = variables.get("sweep")
+        if "SweepWithRuns" in query:
+            return {"project": {"sweep": {"config": self.config, "runs": {"edges": []}}}}
+        if "CreateAgent" in query:
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if "mutation Heartbeat" in query:
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(self.next(variables))}}
+        return None
+
+    def next(self, variables: dict) -> list[dict]:
+        if json.loads(variables["runState"]) or not self.trials:
+            return []
+        run, arguments = next(iter(self.trials.items()))
+        del self.trials[run]
+        args = {name: {"value": value} for name, value in arguments.items()}
+        return [{"type": "run", "run_id": run, "program": str(ROOT / "run.py"), "args": args}]
+
+
+@pytest.mark.wandb_server
+def test_trials_of_a_wandb_sweep_have_the_cells_results_and_stages_their_own_runs(
+    server: Server, tmp_path: Path
+) -> None:
+    """The real agent, with `${args_no_hyphens}`; the third trial is a cell that is done already, the second is wrong."""
+    command = ["${env}", "${interpreter}", "${program}", "${args_no_hyphens}", *SMALL, f"output={tmp_path / 'out'}"]
+    trials = {"trial-a": {"n": 4, "seed": 0}, "trial-b": {"n": -4}, "trial-c": {"n": 4, "seed": 0}}
+    sweeps = Sweeps(server, command, trials)
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "NETRC"))}
+    own |= sweeps.environment | {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    agent = [sys.executable, "-m", "wandb", "agent", "--count", "3", "default/lab/mysweep"]
+    done = subprocess.run(agent, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=500, check=False)
+    told = done.stdout + done.stderr
+    assert "error: n=-4" in told, told
+    assert not sweeps.trials
+    there, made = server.runs(), records(tmp_path / "out")
+    assert set(made) <= set(there), "each stage has a run of its own"
+    accuracy = next(r for r in made.values() if r["stage"] == "evaluate")["metrics"]["accuracy"]["value"]
+    for trial in ("trial-a", "trial-c"):
+        assert there[trial][1] == "finished"
+        assert there[trial][2]["lab_math/accuracy"] == accuracy
+        assert f"/runs/{trial}" in told, "its address is printed"
+    assert {run: sweep for run, sweep in sweeps.sweep_of.items() if sweep} == {
+        "trial-a": "mysweep",
+        "trial-c": "mysweep",
+    }
+    (config,) = server.ask("SELECT config_json FROM runs WHERE run_id = 'trial-a'")
+    assert '"seed"' in config[0]
+    for host, program in server.ask("SELECT host, program FROM runs"):
+        assert host == ""
+        assert program in ("", "run.py"), "no path of this machine"
 
 
 @pytest.mark.wandb_server
