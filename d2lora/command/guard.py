@@ -96,6 +96,8 @@ _NO_ARGUMENT = re.compile(
 
 def _advice(text: str) -> str | None:
     """Say more than Hydra does of a key that is not in the config: what it advises mostly fails. None for other errors."""
+    if "'hydra/sweeper/optuna'" in text:
+        return "hydra/sweeper=optuna: not installed: pip install -e '.[optuna]' && pip install --no-deps hydra-optuna-sweeper==1.3.0"
     if unknown := _NO_ARGUMENT.match(text):
         launcher, key = unknown.groups()
         return f"hydra.launcher.{key}: {launcher} has no such setting; hydra/launcher=NAME chooses another launcher"

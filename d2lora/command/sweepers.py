@@ -59,6 +59,8 @@ def _begin(config: DictConfig) -> None:
     first, store = cells[0].config, Store(Outputs.of(cells[0].config).root)
     tuning.refuse_single(first)
     _check_objective(config, first.objective)
+    if first.is_validated:
+        tuning.refuse_the_test(first)
     rehearsal.remember()
     note = [] if len(cells) > 1 else [f"  one cell of those that hydra/sweeper={_choice(config)} will choose"]
     print(summary.plan_text(cells, store, notes=[*preflight.coverage(cells), *note]), flush=True)

@@ -105,7 +105,7 @@ class Tuner:
                 )
                 raise UserError(f"tune={key}: {what}")
         for config in {cell.config.task.name: cell.config for cell in self.cells}.values():
-            _refuse_the_test(config)
+            refuse_the_test(config)
 
 
 def without_test(cell: Cell) -> Cell:
@@ -123,7 +123,7 @@ def _sets(override: str, key: str) -> bool:
     return name == key or ("." in name and key.startswith(f"{name}."))
 
 
-def _refuse_the_test(config: Config) -> None:
+def refuse_the_test(config: Config) -> None:
     """Raise UserError for a validation benchmark that reads the rows of a test."""
     tests = {name: data.identity(b.data, config.split_seed) for name, b in config.task.benchmark.items()}
     for name, benchmark in config.task.validation.items():

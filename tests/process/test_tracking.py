@@ -176,7 +176,7 @@ def test_a_stage_s_run_has_its_spec_and_the_metrics_of_its_record(offline) -> No
     found = by_key(offline)
     for key, record in records(offline.out).items():
         run = found[key]
-        assert {k: run["config"][k] for k in record["spec"]} == record["spec"]
+        assert run["config"]["spec"] == record["spec"]
         assert run["summary"]["seconds"] == record["seconds"]
         for metric, value in record["metrics"].items():
             if record["stage"] == "evaluate":
@@ -185,6 +185,18 @@ def test_a_stage_s_run_has_its_spec_and_the_metrics_of_its_record(offline) -> No
                 assert run["summary"][f"{name}_low"] <= value["value"] <= run["summary"][f"{name}_high"]
             elif record["stage"] in ("warmup", "adapt") and metric != "log":
                 assert run["summary"][metric] == value
+
+
+def test_a_training_has_the_flat_settings_that_cells_have(offline) -> None:
+    (adapted,) = [
+        r for r in offline.runs if r["display_name"] == "dpo · D2LoRA(8, 24) · s0" and r["job_type"] == "adapt"
+    ]
+    (cell,) = [r for r in offline.runs if r["display_name"] == adapted["display_name"] and r["job_type"] == "cell"]
+    shared = ("m", "n", "arm", "method", "init", "model", "task", "recipe", "seed", "lr")
+    assert {k: adapted["config"][k] for k in shared} == {k: cell["config"][k] for k in shared}
+    (warm,) = [r["config"] for r in offline.runs if r["job_type"] == "warmup"]
+    assert (warm["m"], warm["n"], warm["arm"], warm["init"]) == (8, 0, "D2LoRA", "lora")
+    assert not {"method", "task", "lr"} & set(warm), "it serves cells of other methods too"
 
 
 def test_training_is_logged_over_samples_seen_and_agrees_with_the_record(offline) -> None:
@@ -250,6 +262,7 @@ def test_lineage_leads_from_base_and_data_over_the_warm_up_to_the_adapter(offlin
 
 def test_no_secret_and_no_path_of_the_home_is_in_what_is_uploaded(offline) -> None:
     for run in offline.runs:
+        assert "host" not in run
         assert KEY not in run["text"]
         assert str(offline.home) not in run["text"]
         assert str(ROOT) not in run["text"]
@@ -476,9 +489,29 @@ def test_online_without_credentials_never_asks(tmp_path: Path, cell) -> None:
     assert "WANDB_API_KEY" in line
 
 
-def test_disabled_writes_nothing(tmp_path: Path) -> None:
-    typed(tmp_path, "n=4", environment={"WANDB_MODE": "disabled"})
+@pytest.mark.parametrize("environment", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}])
+def test_disabled_writes_nothing(tmp_path: Path, environment: dict, cell) -> None:
+    typed(tmp_path, *check_of(cell), environment=environment)
     assert not (tmp_path / "out" / "wandb").exists()
+
+
+def test_what_the_environment_and_the_settings_say_of_runs_is_heeded(tmp_path: Path, cell) -> None:
+    said = {"WANDB_TAGS": "mine, other", "WANDB_RUN_GROUP": "ours", "WANDB_DIR": str(tmp_path / "kept")}
+    typed(tmp_path, *check_of(cell), "wandb.mode=offline", "wandb.tags=[third]", "wandb.notes=why", environment=said)
+    (run,) = runs(tmp_path / "kept")
+    assert run["tags"] == ["third", "mine", "other"]
+    assert (run["run_group"], run["notes"]) == ("ours", "why")
+    assert not list((tmp_path / "out").glob("wandb/*run*"))
+
+
+@pytest.mark.parametrize("name", ["dataset-modèle", "base-" + 130 * "x", "report-日本", "base-ok"])
+def test_a_name_that_wandb_refuses_is_made_fit(name: str) -> None:
+    import wandb
+
+    made = sender.fit(name)
+    wandb.Artifact(made, "base")  # raises for a name that it refuses
+    assert (made == name) == (name == "base-ok")
+    assert sender.fit(f"{name}è") != made
 
 
 @pytest.mark.parametrize(("key", "words"), [("wandb.mode=on", "online"), ("wandb.patience=0", "greater than 0")])
