@@ -9,10 +9,12 @@ from d2lora.data.checks import (
     columns,
     kind_line,
 )
+from d2lora.data.choices import choices, right_choice
 from d2lora.data.harness_tasks import check_lm_eval, harness_identity, load_harness_task, quiet
 from d2lora.data.hub import hub, hub_problem
-from d2lora.data.items import check_benchmark, check_items, choices, golds, right_choice
+from d2lora.data.items import Asked, asked, check_benchmark, check_items, golds, item_prompt
 from d2lora.data.placebo import exchanged
+from d2lora.data.room import context_of, is_too_long, item_example, room_of
 from d2lora.data.sources import (
     ROOT,
     Row,
@@ -52,6 +54,7 @@ from d2lora.settings import Data
 __all__ = [
     "REFERENCE_BLOCK",
     "ROOT",
+    "Asked",
     "Data",
     "Example",
     "LeftOut",
@@ -60,6 +63,7 @@ __all__ = [
     "Shape",
     "Subset",
     "answer_starts",
+    "asked",
     "check_benchmark",
     "check_items",
     "check_lm_eval",
@@ -68,6 +72,7 @@ __all__ = [
     "check_warmup",
     "choices",
     "columns",
+    "context_of",
     "conversation_example",
     "digest",
     "encode",
@@ -82,6 +87,9 @@ __all__ = [
     "hub",
     "hub_problem",
     "identity",
+    "is_too_long",
+    "item_example",
+    "item_prompt",
     "kind_line",
     "load_harness_task",
     "local",
@@ -98,6 +106,7 @@ __all__ = [
     "rendered_prompt",
     "require_columns",
     "right_choice",
+    "room_of",
     "rows",
     "say_end",
     "sequences",
