@@ -186,7 +186,7 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
         point.clusters = records.clusters(run.evaluate)
         spec = record.spec
-        point.tested.add(canonical(spec.get("benchmark") or spec.get("lm_eval")))
+        point.tested.add(canonical(spec.get("benchmark") or [spec.get("lm_eval"), spec.get("harness")]))
         if len(point.tested) > 1:
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"
