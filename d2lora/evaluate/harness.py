@@ -30,11 +30,11 @@ class InMemory:
 
     def evaluate(self, questions: Questions, batch: int, progress: Progress, limit: int | None = None) -> Evaluation:
         """Generate and score answers, as `Engine` defines it."""
-        task, chat = asked(questions, self.base)
+        task, chat = task_for(questions, self.base)
         return evaluate(self.base, self.model, task, chat, batch, progress, self.proofs, limit)
 
 
-def asked(questions: Questions, base: Base) -> tuple[ConfigurableTask, bool]:
+def task_for(questions: Questions, base: Base) -> tuple[ConfigurableTask, bool]:
     """Return the harness's task of a benchmark, and whether its prompts are rendered as conversations."""
     benchmark = questions.benchmark
     if benchmark is None:
