@@ -42,7 +42,7 @@ class InVllm:
 
         sessions.Gone or sessions.Unable if they are to be evaluated in memory.
         """
-        test = harness.test_of(questions, self.base, limit)
+        test = harness.as_test(questions, self.base, limit)
         metrics, items = harness.scored(SessionLM(self, test.chat, progress), test)
         return Evaluation(metrics, items, SIZES[self.session.failures].sequences)
 
