@@ -71,11 +71,6 @@ class Base:
         self.snapshot.restore(self.model)
         self.check()
 
-    def attention(self, wanted: str) -> str:
-        """Return the implementation of attention to train with: the recipe's, or eager if the family has no other."""
-        loaded: str = self.model.config._attn_implementation
-        return loaded if wanted == "sdpa" else wanted
-
 
 LOADED: dict[str, Base] = {}  # the one base of this process, by its config as JSON
 
@@ -83,6 +78,14 @@ LOADED: dict[str, Base] = {}  # the one base of this process, by its config as J
 def device() -> str:
     """Return the device of all models: a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """Return the GPU's name with its memory in GiB, or "cpu"."""
+    if device() == "cpu":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def memory_mb() -> float:
@@ -100,7 +103,8 @@ def load_base(model: Model, cache: Path) -> Base:
         LOADED.clear()  # one base at a time: two of 8 B would not fit
         gc.collect()
         LOADED[name] = read_base(model, cache)
-    LOADED[name].check()
+    if LOADED[name].model.device.type == device():  # it is elsewhere while an engine has the GPU, and nothing uses it
+        LOADED[name].check()
     return LOADED[name]
 
 

@@ -2,7 +2,7 @@
 
 store/<kind>/<key>/   records           checkpoints/<key>/   of trainings that were stopped
 manifests/<sweep>     planned grids     reference/<policy>/  log-probabilities of DPO's reference
-failed/<key>          why stages failed fingerprints/, proofs/, models/   caches
+failed/<key>          why stages failed fingerprints/, proofs/, passes/, models/   caches
 report/               tables, figures   progress/<key>, wandb/, hydra/
 engine/<process>.log  of engines that failed
 """
@@ -101,6 +101,10 @@ class Outputs:
     def proofs(self) -> Path:
         """Return the folder of layouts.proof.Memory, which caches the layouts that were tested."""
         return self.root / "proofs"
+
+    def passes(self, name: str) -> Path:
+        """Return the file with how many tokens at once fit into memory, in trainings of a kind."""
+        return self.root / "passes" / f"{name}.json"
 
     @property
     def models(self) -> Path:

@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
 from d2lora.adapters.coverage import layers
@@ -42,7 +43,7 @@ def lean(wrapped: PeftModel) -> Iterator[None]:
         for name, module in wrapped.named_modules():
             if _same_code(type(module).forward, llama.LlamaRMSNorm.forward):
                 _replace(module, functools.partial(_norm, module), replaced)
-            elif _same_code(type(module).forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, nn.SiLU):
+            elif _same_code(type(module).forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
                 parts = [own[f"{name}.{part}"] for part in _MLP if f"{name}.{part}" in own]
                 if len(parts) == len(_MLP):
                     _replace(module, functools.partial(_mlp, module, parts), replaced)

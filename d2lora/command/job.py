@@ -8,10 +8,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import plan, worker
-from d2lora.command import preflight, rehearsal, summary, terminal, tuning
+from d2lora import mirror, plan, worker
+from d2lora.command import preflight, rehearsal, summary, sweepers, terminal, tuning
 from d2lora.command.grid import cell_of
-from d2lora.command.guard import one_line, reader_may_leave, refuse
+from d2lora.command.guard import end_with, one_line, reader_may_leave, refuse
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
@@ -21,16 +21,21 @@ from d2lora.settings import Config, parse
 from d2lora.store import Store
 
 
-def job(config: DictConfig) -> int:
-    """Do a single cell and exit with its code, or do a worker's share of a grid and return how many stages failed."""
+def job(config: DictConfig) -> object:
+    """Do a single cell and return its exit code, or do a worker's share of a grid and return how many stages failed.
+
+    A cell that another sweeper chose gives its objective.
+    """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return share(config)
+        return share(config) if config.job is not None else sweepers.trial(config)
     # Handled here as guard would, because Hydra prints a line of its own for each exception that it sees.
     with reader_may_leave():
         try:
-            sys.exit(one_cell(cell_of(config)))
+            code = one_cell(cell_of(config))
         except (UserError, OmegaConfBaseException) as error:
-            sys.exit(refuse(error))
+            code = refuse(error)
+    end_with(code)
+    return code
 
 
 def one_cell(cell: Cell) -> int:
@@ -47,11 +52,13 @@ def one_cell(cell: Cell) -> int:
     with terminal.Bar() as bar:
         lost = worker.do(cell.config, cell, store, bar.stage)
     print(summary.cell_text(cell, store))
+    if mirrored := mirror.where_cell(cell, store):
+        print(mirrored)
     print(summary.failures_text(output, lost), end="", file=sys.stderr)
     return 1 if lost else 0
 
 
-def _others(cell: Cell) -> list[Cell]:
+def others(cell: Cell) -> list[Cell]:
     """Return the other cells that a shared job has stages of, as the sweep's manifest has their configs; the worker computes their keys
     again. UserError for a manifest that is damaged.
     """
@@ -59,13 +66,13 @@ def _others(cell: Cell) -> list[Cell]:
     if not missing:
         return []
     planned = manifest.read_manifest(Outputs.of(cell.config).root, cell.config.sweep)
-    others = []
+    cells: list[Cell] = []
     for entry in [*planned.cells, *planned.earlier]:
         evaluations = {*entry.stages.evaluate.values(), *entry.stages.validation.values()}
         if missing & evaluations:
             missing -= evaluations
-            others.append(_cell(entry, cell.config))
-    return others
+            cells.append(_cell(entry, cell.config))
+    return cells
 
 
 def _cell(entry: ManifestCell, beside: Config) -> Cell:
@@ -84,9 +91,9 @@ def share(config: DictConfig) -> int:
     try:
         cell = cell_of(config)
         output = Outputs.of(cell.config).root
-        others = _others(cell)
+        more = others(cell)
         with terminal.Note(output) as note:
-            return len(worker.do(cell.config, cell, Store(output), note.stage, others))
+            return len(worker.do(cell.config, cell, Store(output), note.stage, more))
     except KeyboardInterrupt:
         raise
     except BaseException as error:

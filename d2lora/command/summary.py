@@ -120,7 +120,7 @@ def _failed(stage: Stage, store: Store) -> bool:
 def cell_text(cell: Cell, store: Store) -> str:
     """Return a single cell's results, with notes."""
     lines = [
-        *(line for stage in cell.chain.evaluations for line in _scores(stage, store)),
+        *(line for stage in (*cell.chain.validations, *cell.chain.evaluations) for line in _scores(stage, store)),
         *(_batch_line(stage, store) for stage in cell.chain.flips),
         *(_overlap_line(stage, store) for stage in cell.chain.contamination),
         *_passed_over(cell, store),
@@ -142,6 +142,9 @@ def _scores(stage: Stage, store: Store) -> Iterator[str]:
     for metric, score in record.scores.items():
         low, high = interval_of(records, stage.key, metric)
         yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {50 * (high - low):.2f} ({score.items} items)"
+    if engine := record.engine:
+        whom = f" instead of {engine.instead_of}: {engine.reason}" if engine.instead_of else ""
+        yield f"{stage.subject}: answered by {engine.name}{f' {engine.version}' if engine.version else ''}{whom}"
     if cut := record.counts.get("cut"):
         yield f"{stage.subject}: {cut} of {record.items} answers stopped at max_new_tokens, before an end of their own"
     if empty := record.counts.get("empty"):

@@ -80,7 +80,7 @@ function grid(table) {
     table.remarks.map((text) => h("p", { class: "remark" }, text)),
     sortable(["", ...table.columns], rows, table.title),
     pairs.length ? h("details", {}, h("summary", {}, "each comparison, in points"),
-      sortable(data.pair_head, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
+      sortable(table.pair_head, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
 }
 const verdict = (text, hidden) => h("p", { class: "verdict" }, hidden ? "Of the whole table, with the rows that the filters hide: " : null, text);
 function key(text) {
@@ -108,9 +108,9 @@ const APART = 6; // pixels between methods at one n
 function ticks(low, high) {
   const rough = (high - low) / 5, base = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((f) => f * base).find((x) => x >= rough);
-  const found = [];
-  for (let v = Math.ceil(low / step) * step; v <= high + 1e-9; v += step) found.push(v);
-  return found;
+  const values = [];
+  for (let v = Math.ceil(low / step) * step; v <= high + 1e-9; v += step) values.push(v);
+  return values;
 }
 // Low and high of a point: of its value, or of its difference to LoRA.
 const ends = ([, i, c]) => (c === undefined ? [data.points[i].low, data.points[i].high] : data.comparisons[c].interval);
@@ -131,28 +131,28 @@ const path = (pairs) => pairs.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)
 // What the filters leave of panels. One that another shows as well is left out: LoRA beside a D2LoRA that is hidden.
 const end = (c) => c.points[c.points.length - 1][1];
 function left(panels) {
-  const found = panels.map((f) => ({ ...f, curves: f.curves.filter((c) => c.points.length && kept(data.points[end(c)])) })).filter((f) => f.curves.length);
+  const narrowed = panels.map((f) => ({ ...f, curves: f.curves.filter((c) => c.points.length && kept(data.points[end(c)])) })).filter((f) => f.curves.length);
   const within = (a, b) => a.curves.every((c) => b.curves.some((o) => end(o) === end(c)));
-  return found.filter((a, i) => !found.some((b, j) => i !== j && within(a, b) && (!within(b, a) || j < i)));
+  return narrowed.filter((a, i) => !narrowed.some((b, j) => i !== j && within(a, b) && (!within(b, a) || j < i)));
 }
-function panel(found) {
-  const curves = found.curves;
-  const { xs, x, y, low, high } = scales(found);
+function panel(drawing) {
+  const curves = drawing.curves;
+  const { xs, x, y, low, high } = scales(drawing);
   const digits = high - low < 0.03 ? 1 : 0;
   const step = ticks(100 * low, 100 * high);
-  const shown = xs.filter((n, i) => i === 0 || i === xs.length - 1 || x(n) - x(xs[i - 1]) > 22);
+  const labelled = xs.filter((n, i) => i === 0 || i === xs.length - 1 || x(n) - x(xs[i - 1]) > 22);
   const axes = [
     step.map((v) => [s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: y(v / 100), y2: y(v / 100) }), s("text", { x: LEFT - 5, y: y(v / 100) + 4, "text-anchor": "end" }, v.toFixed(digits))]),
-    shown.map((n) => [s("line", { class: "grid", x1: x(n), x2: x(n), y1: TOP, y2: H - BOTTOM }), s("text", { x: x(n), y: H - BOTTOM + 14, "text-anchor": "middle" }, amount(n))]),
-    s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, found.x.label),
+    labelled.map((n) => [s("line", { class: "grid", x1: x(n), x2: x(n), y1: TOP, y2: H - BOTTOM }), s("text", { x: x(n), y: H - BOTTOM + 14, "text-anchor": "middle" }, amount(n))]),
+    s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, drawing.x.label),
   ];
-  const drawn = found.margin === undefined ? curves.map((c) => curve(c, x, y))
-    : [s("rect", { class: "margin", x: LEFT, width: W - LEFT - RIGHT, y: y(found.margin), height: y(-found.margin) - y(found.margin) }),
+  const drawn = drawing.margin === undefined ? curves.map((c) => curve(c, x, y))
+    : [s("rect", { class: "margin", x: LEFT, width: W - LEFT - RIGHT, y: y(drawing.margin), height: y(-drawing.margin) - y(drawing.margin) }),
       s("line", { class: "zero", x1: LEFT, x2: W - RIGHT, y1: y(0), y2: y(0) }), curves.map((c, i) => difference(c, (n) => x(n) + APART * (i - (curves.length - 1) / 2), y))];
-  return h("figure", { class: found.margin === undefined ? null : "differences" }, h("figcaption", {}, `${found.title}: ${found.unit}`),
-    s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": found.title }, axes, drawn),
-    h("div", {}, curves.map(legend), found.margin === undefined ? null
-      : h("span", { class: "key shaded" }, s("svg", { viewBox: "0 0 30 12" }, s("rect", { class: "margin", width: 30, height: 12 })), found.band)));
+  return h("figure", { class: drawing.margin === undefined ? null : "differences" }, h("figcaption", {}, `${drawing.title}: ${drawing.unit}`),
+    s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": drawing.title }, axes, drawn),
+    h("div", {}, curves.map(legend), drawing.margin === undefined ? null
+      : h("span", { class: "key shaded" }, s("svg", { viewBox: "0 0 30 12" }, s("rect", { class: "margin", width: 30, height: 12 })), drawing.band)));
 }
 function difference(c, x, y) {
   const points = c.points.map(([n, i, k]) => [x(n), data.points[i], data.comparisons[k]]);
@@ -259,17 +259,17 @@ function losses(stage, both) {
     h("div", {}, lines.map((l) => h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, line(l.point, "M0 6L30 6")), l.point.arm))));
 }
 function items(pair, state, fill) {
-  const shown = pair.map((x) => data.answers[x.run.evaluate]);
-  if (!shown.length || !shown[0]) return [];
-  const set = data.sets[shown[0].set], metric = pair[0].point.metric;
-  const comparable = shown.length > 1 && shown[1] && shown[1].set === shown[0].set;
-  const flipped = (i) => comparable && shown[0].items[i][1][metric] !== shown[1].items[i][1][metric];
+  const answers = pair.map((x) => data.answers[x.run.evaluate]);
+  if (!answers.length || !answers[0]) return [];
+  const set = data.sets[answers[0].set], metric = pair[0].point.metric;
+  const comparable = answers.length > 1 && answers[1] && answers[1].set === answers[0].set;
+  const flipped = (i) => comparable && answers[0].items[i][1][metric] !== answers[1].items[i][1][metric];
   const flips = set.filter((_, i) => flipped(i)).length;
   const filter = flips ? h("label", {}, h("input", { type: "checkbox", name: "flipped", checked: state.flipped || null, onchange: (e) => { state.flipped = e.target.checked; fill(); } }), ` only the ${flips} that differ between the arms`) : null;
   return [h("h4", {}, `A sample of ${set.length} items`), h("p", { class: "note" }, "Half drawn by chance, half those on which this benchmark's evaluations disagree most: no basis for a rate."), filter,
     ...set.map(([index, prompt, gold], i) => (state.flipped && flips && !flipped(i) ? null : h("div", { class: "item" },
       h("div", { class: "small" }, `item ${index}`), h("pre", {}, prompt), h("div", { class: "small" }, "gold"), h("pre", {}, gold),
-      h("div", { class: "answers" }, pair.map((x, j) => shown[j] && shown[j].set === shown[0].set ? answer(x.point, shown[j].items[i]) : null)))))];
+      h("div", { class: "answers" }, pair.map((x, j) => answers[j] && answers[j].set === answers[0].set ? answer(x.point, answers[j].items[i]) : null)))))];
 }
 function answer(p, [text, scores]) {
   const score = scores[p.metric];
@@ -291,12 +291,12 @@ function content(x) {
 function sweep(w) {
   let above = false;
   const sections = w.shown.map((x) => {
-    const shown = content(x);
-    if (!shown) return null;
+    const parts = content(x);
+    if (!parts) return null;
     const folded = x.folded === "yes" || (x.folded === "below others" && above);
     above ||= x.panels.some((f) => f.margin === undefined) || !x.panels.length; // differences take no table's place
-    return folded ? h("details", {}, h("summary", {}, x.title), h("section", {}, shown))
-      : h("section", {}, x.folded === "no" ? h("h3", {}, x.title) : null, shown); // else the sweep's heading names it
+    return folded ? h("details", {}, h("summary", {}, x.title), h("section", {}, parts))
+      : h("section", {}, x.folded === "no" ? h("h3", {}, x.title) : null, parts); // else the sweep's heading names it
   });
   return h("section", { id: `sweep-${w.name}` }, h("h2", {}, `Sweep ${w.name}`), h("p", { class: "note" }, held(w)), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, sections);
 }

@@ -28,6 +28,7 @@ from d2lora.settings.controls import NO_CONTROL
 from d2lora.stages.evaluate import EvaluateSpec
 
 _ANSWER, _PROMPT = 600, 2000  # characters kept of a text
+_COUNTS = "right: both / D2LoRA alone / LoRA alone / neither"  # the column of the counts behind McNemar's test
 _BUDGET, _FEWEST, _MOST = 5_000_000, 4, 24  # characters of all answers; sampled items a benchmark
 
 JSON = dict[str, Any]
@@ -68,7 +69,6 @@ class _Data:
             "environments": [json.loads(e) for e in self.environments],
             "markers": self.markers,
             "arms": {"lora": figures.LORA, "d2lora": figures.D2LORA},
-            "pair_head": [*formats.PAIR_HEAD, "right: both, D2LoRA alone, LoRA alone, neither"],
             "methods": [{"name": name, "label": NAMES[name]} for name in METHODS],  # in the order of tables
         } | samples
 
@@ -104,13 +104,18 @@ class _Data:
         }
 
     def _table(self, table: Table) -> JSON:
+        counted = any(c.outcomes for c in table.unique_pairs)
         return {
+            "pair_head": [*formats.PAIR_HEAD, *([_COUNTS] if counted else [])],
             "title": table.title,
             "columns": [column_name(table, n) for n in table.columns],
             "verdict": table.verdict,
             "remarks": table.remarks,
             "pairs": [
-                {"points": [self._index(p) for p, own in table.pairs.items() if own is c], "row": [*row, _counts(c)]}
+                {
+                    "points": [self._index(p) for p, own in table.pairs.items() if own is c],
+                    "row": [*row, *([_counts(c)] if counted else [])],
+                }
                 for c, row in zip(table.unique_pairs, formats.pair_rows(table), strict=True)
             ],
             "lines": [
@@ -243,7 +248,7 @@ def _counts(c: Comparison) -> str:
     """Return the counts of items behind McNemar's test; nothing for other tests."""
     if (counts := c.outcomes) is None:
         return ""
-    return f"{counts.both}, {counts.d2lora_only}, {counts.lora_only}, {counts.neither}"
+    return f"{counts.both} / {counts.d2lora_only} / {counts.lora_only} / {counts.neither}"
 
 
 def _comparison(c: Comparison) -> JSON:

@@ -23,8 +23,9 @@ from huggingface_hub import (
 from d2lora.errors import UserError
 from d2lora.outputs import ROOT
 from d2lora.records import Manifest, ManifestCell, Record, Records, Score
-from d2lora.report import formats, settings, tables, tuning
+from d2lora.report import axes, formats, settings, tuning
 from d2lora.report.compare import Comparison
+from d2lora.report.content import Sweep
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.report.points import arm_name, interval_of
 from d2lora.report.results import CellResults
@@ -34,6 +35,7 @@ from d2lora.stages.evaluate import EvaluateSpec
 
 _TAGS = ("lora", "transformers", "d2lora")  # the first two are PEFT's own
 _CONFIG = "adapter_config.json"
+_QUANTIZATION = "quantization_config.json"  # of an adapter that belongs on a quantized base
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def files(repository: Repository) -> dict[str, bytes]:
     texts |= {f".eval_results/{name}.yaml": text for name, text in eval_results(repository).items()}
     for path, text in texts.items():
         _check_private(path, text)
-    weights = {file.name: file.read_bytes() for file in adapter.iterdir() if file.suffix == ".safetensors"}
-    return {path: text.encode() for path, text in texts.items()} | weights
+    kept = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
+    return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in kept}
 
 
 def _check_private(path: str, text: str) -> None:
@@ -134,7 +136,7 @@ def _adapter_config(adapter: Path, record: Record, repository: Repository) -> st
 
 def card(repository: Repository) -> ModelCard:
     """Return the model card: PEFT's fields, the data sets, and scores; below them what was trained and what it shows."""
-    record, _ = repository.adapter
+    record, adapter = repository.adapter
     base = _hub_base(record).get("path")
     tags = [*_TAGS, *([f"base_model:adapter:{base}"] if base else [])]
     data = ModelCardData(
@@ -146,7 +148,7 @@ def card(repository: Repository) -> ModelCard:
         model_name=repository.cell.id,
         eval_results=[_eval_result(repository, score) for score in repository.scores] or None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(repository, record)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(repository, record, (adapter / _QUANTIZATION).exists())}")
 
 
 def _datasets(repository: Repository) -> list[str]:
@@ -171,9 +173,9 @@ def _eval_result(repository: Repository, score: Score95) -> EvalResult:
     )
 
 
-def _text(repository: Repository, record: Record) -> str:
+def _text(repository: Repository, record: Record, quantized: bool) -> str:
     config = repository.cell.config
-    arm = arm_name(config["m"], config.get("control", {}).get("name", "none")).replace("n)", f"{amount(config['n'])})")
+    arm = arm_name(config["m"], axes.control(config)).replace(" n)", f" {amount(config['n'])})")
     scores = [[s.benchmark, s.metric, s.text, f"{s.score.items:,}"] for s in repository.scores]
     head, rows = settings.settings([repository.cell])
     rows = [row for row in rows if row[1] != settings.UNUSED]
@@ -181,6 +183,10 @@ def _text(repository: Repository, record: Record) -> str:
         f"# {repository.cell.id}",
         f"A LoRA adapter of {_hub_base(record).get('path', config['model']['name'])}, trained with "
         f"d2lora: {arm}, {config['method']['name'].upper()} on {config['task']['name']}.",
+        *(
+            [f"It belongs on the base in 4 bits, as {_QUANTIZATION} says, and answers wrongly on the base itself."]
+            * quantized
+        ),
         "## Scores",
         formats.markdown_rows(["benchmark", "metric", "% [95 % interval]", "items"], scores) if scores else "None yet.",
         *_verdicts(repository),
@@ -214,9 +220,11 @@ def _trainings(repository: Repository) -> Iterator[str]:
 
 def _verdicts(repository: Repository) -> list[str]:
     """Return what the sweep's tables say of the cell's arm, over all seeds that they fold."""
-    points, _ = tuning.points(repository.manifest, repository.records)
+    planned = repository.manifest
+    points, fixed = tuning.points(planned, repository.records)
+    sweep = Sweep(planned.sweep, planned.cells, points, repository.records, planned.tuning, fixed)
     lines = []
-    for table in tables.build(points, margin=repository.manifest.cells[0].config.get("report", {}).get("margin", 1.0)):
+    for table in sweep.own_tables:
         for comparison in table.unique_pairs:
             sides = (comparison.lora, comparison.d2lora)
             if any(run.cell == repository.cell.id for point in sides for run in point.runs.values()):

@@ -1,9 +1,12 @@
 import pytest
 
-from d2lora import plan
+from d2lora import plan, worker
 from d2lora.command import summary
+from d2lora.command.job import others
+from d2lora.errors import UserError
 from d2lora.evaluate.vllm import installed
 from d2lora.keys import canonical
+from d2lora.report.manifest import write_manifest
 from d2lora.settings import amount
 from d2lora.store import Store
 
@@ -198,7 +201,48 @@ def test_what_is_done_on_an_engine_is_not_planned_again(cell, engine) -> None:
     assert not any(plan.batches(grid, {s.key for s in plan.stages(grid)}))
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=dpo", "m=100", "n=100"],
+        ["init=eva", "m=100", "control=merged", "n=all"],
+        ["task=lab_title", "n=50", "recipe.lr_factor=0.5"],
+        ["tune=[recipe.lr]", "n=100", "replicate=3"],
+    ],
+    ids=" ".join,
+)
+def test_a_shared_job_finds_its_other_cells_in_the_manifest(cell, engine, tmp_path, overrides: list[str]) -> None:
+    own = cell("n=8", "recipe.engine=vllm", "sweep=it", f"output={tmp_path}", "wandb.mode=disabled")
+    other = cell(*overrides, "recipe.engine=vllm", "sweep=it", f"output={tmp_path}")
+    write_manifest(tmp_path, [own, other])
+    asked = [*own.chain.evaluations, *other.chain.validations, *other.chain.evaluations]
+    keys = [stage.key for stage in asked]
+    (read,) = others(plan.Cell(own.config.model_copy(update={"job": keys}), own.chain))
+    assert [s.key for s in read.chain.stages] == [s.key for s in other.chain.stages]
+    assert read.id == other.id
+    assert read.config.output == own.config.output
+    assert read.config.wandb == own.config.wandb
+    assert not others(own)
+
+
+def test_a_shared_job_whose_cells_changed_meanwhile_is_refused(cell, engine, tmp_path) -> None:
+    own = cell("n=8", "recipe.engine=vllm", "sweep=it", f"output={tmp_path}")
+    write_manifest(tmp_path, [own])
+    stale = plan.Cell(own.config.model_copy(update={"job": ["0" * 20]}), own.chain)
+    assert others(stale) == []
+    with pytest.raises(UserError, match="not a stage of this cell: the code or the data changed"):
+        worker.do(stale.config, stale, Store(tmp_path), lambda stage: lambda done, total: None)
+
+
 def test_a_plan_says_what_is_handed_out_together(cell, engine, tmp_path) -> None:
     text = summary.plan_text(on_engine(cell), Store(tmp_path), engines=2)
     assert "  vllm 0.32.0: 28 evaluations of 13 adapters in 2 jobs, when all trainings are done\n" in text
     assert "vllm" not in summary.plan_text([cell("n=100")], Store(tmp_path))
+
+
+def test_the_progress_line_says_what_the_engine_is_doing(cell, engine, tmp_path) -> None:
+    grid, store = on_engine(cell), Store(tmp_path)
+    assert "vllm" not in summary.progress_text(grid, store)
+    for stage in grid[0].chain.evaluations:
+        store.outputs.unfinished(stage.kind, stage.key, "00000000").mkdir(parents=True)
+    assert ", 2 running (vllm 0.32.0), " in summary.progress_text(grid, store)

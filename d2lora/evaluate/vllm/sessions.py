@@ -286,12 +286,13 @@ class Session:
 
     def _compare(self, keys: Sequence[Key]) -> None:
         """Ask the probe under these adapters, in one call, and refuse those whose log-probabilities are off."""
-        ids, exact = probe.ids(self._base), self.facts.dtype == "float32"
+        ids, dtype = probe.ids(self._base), self.facts.dtype
         asked = [{"key": key, "ids": ids, "start": 1} for key in keys]
         replies = dict(self._call("loglikelihood", asked))  # all of them, before one can end the engine
         for index, key in enumerate(keys):
-            off = probe.off(replies[index]["logprobs"], self._expected[key].log_probs, exact)
-            if off <= (limit := probe.limit(exact)):
+            expected = self._expected[key]
+            off = probe.off(replies[index]["logprobs"], expected, dtype)
+            if off <= (limit := probe.limit(expected, dtype)):
                 continue
             why = f"the log-probabilities of a probe are off by {off:.2g}, and {limit:.2g} is allowed"
             if key is None:
