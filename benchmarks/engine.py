@@ -79,9 +79,7 @@ def side(arguments: argparse.Namespace) -> None:
             answers, right = run(request["adapter"])
             seconds = (time.process_time() if arguments.processor else time.monotonic()) - clock
         count = operations.count if operations else None
-        print(
-            json.dumps({"seconds": seconds, "answers": answers, "accuracy": right, "operations": count}), flush=True
-        )
+        print(json.dumps({"seconds": seconds, "answers": answers, "accuracy": right, "operations": count}), flush=True)
 
 
 def _evaluation(arguments: argparse.Namespace):
