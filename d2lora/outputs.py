@@ -4,6 +4,7 @@ store/<kind>/<key>/   records           checkpoints/<key>/   of trainings that w
 manifests/<sweep>     planned grids     reference/<policy>/  log-probabilities of DPO's reference
 failed/<key>          why stages failed fingerprints/, proofs/, passes/, models/   caches
 report/               tables, figures   progress/<key>, wandb/, hydra/
+engine/<process>.log  of engines that failed
 """
 
 import contextlib
@@ -109,6 +110,10 @@ class Outputs:
     def models(self) -> Path:
         """Return the folder of GGUF weights that were converted to safetensors."""
         return self.root / "models"
+
+    def engine_log(self, process: int) -> Path:
+        """Return the log of the engine that a process started; it is left where the engine failed."""
+        return self.root / "engine" / f"{process}.log"
 
     def progress(self, key: str) -> Path:
         """Return the file in which a worker notes how far a stage is."""

@@ -31,6 +31,7 @@ from d2lora.store import Store
 _FIXED = 0.3  # seconds of a stage with a model beside its tokens: attach, prove, save, check
 _CHECK = 2.0  # seconds of an overlap check
 _CHOICES = 4  # of a multiple-choice item
+_ENGINE_BATCH = 256  # sequences that an engine has at a time, as evaluate/vllm opens it
 _LM_EVAL = 1_000, 64  # items of a harness task and tokens of its answers, which a plan does not read
 _LONGEST = 2  # rows of a typed micro-batch, and the longest of all, are as long as so many of the mean
 _BETWEEN, _END = (
@@ -56,8 +57,10 @@ class Estimate:
 class Forecast:
     """The time, memory and cost of what is left of a plan; `later` are stages like those that will follow."""
 
-    def __init__(self, cells: Sequence[Cell], store: Store, workers: int = 1, later: Iterable[Stage] = ()) -> None:
-        self.cells, self.workers = list(cells), workers
+    def __init__(
+        self, cells: Sequence[Cell], store: Store, workers: int = 1, later: Iterable[Stage] = (), engines: int = 1
+    ) -> None:
+        self.cells, self.workers, self.engines = list(cells), workers, engines
         config = self.cells[0].config
         self.configs = {s.key: c.config for c in reversed(self.cells) for s in c.chain.stages}
         self.left = [s for s in plan.stages(self.cells) if not store.done(s)]
@@ -100,7 +103,7 @@ class Forecast:
         start = self.measured.start(self.workers) or self.device.start(self._weights(self.cells[0].config))
         between = _BETWEEN * start
         total = start + _END * start
-        for batch in plan.batches(self.cells, self.done):
+        for batch in plan.batches(self.cells, self.done, self.engines):
             free = [0.0] * self.workers
             for job in batch:
                 work = sum(self.of(s).seconds + between for s in job.stages)
@@ -166,7 +169,9 @@ class _Work:
         if isinstance(spec, FlipsSpec):
             return _FIXED + sum(self._evaluation_seconds(size, batch) for batch in spec.batches)
         if isinstance(spec, EvaluateSpec):
-            return _FIXED + self._evaluation_seconds(size, self.config.recipe.eval_batch)
+            return _FIXED + self._evaluation_seconds(
+                size, _ENGINE_BATCH if spec.engine else self.config.recipe.eval_batch
+            )
         return _FIXED + self._preparation_seconds(spec) if isinstance(spec, PrepareSpec) else _CHECK
 
     @property

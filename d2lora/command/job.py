@@ -8,14 +8,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import worker
+from d2lora import plan, worker
 from d2lora.command import preflight, rehearsal, summary, terminal, tuning
 from d2lora.command.grid import cell_of
 from d2lora.command.guard import one_line, reader_may_leave, refuse
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.records import ManifestCell
 from d2lora.report import manifest
+from d2lora.settings import Config, parse
 from d2lora.store import Store
 
 
@@ -49,6 +51,31 @@ def one_cell(cell: Cell) -> int:
     return 1 if lost else 0
 
 
+def others(cell: Cell) -> list[Cell]:
+    """Return the other cells that a shared job has stages of, as the sweep's manifest has their configs; the worker computes their keys
+    again. UserError for a manifest that is damaged.
+    """
+    missing = set(cell.config.job or ()) - {stage.key for stage in cell.chain.stages}
+    if not missing:
+        return []
+    planned = manifest.read_manifest(Outputs.of(cell.config).root, cell.config.sweep)
+    cells: list[Cell] = []
+    for entry in [*planned.cells, *planned.earlier]:
+        evaluations = {*entry.stages.evaluate.values(), *entry.stages.validation.values()}
+        if missing & evaluations:
+            missing -= evaluations
+            cells.append(_cell(entry, cell.config))
+    return cells
+
+
+def _cell(entry: ManifestCell, beside: Config) -> Cell:
+    """Return a cell of a manifest, with the settings that a manifest leaves out as the job's own cell has them."""
+    own = {name: getattr(beside, name) for name in ("output", "data_root")}
+    own |= {name: getattr(beside, name).model_dump() for name in ("plan", "wandb")}
+    config = parse(entry.config | own)
+    return Cell(config, plan.chain(config))
+
+
 def share(config: DictConfig) -> int:
     """Do a worker's share of a grid and return how many of its stages have no record.
 
@@ -57,8 +84,9 @@ def share(config: DictConfig) -> int:
     try:
         cell = cell_of(config)
         output = Outputs.of(cell.config).root
+        more = others(cell)
         with terminal.Note(output) as note:
-            return len(worker.do(cell.config, cell, Store(output), note.stage))
+            return len(worker.do(cell.config, cell, Store(output), note.stage, more))
     except KeyboardInterrupt:
         raise
     except BaseException as error:

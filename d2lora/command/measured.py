@@ -142,7 +142,8 @@ def _groups(kind: str, spec: Identity, model: Identity | None) -> list[Group]:
     if kind == ContaminationSpec.KIND:
         return [(kind, canonical(spec["train"])), (kind,)]
     if kind in _EVALUATIONS:
-        return [(kind, _benchmark(spec), base)]
+        engine = spec.get("engine") or {}
+        return [(kind, _benchmark(spec), base, *([engine["name"]] if engine else []))]
     if kind == PrepareSpec.KIND:
         return [(kind, spec["init"]["name"], base)]
     if kind in _TRAININGS:

@@ -12,6 +12,7 @@ from pathlib import Path
 from d2lora import data, plan
 from d2lora.command import rehearsal, summary
 from d2lora.errors import UserError
+from d2lora.evaluate.vllm import installed
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.settings import Config
@@ -45,6 +46,7 @@ def check_inputs(config: Config, passed: Passed) -> None:
     extra = config.init.extra
     if extra and find_spec(extra.package) is None:
         raise UserError(f"init={config.init.name}: needs {extra.package}, which is not installed: {extra.install}")
+    _check(passed, installed.check, config.recipe.machine)
     for benchmark in config.benchmarks.values():
         _check(passed, data.check_benchmark, benchmark, config.split_seed)
     _check(passed, data.check_lm_eval, _harness_tasks(config))

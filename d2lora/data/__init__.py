@@ -11,9 +11,11 @@ from d2lora.data.checks import (
     harness,
     kind_line,
 )
+from d2lora.data.choices import choices, right_choice
 from d2lora.data.hub import hub, hub_problem
-from d2lora.data.items import check_benchmark, check_items, choices, golds, right_choice
+from d2lora.data.items import Asked, asked, check_benchmark, check_items, golds, item_prompt
 from d2lora.data.placebo import exchanged
+from d2lora.data.room import context_of, is_too_long, item_example, room_of
 from d2lora.data.sources import (
     ROOT,
     Row,
@@ -53,6 +55,7 @@ from d2lora.settings import Data
 __all__ = [
     "REFERENCE_BLOCK",
     "ROOT",
+    "Asked",
     "Data",
     "Example",
     "LeftOut",
@@ -61,6 +64,7 @@ __all__ = [
     "Shape",
     "Subset",
     "answer_starts",
+    "asked",
     "check_benchmark",
     "check_items",
     "check_lm_eval",
@@ -69,6 +73,7 @@ __all__ = [
     "check_warmup",
     "choices",
     "columns",
+    "context_of",
     "conversation_example",
     "digest",
     "encode",
@@ -83,6 +88,9 @@ __all__ = [
     "hub",
     "hub_problem",
     "identity",
+    "is_too_long",
+    "item_example",
+    "item_prompt",
     "kind_line",
     "local",
     "longest",
@@ -97,6 +105,7 @@ __all__ = [
     "rendered_prompt",
     "require_columns",
     "right_choice",
+    "room_of",
     "rows",
     "say_end",
     "sequences",

@@ -7,9 +7,9 @@ from typing import Any
 
 from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
-from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts, paths
+from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts
 from d2lora.data.sources import identity, model_files, number_of, require_braces, require_columns, rows
-from d2lora.data.texts import LeftOut, is_blank, is_encodable, quoted
+from d2lora.data.texts import LeftOut, is_blank, is_encodable, paths, quoted
 from d2lora.errors import UserError
 from d2lora.settings import Model, Task, Warmup, fields
 

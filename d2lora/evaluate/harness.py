@@ -1,4 +1,4 @@
-"""Run benchmarks through lm-evaluation-harness on a model in memory, and keep the result of every item."""
+"""Run benchmarks through lm-evaluation-harness, and keep the result of every item."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from lm_eval.evaluator import evaluate as run_harness
 from d2lora.base import Base
 from d2lora.evaluate.engine import Evaluation, Item, Questions, Score, counts
 from d2lora.evaluate.lm import WatchedLM
+from d2lora.evaluate.prompts import AsTrained
 from d2lora.evaluate.task import harness_task, quiet, task_of
 from d2lora.layouts import proof
 from d2lora.progress import Progress
@@ -29,13 +30,17 @@ class InMemory:
 
     def evaluate(self, questions: Questions, batch: int, progress: Progress, limit: int | None = None) -> Evaluation:
         """Generate and score answers, as `Engine` defines it."""
-        template = self.base.tokenizer.chat_template is not None
-        task: str | ConfigurableTask = questions.name
-        chat = False
-        if benchmark := questions.benchmark:
-            task = task_of(questions.name, benchmark, questions.rows, template)
-            chat = benchmark.chat and template
+        task, chat = asked(questions, self.base)
         return evaluate(self.base, self.model, task, chat, batch, progress, self.proofs, limit)
+
+
+def asked(questions: Questions, base: Base) -> tuple[ConfigurableTask, bool]:
+    """Return the harness's task of a benchmark, and whether its prompts are rendered as conversations."""
+    benchmark = questions.benchmark
+    if benchmark is None:
+        return harness_task(questions.name), False
+    template = base.tokenizer.chat_template is not None
+    return task_of(questions.name, benchmark, questions.rows, template), benchmark.chat and template
 
 
 def evaluate(
@@ -52,16 +57,22 @@ def evaluate(
 
     The batch becomes 1 where texts in a padded batch do not get what each gets alone. RuntimeError if there are no items.
     """
-    name = task if isinstance(task, str) else str(task.config.task)
     task = harness_task(task) if isinstance(task, str) else task
+    lm = WatchedLM(base, model, chat, batch, progress, proofs)
+    metrics, items = scored(lm, task, chat, limit)
+    return Evaluation(metrics, items, lm.batch_size)
+
+
+def scored(lm: AsTrained, task: ConfigurableTask, chat: bool, limit: int | None) -> tuple[dict[str, Score], list[Item]]:
+    """Have a model of the harness answer a task's items (the first `limit`), and return their scores and the items."""
+    name = str(task.config.task)
+    options = {"bootstrap_iters": 0, "log_samples": True, "apply_chat_template": chat, "verbosity": "ERROR"}
     with quiet():
-        lm = WatchedLM(base, model, chat, batch, progress, proofs)
-        options = {"bootstrap_iters": 0, "log_samples": True, "apply_chat_template": chat, "verbosity": "ERROR"}
         result = run_harness(lm=lm, task_dict={name: task}, limit=limit, **options)
     samples = _samples(result["samples"][name], name)
     metrics = _metrics(samples, name)
     items = [_item(sample, metrics, lm.cut) for sample in samples]
-    return Evaluation({m: _score([float(s[m]) for s in samples]) for m in metrics}, items, lm.batch_size)
+    return {m: _score([float(s[m]) for s in samples]) for m in metrics}, items
 
 
 def _samples(logged: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -21,7 +21,7 @@ from trl.trainer.utils import add_fused_lm_head
 from d2lora.data import Example, longest
 from d2lora.errors import UserError
 from d2lora.keys import digest
-from d2lora.layouts import families, packing
+from d2lora.layouts import decoding, families, packing
 from d2lora.layouts.by_text import BY_TEXT
 from d2lora.layouts.packing import FLEX, Layout
 from d2lora.outputs import write_json
@@ -356,20 +356,28 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
 # --- batches of an evaluation --------------------------------------------------------------------------------------
 
 
+Side = Literal["left", "right", "leaving"]
+_BATCHES: dict[Side, str] = {
+    "left": "batch padded on the left",
+    "right": "batch padded on the right",
+    "leaving": "batch padded on the left that texts leave",
+}
+
+
 def batch(
-    model: torch.nn.Module, base: PreTrainedModel, prompts: Sequence[list[int]], side: str, memory: "Memory"
+    model: torch.nn.Module, base: PreTrainedModel, prompts: Sequence[list[int]], side: Side, memory: "Memory"
 ) -> Proof:
     """Test whether texts in a padded batch get what each gets alone.
 
-    Padded on the "left" as for generation, on the "right" as for likelihoods. `prompts` are the ids of all texts; the
-    longest and the shortest are tried.
+    Padded on the "left" as for generation, on the "right" as for likelihoods; "leaving" is the left with `decoding`
+    instead of `generate`. `prompts` are the ids of all texts; the longest and the shortest are tried.
     """
     ordered = sorted(prompts, key=len)
     some = [*ordered[:2], *ordered[-2:]] if len(ordered) > 3 else ordered
-    name, length = f"batch padded on the {side}", len(some[-1])
+    name, length = _BATCHES[side], len(some[-1])
     if remembered := memory.get(name, len(some), length):
         return remembered
-    compare = _next_logits if side == "left" else _all_logits
+    compare = {"left": _next_logits, "right": _all_logits, "leaving": _decoded_logits}[side]
     proof = _batch(name, model, base, some, compare)
     memory.put(name, len(some), proof)
     return proof
@@ -379,12 +387,12 @@ def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[
     """Compare the two longest and two shortest texts in one batch with each of them alone."""
     length, tolerance = len(some[-1]), EXACT
     try:
-        off = compare(model, some)
+        off = compare(model, base, some)
         if base.dtype != torch.float32:  # other shapes round otherwise: what is small is seen on a small copy
             tolerance = _COARSE
             with torch.random.fork_rng():
                 small_model = _small_model(base.config, base.config._attn_implementation)
-                structural = compare(small_model, [_ids(len(ids)) for ids in some])
+                structural = compare(small_model, small_model, [_ids(len(ids)) for ids in some])
             if structural > EXACT:
                 return Proof(name, length, structural, EXACT, False, "shown on a small copy in float32")
     except torch.OutOfMemoryError:
@@ -396,20 +404,44 @@ def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[
 
 
 @torch.no_grad()
-def _next_logits(model: torch.nn.Module, prompts: list[list[int]]) -> float:
+def _next_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[list[int]]) -> float:
     """Return the largest difference over the first tokens of greedy answers, up to the first token that differs."""
+    together = _greedy(model, *_left_padded(model, prompts)).logits
+    return _off_alone(model, prompts, [[logits[row] for logits in together] for row in range(len(prompts))])
+
+
+@torch.no_grad()
+def _decoded_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[list[int]]) -> float:
+    """Return the same for `decoding`: texts leave the batch after different numbers of tokens, the shortest first."""
+    batch = decoding.Batch(model, base, *_left_padded(model, prompts))
+    together: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for step in range(_STEPS):
+        logits = batch.step()
+        for row, row_logits in zip(batch.rows, logits, strict=True):
+            together[row].append(row_logits)
+        batch.append(logits.argmax(-1))
+        if len(batch.rows) > 1 and step:
+            batch.leave([row == min(batch.rows) for row in batch.rows])
+    return _off_alone(model, prompts, together)
+
+
+def _left_padded(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask, each (prompts, tokens)."""
     longest_prompt, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[0] * (longest_prompt - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest_prompt - len(p)) + [1] * len(p) for p in prompts], device=device)
-    together = _greedy(model, ids, mask)
-    worst = 0.0
-    for row, prompt in enumerate(prompts):
+    return ids, mask
+
+
+def _off_alone(model: torch.nn.Module, prompts: list[list[int]], together: list[list[torch.Tensor]]) -> float:
+    """Compare each prompt's logits, a tensor (vocabulary) a token, with those of the prompt alone in `generate`."""
+    worst, device = 0.0, next(model.parameters()).device
+    for prompt, batched_logits in zip(prompts, together, strict=True):
         one = torch.tensor([prompt], device=device)
-        alone = _greedy(model, one, torch.ones_like(one))
-        for step, (batched, single) in enumerate(zip(together.logits, alone.logits, strict=True)):
-            worst = max(worst, off(batched[row], single[0]))
-            token = together.sequences[row, longest_prompt + step]
-            if token != alone.sequences[0, len(prompt) + step]:
+        alone = _greedy(model, one, torch.ones_like(one)).logits
+        for batched, (single,) in zip(batched_logits, alone, strict=False):
+            worst = max(worst, off(batched, single))
+            if batched.argmax() != single.argmax():
                 break
     return worst
 
@@ -424,7 +456,7 @@ _STEPS = 4
 
 
 @torch.no_grad()
-def _all_logits(model: torch.nn.Module, texts: list[list[int]]) -> float:
+def _all_logits(model: torch.nn.Module, base: PreTrainedModel, texts: list[list[int]]) -> float:
     """Return the largest difference at any token of texts padded on the right without a mask, as the harness does it."""
     length, device = max(map(len, texts)), next(model.parameters()).device
     together = model(input_ids=torch.tensor([t + [0] * (length - len(t)) for t in texts], device=device)).logits

@@ -25,6 +25,7 @@ from d2lora.mirror.sender import About, Run, disabled, flush, hush, is_offline
 from d2lora.outputs import Outputs, cached, write_json
 from d2lora.plan import Cell
 from d2lora.records import Item, Record, Score, read_items
+from d2lora.scoring import is_graded
 from d2lora.settings import Config, amount
 from d2lora.stages import Stage
 from d2lora.stages.adapt import AdaptSpec
@@ -147,7 +148,7 @@ def _interval(metric: str, items: list[Item]) -> tuple[float, float]:
 
     from d2lora import stats
 
-    return stats.interval(np.array([[float(item[metric]) for item in items]]))
+    return stats.interval(np.array([[float(item[metric]) for item in items]]), is_graded(metric))
 
 
 def _plain(value: object) -> str | int | float | None:
@@ -179,7 +180,10 @@ def _lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
 
 
 def _adapter(stage: Stage, store: Store) -> Any:
-    """Return a training's adapter, or None. Its files are those of the record, which never change, so they are not copied."""
+    """Return a training's adapter, or None. Its files are those of the record, which never change, so they are not copied.
+
+    But for its config, which names a local base by its path.
+    """
     import wandb
 
     folder = store.folder(stage) / "adapter"
@@ -189,7 +193,13 @@ def _adapter(stage: Stage, store: Store) -> Any:
         f"{stage.kind}-{stage.key}", "model", description=stage.label, metadata=stage.spec.content()
     )
     for file in sorted(folder.iterdir()):
-        artifact.add_file(str(file), policy="immutable")
+        if file.name == "adapter_config.json":
+            content = json.loads(file.read_text())
+            base = _public_path(content["base_model_name_or_path"])
+            with artifact.new_file(file.name) as copy:
+                json.dump(content | {"base_model_name_or_path": base}, copy, indent=2)
+        else:
+            artifact.add_file(str(file), policy="immutable")
     return artifact
 
 
@@ -259,8 +269,10 @@ def _public(value: Any, key: str = "") -> Any:
     """
     if isinstance(value, dict):
         return {k: _public(v, k) for k, v in value.items()}
-    if key != "path" or not isinstance(value, str):
-        return value
+    return _public_path(value) if key == "path" and isinstance(value, str) else value
+
+
+def _public_path(value: str) -> str:
     try:
         path = data.local(value)
     except UserError:  # weights that come with a package have no file of that name

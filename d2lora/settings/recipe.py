@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, StrictBool, model_validator
 
 from d2lora.settings.methods import METHOD_NAMES, method_of
-from d2lora.settings.values import Positive, Rate, Strict, Text
+from d2lora.settings.values import PathText, Positive, Rate, Strict, Text
 
 WARMUP = "warmup"  # phase 1, beside phase 2's methods
 RATE = "recipe.lr"  # as an axis: the learning rate of a cell's own method, whichever it is
@@ -86,6 +86,8 @@ class Machine(Strict):
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
     attention: Literal["auto", "sdpa", "flex_attention", "by_text"] = "sdpa"  # eager would add a mask, not apply it
     eval_batch: Positive = 16
+    engine: Literal["memory", "vllm"] = "memory"  # what answers in evaluations (docs/engines.md)
+    engine_python: PathText = ".engine/bin/python"
     gradient_checkpointing: StrictBool = False
     compile: Literal[False, "layers"] = False
     kernels: StrictBool = False

@@ -111,7 +111,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
             reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
             how = (checkpoints, run.progress, reference, proofs, epochs, passes)
             metrics = training.train(run.base, wrapped, subset, spec, recipe, *how)
-            saved = attach.save(run.base, wrapped, run.folder)
+            saved = attach.save(run.base, wrapped, run.folder, spec.init.quantizes)
         attach.check_saved(run.base, saved, run.folder, spec.init.quantizes)
         return metrics, reached
 

@@ -20,13 +20,14 @@ from doing import do
 
 from d2lora import data
 from d2lora.base import Base, load_base
-from d2lora.command import fetch
+from d2lora.command import fetch, preflight, summary
 from d2lora.errors import UserError
 from d2lora.evaluate import harness
 from d2lora.layouts import proof
 from d2lora.records import Records
 from d2lora.scoring import kind_named
 from d2lora.settings import Benchmark, Data, Model
+from d2lora.store import Store
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -303,3 +304,45 @@ def test_items_keep_the_cluster_that_their_benchmark_names(tiny: Path, tmp_path:
     records.get("evaluate", key)
     assert [item["cluster"] for item in records.texts(key, [0, 1, 2, 3])] == ["a", "a", "b", "row 3"]
     assert records.clusters(key).tolist() == [0, 0, 1, 2]
+
+
+def test_turns_are_rendered_as_a_conversation(base) -> None:
+    """A system turn and history in the benchmark's file, and in a column of its rows."""
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hi."},
+    ]
+    loaded = base()
+    asked_for = [*history, {"role": "user", "content": "What is 1 + 1?"}]
+    rendered = loaded.tokenizer.apply_chat_template(asked_for, tokenize=False, add_generation_prompt=True)
+    given = {"data": {"path": "x"}, "kind": "number", "gold": "{answer}", "max_new_tokens": 3}
+    of_file = Benchmark.model_validate(given | {"prompt": [*history, {"role": "user", "content": "{question}"}]})
+    of_row = Benchmark.model_validate(given | {"prompt": "{question}"})
+    for benchmark, row in ((of_file, ROWS[0]), (of_row, ROWS[0] | {"question": asked_for})):
+        items = run(loaded, harness.task_of("t", benchmark, [row], template=True), chat=True)[1]
+        assert items[0]["prompt"] == rendered
+    with pytest.raises(UserError, match="needs a model with a chat template"):
+        run(loaded, harness.task_of("t", of_file, [ROWS[0]], template=False), chat=False)
+
+
+def test_items_that_are_left_out_are_counted_and_the_others_keep_their_rows(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    rows = [*ROWS, {"question": None, "answer": "1"}, {"question": "how many cups " * 300, "answer": "1"}, ROWS[0]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["data.path=" + str(file), "max_new_tokens=3"]
+    new = ["data.empty=leave_out", "too_long=leave_out"]
+    overrides = [f"task.benchmark.lab_math.{o}" for o in given] + [f"+task.benchmark.lab_math.{o}" for o in new]
+    cell = composing.cell(
+        "n=0", f"model.path={tiny}", "~task.benchmark.lab_facts", *overrides, f"output={tmp_path / 'out'}"
+    )
+    preflight.check(cell.config, set())
+    do(cell)
+    key = cell.chain.evaluations[0].key
+    records = Records(tmp_path / "out")
+    record = records.get("evaluate", key)
+    assert record.passed_over == {"empty": 1, "too long for the model": 1}
+    assert [item["index"] for item in records.texts(key, range(5))] == [0, 1, 2, 3, 6]
+    text = summary.cell_text(cell, Store(tmp_path / "out"))
+    assert "lab_math: 1 items left out of the scores (too long for the model)" in text
+    assert "5 of 5 answers stopped at max_new_tokens" in text
