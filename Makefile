@@ -44,7 +44,8 @@ lint: .venv/ready-dev ## ruff and mypy
 	touch $@
 
 .venv/ready-dev: .venv/ready tests/ray.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,slurm,loftq,dashboard]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,slurm,loftq,dashboard,optuna]'
+	$(BIN)/pip install --quiet --no-deps hydra-optuna-sweeper==1.3.0
 	$(BIN)/pip install --quiet --no-deps -r tests/ray.txt || echo "no ray here: its test is skipped"
 	touch $@
 

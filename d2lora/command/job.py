@@ -8,10 +8,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import plan, worker
-from d2lora.command import preflight, rehearsal, summary, terminal, tuning
+from d2lora import mirror, plan, worker
+from d2lora.command import preflight, rehearsal, summary, sweepers, terminal, tuning
 from d2lora.command.grid import cell_of
-from d2lora.command.guard import one_line, reader_may_leave, refuse
+from d2lora.command.guard import end_with, one_line, reader_may_leave, refuse
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
@@ -21,16 +21,21 @@ from d2lora.settings import Config, parse
 from d2lora.store import Store
 
 
-def job(config: DictConfig) -> int:
-    """Do a single cell and exit with its code, or do a worker's share of a grid and return how many stages failed."""
+def job(config: DictConfig) -> object:
+    """Do a single cell and return its exit code, or do a worker's share of a grid and return how many stages failed.
+
+    A cell that another sweeper chose gives its objective.
+    """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return share(config)
+        return share(config) if config.job is not None else sweepers.trial(config)
     # Handled here as guard would, because Hydra prints a line of its own for each exception that it sees.
     with reader_may_leave():
         try:
-            sys.exit(one_cell(cell_of(config)))
+            code = one_cell(cell_of(config))
         except (UserError, OmegaConfBaseException) as error:
-            sys.exit(refuse(error))
+            code = refuse(error)
+    end_with(code)
+    return code
 
 
 def one_cell(cell: Cell) -> int:
@@ -47,6 +52,8 @@ def one_cell(cell: Cell) -> int:
     with terminal.Bar() as bar:
         lost = worker.do(cell.config, cell, store, bar.stage)
     print(summary.cell_text(cell, store))
+    if mirrored := mirror.where_cell(cell, store):
+        print(mirrored)
     print(summary.failures_text(output, lost), end="", file=sys.stderr)
     return 1 if lost else 0
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from d2lora import mirror, plan, report, worker
 from d2lora.command import preflight, rehearsal, summary, terminal, tuning
 from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells
-from d2lora.command.guard import one_line
+from d2lora.command.guard import end_with, one_line
 from d2lora.command.launchers import Launcher as Facts
 from d2lora.command.launchers import launcher_of
 from d2lora.errors import UserError
@@ -32,7 +32,7 @@ def sweep(
 ) -> None:
     """Run a whole grid.
 
-    Exit with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
+    The command ends with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
     """
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
     compose = Composer(config, loader)
@@ -107,7 +107,7 @@ def _train(config: DictConfig, launcher: Launcher, cells: list[Cell], store: Sto
 
 
 def _finish(cells: list[Cell], store: Store, new: bool) -> None:
-    """Write and print the report, mirror it to W&B, and exit with 1 if a stage's record is missing or damaged."""
+    """Write and print the report, mirror it to W&B, and end with 1 if a stage's record is missing or damaged."""
     output = Outputs.of(cells[0].config).root
     damaged = [fault for stage in plan.stages(cells) if (fault := _damage(store, stage))]
     lost = [s for s in plan.stages(cells) if not store.done(s)]
@@ -116,8 +116,7 @@ def _finish(cells: list[Cell], store: Store, new: bool) -> None:
         print(summary.failures_text(output, lost), *damaged, sep="", end="", file=sys.stderr)
     if not damaged and (mirrored := mirror.report(cells, store, tables)):
         print(mirrored)
-    if damaged or lost:
-        raise SystemExit(1)
+    end_with(1 if damaged or lost else 0)
 
 
 def _damage(store: Store, stage: Stage) -> str | None:

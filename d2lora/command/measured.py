@@ -157,7 +157,8 @@ def _benchmark(spec: Identity) -> str:
     content = spec.get("benchmark")
     if isinstance(content, dict):
         return canonical({name: value for name, value in content.items() if name != "limit"})
-    return canonical(spec.get("lm_eval"))
+    settings = {name: value for name, value in spec.get("harness", {}).items() if name != "limit"}
+    return canonical([spec.get("lm_eval"), settings] if settings else spec.get("lm_eval"))
 
 
 def row_group(kind: str, spec: Identity) -> Group:

@@ -114,7 +114,9 @@ def remember() -> None:
 def _task_draw(config: Config, source: Source) -> Draw:
     """Return the draw of the task's rows."""
     task, preference = config.task, config.method.needs_pairs
-    rendering = {"task": task.model_dump(exclude={"name", "data", "benchmark", "validation", "lm_eval"})}
+    rendering = {
+        "task": task.model_dump(exclude={"name", "data", "benchmark", "validation", "lm_eval", "lm_eval_path"})
+    }
     make = functools.partial(_pair, task=task)
     draw = _draw(config, source, task.data, f"task/{config.data_seed}", rendering, make)
     return dataclasses.replace(draw, preference=preference)

@@ -120,7 +120,7 @@ def _failed(stage: Stage, store: Store) -> bool:
 def cell_text(cell: Cell, store: Store) -> str:
     """Return a single cell's results, with notes."""
     lines = [
-        *(line for stage in cell.chain.evaluations for line in _scores(stage, store)),
+        *(line for stage in (*cell.chain.validations, *cell.chain.evaluations) for line in _scores(stage, store)),
         *(_batch_line(stage, store) for stage in cell.chain.flips),
         *(_overlap_line(stage, store) for stage in cell.chain.contamination),
         *_passed_over(cell, store),

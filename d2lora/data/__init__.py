@@ -3,15 +3,14 @@ transformers.
 """
 
 from d2lora.data.checks import (
-    check_lm_eval,
     check_model,
     check_task,
     check_warmup,
     columns,
-    harness,
     kind_line,
 )
 from d2lora.data.choices import choices, right_choice
+from d2lora.data.harness_tasks import check_lm_eval, harness_identity, load_harness_task, quiet
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.items import Asked, asked, check_benchmark, check_items, golds, item_prompt
 from d2lora.data.placebo import exchanged
@@ -84,7 +83,7 @@ __all__ = [
     "fingerprint",
     "general_example",
     "golds",
-    "harness",
+    "harness_identity",
     "hub",
     "hub_problem",
     "identity",
@@ -92,6 +91,7 @@ __all__ = [
     "item_example",
     "item_prompt",
     "kind_line",
+    "load_harness_task",
     "local",
     "longest",
     "mixed",
@@ -99,6 +99,7 @@ __all__ = [
     "model_identity",
     "number_of",
     "pair_example",
+    "quiet",
     "refuse_tokens",
     "render",
     "rendered_conversation",

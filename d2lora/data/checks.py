@@ -139,31 +139,6 @@ def _enough(key: str, amount: int | str, total: int, name: str, left_out: Counte
     raise UserError(f"{key}={amount}: {name} has {rows_}: {advice}")
 
 
-@functools.cache
-def harness() -> Any:
-    """Return lm-evaluation-harness's index of tasks, built once: reading its thousands of files can take many seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def check_lm_eval(names: list[str]) -> None:
-    """Check that each name is a single task of lm-evaluation-harness.
-
-    UserError otherwise: a group has no items of its own.
-    """
-    if not names:
-        return
-    single, all_names = set(harness().all_subtasks), set(harness().all_tasks)
-    for name in names:
-        if name not in all_names:
-            raise UserError(
-                f"task.lm_eval={name}: lm-evaluation-harness has no such task: `lm-eval ls tasks` lists them"
-            )
-        if name not in single:
-            raise UserError(f"task.lm_eval={name}: a group of tasks: name its tasks one by one")
-
-
 def check_model(model: Model) -> None:
     """Check that a model's files exist, here or on the Hub, without loading weights. UserError if not."""
     if model_files(model) is not None:

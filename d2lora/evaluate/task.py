@@ -1,8 +1,6 @@
 """Make tasks for lm-evaluation-harness: of our benchmarks, or those that it brings."""
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -13,7 +11,7 @@ from d2lora.data.conversations import Message
 from d2lora.data.files import Row
 from d2lora.errors import UserError
 from d2lora.scoring import Generated
-from d2lora.settings import Benchmark
+from d2lora.settings import Benchmark, HarnessTask
 
 _FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
 
@@ -39,7 +37,7 @@ def task_of(name: str, benchmark: Benchmark, rows: Sequence[Row], template: bool
         "num_fewshot": 0,
     }
     config |= _generation(benchmark, kind, rows) if isinstance(kind, Generated) else _choices(benchmark, rows)
-    with quiet():
+    with data.quiet():
         return _Conversations(prompts, config)
 
 
@@ -85,24 +83,10 @@ def _generation(benchmark: Benchmark, kind: Generated, rows: Sequence[Row]) -> d
     }
 
 
-def harness_task(name: str) -> ConfigurableTask:
-    """Load the harness's own task of this name."""
-    from lm_eval.tasks import get_task_dict
-
-    task = get_task_dict([name], data.harness())[name]
+def harness_task(asked: HarnessTask, folder: str | None = None) -> ConfigurableTask:
+    """Load a task of the harness, or of the user's `folder`, with the number of examples that is asked for."""
+    task = data.load_harness_task(asked.name, folder)
     task.set_fewshot_seed(_FEWSHOT_SEED)  # the harness sets it only in simple_evaluate, which we do not use
+    if asked.fewshot is not None:
+        task.set_config(key="num_fewshot", value=asked.fewshot)
     return task
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the harness's log inside the `with` block: our records have what matters of it."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

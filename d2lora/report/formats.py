@@ -3,10 +3,11 @@
 import dataclasses
 import textwrap
 
-from d2lora.report import paper, results
+from d2lora.report import paper
 from d2lora.report.axes import LABELS
 from d2lora.report.compare import Outcomes, draws_of, seeds_text
 from d2lora.report.points import Point
+from d2lora.report.rows import Row, frame
 from d2lora.report.tables import Table, column_name
 from d2lora.report.worth import LESS, MORE
 
@@ -246,19 +247,19 @@ def latex_rows(caption: str, head: list[str], rows: list[list[str]]) -> str:
 
 def csv_text(tables: list[Table]) -> str:
     """Return tables as CSV, one point a row, fractions with all digits; missing values are empty."""
-    return results.frame(table_rows(tables), TABLE_COLUMNS, as_typed=True).to_csv(index=False)
+    return frame(table_rows(tables), TABLE_COLUMNS, as_typed=True).to_csv(index=False)
 
 
-def table_rows(tables: list[Table]) -> list[results.Row]:
+def table_rows(tables: list[Table]) -> list[Row]:
     """Return the points of tables as rows by column: values with intervals, and comparisons with LoRA."""
     every = [each for table in tables for each in (table, *table.equal)]
     return [_csv_row(table, p) | p.axes | p.tuned for table in every for p in table.points]
 
 
-def _csv_row(table: Table, p: Point) -> results.Row:
+def _csv_row(table: Table, p: Point) -> Row:
     theirs = paper.value(p)
     low, high = p.interval or (None, None)
-    row: results.Row = {
+    row: Row = {
         k: getattr(p, k) for k in ("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "value")
     }
     row |= {"low": low, "high": high, "paper": theirs, "seeds": " ".join(map(str, p.scores))}
@@ -276,7 +277,7 @@ def _csv_row(table: Table, p: Point) -> results.Row:
     return row
 
 
-def _outcomes(outcomes: Outcomes) -> results.Row:
+def _outcomes(outcomes: Outcomes) -> Row:
     names = ("both_right", "lora_only_right", "d2lora_only_right", "neither_right")
     return dict(zip(names, dataclasses.astuple(outcomes), strict=True))
 

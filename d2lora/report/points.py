@@ -102,6 +102,11 @@ class Point:
         return getattr(self, key) if key in ("n", "m", "method", "control", *LABELS) else self.axes.get(key, "")
 
     @property
+    def rows(self) -> int | None:
+        """Return n as a number of rows; of "all" as many as its records say, None while there are none."""
+        return self.samples if self.n == "all" else int(self.n)
+
+    @property
     def is_base(self) -> bool:
         """Tell whether it is the base itself: one evaluation serves all seeds, methods, initializations and recipes,
         except own_base.
@@ -181,7 +186,7 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
         point.clusters = records.clusters(run.evaluate)
         spec = record.spec
-        point.tested.add(canonical(spec.get("benchmark") or spec.get("lm_eval")))
+        point.tested.add(canonical(spec.get("benchmark") or [spec.get("lm_eval"), spec.get("harness")]))
         if len(point.tested) > 1:
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"

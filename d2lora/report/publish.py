@@ -23,8 +23,9 @@ from huggingface_hub import (
 from d2lora.errors import UserError
 from d2lora.outputs import ROOT
 from d2lora.records import Manifest, ManifestCell, Record, Records, Score
-from d2lora.report import formats, settings, tables, tuning
+from d2lora.report import axes, formats, settings, tuning
 from d2lora.report.compare import Comparison
+from d2lora.report.content import Sweep
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.report.points import arm_name, interval_of
 from d2lora.report.results import CellResults
@@ -174,7 +175,7 @@ def _eval_result(repository: Repository, score: Score95) -> EvalResult:
 
 def _text(repository: Repository, record: Record, quantized: bool) -> str:
     config = repository.cell.config
-    arm = arm_name(config["m"], config.get("control", {}).get("name", "none")).replace("n)", f"{amount(config['n'])})")
+    arm = arm_name(config["m"], axes.control(config)).replace(" n)", f" {amount(config['n'])})")
     scores = [[s.benchmark, s.metric, s.text, f"{s.score.items:,}"] for s in repository.scores]
     head, rows = settings.settings([repository.cell])
     rows = [row for row in rows if row[1] != settings.UNUSED]
@@ -219,9 +220,11 @@ def _trainings(repository: Repository) -> Iterator[str]:
 
 def _verdicts(repository: Repository) -> list[str]:
     """Return what the sweep's tables say of the cell's arm, over all seeds that they fold."""
-    points, _ = tuning.points(repository.manifest, repository.records)
+    planned = repository.manifest
+    points, fixed = tuning.points(planned, repository.records)
+    sweep = Sweep(planned.sweep, planned.cells, points, repository.records, planned.tuning, fixed)
     lines = []
-    for table in tables.build(points, margin=repository.manifest.cells[0].config.get("report", {}).get("margin", 1.0)):
+    for table in sweep.own_tables:
         for comparison in table.unique_pairs:
             sides = (comparison.lora, comparison.d2lora)
             if any(run.cell == repository.cell.id for point in sides for run in point.runs.values()):

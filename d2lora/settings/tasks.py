@@ -64,6 +64,27 @@ Prompt = Annotated[
 ]
 
 
+class HarnessTask(Strict):
+    """A task of lm-evaluation-harness, and what is to be other than the harness has it."""
+
+    name: Text
+    fewshot: Annotated[StrictInt, Field(ge=0)] | None = None  # examples before each question; null: as the task has it
+    chat: StrictBool = False  # questions, and examples as turns before them, in the base's chat template
+    limit: Positive | None = None  # the first items only
+    filter: Text | None = None  # which of the ways in which the task reads an answer counts; null: its first
+
+    def changed(self) -> dict[str, Any]:
+        """Return the settings that are not at their defaults, without the name."""
+        return self.model_dump(exclude={"name"}, exclude_defaults=True)
+
+
+# Tagged, so that pydantic reports errors of the form that was used.
+HarnessName = Annotated[
+    Annotated[Text, Tag("harness-name")] | Annotated[HarnessTask, Tag("harness-settings")],
+    Discriminator(lambda value: "harness-name" if isinstance(value, str) else "harness-settings"),
+]
+
+
 def _prompt_texts(prompt: str | list[Turn] | None) -> list[str]:
     """Return the templates of a prompt: of turns, one each."""
     return [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt or []]
@@ -167,13 +188,27 @@ class Task(Strict):
     validation: dict[Text, Benchmark] = Field(
         default={}
     )  # what `tune` chooses settings on, the first; read for nothing else
-    lm_eval: list[Text] = Field(default=[])  # names of lm-evaluation-harness's own tasks
+    lm_eval: list[HarnessName] = Field(default=[])  # lm-evaluation-harness's tasks: a name, or a name with settings
+    lm_eval_path: PathText | None = None  # a folder of tasks of your own, as YAML files of the harness
 
     @model_validator(mode="after")
     def _validation_has_names_of_its_own(self) -> "Task":
         if both := ", ".join(self.benchmark.keys() & self.validation.keys()):
             raise ValueError(f"validation.{both}: a benchmark has this name too")
         return self
+
+    @model_validator(mode="after")
+    def _harness_has_names_of_its_own(self) -> "Task":
+        names = [task.name for task in self.harness_tasks]
+        known = [*self.benchmark, *self.validation]
+        if both := ", ".join(dict.fromkeys(name for name in names if names.count(name) > 1 or name in known)):
+            raise ValueError(f"lm_eval={both}: more than one benchmark has this name")
+        return self
+
+    @property
+    def harness_tasks(self) -> list[HarnessTask]:
+        """Return the harness's tasks, each with its settings."""
+        return [HarnessTask(name=task) if isinstance(task, str) else task for task in self.lm_eval]
 
     @property
     def templates(self) -> list[str]:

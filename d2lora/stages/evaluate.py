@@ -37,12 +37,15 @@ class EvaluateSpec(Spec):
     libraries: Identity | None = None
     model: Identity | None = None
     engine: Identity | None = None
+    harness: Identity | None = None  # what differs from the harness's task, and the content of a task of the user's
 
     KIND: ClassVar[str] = "evaluate"
     VERSION: ClassVar[int] = 4
 
     def content(self) -> Identity:
-        parts = {name: getattr(self, name) for name in ("benchmark", "lm_eval", "libraries", "model", "engine")}
+        parts = {
+            name: getattr(self, name) for name in ("benchmark", "lm_eval", "libraries", "model", "engine", "harness")
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
     def cost(self, samples: int) -> float:
@@ -52,15 +55,16 @@ class EvaluateSpec(Spec):
 def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
     """Yield the evaluations of an adapter; without a parent those of the base, whose specs have no seed or recipe."""
     yield from _of(config.task.benchmark, config, parent)
-    for name in config.task.lm_eval:
+    for task in config.task.harness_tasks:
         libraries, model = versions("lm-eval"), _base(config, parent)
-        spec = EvaluateSpec(lm_eval=name, libraries=libraries, model=model, engine=_engine(config))
-        yield Stage(spec, parent, _label(name, config, parent), subject=name)
+        more = data.harness_identity(task, config.task.lm_eval_path)
+        spec = EvaluateSpec(lm_eval=task.name, libraries=libraries, model=model, engine=_engine(config), harness=more)
+        yield Stage(spec, parent, _label(task.name, config, parent), subject=task.name)
 
 
 def validations(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
-    """Yield the evaluations on validation benchmarks, where settings are tuned."""
-    if config.tune:
+    """Yield the evaluations on validation benchmarks, where settings are chosen by them."""
+    if config.is_validated:
         yield from _of(config.task.validation, config, parent)
 
 
@@ -154,8 +158,12 @@ def _in_engine(run: Run[EvaluateSpec]) -> _Outcome | str:
 
 def _same_items(run: Run[EvaluateSpec]) -> list[Stage[Spec]]:
     """Return the evaluations of other adapters beside a stage on the same items: one call answers them all."""
-    asked = (run.stage.spec.benchmark, run.stage.spec.lm_eval)
-    return [s for s in run.beside if isinstance(s.spec, EvaluateSpec) and (s.spec.benchmark, s.spec.lm_eval) == asked]
+
+    def items(spec: EvaluateSpec) -> tuple[object, ...]:
+        return spec.benchmark, spec.lm_eval, spec.harness
+
+    asked = items(run.stage.spec)
+    return [s for s in run.beside if isinstance(s.spec, EvaluateSpec) and items(s.spec) == asked]
 
 
 def _adapters(run: Run[EvaluateSpec]) -> "list[Adapter]":
@@ -229,6 +237,8 @@ def _questions(run: Run[Any]) -> "Questions":
     name = run.stage.subject
     benchmark = None if run.stage.spec.lm_eval else run.config.benchmarks[name]
     if benchmark is None:
-        return Questions(name)
+        task = run.config.task
+        asked = next(each for each in task.harness_tasks if each.name == name)
+        return Questions(name, harness=asked, folder=task.lm_eval_path)
     every = run.rows(benchmark.data)
     return Questions(name, benchmark, [every[index] for index in rows.items(run, benchmark).rows])

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from d2lora import data
 from d2lora.base import Base, load_base
-from d2lora.command import preflight
 from d2lora.errors import UserError
 from d2lora.evaluate.engine import Questions
 from d2lora.evaluate.vllm import adapters as files
@@ -139,6 +138,18 @@ def test_what_a_failed_engine_had_not_answered_is_asked_of_a_fresh_one_with_less
     assert "go to a fresh one with 60% of the free memory and 32 sequences at a time" in told
 
 
+def test_a_slow_engine_is_waited_for(opened, tmp_path: Path) -> None:
+    """Eight steps of half a second without an answer, where three seconds without a word are too many."""
+    session = opened(["one"], at="generate", do="slow", after=3, starts=1, answering=3)
+    assert ask(session, "one") == answers_of(101)
+    assert len(logged(tmp_path, "open")) == 1
+
+
+def test_a_python_that_does_not_start_is_a_lost_worker(tmp_path: Path) -> None:
+    with pytest.raises(Lost, match=r"none does not start: No such file"):
+        Client([str(tmp_path / "none")], {}, tmp_path / "log", Patience())
+
+
 def test_after_two_failures_memory_is_asked_and_nothing_runs_on(opened, tmp_path: Path, capsys) -> None:
     session = opened(["one"], at="generate", do="die", after=3, starts=2)
     with pytest.raises(Gone):
@@ -240,11 +251,10 @@ def test_benchmarks_are_scored_by_the_harness_whoever_answers(opened, base: Base
 
 def test_an_engine_that_is_not_installed_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:
     for python, told in ((tmp_path / "none", "no Python that starts"), (sys.executable, "has no vLLM")):
-        config = composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}").config
         with pytest.raises(UserError, match=f"recipe.engine_python=.*: {told}: build it with `make engine`"):
-            preflight.check_inputs(config, set())
-        config = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
-        installed.check(config.recipe.machine)
+            composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}")
+        in_memory = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
+        installed.check(in_memory.recipe.machine)
 
 
 PARENT = """

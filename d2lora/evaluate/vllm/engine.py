@@ -41,9 +41,8 @@ class InVllm:
 
         sessions.Gone or sessions.Unable if they are to be evaluated in memory.
         """
-        task, chat = harness.asked(questions, self.base)
-        lm = SessionLM(self, chat, progress)
-        metrics, items = harness.scored(lm, task, chat, limit)
+        test = harness.asked(questions, self.base, limit)
+        metrics, items = harness.scored(SessionLM(self, test.chat, progress), test)
         return Evaluation(metrics, items, SIZES[self.session.failures].sequences)
 
 
