@@ -33,7 +33,7 @@ def test_passes_are_halved_until_a_row_is_left_and_remembered(tmp_path, capsys) 
     assert passes.tokens == 60
     assert "out of memory: again with recipe.micro_batch=auto, 60 tokens a pass" in capsys.readouterr().err
     assert Passes.of("auto", "cpu", file).tokens == 60
-    with pytest.raises(UserError, match="a single row: out of memory: try recipe.gradient_checkpointing=true"):
+    with pytest.raises(UserError, match=r"a single row: out of memory: try recipe.gradient_checkpointing=true"):
         passes.halve(examples[:1])
     assert Passes.of(4, "cpu", file).rows == 4
 
