@@ -26,6 +26,7 @@ from d2lora.data.tokens import BAD, FITS, LONG
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.outputs import cached
+from d2lora.scoring import Likelihood
 from d2lora.settings import Benchmark, Config, Data, Model, Task, Warmup
 from d2lora.stages import prepare
 from d2lora.stages.stage import Identity
@@ -165,7 +166,7 @@ def _conversation(tokenizer: Any, row: Row, warmup: Warmup) -> data.Example:
 
 
 def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> data.Example:
-    """Return the ids of an item's prompt, with its longest choice if it has choices.
+    """Return the ids of an item's prompt, with its longest choice if it has choices, with the solution if that is scored.
 
     No ids if it certainly fits into `room` tokens.
     """
@@ -175,6 +176,11 @@ def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> data.Exa
         for option in data.choices(benchmark, row) if benchmark.chat else ():
             data.refuse_tokens(tokenizer, option, "a choice")
         prompt += " " + max(data.choices(benchmark, row), key=len)
+    if isinstance(benchmark.scoring, Likelihood):
+        solution = benchmark.scoring.solution(data.golds(benchmark, row)[0])
+        if benchmark.chat:
+            data.refuse_tokens(tokenizer, solution, "the gold answer")
+        prompt += " " + solution
     if len(prompt.encode()) < room:  # no token is shorter than a byte
         return {"input_ids": []}
     return {"input_ids": data.encode(tokenizer, prompt)}

@@ -9,7 +9,7 @@ from d2lora.data.conversations import written
 from d2lora.data.sources import Row, require_braces, require_columns, rows
 from d2lora.data.texts import NotText, field, fill, is_blank, quoted, text_of
 from d2lora.errors import UserError
-from d2lora.scoring import Generated
+from d2lora.scoring import MultipleChoice
 from d2lora.settings import Benchmark, fields
 
 
@@ -76,7 +76,7 @@ def _check(benchmark: Benchmark, row: Row) -> None:
     if is_blank(_filled("prompt", benchmark.prompt, row)):
         raise _Unscorable("the prompt is blank")
     kind = benchmark.scoring
-    if not isinstance(kind, Generated):
+    if isinstance(kind, MultipleChoice):
         right_choice(benchmark, row)
         return
     for gold in _golds(benchmark, row):

@@ -12,9 +12,10 @@ from lm_eval.evaluator import evaluate as run_harness
 from d2lora.base import Base
 from d2lora.evaluate.engine import Evaluation, Item, Questions, Score, counts
 from d2lora.evaluate.lm import WatchedLM
-from d2lora.evaluate.task import harness_task, quiet, task_of
+from d2lora.evaluate.task import harness_task, quiet, scores_solutions, task_of
 from d2lora.layouts import proof
 from d2lora.progress import Progress
+from d2lora.scoring.likelihood import LIKELIHOOD
 
 __all__ = ["InMemory", "Questions", "counts", "evaluate", "task_of"]
 
@@ -53,9 +54,11 @@ def evaluate(
     The batch becomes 1 where texts in a padded batch do not get what each gets alone. RuntimeError if there are no items.
     """
     name = task if isinstance(task, str) else str(task.config.task)
+    own = not isinstance(task, str)
     task = harness_task(task) if isinstance(task, str) else task
     with quiet():
         lm = WatchedLM(base, model, chat, batch, progress, proofs)
+        lm.solutions = own and scores_solutions(task)
         options = {"bootstrap_iters": 0, "log_samples": True, "apply_chat_template": chat, "verbosity": "ERROR"}
         result = run_harness(lm=lm, task_dict={name: task}, limit=limit, **options)
     samples = _samples(result["samples"][name], name)
@@ -97,7 +100,9 @@ def _item(sample: dict[str, Any], metrics: list[str], cut: set[str]) -> Item:
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
-    return {"answer": sample["filtered_resps"][0], "gold": sample["target"]}
+    """Return the answer and the gold; no answer where only the gold's likelihood was asked for."""
+    answer = None if LIKELIHOOD.metrics[0] in sample["metrics"] else sample["filtered_resps"][0]
+    return {"answer": answer, "gold": sample["target"]}
 
 
 def _choices(sample: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from d2lora.progress import Progress
 
 _GREEDY = {"attention_mask", "do_sample", "temperature"}  # of generate's settings: those of a greedy answer
 
+
 class WatchedLM(AsTrained, HFLM):
     """A Hugging Face model for the harness, with prompts and answers as in training.
 

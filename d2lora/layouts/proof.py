@@ -388,7 +388,7 @@ def _decoded_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list
     batch = decoding.Batch(model, base, *_left_padded(model, prompts))
     together: list[list[torch.Tensor]] = [[] for _ in prompts]
     for step in range(_STEPS):
-        logits = batch.step()
+        logits = batch.step() if step else batch.prompts()
         for row, row_logits in zip(batch.rows, logits, strict=True):
             together[row].append(row_logits)
         batch.append(logits.argmax(-1))

@@ -10,6 +10,8 @@ from d2lora.report.compare import draws_of, seeds_text
 from d2lora.report.points import Point
 from d2lora.report.tables import Table, column_name
 from d2lora.report.worth import LESS, MORE
+from d2lora.scoring import unit_of
+from d2lora.scoring.kinds import BITS
 
 MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
 PAIR_HEAD = [
@@ -143,6 +145,12 @@ def footnotes(tables: list[Table]) -> list[str]:
     seeds = {s for p in points for s in p.scores}
     lines = [
         "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
+    ]
+    lines += [
+        f"{metric}: 100 times its value in bits is shown, so a point is a {unit_of(metric).one} per byte. More is better: "
+        "lm-evaluation-harness's bits_per_byte is its negative."
+        for metric in dict.fromkeys(p.metric for p in points)
+        if unit_of(metric) == BITS
     ]
     clustered = {
         p.benchmark: (p.table.shape[1], p.units.shape[1]) for p in points if p.scores and p.clusters is not None
