@@ -5,6 +5,7 @@ the batch.
 does. On a CPU that is most of its time.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
-_ROOM = 64  # tokens that a cache grows by
+_ROOM = 16  # tokens that a cache grows by: copied once in so many steps, and what is unused between texts is not read
 # Steps between two looks at which texts have ended. Each look waits for a GPU; a CPU has computed it already.
 _LOOK = {"cpu": 1, "cuda": 8}
 # Tokens of prompts that a CPU computes in one pass: what a layer makes of more does not fit its cache.
@@ -25,7 +26,7 @@ def suits(model: PreTrainedModel) -> bool:
 
     Windows, states and inputs of their own are left to `generate`.
     """
-    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+    if getattr(type(model), "prepare_inputs_for_generation", None) is not GenerationMixin.prepare_inputs_for_generation:
         return False
     try:
         layers = DynamicCache(config=model.config).layers
@@ -103,7 +104,9 @@ class Batch:
         self.rows = list(range(len(ids)))
         self.ids, self.mask = ids, mask.bool()
         self.positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        self.last_only = {"logits_to_keep": 1} if base._supports_logits_to_keep() else {}
+        # Only the last token's logits are needed. generate asks the same of a family's forward.
+        parameters = inspect.signature(base.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     def prompts(self) -> torch.Tensor:
         """Return the logits (rows, vocabulary) of each text's first new token, in float32."""
@@ -151,8 +154,7 @@ class Batch:
         for hole, row in zip(holes, moved, strict=True):
             order[hole] = row
         self.rows = [self.rows[row] for row in order]
-        numbers = {"dtype": torch.long, "device": self.ids.device}
-        kept, to, source = (torch.tensor(rows, **numbers) for rows in (order, holes, moved))
+        kept, to, source = (self.ids.new_tensor(rows, dtype=torch.long) for rows in (order, holes, moved))
         self.ids, self.mask, self.positions = self.ids[kept], self.mask[kept], self.positions[kept]
         for layer in self.layers:
             layer.keep(source, to, count)
