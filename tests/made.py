@@ -110,7 +110,8 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
     if stage.kind != "evaluate":
         n = stage.spec.content().get("n", stage.spec.content().get("m"))
         samples = 6970 if n == "all" else n
-        seen = {"samples_seen": samples, "tokens_seen": 9 * (samples or 0)}
+        log = [{"step": step, "epoch": step / 10, "loss": 1 / step, "learning_rate": 1e-3} for step in (1, 5, 10)]
+        seen = {"samples_seen": samples, "tokens_seen": 9 * (samples or 0), "log": log}
         return {"metrics": seen, "data": {"samples": samples, "misfits": 0}}
     kind = cell.config.benchmarks[benchmark].kind
     scores = _scores(stage, kind, items, ability(cell))
@@ -118,7 +119,7 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
         for i in range(items):
             item = {"index": i, "prompt": f"question {i}: {text(i)}", "answer": text(i), "gold": f"gold {i}"}
             file.write(json.dumps(item | {m: x[i] for m, x in scores.items()}) + "\n")
-    metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
+    metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x, ddof=1) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
     return {"benchmark": benchmark, "metrics": metrics}
 
 

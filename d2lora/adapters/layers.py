@@ -151,3 +151,6 @@ class MultiLora(LoraVariant):
         down, up = MultiLora.folded(module, active_adapter)
         x = module.lora_dropout[active_adapter](x)
         return result + _scaled(linear(linear(x, down), up), module, active_adapter)
+
+
+OWN = (Plain, Residual, MultiLora)

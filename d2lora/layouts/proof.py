@@ -22,7 +22,8 @@ from d2lora.data import Example, longest
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.layouts import decoding, families, packing
-from d2lora.layouts.packing import Layout
+from d2lora.layouts.by_text import BY_TEXT
+from d2lora.layouts.packing import FLEX, Layout
 from d2lora.outputs import write_json
 
 EXACT = 1e-3  # nats a token, in float32
@@ -99,7 +100,7 @@ def _to(value: Any, device: torch.device) -> Any:
         return {k: _to(v, device) for k, v in value.items()}
     if isinstance(value, list):
         return [_to(v, device) for v in value]
-    return value.to(device)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def difference(measured: Tokens, expected: Tokens) -> float:
@@ -113,12 +114,38 @@ def difference(measured: Tokens, expected: Tokens) -> float:
 # --- choosing ------------------------------------------------------------------------------------------------------
 
 
-def candidates(model: PreTrainedModel, packed: bool, attention: str) -> list[Layout]:
-    """Return the layouts to try on a base, cheapest first. Packed rows need layers that masks describe."""
+def candidates(model: PreTrainedModel, packed: bool, attention: str, examples: Sequence[Example]) -> list[Layout]:
+    """Return the layouts to try on a base for these examples, cheapest first.
+
+    `attention` is the recipe's. Packed rows need layers that masks describe, or that see all of a text if attention is by
+    text.
+    """
+    own = model.config._attn_implementation
     reaches = families.reaches(model.config)
-    kinds = [*(["packed"] if packed and reaches is not None else []), "padded", "single"]
-    reaches = reaches or {"": families.Reach()}
-    return [Layout(rows, head, reaches, attention) for rows in kinds for head in ("fused", "whole")]  # type: ignore[arg-type]
+    kinds = _attentions(attention, own, "prompt_ids" in examples[0], sum(p.numel() for p in model.parameters()))
+    if BY_TEXT in kinds and not families.whole(reaches, max(map(longest, examples))):
+        kinds = [kind for kind in kinds if kind != BY_TEXT] or [own]
+    reached = reaches or {"": families.Reach()}
+    layouts: list[Layout] = []
+    if packed and reaches is not None:
+        step = packing.BLOCK if torch.cuda.is_available() else 1
+        layouts = [Layout("packed", head, reached, kind, step) for kind in kinds for head in ("fused", "whole")]
+    last = FLEX if attention == FLEX else own
+    return layouts + [Layout(rows, head, reached, last) for rows in ("padded", "single") for head in ("fused", "whole")]
+
+
+_COMPILED = 1e8  # parameters from which on FlexAttention's kernels are worth the seconds that compiling them takes
+
+
+def _attentions(asked: str, own: str, pairs: bool, parameters: int) -> list[str]:
+    """Return the implementations to try: the one that is asked for; for "auto", by device, rows and size of the model."""
+    if asked != "auto":
+        return [own if asked == "sdpa" else asked]
+    if own != "sdpa":  # such a family has an attention of its own
+        return [own]
+    if not torch.cuda.is_available() or parameters < _COMPILED:
+        return [BY_TEXT, own]
+    return [FLEX, BY_TEXT, own] if pairs else [BY_TEXT, FLEX, own]
 
 
 def choose(
@@ -154,7 +181,7 @@ def choose(
             proof = check(layout)
             remembered.put(named, count, proof)
         if proof.exact:
-            if missed:
+            if missed and missed[0].layout != layout.name:
                 _say(name, layout, f"{missed[0].layout}: {miss(missed[0])}")
             elif families.reaches(base.config) is None:
                 _say(name, layout, "a layer carries a state from text to text")
@@ -277,7 +304,8 @@ def structure(config: PretrainedConfig, layout: Layout, length: int, prompt_loss
     """
     if layout.rows == "single" and layout.head == "whole":
         return 0.0, ""
-    attention = "sdpa" if layout.attention == "flex_attention" else layout.attention
+    no_copy = layout.attention == FLEX or (layout.attention == BY_TEXT and torch.cuda.is_available())
+    attention = "sdpa" if no_copy else layout.attention  # kernels of a GPU that have no float32
     with torch.random.fork_rng():
         model = _small_model(config, attention)
         sizes = ((length // 2, length - length // 2, 9), (7, 12, 5), (3, 2, 4))

@@ -133,8 +133,8 @@ def _is_beside(line: Line, head: Line, column: str) -> bool:
 
 def _curve(line: Line, column: str, short: bool) -> Curve:
     """Return a line as a curve; with a short name where the panel's title has the m."""
-    placed = [(x_of(column, value, p), p) for value, p in line.points.items()]
-    known = sorted(((x, p) for x, p in placed if x is not None), key=lambda pair: pair[0])
+    at = [(x_of(column, value, p), p) for value, p in line.points.items()]
+    known = sorted(((x, p) for x, p in at if x is not None), key=lambda pair: pair[0])
     theirs = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
     arm = "" if column == "m" else line.first.arm.split("(")[0] if short and line.m != 0 else line.first.arm
     label = f"{NAMES[line.method]} {arm}".strip()
@@ -216,7 +216,7 @@ def _draw_curves(axis: Any, panel: Panel) -> None:
 
 def _dress(axis: Any, panel: Placed) -> None:
     """Give an axis its title, labels, scale and ticks."""
-    ticks = places(panel)
+    ticks = positions(panel)
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
     if spread := is_logarithmic(panel):
         axis.set_xscale("log")
@@ -226,7 +226,7 @@ def _dress(axis: Any, panel: Placed) -> None:
     axis.grid(alpha=0.3, linewidth=0.5)
 
 
-def places(panel: Placed) -> list[float]:
+def positions(panel: Placed) -> list[float]:
     """Return where the panel's values of x stand on its axis."""
     return [float(i) for i in range(len(panel.xs))] if panel.even else panel.xs
 

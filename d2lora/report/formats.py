@@ -1,13 +1,13 @@
 """Write tables as text, Markdown, LaTeX (booktabs) and CSV."""
 
-import csv
-import io
+import dataclasses
 import textwrap
 
 from d2lora.report import paper
 from d2lora.report.axes import LABELS
-from d2lora.report.compare import draws_of, seeds_text
+from d2lora.report.compare import Outcomes, draws_of, seeds_text
 from d2lora.report.points import Point
+from d2lora.report.rows import Row, frame
 from d2lora.report.tables import Table, column_name
 from d2lora.report.worth import LESS, MORE
 from d2lora.scoring import unit_of
@@ -25,10 +25,11 @@ PAIR_HEAD = [
     "seeds",
     "D2LoRA is",
 ]
-_CSV = [
+TABLE_COLUMNS = [
     *("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "seeds", "items", "value", "low", "high"),
     *("paper", "to_paper", "difference", "difference_low", "difference_high", "p", "p_holm", "detectable", "test"),
     *("beyond_chance", "evaluations", "decision", "equivalence_low", "equivalence_high"),
+    *("both_right", "lora_only_right", "d2lora_only_right", "neither_right"),
 ]
 
 
@@ -254,31 +255,43 @@ def latex_rows(caption: str, head: list[str], rows: list[list[str]]) -> str:
 
 def csv_text(tables: list[Table]) -> str:
     """Return tables as CSV, one point a row, fractions with all digits; missing values are empty."""
-    out = io.StringIO()
-    keys = dict.fromkeys(k for table in tables for p in table.points for k in (*p.axes, *p.tuned))
-    writer = csv.DictWriter(out, [*_CSV, *keys], lineterminator="\n")
-    writer.writeheader()
-    for table in tables:
-        writer.writerows(_csv_row(table, p) | p.axes | p.tuned for p in table.points)
-    return out.getvalue()
+    return frame(table_rows(tables), TABLE_COLUMNS, as_typed=True).to_csv(index=False)
 
 
-def _csv_row(table: Table, p: Point) -> dict:
+def table_rows(tables: list[Table]) -> list[Row]:
+    """Return the points of tables as rows by column: values with intervals, and comparisons with LoRA."""
+    every = [each for table in tables for each in (table, *table.equal)]
+    return [_csv_row(table, p) | p.axes | p.tuned for table in every for p in table.points]
+
+
+def _csv_row(table: Table, p: Point) -> Row:
     theirs = paper.value(p)
-    low, high = p.interval or ("", "")
-    row = {k: getattr(p, k) for k in ("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "value")}
+    low, high = p.interval or (None, None)
+    row: Row = {
+        k: getattr(p, k) for k in ("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "value")
+    }
     row |= {"low": low, "high": high, "paper": theirs, "seeds": " ".join(map(str, p.scores))}
-    row |= {"items": p.table.shape[1] if p.scores else "", "evaluations": " ".join(r.evaluate for r in p.runs.values())}
+    row |= {
+        "items": p.table.shape[1] if p.scores else None,
+        "evaluations": " ".join(r.evaluate for r in p.runs.values()),
+    }
     if theirs is not None and p.value is not None:
         row["to_paper"] = p.value - theirs
     if c := table.pairs.get(p):
         row |= {"difference": c.difference, "p": c.p, "p_holm": c.adjusted, "detectable": c.detectable, "test": c.test}
         row |= {"difference_low": c.interval[0], "difference_high": c.interval[1], "beyond_chance": c.beyond_chance}
         row |= {"decision": c.decision, "equivalence_low": c.equivalence[0], "equivalence_high": c.equivalence[1]}
+        row |= _outcomes(c.outcomes) if c.outcomes else {}
     return row
 
 
+def _outcomes(outcomes: Outcomes) -> Row:
+    names = ("both_right", "lora_only_right", "d2lora_only_right", "neither_right")
+    return dict(zip(names, dataclasses.astuple(outcomes), strict=True))
+
+
 def csv_rows(head: list[str], rows: list[list[str]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([head, *rows])
-    return out.getvalue()
+    """Return rows of texts as CSV."""
+    import pandas as pd  # late: planning a grid imports this package
+
+    return pd.DataFrame(rows, columns=head).to_csv(index=False)

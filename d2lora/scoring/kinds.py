@@ -57,7 +57,7 @@ class MultipleChoice:
     metrics: tuple[str, ...]
     family: str = ""
     right_or_wrong: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("choices", "labels")
+    needs: ClassVar[tuple[str, ...]] = ("choices",)
     generates: ClassVar[bool] = False
     unit: ClassVar[Unit] = PERCENT
 

@@ -15,7 +15,7 @@ from d2lora import data
 from d2lora.scoring import KINDS, Generated, shown_metrics
 from d2lora.scoring.answers import exact_text, final_number, gold_number, last_boxed, same_number, same_text
 from d2lora.scoring.likelihood import LIKELIHOOD
-from d2lora.scoring.rouge import rouge
+from d2lora.scoring.rouge import rouge, rouge_of_any_script
 from d2lora.settings import Benchmark, Data
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -278,6 +278,32 @@ def test_a_kind_gives_its_metrics_and_the_best_gold_counts(kind: Generated) -> N
     assert (tuple(right), tuple(wrong)) == (kind.metrics, kind.metrics)
     assert (set(right.values()), set(wrong.values())) == ({1.0}, {0.0})
     assert kind.problem("18 eggs") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "rouge1"),
+    [
+        ("Экономика России", "Экономика России", 1.0),
+        ("Политика Китая 2020", "Экономика России 2020", 1 / 3),  # of equal years alone rouge-score makes 1
+        ("экономика «России»", "Экономика России", 1.0),
+        ("北京天气", "北京的天气", 8 / 9),  # characters
+        ("東京タワー", "東京タワー", 1.0),
+        ("ภาษาไทย", "ภาษาไทย", 1.0),
+        ("हिन्दी भाषा", "हिन्दी में", 0.5),
+        ("محمد", "مُحَمَّد", 1.0),  # vowel points are optional
+        ("Größe", "Grün", 0.0),  # rouge-score's words of both begin with "gr"
+        ("ÉCOLE", "école", 1.0),
+        ("gain from trades", "Gains from Trade", 1.0),
+    ],
+)  # fmt: skip
+def test_rouge_of_any_script_has_words_of_every_script(answer: str, gold: str, rouge1: float) -> None:
+    assert rouge_of_any_script(answer, gold)["rouge1"] == pytest.approx(rouge1)
+
+
+@pytest.mark.parametrize("answer", ["Well-known cats don't run_fast, 3.5 %", "A\nB, the 2nd one.", "", "(x+1)^2"])
+@pytest.mark.parametrize("gold", ["well known cat doesn't run fast", "b: The 2nd ones\na", "x 1 2"])
+def test_rouge_of_any_script_is_rouge_for_english(answer: str, gold: str) -> None:
+    assert rouge_of_any_script(answer, gold) == rouge(answer, gold)
 
 
 def test_a_report_shows_the_first_metric_and_all_of_rouge() -> None:

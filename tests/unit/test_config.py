@@ -64,6 +64,12 @@ def test_the_paper_s_scale_has_table_2_s_settings(cell) -> None:
         (["task.data.path=nowhere"], ["nowhere", "neither"]),
         (["task.data.path=owner/name"], ["owner/name", "revision"]),
         (["sweep=a/b"], ["sweep=a/b"]),
+        (["n='5'"], ["n='5', a text: a whole number"]),
+        (["recipe.lora.r='16'"], ["recipe.lora.r='16', a text: input should be a valid integer"]),
+        (["recipe.lr_factor='1'"], ["lr_factor='1', a text: a number above 0"]),
+        (["objective=lab_math"], ["objective=lab_math: BENCHMARK/METRIC"]),
+        (["objective=nosuch/accuracy"], ["objective=nosuch/accuracy", "lab_math, lab_facts"]),
+        (["objective=lab_facts/accuracy"], ["lab_facts has acc"]),
         (["+task.benchmark.lab_math.data.part=held_out"], ["part=held_out", "hold_out"]),
     ],
 )

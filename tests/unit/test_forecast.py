@@ -73,6 +73,20 @@ def test_an_item_takes_as_long_under_another_limit_and_another_model_is_another(
     assert not Forecast([other], store).of(other.chain.evaluations[0]).keys
 
 
+def test_an_evaluation_of_a_larger_model_is_not_forecast_by_a_smaller_one_s_seconds(cell, tmp_path: Path) -> None:
+    """The 40 items of the 1 M model's record took a second; a model of other files has no record, and is computed."""
+    made.publish(tmp_path, [lab(cell, tmp_path, "n=0")])
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    large = lab(cell, tmp_path, "n=0", f"model.path={folder}", "model.name=large-135m")
+    stage = large.chain.evaluations[0]
+    estimate = Forecast([large], Store(tmp_path)).of(stage)
+    assert not estimate.keys
+    assert any("135 M parameters" in words for words in estimate.assumed)
+    assert estimate.seconds > 10
+
+
 def test_the_time_is_that_of_the_busiest_worker_with_its_start_and_the_report(cell, tmp_path: Path) -> None:
     store = Store(tmp_path)
     training(store, lab(cell, tmp_path, "n=10"), 200, 100.0, load_seconds=4.0)

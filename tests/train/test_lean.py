@@ -1,0 +1,114 @@
+"""What replaces a model's layers in training computes what they compute, with fewer operations and less to save."""
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama as llama
+
+from d2lora.adapters.layers import ADAPTER, Residual, matrices
+from d2lora.adapters.coverage import layers
+from d2lora.adapters.lean import RmsNorm, Rotary, lean
+from d2lora.adapters.products import GatedMlp, SharedInput
+from d2lora.adapters.start import Start, fresh
+from d2lora.settings import Lora, init_of
+
+IDS = torch.arange(48).view(2, 24) % 50
+
+
+def model(dtype: torch.dtype = torch.float32, **lora: object) -> PeftModel:
+    """Return a random Llama with grouped heads and an adapter that is not zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="sdpa",
+    )  # fmt: skip
+    init = lora.pop("init", "lora")
+    net = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    wrapped = fresh(
+        net,
+        Start(Lora(**({"r": 4, "alpha": 4} | lora)), init_of(init)(**({"modules": 2} if init == "multilora" else {}))),
+    )
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+                weight.add_(torch.randn_like(weight), alpha=0.05)
+    return wrapped.eval()
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def results(wrapped: PeftModel, autocast: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return logits and the gradients of a loss."""
+    wrapped.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = wrapped(input_ids=IDS).logits
+    logits.float().log_softmax(-1)[..., 3].mean().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.requires_grad}
+
+
+def off(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of two models' gradients, relative to the largest of its weight's."""
+    return max(float((some[name] - g).abs().max() / g.abs().max().clamp(min=1e-12)) for name, g in others.items())
+
+
+def weights(shapes: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+    """Return W, b, A, B, W^T and B^T of layers of these outputs, inputs and ranks."""
+    flat = []
+    for out, into, r in shapes:
+        W, A, B = double(out, into).detach(), double(r, into), double(out, r)
+        flat += [W, double(out).detach(), A, B, W.t(), B.detach().t()]
+    return flat
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (0.5,), (1.0, 2.0, 0.25)])
+def test_gradients_of_products_are_those_of_differences(scales: tuple[float, ...]) -> None:
+    torch.manual_seed(0)
+    flat = weights([(5 + i, 4, 3 + i) for i in range(len(scales))])
+    assert gradcheck(lambda x, *w: SharedInput.apply(x, torch.float64, scales, *w), (double(2, 3, 4), *flat))
+    flat, three = weights([(5, 4, 2), (5, 4, 3), (4, 5, 2)]), (scales * 3)[:3]
+    assert gradcheck(lambda x, *w: GatedMlp.apply(x, torch.float64, three, *w), (double(2, 3, 4), *flat))
+
+
+def test_rotary_and_norm_are_llama_s() -> None:
+    torch.manual_seed(0)
+    q, k, cos, sin = torch.randn(2, 3, 7, 8), torch.randn(2, 1, 7, 8), *torch.randn(2, 2, 7, 8)
+    signed = torch.cat([-sin[..., :4], sin[..., 4:]], -1).unsqueeze(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = q.to(dtype).requires_grad_()
+        expected = llama.apply_rotary_pos_emb(x, k.to(dtype), cos.to(dtype), sin.to(dtype))[0]
+        found = Rotary.apply(x, cos.unsqueeze(1).to(dtype), signed.to(dtype))
+        assert torch.equal(found, expected)
+        g = torch.randn_like(found)
+        assert torch.equal(*(torch.autograd.grad(y, x, g)[0] for y in (found, expected)))
+        norm = llama.LlamaRMSNorm(8).to(dtype).requires_grad_(False)
+        norm.weight.copy_(torch.randn(8))
+        y = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
+        assert torch.equal(y, norm(x))
+        torch.testing.assert_close(*(torch.autograd.grad(z, x, g)[0] for z in (y, norm(x))))
+
+
+@pytest.mark.parametrize("init", ["lora", "multilora", "rslora", "dora", "residual"])
+def test_a_training_s_gradients_are_peft_s(init: str) -> None:
+    wrapped = model(init="lora" if init == "residual" else init, alpha=6)
+    if init == "residual":
+        for layer in layers(wrapped).values():
+            A, B = matrices(layer)
+            layer.lora_variant[ADAPTER] = Residual(A.detach() + 0.1, B.detach() - 0.1)
+    logits, gradients = results(wrapped)
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped)
+        with wrapped.disable_adapter(), torch.no_grad():
+            base = wrapped(input_ids=IDS).logits
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-6)
+    assert off(our_gradients, gradients) < 1e-4
+    with wrapped.disable_adapter(), torch.no_grad():
+        assert torch.equal(wrapped(input_ids=IDS).logits, base)
+    assert not any("forward" in vars(module) for module in wrapped.modules()), "the model is as it was"
+    assert llama.apply_rotary_pos_emb.__module__ == llama.__name__
