@@ -43,9 +43,7 @@ def lean(wrapped: PeftModel) -> Iterator[None]:
         for name, module in wrapped.named_modules():
             if _same_code(type(module).forward, llama.LlamaRMSNorm.forward):
                 _replace(module, functools.partial(_norm, module), replaced)
-            elif _same_code(type(module).forward, llama.LlamaMLP.forward) and isinstance(
-                module.act_fn, nn.SiLU | SiLUActivation
-            ):
+            elif _same_code(type(module).forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
                 parts = [own[f"{name}.{part}"] for part in _MLP if f"{name}.{part}" in own]
                 if len(parts) == len(_MLP):
                     _replace(module, functools.partial(_mlp, module, parts), replaced)
