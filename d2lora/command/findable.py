@@ -42,8 +42,8 @@ class Spreads:
 
 
 _ASSUMED = Spreads(_ITEM_SD, _RUN_SD, _SINGLE_SD, "spreads assumed as in docs/statistics.md")
-# Of log-likelihoods in bits a byte, where nothing was measured: as the lab's.
-_ASSUMED_LIKELIHOOD = Spreads(0.04, 0.006, 0.06, _ASSUMED.how)
+# Of log-likelihoods in bits a byte: those of the lab's SFT. A larger model's texts have more bits a byte, and larger spreads.
+_ASSUMED_LIKELIHOOD = Spreads(0.0033, 0.0006, 0.0081, "spreads assumed as the lab's, docs/statistics.md")
 
 
 def lines(cells: list[Cell], store: Store) -> list[str]:
@@ -82,7 +82,7 @@ def _found(whose: str, items: int, replicates: int, spreads: Spreads, kind: Kind
     from d2lora import stats
 
     effect = stats.smallest_effect(items, max(replicates, _LEAST), spreads.item_sd, spreads.run_of(items))
-    points = lambda fraction: kind.unit.text(100 * fraction, ".1f")  # noqa: E731
+    points = lambda fraction: kind.unit.rounded(100 * fraction)  # noqa: E731
     if replicates >= _LEAST:
         return f"with {whose} and {replicates} replicates differences from {points(effect)} on"
     exact = _EXACT / items if kind.right_or_wrong else 0.0

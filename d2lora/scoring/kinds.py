@@ -16,14 +16,19 @@ class Unit:
     name: str
     one: str
     several: str
+    digits: int  # of detectable differences and of intervals' ends
 
-    def text(self, amount: float, digits: str = "g") -> str:
+    def text(self, amount: float) -> str:
         """Return an amount with the unit of differences: 1 point, 1.5 points."""
-        return f"{amount:{digits}} {self.one if amount == 1 else self.several}"
+        return f"{amount:g} {self.one if amount == 1 else self.several}"
+
+    def rounded(self, amount: float) -> str:
+        """Return a measured amount with the unit: 1.9 points, 0.23 hundredths of a bit."""
+        return f"{amount:.{self.digits}f} {self.several}"
 
 
-PERCENT = Unit("%", "point", "points")
-BITS = Unit("hundredths of a bit", "hundredth of a bit", "hundredths of a bit")
+PERCENT = Unit("%", "point", "points", 1)
+BITS = Unit("hundredths of a bit", "hundredth of a bit", "hundredths of a bit", 2)
 
 
 @dataclass(frozen=True)
