@@ -15,12 +15,13 @@ from omegaconf import DictConfig  # noqa: E402
 
 from d2lora.command.guard import guard  # noqa: E402
 from d2lora.command.job import job  # noqa: E402
+from d2lora.command.sweepers import reported  # noqa: E402
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
-def main(config: DictConfig) -> int:
+def main(config: DictConfig) -> object:
     return job(config)
 
 
 if __name__ == "__main__":
-    guard(main)
+    guard(reported()(main))

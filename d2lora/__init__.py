@@ -2,6 +2,12 @@
 
 import logging
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d2lora.report.frames import curves, items, results, table
+
+__all__ = ["curves", "items", "results", "table"]
 
 __version__ = "0.1.0"
 
@@ -9,3 +15,16 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL keeps ORPO there; 
 logging.getLogger("bitsandbytes").setLevel(
     logging.ERROR
 )  # on a CPU it asks each process for kernels that nothing here uses
+
+
+def __getattr__(name: str) -> Any:
+    """Import the functions that give frames when they are first used: pandas takes longer than a plan."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from d2lora.report import frames
+
+    return getattr(frames, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

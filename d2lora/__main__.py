@@ -91,6 +91,45 @@ def _dashboard(args: argparse.Namespace) -> None:
     print(dashboard.write(args.output, args.sweep, args.entity, args.project))
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("format", choices=["lm-eval"], help="lm-evaluation-harness' results_*.json and samples_*.jsonl")
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help="names of sweeps; all without any")
+    parser.add_argument("--folder", type=project_path, help="where to write (default: OUTPUT/report/lm-eval)")
+    _output(parser)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from d2lora.report import harness_files
+
+    print(f"written: {harness_files.export(args.output, args.sweeps, args.folder)}")
+
+
+def _publish_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cell", metavar="CELL", help="its id, as results.csv has it (cell_id)")
+    parser.add_argument("--folder", type=project_path, help="write the repository there")
+    parser.add_argument("--to", metavar="OWNER/NAME", help="write and upload it, with your login (hf auth login)")
+    parser.add_argument("--public", action="store_true", help="a new repository is for everyone; without it, private")
+    _output(parser)
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from d2lora.report import publish
+
+    print(publish.publish(args.output, args.cell, args.folder, args.to, args.public))
+
+
+def _portable_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=project_path, metavar="ADAPTER", help="outputs/store/adapt/<key>/adapter")
+    parser.add_argument("copy", type=Path, metavar="FOLDER", help="a new folder")
+
+
+def _portable(args: argparse.Namespace) -> None:
+    from d2lora.adapters import portable
+
+    changed = portable.write(args.adapter, args.copy)
+    print(f"{args.copy}: {changed or 'no'} layers' scales are in B now")
+
+
 COMMANDS = {
     "report": Command("write the report again, from the records, and print the tables", _report_arguments, _report),
     "check": Command("verify the records: damage, edits, missing and foreign files", _output, _check),
@@ -100,6 +139,22 @@ COMMANDS = {
         _fetch_arguments,
         _fetch,
         "examples:\n  python -m d2lora fetch scale=paper m=0,40000\n  python -m d2lora fetch -cn table3",
+    ),
+    "export": Command(
+        "write results as lm-evaluation-harness does, for programs that read it", _export_arguments, _export
+    ),
+    "publish": Command(
+        "make a model repository of a cell: adapter, card, scores; uploads it only with --to",
+        _publish_arguments,
+        _publish,
+        "examples:\n  python -m d2lora publish CELL                    # what it would write\n"
+        "  python -m d2lora publish CELL --to me/my-adapter",
+    ),
+    "portable": Command(
+        "copy an adapter for programs that read neither alpha_pattern nor rsLoRA's scale (llama.cpp)",
+        _portable_arguments,
+        _portable,
+        "docs/serving.md shows what it is for",
     ),
     "dashboard": Command("write a sweep's dashboard in W&B and print its address", _dashboard_arguments, _dashboard),
 }

@@ -42,13 +42,18 @@ logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 @dataclass
 class Base:
-    """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` were taken when it was loaded."""
+    """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` were taken when it was loaded.
+
+    `source` and `revision` are what transformers' `from_pretrained` takes to load it once more.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     checksum: int
     snapshot: Snapshot
+    source: str = ""
+    revision: str | None = None
 
     def check(self) -> None:
         """Raise RuntimeError if anything has changed the base's weights since they were loaded."""
@@ -66,11 +71,6 @@ class Base:
         self.snapshot.restore(self.model)
         self.check()
 
-    def attention(self, wanted: str) -> str:
-        """Return the implementation of attention to train with: the recipe's, or eager if the family has no other."""
-        loaded: str = self.model.config._attn_implementation
-        return loaded if wanted == "sdpa" else wanted
-
 
 LOADED: dict[str, Base] = {}  # the one base of this process, by its config as JSON
 
@@ -78,6 +78,14 @@ LOADED: dict[str, Base] = {}  # the one base of this process, by its config as J
 def device() -> str:
     """Return the device of all models: a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """Return the GPU's name with its memory in GiB, or "cpu"."""
+    if device() == "cpu":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def memory_mb() -> float:
@@ -95,18 +103,17 @@ def load_base(model: Model, cache: Path) -> Base:
         LOADED.clear()  # one base at a time: two of 8 B would not fit
         gc.collect()
         LOADED[name] = read_base(model, cache)
-    LOADED[name].check()
+    if LOADED[name].model.device.type == device():  # it is elsewhere while an engine has the GPU, and nothing uses it
+        LOADED[name].check()
     return LOADED[name]
 
 
 def read_base(model: Model, cache: Path) -> Base:
     """Load a base from disk or the Hub, uncached. UserError if it cannot be loaded, or is no causal language model."""
     path = data.model_files(model)
-    if model.gguf_package:
-        assert path is not None, "a GGUF package has files"
-        path = _from_gguf(path, cache)
+    files = source(model, cache)
     try:
-        tokenizer, net = _from_pretrained(model, str(path or model.path))
+        tokenizer, net = _from_pretrained(model, files)
     except OSError as error:
         if path:
             raise UserError(f"model.path={model.path}: {str(error).splitlines()[0]}") from None
@@ -117,7 +124,27 @@ def read_base(model: Model, cache: Path) -> Base:
     if device() == "cpu" and model.dtype != "float32":
         print(f"no GPU here: {model.name} runs in {model.dtype} on the CPU, slowly", file=sys.stderr)
     net.to(device()).eval().requires_grad_(False)  # type: ignore[arg-type]  # transformers hides its argument
-    return Base(model.name if path else model.path, net, tokenizer, checksum(net), Snapshot.of(net))
+    name, typed = (model.name, _typed(model, Path(files))) if path else (model.path, model.path)
+    revision = None if path else getattr(net.config, "_commit_hash", None) or model.revision
+    return Base(name, net, tokenizer, checksum(net), Snapshot.of(net), typed, revision)
+
+
+def _typed(model: Model, path: Path) -> str:
+    """Return a local base's path as people give it: absolute where it was typed so, else from the project's folder if it is there."""
+    typed = Path(model.path).expanduser()
+    if typed.is_absolute() and not model.gguf_package:
+        return str(typed)
+    root = data.ROOT.resolve()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def source(model: Model, cache: Path) -> str:
+    """Return what from_pretrained reads a base from: a folder, or a name on the Hub."""
+    path = data.model_files(model)
+    if model.gguf_package:
+        assert path is not None, "a GGUF package has files"
+        path = _from_gguf(path, cache)
+    return str(path or model.path)
 
 
 def _from_pretrained(model: Model, source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -2,8 +2,9 @@
 
 store/<kind>/<key>/   records           checkpoints/<key>/   of trainings that were stopped
 manifests/<sweep>     planned grids     reference/<policy>/  log-probabilities of DPO's reference
-failed/<key>          why stages failed fingerprints/, proofs/, models/   caches
+failed/<key>          why stages failed fingerprints/, proofs/, passes/, models/   caches
 report/               tables, figures   progress/<key>, wandb/, hydra/
+engine/<process>.log  of engines that failed
 """
 
 import contextlib
@@ -101,10 +102,18 @@ class Outputs:
         """Return the folder of layouts.proof.Memory, which caches the layouts that were tested."""
         return self.root / "proofs"
 
+    def passes(self, name: str) -> Path:
+        """Return the file with how many tokens at once fit into memory, in trainings of a kind."""
+        return self.root / "passes" / f"{name}.json"
+
     @property
     def models(self) -> Path:
         """Return the folder of GGUF weights that were converted to safetensors."""
         return self.root / "models"
+
+    def engine_log(self, process: int) -> Path:
+        """Return the log of the engine that a process started; it is left where the engine failed."""
+        return self.root / "engine" / f"{process}.log"
 
     def progress(self, key: str) -> Path:
         """Return the file in which a worker notes how far a stage is."""

@@ -112,10 +112,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """A worker's share: an adaptation with its evaluations, or less. `cell` has the config, `stages` are those to do."""
+    """A worker's share: an adaptation with its evaluations, or less. `cell` has the config, `stages` are those to do.
+
+    A `shared` job is evaluations of several cells, each independent of the others, that ask one engine.
+    """
 
     cell: Cell
     stages: tuple[Stage, ...]
+    shared: bool = False
 
     @property
     def waits_for(self) -> list[Stage]:
@@ -141,12 +145,13 @@ def stages(cells: Iterable[Cell]) -> list[Stage]:
     return list({s.key: s for cell in cells for s in cell.chain.stages}.values())
 
 
-def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
+def batches(cells: list[Cell], done: set[str], engines: int = 1) -> list[list[Job]]:
     """Return the jobs of a grid in batches for the launcher, each sorted longest first.
 
     No job waits for another job of its batch, so no worker waits for a lock. The batches: preparations; then warm-ups,
     cells without a warm-up, evaluations of the base and checks; then cells with a warm-up; then evaluations of
-    adaptations that another cell's job makes. Checks of data are the shortest jobs, so they come last: as a worker's
+    adaptations that another cell's job makes; then evaluations that ask an engine, those of one base together, in as many
+    jobs as there are `engines` to start. Checks of data are the shortest jobs, so they come last: as a worker's
     first job they would let joblib measure the worker's memory before it imports torch, and joblib would then take the
     import for a leak and replace the worker.
     """
@@ -158,11 +163,29 @@ def batches(cells: list[Cell], done: set[str]) -> list[list[Job]]:
     second: list[Job] = []
     last: list[Job] = []
     for cell in cells:
-        job = _job(cell, cell.chain.stages, taken)
+        job = _job(cell, (s for s in cell.chain.stages if not evaluate.asks_engine(s)), taken)
         if job.stages:
             elsewhere = any(isinstance(s.spec, AdaptSpec) and s.key not in done for s in job.waits_for)
             (last if elsewhere else second if cell.chain.warmup else first).append(job)
-    return [sorted(jobs, key=lambda job: -job.cost) for jobs in (prepares, first, second, last)]
+    together = shared_jobs(cells, taken, engines)
+    return [sorted(jobs, key=lambda job: -job.cost) for jobs in (prepares, first, second, last, together)]
+
+
+def shared_jobs(cells: Iterable[Cell], taken: set[str], engines: int) -> list[Job]:
+    """Return the jobs of evaluations that ask an engine, of those not `taken`: one for each base, or several for `engines`."""
+    by_base: dict[str, dict[str | None, list[tuple[Cell, Stage]]]] = {}  # by base and adapter
+    for cell in cells:
+        for stage in filter(evaluate.asks_engine, cell.chain.results):
+            if stage.key not in taken:
+                taken.add(stage.key)
+                adapter = stage.parent.key if stage.parent else None
+                same_base = by_base.setdefault(cell.config.model.model_dump_json(), {})
+                same_base.setdefault(adapter, []).append((cell, stage))
+    each = max(1, engines // max(1, len(by_base)))
+    parts = [list(adapters.values())[i::each] for adapters in by_base.values() for i in range(each)]
+    return [
+        Job(part[0][0][0], tuple(stage for same in part for _, stage in same), shared=True) for part in parts if part
+    ]
 
 
 def _alone(stages_of: Iterable[tuple[Cell, Stage | None]], taken: set[str]) -> list[Job]:

@@ -41,6 +41,19 @@ class Score(_Read):
     items: int
 
 
+class Engine(_Read):
+    """Who answered an evaluation that asked an engine other than the model in memory.
+
+    `instead_of` is the engine that was asked, and is in the evaluation's key, where it failed; `reason` says how.
+    """
+
+    name: str
+    version: str | None = None
+    dtype: str | None = None
+    instead_of: str | None = None
+    reason: str | None = None
+
+
 class Git(_Read):
     """The commit that a stage ran from, and whether the code had uncommitted changes."""
 
@@ -84,6 +97,7 @@ class Result(_Read):
     data: dict[str, Any] | None = None  # rows taken and passed over
     counts: dict[str, int] = Field(default_factory=dict)  # answers by what is wrong with them: cut, empty
     eval_batch: int | None = None
+    engine: Engine | None = None  # None where the model in memory was asked
     adapter_changes_logits: bool | None = None  # None where there is no adapter to test
     coverage: dict[str, Any] | None = None  # what an adapter reaches of the base
 
@@ -101,6 +115,11 @@ class Result(_Read):
     def items(self) -> int:
         """Return how many items were scored."""
         return max(score.items for score in self.scores.values())
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Return what a training logged: an entry for each logged step, with its `step`, `epoch`, `loss` and so on."""
+        return self.metrics.get("log", [])
 
     @property
     def passed_over(self) -> dict[str, int]:

@@ -13,17 +13,36 @@ import numpy as np
 RESAMPLES = 10_000
 _LEVELS = 500  # of what makes normal numbers Student's t
 LEVEL = 0.95  # of intervals
+_ROUNDING = 1e-9  # of a variance that was computed from a standard error
 
 
-def interval(scores: np.ndarray) -> tuple[float, float]:
+def interval(scores: np.ndarray, graded: bool = False, clusters: np.ndarray | None = None) -> tuple[float, float]:
     """Return the 95 % interval of the mean of scores (runs, items).
 
     One run of right or wrong answers: Wilson's interval, which keeps its coverage with few items and near 0 or 1, where
-    a resampled interval is far too narrow. Otherwise: percentiles of the two-level bootstrap.
+    a resampled interval is far too narrow. Otherwise: percentiles of the two-level bootstrap. `graded` scores (ROUGE) are
+    not right or wrong even where all are 0. `clusters` (items,) are drawn instead of items.
     """
-    if len(scores) == 1 and is_binary(scores):
+    if clusters is not None:
+        return clipped(percentiles(bootstrap(by_cluster(scores, clusters))), 0.0, scores)
+    if len(scores) == 1 and not graded and is_binary(scores):
         return wilson(int(scores.sum()), scores.shape[1])
     return clipped(percentiles(bootstrap(scores)), 0.0, scores)
+
+
+def interval_of_mean(mean: float, stderr: float | None, items: int, graded: bool = False) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean from its standard error alone, without the items' scores.
+
+    Scores between 0 and 1 are all right or wrong where their variance is that of a coin, and Wilson's interval is exactly
+    that of `interval`. Otherwise 1.96 standard errors, which is close to a bootstrap's. None without a standard error.
+    """
+    if stderr is None:
+        return None
+    variance = stderr**2 * (items - 1)  # of the items' scores, without Bessel's correction
+    if not graded and abs(variance - mean * (1 - mean)) < _ROUNDING:
+        return wilson(round(mean * items), items)
+    half = NormalDist().inv_cdf((1 + LEVEL) / 2) * stderr
+    return (max(0.0, mean - half), min(1.0, mean + half)) if 0 <= mean <= 1 else (mean - half, mean + half)
 
 
 def clipped(bounds: tuple[float, float], lowest: float, *scores: np.ndarray) -> tuple[float, float]:

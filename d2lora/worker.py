@@ -4,13 +4,14 @@ import contextlib
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from d2lora import data, mirror
+from d2lora import data, mirror, plan
 from d2lora.errors import UserError
+from d2lora.evaluate import vllm
 from d2lora.outputs import Outputs, write_json
 from d2lora.plan import Cell
 from d2lora.progress import Progress
@@ -18,47 +19,75 @@ from d2lora.provenance import peak_memory_mb, provenance, reset_peak_memory
 from d2lora.records import Provenance, Record
 from d2lora.settings import Config
 from d2lora.stages import KINDS, Run, Stage
+from d2lora.stages.evaluate import EvaluateSpec, asks_engine
 from d2lora.store import Store
 
 
-def do(config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progress]) -> list[Stage]:
-    """Do the cell's stages that `config.job` names (all if it is empty), in order. Return those that failed or were
+def do(
+    config: Config, cell: Cell, store: Store, watch: Callable[[Stage], Progress], others: Sequence[Cell] = ()
+) -> list[Stage]:
+    """Do the stages that `config.job` names (all of the cell's if it is empty), in order. Return those that failed or were
     blocked.
 
-    A failure is written to <output>/failed; it blocks the stages that depend on it and no others.
+    They are the cell's, or of a shared job those of `others`, too. A failure is written to <output>/failed; it blocks the
+    stages that depend on it and no others.
     """
-    wanted = set(config.job) if config.job is not None else None
-    unknown = (wanted or set()) - {s.key for s in cell.chain.stages}
-    if unknown:
+    cells = (cell, *others)
+    owners = {s.key: c for c in reversed(cells) for s in c.chain.stages}
+    if unknown := set(config.job or ()) - owners.keys():
         raise UserError(
             f"job={','.join(sorted(unknown))}: not a stage of this cell: the code or the data changed since the sweep was planned; start it again"
         )
+    every = plan.stages(cells) if others else cell.chain.stages
+    wanted = [stage for stage in every if config.job is None or stage.key in config.job]
+    try:
+        lost = _do_each(wanted, lambda s: owners[s.key].config if others else config, store, watch)
+    finally:
+        vllm.close()
+    for each in cells:
+        mirror.cell(each, store)
+    mirror.flush(config)
+    return lost
+
+
+def _do_each(
+    wanted: Sequence[Stage], config_of: Callable[[Stage], Config], store: Store, watch: Callable[[Stage], Progress]
+) -> list[Stage]:
+    """Do stages in order, and return those that failed or were blocked."""
     lost: list[Stage] = []
-    for stage in cell.chain.stages:
-        if wanted is not None and stage.key not in wanted:
-            continue
+    for index, stage in enumerate(wanted):
         if not all(map(store.done, stage.parents)):
             lost.append(stage)
             continue
         try:
-            do_stage(config, stage, store, watch(stage))
+            beside = _beside(stage, wanted[index + 1 :], store)
+            do_stage(config_of(stage), stage, store, watch(stage), beside)
             store.outputs.failed(stage.key).unlink(missing_ok=True)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only
             write_failure(store.outputs, stage.key, stage.label, error)
             lost.append(stage)
-    mirror.cell(cell, store)
-    mirror.flush(config)
     return lost
 
 
-def do_stage(config: Config, stage: Stage, store: Store, progress: Progress) -> Record:
-    """Do one stage of the cell, unless it is done already, and return its record. Its parent must be done."""
+def _beside(stage: Stage, later: Sequence[Stage], store: Store) -> tuple[Stage, ...]:
+    """Return the later stages that an engine does together with this one: evaluations of what is trained, not done yet."""
+    if not asks_engine(stage):
+        return ()
+    ready = (s for s in later if asks_engine(s) and all(map(store.done, s.parents)))
+    return tuple(s for s in ready if not store.done(s))
+
+
+def do_stage(config: Config, stage: Stage, store: Store, progress: Progress, beside: tuple[Stage, ...] = ()) -> Record:
+    """Do one stage of the cell, unless it is done already, and return its record. Its parent must be done.
+
+    `beside` are evaluations that an engine may answer in the same call.
+    """
 
     def work(folder: Path) -> Record:
         mirrored.enter_context(mirror.stage(config, stage, store))
-        return _record(Run(config, stage, folder, progress))
+        return _record(Run(config, stage, folder, progress, beside=beside))
 
     with contextlib.ExitStack() as mirrored:  # left once the record is published: that is what is mirrored
         record = store.ensure(stage, work)
@@ -70,6 +99,8 @@ def _record(run: Run[Any]) -> Record:
     """Do a stage's work, and return its record: the result and its provenance."""
     stage, started, clock = run.stage, datetime.now(UTC), time.monotonic()
     reset_peak_memory()
+    if type(stage.spec) is not EvaluateSpec:
+        vllm.close()  # an engine holds the memory that others need
     result = KINDS[type(stage.spec)](run)
     files = {str(f.relative_to(run.folder)): data.digest(f) for f in sorted(run.folder.rglob("*")) if f.is_file()}
     return Record(

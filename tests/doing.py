@@ -14,14 +14,14 @@ from d2lora.stages import Stage
 from d2lora.store import Store
 
 
-def save_tiny(folder: Path) -> Path:
+def save_tiny(folder: Path, width: int = 32) -> Path:
     """Save a random Llama of two layers with the lab's tokenizer in the folder, and return the folder."""
     tokenizer = AutoTokenizer.from_pretrained(data.ROOT / "d2lora/lab/base")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=512,

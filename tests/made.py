@@ -110,7 +110,8 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
     if stage.kind != "evaluate":
         n = stage.spec.content().get("n", stage.spec.content().get("m"))
         samples = 6970 if n == "all" else n
-        seen = {"samples_seen": samples, "tokens_seen": 9 * (samples or 0)}
+        log = [{"step": step, "epoch": step / 10, "loss": 1 / step, "learning_rate": 1e-3} for step in (1, 5, 10)]
+        seen = {"samples_seen": samples, "tokens_seen": 9 * (samples or 0), "log": log}
         return {"metrics": seen, "data": {"samples": samples, "misfits": 0}}
     kind = cell.config.benchmarks[benchmark].kind
     scores = _scores(stage, kind, items, ability(cell))
@@ -118,7 +119,7 @@ def _facts(folder, stage, cell, benchmark, items, ability, text) -> dict:
         for i in range(items):
             item = {"index": i, "prompt": f"question {i}: {text(i)}", "answer": text(i), "gold": f"gold {i}"}
             file.write(json.dumps(item | {m: x[i] for m, x in scores.items()}) + "\n")
-    metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
+    metrics = {m: {"value": sum(x) / items, "stderr": float(np.std(x, ddof=1) / items**0.5), "items": items} for m, x in scores.items()}  # fmt: skip
     return {"benchmark": benchmark, "metrics": metrics}
 
 
@@ -127,6 +128,8 @@ def _scores(stage: Stage, kind: str, items: int, ability: float) -> dict[str, li
     difficulty = np.random.default_rng(0).random(items)
     noise = np.random.default_rng(int(hashlib.sha256(stage.key.encode()).hexdigest()[:8], 16)).normal(0, 0.15, items)
     solved = ability - difficulty + noise
-    values = np.clip(0.3 + solved / 3, 0, 1) if kind == "rouge" else (solved > 0).astype(float)
+    values = {"rouge": np.clip(0.3 + solved / 3, 0, 1), "likelihood": solved / 10 - 0.4}.get(
+        kind, (solved > 0).astype(float)
+    )
     fading = 0.8 if kind == "rouge" else 1.0  # ROUGE-2 is not ROUGE-1
     return {m: (values * fading**i).tolist() for i, m in enumerate(METRICS[kind])}

@@ -16,10 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora import data
-from d2lora.adapters import coverage, saving
+from d2lora.adapters import coverage, loftq, saving
 from d2lora.adapters.layers import config_of
 from d2lora.adapters.lean import lean
-from d2lora.adapters.loftq import quantized
 from d2lora.adapters.saving import Weights
 from d2lora.adapters.start import Start, fresh, taken_up
 from d2lora.base import Base
@@ -51,7 +50,7 @@ def adapter(base: Base, start: Start[BaseInit], record: Path | None) -> Iterator
 
 def _on(wrapped: PeftModel, quantize: bool) -> contextlib.AbstractContextManager[None]:
     """Quantize the base under the adapter inside the `with` block, if its initialization does; else change nothing."""
-    return quantized(wrapped) if quantize else contextlib.nullcontext()
+    return loftq.quantized(wrapped) if quantize else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -203,10 +202,17 @@ class Saved:
     noise: float  # of the logits, with the probe in a padded batch
 
 
-def save(base: Base, wrapped: PeftModel, record: Path) -> Saved:
-    """Save the adapter in PEFT's format: `PeftModel.from_pretrained(base, record / "adapter")` loads it, as `check_saved` tries."""
-    config_of(wrapped).base_model_name_or_path = base.name
+def save(base: Base, wrapped: PeftModel, record: Path, quantize: bool = False) -> Saved:
+    """Save the adapter in PEFT's format: `PeftModel.from_pretrained(base, record / "adapter")` loads it, as `check_saved` tries.
+
+    Its config names the base, so that `AutoPeftModelForCausalLM` finds it; with `quantize`, files beside it say that it belongs on the
+    quantized one.
+    """
+    config = config_of(wrapped)
+    config.base_model_name_or_path, config.revision = base.source, base.revision
     saving.save(wrapped, record)
+    if quantize:
+        loftq.write_quantization(record / "adapter")
     ids = _probe(base)
     padded = torch.cat([ids, ids[:, :8]], 1)
     with torch.inference_mode():

@@ -3,7 +3,9 @@ error.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -15,6 +17,33 @@ from d2lora.adapters.passes import Sequence
 from d2lora.adapters.start import Start
 from d2lora.progress import Progress
 from d2lora.settings.inits import BaseInit
+
+# What transformers' BitsAndBytesConfig takes to load the base as `nf4` quantizes it.
+QUANTIZATION = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
+_CARD = """\
+---
+library_name: peft
+---
+
+This adapter belongs on its base in 4 bits (NF4, no double quantization), as `quantization_config.json` says. On the base itself it gives
+wrong answers, without an error.
+
+    import json
+    from peft import AutoPeftModelForCausalLM
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(**json.load(open("quantization_config.json")))
+    model = AutoPeftModelForCausalLM.from_pretrained(".", quantization_config=quantization)
+"""
+
+
+def write_quantization(folder: Path) -> None:
+    """Write into a saved adapter's folder that it belongs on the quantized base: for programs, and for those who read it.
+
+    PEFT's config has no field for it: one that it does not know makes each load warn, and `loftq_config` makes PEFT initialize again.
+    """
+    (folder / "quantization_config.json").write_text(json.dumps(QUANTIZATION, indent=2))
+    (folder / "README.md").write_text(_CARD)
 
 
 @torch.no_grad()

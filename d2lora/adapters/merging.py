@@ -22,7 +22,7 @@ def add(first: Path, second: Path, weight: float, folder: Path) -> int:
     ranks: dict[str, int] = {}
     for name in one:
         (A, B), (other_A, other_B) = one[name], two[name]
-        up = torch.cat([B * _scale(one_config, name), weight * other_B * _scale(two_config, name)], 1)
+        up = torch.cat([B * scale_of(one_config, name), weight * other_B * scale_of(two_config, name)], 1)
         matrices |= {f"{name}.lora_A.weight": torch.cat([A, other_A]).contiguous(), f"{name}.lora_B.weight": up}
         ranks[name] = up.shape[1]
     folder.mkdir(parents=True)
@@ -43,8 +43,8 @@ def _read(folder: Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], L
     return {name: (A, B) for name, (A, B) in pairs.items()}, config
 
 
-def _scale(config: LoraConfig, name: str) -> float:
-    """Return alpha / r of a layer: EVA gives layers ranks and alphas of their own."""
+def scale_of(config: LoraConfig, name: str) -> float:
+    """Return a layer's scale, alpha / r: EVA gives layers ranks and alphas of their own, rsLoRA takes the root of r."""
     layer = name.removeprefix("base_model.model.")
     rank = (config.rank_pattern or {}).get(layer, config.r)
     scale = (config.alpha_pattern or {}).get(layer, config.lora_alpha) / (rank**0.5 if config.use_rslora else rank)

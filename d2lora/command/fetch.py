@@ -31,21 +31,17 @@ def fetch(config: Config) -> Iterable[str]:
     for key, source in prepare.sources(config).items():
         rows = data.rows(source, config.split_seed)
         yield f"{key}: {source.path}, {len(rows):,} rows"
-    for name in config.task.lm_eval:
-        _fetch_lm_eval(name)
-        yield f"lm-eval task {name}"
+    for task in config.task.harness_tasks:
+        _fetch_lm_eval(task.name, config.task.lm_eval_path)
+        yield f"lm-eval task {task.name}"
     yield f"model: {_fetch_model(config.model)}"
 
 
 @functools.cache
-def _fetch_lm_eval(name: str) -> None:
-    """Download the data of one of lm-evaluation-harness's tasks."""
-    data.check_lm_eval([name])
+def _fetch_lm_eval(name: str, folder: str | None = None) -> None:
+    """Download the data of one of lm-evaluation-harness's tasks, or of one in the user's folder."""
     data.hub()
-    try:
-        data.harness().load([name])
-    except Exception as error:
-        raise UserError(data.hub_problem("task.lm_eval", name, error)) from None
+    data.load_harness_task(name, folder)
 
 
 @functools.cache
@@ -77,7 +73,7 @@ def configs(overrides: Sequence[str], name: str = "config", folder: Path | None 
         parser = OverridesParser.create(config_loader=loader)
         axes = grid.expand(parser, params, [o for o in overrides if o not in hydra])
         cells = plan.unique(grid.valid_cells(grid.Composer(composed, loader), axes, check=lambda config, passed: None))
-    inputs = [(prepare.sources(c.config), c.config.task.lm_eval, c.config.model) for c in cells]
+    inputs = [(prepare.sources(c.config), c.config.task.harness_tasks, c.config.model) for c in cells]
     return list({str(r): c.config for r, c in zip(inputs, cells, strict=True)}.values())
 
 

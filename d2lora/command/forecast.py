@@ -15,8 +15,10 @@ from d2lora.command.hardware import Device, device, gpu_here
 from d2lora.command.measured import Measured, Pace, groups_of, measured, row_group
 from d2lora.command.sizes import Shape, Tokens
 from d2lora.plan import Cell
+from d2lora.scoring import MultipleChoice
 from d2lora.settings import Benchmark, Config, Task, fields
 from d2lora.settings.methods import Referenced
+from d2lora.settings.recipe import PASS_TOKENS
 from d2lora.stages import VERSIONS, Stage
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.contamination import ContaminationSpec
@@ -30,8 +32,9 @@ from d2lora.store import Store
 _FIXED = 0.3  # seconds of a stage with a model beside its tokens: attach, prove, save, check
 _CHECK = 2.0  # seconds of an overlap check
 _CHOICES = 4  # of a multiple-choice item
+_ENGINE_BATCH = 256  # sequences that an engine has at a time, as evaluate/vllm opens it
 _LM_EVAL = 1_000, 64  # items of a harness task and tokens of its answers, which a plan does not read
-_LONGEST = 2  # a micro-batch's rows are as long as so many of the mean
+_LONGEST = 2  # rows of a typed micro-batch, and the longest of all, are as long as so many of the mean
 _BETWEEN, _END = (
     0.015,
     0.5,
@@ -55,8 +58,10 @@ class Estimate:
 class Forecast:
     """The time, memory and cost of what is left of a plan; `later` are stages like those that will follow."""
 
-    def __init__(self, cells: Sequence[Cell], store: Store, workers: int = 1, later: Iterable[Stage] = ()) -> None:
-        self.cells, self.workers = list(cells), workers
+    def __init__(
+        self, cells: Sequence[Cell], store: Store, workers: int = 1, later: Iterable[Stage] = (), engines: int = 1
+    ) -> None:
+        self.cells, self.workers, self.engines = list(cells), workers, engines
         config = self.cells[0].config
         self.configs = {s.key: c.config for c in reversed(self.cells) for s in c.chain.stages}
         self.left = [s for s in plan.stages(self.cells) if not store.done(s)]
@@ -99,7 +104,7 @@ class Forecast:
         start = self.measured.start(self.workers) or self.device.start(self._weights(self.cells[0].config))
         between = _BETWEEN * start
         total = start + _END * start
-        for batch in plan.batches(self.cells, self.done):
+        for batch in plan.batches(self.cells, self.done, self.engines):
             free = [0.0] * self.workers
             for job in batch:
                 work = sum(self.of(s).seconds + between for s in job.stages)
@@ -165,7 +170,9 @@ class _Work:
         if isinstance(spec, FlipsSpec):
             return _FIXED + sum(self._evaluation_seconds(size, batch) for batch in spec.batches)
         if isinstance(spec, EvaluateSpec):
-            return _FIXED + self._evaluation_seconds(size, self.config.recipe.eval_batch)
+            return _FIXED + self._evaluation_seconds(
+                size, _ENGINE_BATCH if spec.engine else self.config.recipe.eval_batch
+            )
         return _FIXED + self._preparation_seconds(spec) if isinstance(spec, PrepareSpec) else _CHECK
 
     @property
@@ -233,15 +240,29 @@ class _Work:
         passes = 4 + 2 * method.extra_forwards + (2 / method.epochs if isinstance(method, Referenced) else 0)
         seconds = passes * self.shape.parameters * tokens / self.device.flops
         rows = tokens / self._row.count
-        return seconds + self.device.step * self.shape.layers * rows / self.config.recipe.micro_batch
+        return seconds + self.device.step * self.shape.layers * rows / max(1, self._pass_tokens(spec) / self._row.count)
 
     def _training_bytes(self, spec: TrainingSpec) -> float:
         """Return the weights, the adapter with its gradient and Adam's two moments in float32, and activations."""
         shape, recipe = self.shape, self.config.recipe
         adapter = 16 * 2 * spec.lora.r * shape.hidden * 7 * shape.layers * 2
-        tokens = recipe.micro_batch * min(_LONGEST * self._row.count, spec.max_length)
         layers = 1 + shape.layers / 17 if recipe.gradient_checkpointing else shape.layers  # kept: 2 of 34 bytes a layer
-        return adapter + tokens * layers * shape.hidden * _PER_LAYER * _bytes(self.config) / 2
+        token = layers * shape.hidden * _PER_LAYER * _bytes(self.config) / 2
+        tokens, row = self._pass_tokens(spec), min(_LONGEST * self._row.count, spec.max_length)
+        if recipe.micro_batch != "auto":
+            return adapter + recipe.micro_batch * row * token
+        if self.device.memory:  # passes are halved until they fit, but none is smaller than a row
+            room = self.device.memory - self.device.process - shape.parameters * _bytes(self.config) - adapter
+            while tokens > row and tokens * token > room:
+                tokens /= 2
+        return adapter + max(tokens, row) * token
+
+    def _pass_tokens(self, spec: TrainingSpec) -> float:
+        """Return the tokens of a pass, by the mean length of a row."""
+        recipe = self.config.recipe
+        if recipe.micro_batch != "auto":
+            return recipe.micro_batch * self._row.count
+        return min(PASS_TOKENS["cuda" if self.device.gpu else "cpu"], spec.batch * self._row.count)
 
     def _preparation_seconds(self, spec: PrepareSpec) -> float:
         """Return the seconds of forward and backward passes over its rows, and of a decomposition a layer's matrix."""
@@ -274,13 +295,17 @@ class _Work:
         return self._benchmark is None or self._benchmark.scoring.generates
 
     @property
+    def _chooses(self) -> bool:
+        return self._benchmark is not None and isinstance(self._benchmark.scoring, MultipleChoice)
+
+    @property
     def _answer(self) -> int:
         """Return the tokens after which a batch ends: with its longest answer."""
         return self._benchmark.max_new_tokens if self._benchmark else _LM_EVAL[1]
 
     def _evaluation_seconds(self, items: float, batch: int) -> float:
         shape = self.shape
-        asked = items if self._generates else items * _CHOICES
+        asked = items * _CHOICES if self._chooses else items
         passes = -(-asked // batch)
         seconds = asked * self._prompt.count * 2 * shape.parameters / self.device.flops
         if not self._generates:

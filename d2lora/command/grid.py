@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -71,6 +71,21 @@ def _values(override: Override) -> list[str]:
     if not values:
         raise UserError(f"{override.input_line}: this lists no value, so the grid has no cells")
     return values
+
+
+def one_of(parser: OverridesParser, params: object, arguments: Sequence[str]) -> Overrides:
+    """Return the overrides of one cell: of each sweep, also of an interval, its first value."""
+    grid: Any = params if isinstance(params, dict) else {}
+    typed = [*(f"{key}={_as_typed(value)}" for key, value in grid.items()), *arguments]
+    first = {o.get_key_element().lstrip("+"): _first(o) for o in parser.parse_overrides(typed)}
+    return tuple(first.values())
+
+
+def _first(override: Override) -> str:
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return f"{override.get_key_element()}={value.start}"
+    return _values(override)[0]
 
 
 def _as_typed(value: object) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,18 +15,28 @@ from omegaconf.errors import OmegaConfBaseException
 from d2lora import data
 from d2lora.errors import UserError
 
+_ended = [0]  # the exit codes of what was done under Hydra, which drops what a task function returns
+
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)  # full, read-only, over quota
 
 
+def end_with(code: int) -> None:
+    """Let the command exit with this code, or a higher one that was given before.
+
+    Not by sys.exit: Hydra's callbacks are called at the end of a job and of a run only if the task function returns.
+    """
+    _ended.append(code)
+
+
 def guard(main: Callable[[], object]) -> NoReturn:
-    """Run main and exit with the code that it returns, or 0.
+    """Run main and exit with the code that it returns, or the highest given to `end_with`.
 
     Exit with 1 for work that failed or a disk error, with 2 for wrong input (one line), with 130 after Ctrl-C, and with
     141 if the reader of the output has closed it.
     """
     with reader_may_leave():
         code = _code(main)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(code if isinstance(code, int) else max(_ended))
 
 
 def _code(main: Callable[[], object]) -> object:
@@ -77,6 +88,30 @@ def _is_from_hydra(error: Exception) -> bool:
     return frame.f_globals.get("__name__", "").split(".")[0] in ("hydra", "omegaconf", "antlr4", "yaml")
 
 
+_NO_KEY = re.compile(r"Could not override '(.+)'\. To append to your config use (\+.+)")
+_NO_ARGUMENT = re.compile(
+    r"Error in call to target '[\w.]*\.(\w+Launcher)': TypeError\(.* unexpected keyword argument '(\w+)'"
+)
+
+
+def _advice(text: str) -> str | None:
+    """Say more than Hydra does of a key that is not in the config: what it advises mostly fails. None for other errors."""
+    if "'hydra/sweeper/optuna'" in text:
+        return "hydra/sweeper=optuna: not installed: pip install -e '.[optuna]' && pip install --no-deps hydra-optuna-sweeper==1.3.0"
+    if unknown := _NO_ARGUMENT.match(text):
+        launcher, key = unknown.groups()
+        return f"hydra.launcher.{key}: {launcher} has no such setting; hydra/launcher=NAME chooses another launcher"
+    if not (missing := _NO_KEY.match(text)):
+        return None
+    key, appended = missing.groups()
+    plugin, _, _ = key.removeprefix("hydra.").partition(".")
+    if plugin in ("launcher", "sweeper"):
+        return f"{key}: the {plugin} has no such setting; hydra/{plugin}=NAME chooses another: --hydra-help lists them"
+    if key.startswith("hydra."):
+        return f"{key}: there is no such key; --cfg hydra shows all"
+    return f"{key}: there is no such key; --cfg job shows all, and {appended} adds a setting that a file leaves out"
+
+
 def one_line(error: Exception) -> str:
     """Return an error's message as one line, with Hydra's lists of options joined by commas."""
     lines = [line for line in str(error).splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
@@ -84,6 +119,8 @@ def one_line(error: Exception) -> str:
     options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]
     if "primary config" in text:
         options = [*sorted(f.stem for f in (data.ROOT / "sweeps").glob("*.yaml")), "config"]
+    if advice := _advice(" ".join(line.strip() for line in lines)):
+        return advice
     if "--multirun" in str(error):
         return text + ": several values make a grid: add -m (--multirun); for a list write key=[a,b]"
     if options:

@@ -63,14 +63,19 @@ def device(config: Config, name: str | None) -> Device:
     return Device(label, gpu.flops * _MFU, gpu.bandwidth, 0.0, _LAYER, _SVD, 2**30, gpu.memory if known else None, gpu)
 
 
-@functools.cache
 def gpu_here() -> str | None:
     """Return the name of this machine's first GPU as its driver says it; None if there is none."""
+    return next(iter(gpus_here()), None)
+
+
+@functools.cache
+def gpus_here() -> tuple[str, ...]:
+    """Return the names of this machine's GPUs as their driver says them."""
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return None
+        return ()
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
-        return None
-    return lines[0].strip() if lines else None
+        return ()
+    return tuple(line.strip() for line in lines)

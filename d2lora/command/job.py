@@ -8,27 +8,34 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from d2lora import worker
-from d2lora.command import preflight, rehearsal, summary, terminal, tuning
+from d2lora import mirror, plan, worker
+from d2lora.command import preflight, rehearsal, summary, sweepers, terminal, tuning
 from d2lora.command.grid import cell_of
-from d2lora.command.guard import one_line, reader_may_leave, refuse
+from d2lora.command.guard import end_with, one_line, reader_may_leave, refuse
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.records import ManifestCell
 from d2lora.report import manifest
+from d2lora.settings import Config, parse
 from d2lora.store import Store
 
 
-def job(config: DictConfig) -> int:
-    """Do a single cell and exit with its code, or do a worker's share of a grid and return how many stages failed."""
+def job(config: DictConfig) -> object:
+    """Do a single cell and return its exit code, or do a worker's share of a grid and return how many stages failed.
+
+    A cell that another sweeper chose gives its objective.
+    """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return share(config)
+        return share(config) if config.job is not None else sweepers.trial(config)
     # Handled here as guard would, because Hydra prints a line of its own for each exception that it sees.
     with reader_may_leave():
         try:
-            sys.exit(one_cell(cell_of(config)))
+            code = one_cell(cell_of(config))
         except (UserError, OmegaConfBaseException) as error:
-            sys.exit(refuse(error))
+            code = refuse(error)
+    end_with(code)
+    return code
 
 
 def one_cell(cell: Cell) -> int:
@@ -45,8 +52,35 @@ def one_cell(cell: Cell) -> int:
     with terminal.Bar() as bar:
         lost = worker.do(cell.config, cell, store, bar.stage)
     print(summary.cell_text(cell, store))
+    if mirrored := mirror.where_cell(cell, store):
+        print(mirrored)
     print(summary.failures_text(output, lost), end="", file=sys.stderr)
     return 1 if lost else 0
+
+
+def others(cell: Cell) -> list[Cell]:
+    """Return the other cells that a shared job has stages of, as the sweep's manifest has their configs; the worker computes their keys
+    again. UserError for a manifest that is damaged.
+    """
+    missing = set(cell.config.job or ()) - {stage.key for stage in cell.chain.stages}
+    if not missing:
+        return []
+    planned = manifest.read_manifest(Outputs.of(cell.config).root, cell.config.sweep)
+    cells: list[Cell] = []
+    for entry in [*planned.cells, *planned.earlier]:
+        evaluations = {*entry.stages.evaluate.values(), *entry.stages.validation.values()}
+        if missing & evaluations:
+            missing -= evaluations
+            cells.append(_cell(entry, cell.config))
+    return cells
+
+
+def _cell(entry: ManifestCell, beside: Config) -> Cell:
+    """Return a cell of a manifest, with the settings that a manifest leaves out as the job's own cell has them."""
+    own = {name: getattr(beside, name) for name in ("output", "data_root")}
+    own |= {name: getattr(beside, name).model_dump() for name in ("plan", "wandb")}
+    config = parse(entry.config | own)
+    return Cell(config, plan.chain(config))
 
 
 def share(config: DictConfig) -> int:
@@ -57,8 +91,9 @@ def share(config: DictConfig) -> int:
     try:
         cell = cell_of(config)
         output = Outputs.of(cell.config).root
+        more = others(cell)
         with terminal.Note(output) as note:
-            return len(worker.do(cell.config, cell, Store(output), note.stage))
+            return len(worker.do(cell.config, cell, Store(output), note.stage, more))
     except KeyboardInterrupt:
         raise
     except BaseException as error:

@@ -2,6 +2,7 @@
 says.
 """
 
+import dataclasses
 import functools
 import sys
 import warnings
@@ -15,7 +16,8 @@ from omegaconf import DictConfig
 from d2lora import mirror, plan, report, worker
 from d2lora.command import preflight, rehearsal, summary, terminal, tuning
 from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells
-from d2lora.command.guard import one_line
+from d2lora.command.guard import end_with, one_line
+from d2lora.command.launchers import Launcher as Facts
 from d2lora.command.launchers import launcher_of
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
@@ -30,7 +32,7 @@ def sweep(
 ) -> None:
     """Run a whole grid.
 
-    Exit with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
+    The command ends with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
     """
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
     compose = Composer(config, loader)
@@ -39,7 +41,7 @@ def sweep(
     first = cells[0].config
     store = Store(Outputs.of(first).root)
     tuner = tuning.Tuner(cells, compose, store) if first.tune else None
-    planned = _plan(cells, tuner, store, this.count(config))
+    planned = _plan(cells, tuner, store, this.count(config), this.engines(first.plan.engines))
     if not first.dry_run:
         _refuse_twice(first.sweep, this.queued(config.hydra.job.name))
     rehearsal.remember()
@@ -52,13 +54,13 @@ def sweep(
         _finish(cells, store, new)
 
 
-def _plan(cells: list[Cell], tuner: tuning.Tuner | None, store: Store, workers: int) -> str:
+def _plan(cells: list[Cell], tuner: tuning.Tuner | None, store: Store, workers: int, engines: int) -> str:
     """Return the plan as text; where settings are tuned, up to the choice."""
     notes = preflight.coverage(cells)
     if tuner is None:
-        return summary.plan_text(cells, store, workers, notes)
+        return summary.plan_text(cells, store, workers, notes, engines=engines)
     begun, _ = tuner.begin()
-    return summary.plan_text(begun, store, workers, [*notes, tuner.note()], tuner.later())
+    return summary.plan_text(begun, store, workers, [*notes, tuner.note()], tuner.later(), engines)
 
 
 # Does what is left of cells' stages, and tells whether something was.
@@ -99,13 +101,13 @@ def _train(config: DictConfig, launcher: Launcher, cells: list[Cell], store: Sto
     new = any(not store.done(s) for s in plan.stages(cells))
     text, at_work = (functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work))
     with terminal.board(text, at_work, output):  # type: ignore[arg-type] # joined, the two types are lost
-        launch_batches(functools.partial(launch_once, launcher, config), cells, store, this.apart)
+        launch_batches(functools.partial(launch_once, launcher, config), cells, store, this)
     this.dismiss()
     return new
 
 
 def _finish(cells: list[Cell], store: Store, new: bool) -> None:
-    """Write and print the report, mirror it to W&B, and exit with 1 if a stage's record is missing or damaged."""
+    """Write and print the report, mirror it to W&B, and end with 1 if a stage's record is missing or damaged."""
     output = Outputs.of(cells[0].config).root
     damaged = [fault for stage in plan.stages(cells) if (fault := _damage(store, stage))]
     lost = [s for s in plan.stages(cells) if not store.done(s)]
@@ -114,8 +116,7 @@ def _finish(cells: list[Cell], store: Store, new: bool) -> None:
         print(summary.failures_text(output, lost), *damaged, sep="", end="", file=sys.stderr)
     if not damaged and (mirrored := mirror.report(cells, store, tables)):
         print(mirrored)
-    if damaged or lost:
-        raise SystemExit(1)
+    end_with(1 if damaged or lost else 0)
 
 
 def _damage(store: Store, stage: Stage) -> str | None:
@@ -131,13 +132,24 @@ def _damage(store: Store, stage: Stage) -> str | None:
 Launch = Callable[[list[Job]], str | None]
 
 
-def launch_batches(launch: Launch, cells: list[Cell], store: Store, apart: bool) -> None:
-    """Launch the batches of plan.batches, without the jobs that a failed preparation or warm-up blocks."""
+def launch_batches(launch: Launch, cells: list[Cell], store: Store, facts: Facts) -> None:
+    """Launch the batches of plan.batches, without what a failed preparation or training blocks."""
     done = {s.key for s in plan.stages(cells) if store.done(s)}
     for stage in plan.stages(cells):
         Outputs.of(cells[0].config).failed(stage.key).unlink(missing_ok=True)  # a failure of an earlier run
-    for batch in plan.batches(cells, done):
-        launch_batch(launch, [job for job in batch if all(map(store.done, job.waits_for))], store, apart)
+    for batch in plan.batches(cells, done, facts.engines(cells[0].config.plan.engines)):
+        ready = [job for each in batch if (job := _ready(each, store))]
+        if any(job.shared for job in ready):
+            facts.dismiss()  # idle workers would keep their base in the GPU's memory, which the engine needs
+        launch_batch(launch, ready, store, facts.apart)
+
+
+def _ready(job: Job, store: Store) -> Job | None:
+    """Return a job that waits for nothing, a shared one without the evaluations of adapters that are missing; None if it is blocked."""
+    if not job.shared:
+        return job if all(map(store.done, job.waits_for)) else None
+    stages = tuple(s for s in job.stages if all(map(store.done, s.parents)))
+    return dataclasses.replace(job, stages=stages) if stages else None
 
 
 def launch_batch(launch: Launch, jobs: list[Job], store: Store, apart: bool) -> None:
@@ -201,7 +213,8 @@ def _report_dead(jobs: Iterable[Job], store: Store, stopped: str) -> None:
 def _unsettled(job: Job, store: Store) -> bool:
     """Tell whether a job has neither all its records nor a failure that says why."""
     missing = [s for s in job.stages if not store.done(s)]
-    return bool(missing) and not any(Outputs.of(job.cell.config).failed(s.key).exists() for s in missing)
+    failed = [Outputs.of(job.cell.config).failed(s.key).exists() for s in missing]
+    return bool(missing) and not (all(failed) if job.shared else any(failed))
 
 
 def _begun(jobs: Iterable[Job], store: Store) -> set[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import psutil
 from omegaconf import DictConfig
 
+from d2lora.command.hardware import gpus_here
 from d2lora.errors import UserError
 
 SLURM_SECONDS = 20  # between two queries of Slurm's queue
@@ -30,6 +31,7 @@ class Launcher:
 
     # Each job has a process of its own. If one dies the others go on, so all that died may be tried again together.
     apart: bool = False
+    gpu_each: bool = False  # each job has a GPU of its own, if the launcher's settings ask for one
     workers: str = ""  # the setting that says how many jobs run at once; -1 is one for each processor
     dismiss: Callable[[], None] = _nothing  # ends workers that would stay after the last job
     wait: Callable[[], None] = (
@@ -41,6 +43,10 @@ class Launcher:
         """Return how many jobs run at once, as the launcher's config says."""
         count = (config.hydra.launcher.get(self.workers) if self.workers else None) or 1
         return count if count > 0 else os.cpu_count() or 1
+
+    def engines(self, wanted: int | None) -> int:
+        """Return in how many jobs engines are started: as many as are `wanted`, or as there are GPUs for jobs of their own."""
+        return wanted or (len(gpus_here()) if self.gpu_each else 0) or 1
 
     def wait_for_siblings(self, name: str) -> None:
         """Wait until none of the sweep's jobs is running. A queue that does not answer is queried again."""
@@ -95,8 +101,9 @@ def _slurm_jobs(name: str) -> list[str]:
     return answer.stdout.split()
 
 
-_LAUNCHERS = {  # by the name of the class; basic, ray and any other launcher need nothing of this
+_LAUNCHERS = {  # by the name of the class; basic and any other launcher need nothing of this
     "JoblibLauncher": Launcher(workers="n_jobs", dismiss=_dismiss_joblib),
     "LocalLauncher": Launcher(apart=True, wait=_wait_for_submitit),
+    "RayLauncher": Launcher(gpu_each=True),
     "SlurmLauncher": Launcher(apart=True, wait=_wait_for_submitit, queued=_slurm_jobs),
 }

@@ -142,7 +142,8 @@ def _groups(kind: str, spec: Identity, model: Identity | None) -> list[Group]:
     if kind == ContaminationSpec.KIND:
         return [(kind, canonical(spec["train"])), (kind,)]
     if kind in _EVALUATIONS:
-        return [(kind, _benchmark(spec), base)]
+        engine = spec.get("engine") or {}
+        return [(kind, _benchmark(spec), base, *([engine["name"]] if engine else []))]
     if kind == PrepareSpec.KIND:
         return [(kind, spec["init"]["name"], base)]
     if kind in _TRAININGS:
@@ -156,7 +157,8 @@ def _benchmark(spec: Identity) -> str:
     content = spec.get("benchmark")
     if isinstance(content, dict):
         return canonical({name: value for name, value in content.items() if name != "limit"})
-    return canonical(spec.get("lm_eval"))
+    settings = {name: value for name, value in spec.get("harness", {}).items() if name != "limit"}
+    return canonical([spec.get("lm_eval"), settings] if settings else spec.get("lm_eval"))
 
 
 def row_group(kind: str, spec: Identity) -> Group:

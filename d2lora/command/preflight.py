@@ -12,9 +12,10 @@ from pathlib import Path
 from d2lora import data, plan
 from d2lora.command import rehearsal, summary
 from d2lora.errors import UserError
+from d2lora.evaluate.vllm import installed
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
-from d2lora.settings import Config
+from d2lora.settings import Config, HarnessTask
 from d2lora.stages import prepare
 from d2lora.stages.rows import coverage_file, shape_file
 from d2lora.store import Store
@@ -45,9 +46,11 @@ def check_inputs(config: Config, passed: Passed) -> None:
     extra = config.init.extra
     if extra and find_spec(extra.package) is None:
         raise UserError(f"init={config.init.name}: needs {extra.package}, which is not installed: {extra.install}")
+    _check(passed, installed.check, config.recipe.machine)
     for benchmark in config.benchmarks.values():
         _check(passed, data.check_benchmark, benchmark, config.split_seed)
-    _check(passed, data.check_lm_eval, _harness_tasks(config))
+    if tasks := _harness_tasks(config):
+        _check(passed, data.check_lm_eval, tasks, config.task.lm_eval_path)
     _check(passed, data.check_model, config.model)
     output = Outputs.of(config).root
     _once(passed, lambda: rehearsal.check(config, output), "rows", (_drawn(config), output))
@@ -82,7 +85,7 @@ def _once(passed: Passed, check: Callable[[], None], name: str, arguments: objec
         passed.add(name_and_arguments)
 
 
-def _harness_tasks(config: Config) -> list[str]:
+def _harness_tasks(config: Config) -> list[HarnessTask]:
     """Return the harness's tasks that still have to be evaluated.
 
     Importing the harness takes many seconds, so others are not checked.
@@ -90,8 +93,8 @@ def _harness_tasks(config: Config) -> list[str]:
     if config.dry_run or not config.task.lm_eval:
         return []
     store = Store(Outputs.of(config).root)
-    missing = (s for s in plan.chain(config).evaluations if not store.done(s))
-    return [s.spec.lm_eval for s in missing if s.spec.lm_eval]
+    missing = {s.spec.lm_eval for s in plan.chain(config).evaluations if not store.done(s)}
+    return [task for task in config.task.harness_tasks if task.name in missing]
 
 
 def _asks_others(config: Config) -> bool:

@@ -114,7 +114,9 @@ def remember() -> None:
 def _task_draw(config: Config, source: Source) -> Draw:
     """Return the draw of the task's rows."""
     task, preference = config.task, config.method.needs_pairs
-    rendering = {"task": task.model_dump(exclude={"name", "data", "benchmark", "validation", "lm_eval"})}
+    rendering = {
+        "task": task.model_dump(exclude={"name", "data", "benchmark", "validation", "lm_eval", "lm_eval_path"})
+    }
     make = functools.partial(_pair, task=task)
     draw = _draw(config, source, task.data, f"task/{config.data_seed}", rendering, make)
     return dataclasses.replace(draw, preference=preference)
@@ -165,19 +167,7 @@ def _conversation(tokenizer: Any, row: Row, warmup: Warmup) -> data.Example:
 
 
 def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> data.Example:
-    """Return the ids of an item's prompt, with its longest choice if it has choices.
-
-    No ids if it certainly fits into `room` tokens.
-    """
-    filled = data.fill(benchmark.prompt, row)
-    prompt = data.rendered_prompt(tokenizer, filled) if benchmark.chat else filled
-    if benchmark.choices:
-        for option in data.choices(benchmark, row) if benchmark.chat else ():
-            data.refuse_tokens(tokenizer, option, "a choice")
-        prompt += " " + max(data.choices(benchmark, row), key=len)
-    if len(prompt.encode()) < room:  # no token is shorter than a byte
-        return {"input_ids": []}
-    return {"input_ids": data.encode(tokenizer, prompt)}
+    return data.item_example(tokenizer, benchmark, row, room)
 
 
 # --- the fates of rows ---------------------------------------------------------------------------------------------
@@ -246,7 +236,7 @@ def _refuse_bad(draw: Draw, fates: list[str], name: str) -> None:
 
 def _items_fit(config: Config, name: str, benchmark: Benchmark, source: Source, output: Path, context: int) -> None:
     """Raise UserError naming the test items that are too long for the model together with their answers."""
-    room = context - (benchmark.max_new_tokens if benchmark.scoring.generates else 0)
+    room = data.room_of(benchmark, context)
     rendering = {"benchmark": benchmark.model_dump(exclude={"data"}), "room": room}
     read = lambda: data.rows(benchmark.data, config.split_seed)[: benchmark.limit]  # noqa: E731
     make = functools.partial(_item, benchmark=benchmark, room=room)
@@ -258,12 +248,14 @@ def _items_fit(config: Config, name: str, benchmark: Benchmark, source: Source, 
         f"task.{'benchmark' if name in config.task.benchmark else 'validation'}.{name}: data.path={benchmark.data.path}"
     )
     _refuse_bad(draw, fates, where)
-    if long := [data.number_of(draw.rows[i], i) for i, fate in enumerate(fates) if fate == LONG]:
+    long = [data.number_of(draw.rows[i], i) for i, fate in enumerate(fates) if fate == LONG]
+    if long and (benchmark.too_long == "refuse" or FITS not in fates):
+        others = "; too_long: leave_out in the benchmark's file leaves such items out" if FITS in fates else ""
         raise UserError(
             f"{where}: {listed(sorted(long))} ({len(long)} of {len(fates)} items): longer than the {max(room, 0)} tokens that the "
-            f"model leaves (it takes {context}, max_new_tokens={benchmark.max_new_tokens} among them)"
+            f"model leaves (it takes {context}, max_new_tokens={benchmark.max_new_tokens} among them){others}"
         )
-    _results[file] = {"items": len(fates)}
+    _results[file] = {"items": fates.count(FITS), "left_out": len(fates) - fates.count(FITS)}
 
 
 def _known(file: Path) -> bool:
@@ -295,14 +287,9 @@ def _context(source: Source) -> int | None:
     None if the config does not say.
     """
     try:
-        config = json.loads(_config_file(source).read_text())
+        return data.context_of(json.loads(_config_file(source).read_text()))
     except (OSError, ValueError):
         return None
-    for section in (config, config.get("text_config") or {}):
-        for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-            if isinstance(section.get(name), int):
-                return section[name]
-    return None
 
 
 def _config_file(source: Source) -> Path:

@@ -123,9 +123,9 @@ def prompt_tokens(config: Config, benchmark: Benchmark) -> Tokens:
     rows = rows_here(benchmark.data, config.split_seed)
     if rows is None:
         return Tokens(PROMPT, f"prompts of {PROMPT} tokens assumed")
-    columns = fields(benchmark.prompt)
+    columns = set().union(*map(fields, benchmark.prompts))
     lengths = [sum(len(_text(row.get(column))) for column in columns) for row in islice(rows, _LOOKED_AT)]
-    count = (len(benchmark.prompt) + sum(lengths) / len(lengths)) / characters(config)
+    count = (sum(map(len, benchmark.prompts)) + sum(lengths) / len(lengths)) / characters(config)
     return Tokens(count, f"prompts of {count:.0f} tokens by their characters")
 
 

@@ -10,18 +10,24 @@ from d2lora.command import findable, forecast
 from d2lora.data import overlap
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
-from d2lora.stages import VERSIONS, Stage, flips
+from d2lora.records import Records
+from d2lora.stages import VERSIONS, Stage, evaluate, flips
 from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
 
 
 def plan_text(
-    cells: list[Cell], store: Store, workers: int = 1, notes: Iterable[str] = (), later: Iterable[Stage] = ()
+    cells: list[Cell],
+    store: Store,
+    workers: int = 1,
+    notes: Iterable[str] = (),
+    later: Iterable[Stage] = (),
+    engines: int = 1,
 ) -> str:
     """Return what a sweep will do: cells, stages, what is shared and done, samples to be seen, notes, what the design can find,
     time and memory.
 
-    `later` are like stages that follow but are not known yet: their time is counted.
+    `later` are like stages that follow but are not known yet: their time is counted. `engines` are the jobs that start one.
     """
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
@@ -39,9 +45,10 @@ def plan_text(
             )
     if len(cells) <= 12 or cells[0].config.dry_run:
         lines += [f"  {_cell_line(c, store)}" for c in cells]
+    lines += _engine_lines(cells, left, engines)
     lines += notes
     lines += findable.lines(cells, store)
-    lines += forecast.Forecast(cells, store, workers, later).lines()
+    lines += forecast.Forecast(cells, store, workers, later, engines).lines()
     return "\n".join(lines)
 
 
@@ -53,6 +60,22 @@ def coverage_text(model: str, targets: str | list[str], share: float, left_out: 
     left = [f"{kind} {100 * part:.0f} %" for kind, part in left_out.items() if part >= 0.01]
     out = f"; left out: {', '.join(left[:6])}{' ...' if len(left) > 6 else ''}" if left else ""
     return f"  {named} adapts {100 * share:.0f} % of {model}'s weights{out}"
+
+
+def _engine_lines(cells: list[Cell], left: Iterable[Stage], engines: int) -> Iterator[str]:
+    """Yield a line if evaluations that are left ask an engine: how many, of how many adapters, in how many jobs."""
+    asked = [stage for stage in left if evaluate.asks_engine(stage)]
+    if asked:
+        jobs = len(
+            plan.shared_jobs(cells, {s.key for c in cells for s in c.chain.stages} - {s.key for s in asked}, engines)
+        )
+        adapters = len({stage.parent.key for stage in asked if stage.parent})
+        counts = f"{_counted(len(asked), 'evaluation')} of {_counted(adapters, 'adapter')} in {_counted(jobs, 'job')}"
+        yield f"  {evaluate.engine_text(asked[0])}: {counts}, when all trainings are done"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _samples(these: list[Stage], cells: list[Cell]) -> str:
@@ -76,8 +99,11 @@ def progress_text(cells: list[Cell], store: Store) -> str:
     """Return the sweep's progress as a line: done, running, left, failed."""
     stages = plan.stages(cells)
     left = [s for s in stages if not store.done(s)]
-    failed, running = sum(_failed(s, store) for s in left), len(at_work(cells, store))
-    return f"{cells[0].config.sweep}: {len(stages) - len(left)} of {len(stages)} stages done, {running} running, {len(left) - running - failed} left, {failed} failed"
+    failed, working = sum(_failed(s, store) for s in left), at_work(cells, store)
+    running = f"{len(working)} running" + "".join(
+        {f" ({evaluate.engine_text(s)})" for s in working if evaluate.asks_engine(s)}
+    )
+    return f"{cells[0].config.sweep}: {len(stages) - len(left)} of {len(stages)} stages done, {running}, {len(left) - len(working) - failed} left, {failed} failed"
 
 
 def at_work(cells: list[Cell], store: Store) -> list[Stage]:
@@ -94,7 +120,7 @@ def _failed(stage: Stage, store: Store) -> bool:
 def cell_text(cell: Cell, store: Store) -> str:
     """Return a single cell's results, with notes."""
     lines = [
-        *(line for stage in cell.chain.evaluations for line in _scores(stage, store)),
+        *(line for stage in (*cell.chain.validations, *cell.chain.evaluations) for line in _scores(stage, store)),
         *(_batch_line(stage, store) for stage in cell.chain.flips),
         *(_overlap_line(stage, store) for stage in cell.chain.contamination),
         *_passed_over(cell, store),
@@ -103,16 +129,28 @@ def cell_text(cell: Cell, store: Store) -> str:
 
 
 def _scores(stage: Stage, store: Store) -> Iterator[str]:
-    """Yield an evaluation's metrics, each ± half of its 95 % interval, and how many answers were cut."""
-    record = store.record(stage)
+    """Yield an evaluation's metrics, each ± half of its 95 % interval as tables have it, how many answers were cut or empty, and
+    how many items were left out.
+    """
+    from d2lora.report.points import interval_of  # late: planning a grid needs no numpy
+
+    records = Records(store.outputs.root)
+    record = records.get(stage.kind, stage.key)
     if record is None:
         yield f"{stage.subject}: missing"
         return
     for metric, score in record.scores.items():
-        half = 196 * (score.stderr or 0.0)
-        yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {half:.2f} ({score.items} items)"
+        low, high = interval_of(records, stage.key, metric)
+        yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {50 * (high - low):.2f} ({score.items} items)"
+    if engine := record.engine:
+        whom = f" instead of {engine.instead_of}: {engine.reason}" if engine.instead_of else ""
+        yield f"{stage.subject}: answered by {engine.name}{f' {engine.version}' if engine.version else ''}{whom}"
     if cut := record.counts.get("cut"):
         yield f"{stage.subject}: {cut} of {record.items} answers stopped at max_new_tokens, before an end of their own"
+    if empty := record.counts.get("empty"):
+        yield f"{stage.subject}: {empty} of {record.items} answers are empty"
+    for reason, count in record.passed_over.items():
+        yield f"{stage.subject}: {count} items left out of the scores ({reason})"
 
 
 def _batch_line(stage: Stage, store: Store) -> str:

@@ -72,7 +72,7 @@ class Tuner:
         met = choice.tested(self.before)
         done = {c.id for c in self.cells if c.id in met and all(map(self.store.done, c.chain.evaluations))}
         untested = candidates - set(but) - done
-        return [_untested(cell) if cell.id in untested else cell for cell in self.cells]
+        return [without_test(cell) if cell.id in untested else cell for cell in self.cells]
 
     def _at_own_values(self, compose: Callable[[Overrides], Cell]) -> set[str]:
         """Return the ids of candidates whose tuned settings are what the configuration says without the sweep's values of them."""
@@ -105,10 +105,11 @@ class Tuner:
                 )
                 raise UserError(f"tune={key}: {what}")
         for config in {cell.config.task.name: cell.config for cell in self.cells}.values():
-            _refuse_the_test(config)
+            refuse_the_test(config)
 
 
-def _untested(cell: Cell) -> Cell:
+def without_test(cell: Cell) -> Cell:
+    """Return a cell without its evaluations on the test."""
     return Cell(cell.config, dataclasses.replace(cell.chain, evaluations=()), cell.overrides)
 
 
@@ -122,7 +123,7 @@ def _sets(override: str, key: str) -> bool:
     return name == key or ("." in name and key.startswith(f"{name}."))
 
 
-def _refuse_the_test(config: Config) -> None:
+def refuse_the_test(config: Config) -> None:
     """Raise UserError for a validation benchmark that reads the rows of a test."""
     tests = {name: data.identity(b.data, config.split_seed) for name, b in config.task.benchmark.items()}
     for name, benchmark in config.task.validation.items():

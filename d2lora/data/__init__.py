@@ -3,17 +3,18 @@ transformers.
 """
 
 from d2lora.data.checks import (
-    check_lm_eval,
     check_model,
     check_task,
     check_warmup,
     columns,
-    harness,
     kind_line,
 )
+from d2lora.data.choices import choices, right_choice
+from d2lora.data.harness_tasks import check_lm_eval, harness_identity, load_harness_task, quiet
 from d2lora.data.hub import hub, hub_problem
-from d2lora.data.items import check_benchmark, check_items, choices, golds, right_choice
+from d2lora.data.items import Asked, asked, check_benchmark, check_items, golds, item_prompt
 from d2lora.data.placebo import exchanged
+from d2lora.data.room import context_of, is_too_long, item_example, room_of
 from d2lora.data.sources import (
     ROOT,
     Row,
@@ -53,6 +54,7 @@ from d2lora.settings import Data
 __all__ = [
     "REFERENCE_BLOCK",
     "ROOT",
+    "Asked",
     "Data",
     "Example",
     "LeftOut",
@@ -61,6 +63,7 @@ __all__ = [
     "Shape",
     "Subset",
     "answer_starts",
+    "asked",
     "check_benchmark",
     "check_items",
     "check_lm_eval",
@@ -69,6 +72,7 @@ __all__ = [
     "check_warmup",
     "choices",
     "columns",
+    "context_of",
     "conversation_example",
     "digest",
     "encode",
@@ -79,11 +83,15 @@ __all__ = [
     "fingerprint",
     "general_example",
     "golds",
-    "harness",
+    "harness_identity",
     "hub",
     "hub_problem",
     "identity",
+    "is_too_long",
+    "item_example",
+    "item_prompt",
     "kind_line",
+    "load_harness_task",
     "local",
     "longest",
     "mixed",
@@ -91,12 +99,14 @@ __all__ = [
     "model_identity",
     "number_of",
     "pair_example",
+    "quiet",
     "refuse_tokens",
     "render",
     "rendered_conversation",
     "rendered_prompt",
     "require_columns",
     "right_choice",
+    "room_of",
     "rows",
     "say_end",
     "sequences",

@@ -7,9 +7,9 @@ from typing import Any
 
 from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
-from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts, paths
+from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts
 from d2lora.data.sources import identity, model_files, number_of, require_braces, require_columns, rows
-from d2lora.data.texts import LeftOut, is_blank, is_encodable, quoted
+from d2lora.data.texts import LeftOut, is_blank, is_encodable, paths, quoted
 from d2lora.errors import UserError
 from d2lora.settings import Model, Task, Warmup, fields
 
@@ -137,31 +137,6 @@ def _enough(key: str, amount: int | str, total: int, name: str, left_out: Counte
     rows_ = f"{total:,} rows" + (f", of which {usable:,} can be used (left out: {reasons})" if reasons else "")
     advice = f"choose {key} of at most {usable} or {key}=all" if usable > 0 else "none is left"
     raise UserError(f"{key}={amount}: {name} has {rows_}: {advice}")
-
-
-@functools.cache
-def harness() -> Any:
-    """Return lm-evaluation-harness's index of tasks, built once: reading its thousands of files can take many seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def check_lm_eval(names: list[str]) -> None:
-    """Check that each name is a single task of lm-evaluation-harness.
-
-    UserError otherwise: a group has no items of its own.
-    """
-    if not names:
-        return
-    single, all_names = set(harness().all_subtasks), set(harness().all_tasks)
-    for name in names:
-        if name not in all_names:
-            raise UserError(
-                f"task.lm_eval={name}: lm-evaluation-harness has no such task: `lm-eval ls tasks` lists them"
-            )
-        if name not in single:
-            raise UserError(f"task.lm_eval={name}: a group of tasks: name its tasks one by one")
 
 
 def check_model(model: Model) -> None:

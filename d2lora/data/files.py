@@ -37,10 +37,21 @@ def read_rows(file: Path) -> list[Row]:
         # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
         text = _OPEN.get(file.suffix, open)(file, "rt", encoding="utf-8-sig", newline="").read()
         if kind in (".csv", ".tsv"):
-            return _table(file, text, "," if kind == ".csv" else "\t")
+            return _table(file, text, _delimiter(text) if kind == ".csv" else "\t")
         return _list_of_rows(file, _json(file, text) if kind == ".json" else _json_lines(file, text))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not in UTF-8 (byte {error.start + 1:,}): save it as UTF-8") from None
     except _DAMAGED as error:
         raise UserError(f"{file}: not readable as {kind[1:]} ({error})") from None
+
+
+def _delimiter(text: str) -> str:
+    """Return what separates a CSV's cells: a comma, or the semicolon or tab of a header without commas.
+
+    Spreadsheets write semicolons where the comma is in decimals.
+    """
+    header = text.split("\n", 1)[0]
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def listed(numbers: Sequence[int], name: str = "row") -> str:

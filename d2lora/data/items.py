@@ -1,27 +1,20 @@
 """Read from a benchmark's rows the prompt and the gold answers, and check before a run that every row has them."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from string import Formatter
-from typing import Any
 
-from d2lora.data.conversations import written
+from d2lora.data.choices import listed_options, right_choice
+from d2lora.data.conversations import Message, Turn, is_silent, message, written
+from d2lora.data.item_texts import Unscorable, filled, is_text, is_unfilled, line_of
 from d2lora.data.sources import Row, require_braces, require_columns, rows
-from d2lora.data.texts import NotText, field, fill, is_blank, quoted, text_of
+from d2lora.data.texts import NotText, field, is_blank, only_field, quoted, text_of
 from d2lora.errors import UserError
-from d2lora.scoring import Generated
+from d2lora.scoring import MultipleChoice
 from d2lora.settings import Benchmark, fields
 
-
-class _Unscorable(Exception):
-    """A row that can't be evaluated.
-
-    `problem` is shared by rows with the same fault; `value` is this row's, and fills its {}.
-    """
-
-    def __init__(self, problem: str, value: str = "") -> None:
-        super().__init__(problem)
-        self.problem, self.value = problem, value
+EMPTY, TOO_LONG = "empty", "too long for the model"  # the reasons of items that are left out
 
 
 def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
@@ -31,13 +24,23 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     """
     all_rows = rows(benchmark.data, split_seed)
     evaluated = all_rows[: benchmark.limit]
-    lists = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if path}
-    clusters = {benchmark.cluster} if benchmark.cluster else set()
-    columns = sorted(fields(benchmark.prompt) | fields(benchmark.gold) | lists | clusters)
-    require_columns(evaluated, benchmark.data, *columns, empty=True)
-    for template in (benchmark.prompt, benchmark.gold):
+    require_columns(evaluated, benchmark.data, *_columns(benchmark), empty=True)
+    asked_about = set().union(*map(fields, benchmark.prompts))
+    # Columns A to E in the prompt, and the letters as choices, are meant as they stand.
+    options = [option for option in listed_options(benchmark) if option not in asked_about]
+    for template in (*benchmark.prompts, benchmark.gold, *options):
         require_braces(template, all_rows, benchmark.data.path)
-    check_items(benchmark, evaluated)
+    scored = [row for row in evaluated if not is_left_out(benchmark, row)]
+    if not scored:
+        raise UserError(f"data.path={benchmark.data.path}: all {len(evaluated):,} items are left out ({EMPTY})")
+    check_items(benchmark, scored)
+
+
+def _columns(benchmark: Benchmark) -> list[str]:
+    """Return the columns that a benchmark reads, sorted."""
+    lists = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if isinstance(path, str)}
+    clusters = {benchmark.cluster} if benchmark.cluster else set()
+    return sorted(lists.union(clusters, *map(fields, (*benchmark.prompts, benchmark.gold, *listed_options(benchmark)))))
 
 
 def check_items(benchmark: Benchmark, evaluated: Sequence[Row]) -> None:
@@ -46,14 +49,51 @@ def check_items(benchmark: Benchmark, evaluated: Sequence[Row]) -> None:
     UserError listing those that can't, one line for each kind of problem.
     """
     bad: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    empty = False
     for index, row in enumerate(evaluated):
         try:
             _check(benchmark, row)
-        except _Unscorable as error:
+        except Unscorable as error:
             bad[error.problem].append((getattr(row, "number", index + 1), error.value))
+            empty = empty or _is_empty(benchmark, row)
     if bad:
         lines = "; ".join(_line(problem, numbered, len(evaluated)) for problem, numbered in bad.items())
-        raise UserError(f"data.path={benchmark.data.path}: {lines}")
+        advice = "; data.empty=leave_out in the benchmark's file leaves out items without a prompt or gold" * empty
+        raise UserError(f"data.path={benchmark.data.path}: {lines}{advice}")
+
+
+def is_left_out(benchmark: Benchmark, row: Row) -> bool:
+    """Tell whether an item has no prompt or no gold, and is to be left out for it."""
+    return benchmark.data.empty == "leave_out" and _is_empty(benchmark, row)
+
+
+def _is_empty(benchmark: Benchmark, row: Row) -> bool:
+    """Tell whether the columns of the prompt, or those of the gold, hold nothing but nulls and blanks."""
+    prompts = [template for template in benchmark.prompts if fields(template)]
+    if prompts and all(is_unfilled(template, row) for template in prompts):
+        return True
+    return is_unfilled(benchmark.gold, row)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which rows of a benchmark are asked, by their indices, and how many are left out, by reason."""
+
+    rows: list[int]
+    left_out: dict[str, int]
+
+
+def asked(benchmark: Benchmark, all_rows: Sequence[Row], is_too_long: Callable[[Row], bool]) -> Asked:
+    """Choose the rows to ask: the first `limit`, without those that the benchmark's settings leave out."""
+
+    def reason(row: Row) -> str:
+        if is_left_out(benchmark, row):
+            return EMPTY
+        return TOO_LONG if benchmark.too_long == "leave_out" and is_too_long(row) else ""
+
+    reasons = [reason(row) for row in all_rows[: benchmark.limit]]
+    left_out = dict(sorted(Counter(filter(None, reasons)).items()))
+    return Asked([index for index, why in enumerate(reasons) if not why], left_out)
 
 
 def _line(problem: str, numbered: list[tuple[int, str]], total: int) -> str:
@@ -72,35 +112,62 @@ def _with(problem: str, value: str) -> str:
 
 
 def _check(benchmark: Benchmark, row: Row) -> None:
-    """Raise _Unscorable unless a row has a prompt, and gold answers or choices that an answer can be compared with."""
-    if is_blank(_filled("prompt", benchmark.prompt, row)):
-        raise _Unscorable("the prompt is blank")
+    """Raise Unscorable unless a row has a prompt, and gold answers or choices that an answer can be compared with."""
+    prompt = _prompt(benchmark, row)
+    if is_blank(prompt) if isinstance(prompt, str) else any(map(is_silent, prompt)):
+        raise Unscorable("the prompt is blank")
     kind = benchmark.scoring
-    if not isinstance(kind, Generated):
+    if isinstance(kind, MultipleChoice):
         right_choice(benchmark, row)
         return
     for gold in _golds(benchmark, row):
         if problem := "the gold answer is blank" if is_blank(gold) else kind.problem(gold):
-            raise _Unscorable(problem, quoted(gold))
+            raise Unscorable(problem, quoted(gold))
 
 
-def _filled(name: str, template: str, row: Row) -> str:
-    """Fill the row's texts into a template. _Unscorable where a value is no text."""
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+def item_prompt(benchmark: Benchmark, row: Row) -> str | list[Message]:
+    """Return what a row asks: a text, or the turns of a conversation whose next turn is the answer.
+
+    UserError if it has neither.
+    """
     try:
-        for column in (column for _, column, _, _ in Formatter().parse(template) if column is not None):
-            if isinstance(value := field(column, row), str) and written(value) is not None:
-                raise NotText(f"{quoted(value)} is a list that is written out")
-        return fill(template, row)
-    except NotText as error:
-        raise _Unscorable(f"{name}={_line_of(template)}: {{}}", str(error)) from None
-    except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{choices[text]}"
-        problem = f"{name}={_line_of(template)} can't be filled in ({type(error).__name__}: {{}})"
-        raise _Unscorable(problem, str(error)) from None
+        return _prompt(benchmark, row)
+    except Unscorable as error:
+        raise UserError(f"data.path={benchmark.data.path}: {_with(error.problem, error.value)}") from None
 
 
-def _line_of(template: str) -> str:
-    """Return a template as an error line shows it."""
-    return template if "\n" not in template else quoted(template)
+def _prompt(benchmark: Benchmark, row: Row) -> str | list[Message]:
+    template = benchmark.prompt
+    if not isinstance(template, str):
+        return [{"role": turn.role, "content": filled("prompt", turn.content, row)} for turn in template]
+    turns = _turns(template, row)
+    if turns is None:
+        return filled("prompt", template, row)
+    if not benchmark.chat:
+        raise Unscorable(f"prompt={line_of(template)} holds a conversation, which needs chat: true")
+    try:
+        messages = [message(turn, f"turn {number}")[0] for number, turn in enumerate(turns, 1)]
+    except UserError as error:
+        raise Unscorable(f"prompt={line_of(template)}: {{}}", str(error)) from None
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise Unscorable(f"prompt={line_of(template)} ends with a turn of the {messages[-1]['role']}: nothing is asked")
+    return messages
+
+
+def _turns(template: str, row: Row) -> list[Turn] | None:
+    """Return the turns in a column; None if the template is more than a column, or it holds no conversation."""
+    name = only_field(template)
+    try:
+        value = field(name, row) if name else None
+        value = written(value) if isinstance(value, str) else value
+    except (NotText, LookupError, AttributeError, TypeError, ValueError):
+        return None  # filled says why
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        return None
+    return value if all("role" in turn or "from" in turn for turn in value) else None
 
 
 # --- golds ---------------------------------------------------------------------------------------------------------
@@ -113,7 +180,7 @@ def golds(benchmark: Benchmark, row: Row) -> list[str]:
     """
     try:
         return _golds(benchmark, row)
-    except _Unscorable as error:
+    except Unscorable as error:
         raise UserError(f"data.path={benchmark.data.path}: {_with(error.problem, error.value)}") from None
 
 
@@ -123,13 +190,13 @@ def _golds(benchmark: Benchmark, row: Row) -> list[str]:
     try:
         value = field(names[0], row) if len(names) == 1 else None
     except (LookupError, AttributeError, TypeError, ValueError):
-        value = None  # _filled says why
-    if not isinstance(value, list) or _is_text(value):
-        return [_filled("gold", benchmark.gold, row)]
+        value = None  # filled says why
+    if not isinstance(value, list) or is_text(value):
+        return [filled("gold", benchmark.gold, row)]
     if not value:
-        raise _Unscorable("the list of golds is empty")
-    if not all(_is_text(element) for element in value):
-        raise _Unscorable("the list of golds {} holds what is no text", quoted(value))
+        raise Unscorable("the list of golds is empty")
+    if not all(is_text(element) for element in value):
+        raise Unscorable("the list of golds {} holds what is no text", quoted(value))
     try:
         return [
             "".join(
@@ -139,58 +206,4 @@ def _golds(benchmark: Benchmark, row: Row) -> list[str]:
             for element in value
         ]
     except ValueError as error:  # "{price:d}"
-        raise _Unscorable(
-            f"gold={_line_of(benchmark.gold)} can't be filled in (ValueError: {{}})", str(error)
-        ) from None
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        text_of(value)
-    except NotText:
-        return False
-    return True
-
-
-# --- choices -------------------------------------------------------------------------------------------------------
-
-
-def choices(benchmark: Benchmark, row: Row) -> list[str]:
-    """Return the answers that a row offers to choose from."""
-    return _texts(row, benchmark.choices)
-
-
-def right_choice(benchmark: Benchmark, row: Row) -> int:
-    """Return the index of the right choice. _Unscorable if the row does not say which it is."""
-    offered, labels = _texts(row, benchmark.choices), _texts(row, benchmark.labels)
-    if len(offered) != len(labels):
-        raise _Unscorable("{}", f"{len(offered)} {benchmark.choices}, but {len(labels)} {benchmark.labels}")
-    gold = _filled("gold", benchmark.gold, row)
-    if gold not in labels:
-        raise _Unscorable("the gold label {}", f"{gold!r} is none of {', '.join(map(_line_of, labels))}")
-    return labels.index(gold)
-
-
-def _texts(row: Row, path: str | None) -> list[str]:
-    """Return the texts of a list in a row. _Unscorable if one is blank or there twice."""
-    values = _at(row, path)
-    if not isinstance(values, list):
-        raise _Unscorable(f"no list {path}")
-    if not values:
-        raise _Unscorable(f"the list {path} is empty")
-    if others := [value for value in values if not _is_text(value)]:
-        raise _Unscorable(f"{path} holds what is no text: {{}}", quoted(others[0]))
-    texts = [text_of(value) for value in values]
-    if any(map(is_blank, texts)):
-        raise _Unscorable(f"{path} holds a blank text")
-    if twice := [text for text in texts if [other.strip() for other in texts].count(text.strip()) > 1]:
-        raise _Unscorable(f"{path} holds {{}} more than once", quoted(twice[0]))
-    return texts
-
-
-def _at(row: Row, path: str | None) -> Any:
-    """Return the value at a dotted path in a row; None if there is none."""
-    value: Any = row
-    for part in (path or "").split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+        raise Unscorable(f"gold={line_of(benchmark.gold)} can't be filled in (ValueError: {{}})", str(error)) from None

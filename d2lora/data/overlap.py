@@ -24,20 +24,12 @@ from d2lora.data.conversations import written
 from d2lora.data.files import Row
 from d2lora.data.texts import LeftOut, NotText, fill, text_of
 from d2lora.records import Score
+from d2lora.scoring.words import SIGNS, UNSPACED
 
 NGRAM = 13
 
-# Vowel signs and tone marks in the scripts of India and South-East Asia are part of a word, but \w does not match them.
-_SIGNS = "".join(
-    chr(c) for c in (*range(0x900, 0x10A0), *range(0x1780, 0x1800)) if unicodedata.category(chr(c)) in ("Mn", "Mc")
-)
 _MARKS = re.compile(r"[^\w\s]+")
-_MARKS_BUT_SIGNS = re.compile(rf"[^\w\s{_SIGNS}]+")
-# Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese: no spaces between words.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff"
-    f"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af][{_SIGNS}]*"
-)
+_MARKS_BUT_SIGNS = re.compile(rf"[^\w\s{SIGNS}]+")
 _THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 # The ends of sentences in a template; a field's value may end one too: "{question} Please reason ..."
 _SENTENCE_END = re.compile(r"[.?!:;](?=\s|$)|[\n。？！：；]|^\s+(?=[A-Z])")
@@ -52,7 +44,7 @@ def words(text: str) -> tuple[str, ...]:
     if text.isascii():
         return tuple(_MARKS.sub("", text.lower()).split())
     plain = unicodedata.normalize("NFKC", _THOUSANDS.sub("", text)).casefold()
-    return tuple(_UNSPACED.sub(r" \g<0> ", _MARKS_BUT_SIGNS.sub("", plain)).split())
+    return tuple(UNSPACED.sub(r" \g<0> ", _MARKS_BUT_SIGNS.sub("", plain)).split())
 
 
 def ngrams(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -6,12 +6,11 @@ of it or in a column of its own (TRL's conversational formats).
 
 import functools
 from dataclasses import dataclass
-from string import Formatter
 from typing import Any
 
 from d2lora.data.conversations import Message, Turn, is_silent, message, written
 from d2lora.data.files import Row
-from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, quoted, text_of
+from d2lora.data.texts import LeftOut, NotText, field, fill, is_blank, only_field, paths, quoted, text_of
 from d2lora.errors import UserError
 from d2lora.settings import Task
 
@@ -131,7 +130,7 @@ def _raw_turns(row: Row, template: str) -> list[Turn] | None:
 
     None if the template is more than one column or holds no turns.
     """
-    name = _only_field(template)
+    name = only_field(template)
     value = _value(row, name) if name else None
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return None
@@ -203,16 +202,3 @@ def _value(row: Row, name: str) -> Any:
         raise BadRow(f"there is no text {{{name}}}", str(error)) from None
     except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{answers.text}" of a list
         raise BadRow(f"there is no {{{name}}}", f"{type(error).__name__}: {error}") from None
-
-
-@functools.cache
-def paths(template: str) -> tuple[str, ...]:
-    """Return the fields of a template, with their paths: "answers[text]"."""
-    return tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
-
-
-@functools.cache
-def _only_field(template: str) -> str | None:
-    """Return the field of a template that consists of this field alone; None for others."""
-    names = paths(template)
-    return names[0] if len(names) == 1 and template == f"{{{names[0]}}}" else None

@@ -1,5 +1,6 @@
 """Turn values of rows into texts. A value that is no text is refused, never formatted into one."""
 
+import functools
 import math
 import re
 import unicodedata
@@ -91,3 +92,16 @@ def field(name: str, row: Row) -> Any:
 def fill(template: str, row: Row) -> str:
     """Fill the row's columns into the template. NotText where a value is no text."""
     return _Texts().vformat(template, (), row)
+
+
+@functools.cache
+def paths(template: str) -> tuple[str, ...]:
+    """Return the fields of a template, with their paths: "answers[text]"."""
+    return tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
+
+
+@functools.cache
+def only_field(template: str) -> str | None:
+    """Return the field of a template that consists of this field alone; None for others."""
+    names = paths(template)
+    return names[0] if len(names) == 1 and template == f"{{{names[0]}}}" else None

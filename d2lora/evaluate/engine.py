@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 
 from d2lora.data.files import Row
 from d2lora.progress import Progress
-from d2lora.settings import Benchmark
+from d2lora.settings import Benchmark, HarnessTask
 
 # A line of items.jsonl: index, prompt, answer, gold, a value for each metric; for choices also all choices.
 Item = dict[str, Any]
@@ -32,11 +32,13 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """A benchmark and its rows; without a `benchmark`, lm-evaluation-harness's own task of that name."""
+    """A benchmark and its rows, or `harness`: a task of lm-evaluation-harness, or of the user's `folder` of such tasks."""
 
     name: str
     benchmark: Benchmark | None = None
     rows: Sequence[Row] = ()
+    harness: HarnessTask | None = None
+    folder: str | None = None
 
 
 class Engine(Protocol):

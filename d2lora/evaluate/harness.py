@@ -1,22 +1,26 @@
-"""Run benchmarks through lm-evaluation-harness on a model in memory, and keep the result of every item."""
+"""Run benchmarks through lm-evaluation-harness, and keep the result of every item."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 
+from d2lora import data
 from d2lora.base import Base
 from d2lora.evaluate.engine import Evaluation, Item, Questions, Score, counts
 from d2lora.evaluate.lm import WatchedLM
-from d2lora.evaluate.task import harness_task, quiet, task_of
+from d2lora.evaluate.prompts import AsTrained
+from d2lora.evaluate.task import harness_task, scores_solutions, task_of
 from d2lora.layouts import proof
 from d2lora.progress import Progress
+from d2lora.scoring.likelihood import LIKELIHOOD
+from d2lora.settings import HarnessTask
 
-__all__ = ["InMemory", "Questions", "counts", "evaluate", "task_of"]
+__all__ = ["InMemory", "Questions", "Test", "counts", "evaluate", "task_of"]
 
 
 @dataclass(frozen=True)
@@ -29,47 +33,61 @@ class InMemory:
 
     def evaluate(self, questions: Questions, batch: int, progress: Progress, limit: int | None = None) -> Evaluation:
         """Generate and score answers, as `Engine` defines it."""
-        template = self.base.tokenizer.chat_template is not None
-        task: str | ConfigurableTask = questions.name
-        chat = False
-        if benchmark := questions.benchmark:
-            task = task_of(questions.name, benchmark, questions.rows, template)
-            chat = benchmark.chat and template
-        return evaluate(self.base, self.model, task, chat, batch, progress, self.proofs, limit)
+        return evaluate(self.base, self.model, as_test(questions, self.base, limit), batch, progress, self.proofs)
+
+
+class Test(NamedTuple):
+    """The harness's task of a benchmark, and how it is asked and read."""
+
+    task: ConfigurableTask
+    chat: bool = False  # prompts are rendered as conversations, with examples as turns of their own
+    limit: int | None = None  # the first items only
+    filter_name: str | None = None  # which counts, of a task that reads answers with several; None: its first
+
+
+def as_test(questions: Questions, base: Base, limit: int | None = None) -> Test:
+    """Return the test that a benchmark is of a base; `limit` is the caller's, beside one of the task's settings."""
+    template = base.tokenizer.chat_template is not None
+    if benchmark := questions.benchmark:
+        task = task_of(questions.name, benchmark, questions.rows, template)
+        return Test(task, benchmark.chat and template, limit)
+    wanted = questions.harness or HarnessTask(name=questions.name)
+    task = harness_task(wanted, questions.folder)
+    first = min((each for each in (limit, wanted.limit) if each is not None), default=None)
+    return Test(task, wanted.chat and template, first, wanted.filter)
 
 
 def evaluate(
-    base: Base,
-    model: torch.nn.Module,
-    task: str | ConfigurableTask,
-    chat: bool,
-    batch: int,
-    progress: Progress,
-    proofs: proof.Memory,
-    limit: int | None = None,
+    base: Base, model: torch.nn.Module, test: Test, batch: int, progress: Progress, proofs: proof.Memory
 ) -> Evaluation:
-    """Ask a task's items (the first `limit`) and score them; those `cut` at max_new_tokens are marked so.
+    """Ask a test's items and score them; those `cut` at max_new_tokens are marked so.
 
     The batch becomes 1 where texts in a padded batch do not get what each gets alone. RuntimeError if there are no items.
     """
-    name = task if isinstance(task, str) else str(task.config.task)
-    task = harness_task(task) if isinstance(task, str) else task
-    with quiet():
-        lm = WatchedLM(base, model, chat, batch, progress, proofs)
-        options = {"bootstrap_iters": 0, "log_samples": True, "apply_chat_template": chat, "verbosity": "ERROR"}
-        result = run_harness(lm=lm, task_dict={name: task}, limit=limit, **options)
-    samples = _samples(result["samples"][name], name)
+    lm = WatchedLM(base, model, test.chat, batch, progress, proofs)
+    metrics, items = scored(lm, test)
+    return Evaluation(metrics, items, lm.batch_size)
+
+
+def scored(lm: AsTrained, test: Test) -> tuple[dict[str, Score], list[Item]]:
+    """Have a model of the harness answer a test's items, and return their scores and the items."""
+    name, lm.solutions = str(test.task.config.task), scores_solutions(test.task)
+    options = {"bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR"}
+    options |= {"apply_chat_template": test.chat, "fewshot_as_multiturn": test.chat}
+    with data.quiet():
+        result = run_harness(lm=lm, task_dict={name: test.task}, limit=test.limit, **options)
+    samples = _samples(result["samples"][name], name, test.filter_name)
     metrics = _metrics(samples, name)
     items = [_item(sample, metrics, lm.cut) for sample in samples]
-    return Evaluation({m: _score([float(s[m]) for s in samples]) for m in metrics}, items, lm.batch_size)
+    return {m: _score([float(s[m]) for s in samples]) for m in metrics}, items
 
 
-def _samples(logged: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return one sample for each item, in order. If a task reads answers with several filters, the first one counts."""
+def _samples(logged: list[dict[str, Any]], name: str, filter_name: str | None) -> list[dict[str, Any]]:
+    """Return one sample for each item, in order: those of one filter, where a task reads answers with several."""
     if not logged:
         raise RuntimeError(f"benchmark {name}: the evaluation gave no items")
-    first = logged[0]["filter"]
-    return sorted((sample for sample in logged if sample["filter"] == first), key=lambda sample: sample["doc_id"])
+    counts = filter_name or logged[0]["filter"]
+    return sorted((sample for sample in logged if sample["filter"] == counts), key=lambda sample: sample["doc_id"])
 
 
 def _metrics(samples: list[dict[str, Any]], name: str) -> list[str]:
@@ -97,7 +115,14 @@ def _item(sample: dict[str, Any], metrics: list[str], cut: set[str]) -> Item:
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
-    return {"answer": sample["filtered_resps"][0], "gold": sample["target"]}
+    """Return an answer as a filter read it, and, where that is another text, as the model gave it.
+
+    There is no answer where only the gold's likelihood was asked for.
+    """
+    if LIKELIHOOD.metrics[0] in sample["metrics"]:
+        return {"answer": None, "gold": sample["target"]}
+    answer, raw = sample["filtered_resps"][0], sample["resps"][0][0]
+    return {"answer": answer, "gold": sample["target"], **({"raw": raw} if raw != answer else {})}
 
 
 def _choices(sample: dict[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """Make tasks for lm-evaluation-harness: of our benchmarks, or those that it brings."""
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from d2lora import data
+from d2lora.data.conversations import Message
 from d2lora.data.files import Row
-from d2lora.data.texts import fill
-from d2lora.scoring import Generated
-from d2lora.settings import Benchmark
+from d2lora.errors import UserError
+from d2lora.scoring import Generated, Likelihood
+from d2lora.settings import Benchmark, HarnessTask
 
 _FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
 
@@ -27,18 +26,46 @@ def task_of(name: str, benchmark: Benchmark, rows: Sequence[Row], template: bool
     data.check_items(benchmark, rows)
     end = "\n" if benchmark.chat and not template else ""
     kind = benchmark.scoring
+    prompts = [data.item_prompt(benchmark, row) for row in rows]
     config = {
         "task": name,
         # The data set holds row numbers only: Arrow refuses columns with values of several types, and turns 1 into 1.0.
         "custom_dataset": lambda **_: {"test": Dataset.from_list([{"row": i} for i in range(len(rows))])},
         "test_split": "test",
-        "doc_to_text": lambda doc: fill(benchmark.prompt, rows[doc["row"]]) + end,
+        "doc_to_text": lambda doc: _last_text(prompts[doc["row"]]) + end,
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in kind.metrics],
         "num_fewshot": 0,
     }
-    config |= _generation(benchmark, kind, rows) if isinstance(kind, Generated) else _choices(benchmark, rows)
-    with quiet():
-        return ConfigurableTask(config=config)
+    if isinstance(kind, Generated):
+        config |= _generation(benchmark, kind, rows)
+    else:
+        config |= _solutions(benchmark, kind, rows) if isinstance(kind, Likelihood) else _choices(benchmark, rows)
+    with data.quiet():
+        return _Conversations(prompts, config)
+
+
+class _Conversations(ConfigurableTask):
+    """The harness's task with prompts that may be conversations; its own are one user's turn."""
+
+    def __init__(self, prompts: Sequence[str | list[Message]], config: dict[str, Any]) -> None:
+        self.prompts = prompts
+        super().__init__(config=config)
+
+    def fewshot_context(
+        self, doc: dict[str, Any], *args: Any, chat_template: Callable[..., str] | None = None, **more: Any
+    ) -> str | list[str]:
+        """Return an item's prompt, rendered with the chat template."""
+        prompt = self.prompts[doc["row"]]
+        if isinstance(prompt, str):
+            return super().fewshot_context(doc, *args, chat_template=chat_template, **more)
+        if chat_template is None:
+            raise UserError("a prompt of several turns needs a model with a chat template")
+        return chat_template(prompt)
+
+
+def _last_text(prompt: str | list[Message]) -> str:
+    """Return a prompt, or what the last turn of a conversation says: the harness wants a text of each item."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"] or ""
 
 
 def _choices(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
@@ -59,24 +86,24 @@ def _generation(benchmark: Benchmark, kind: Generated, rows: Sequence[Row]) -> d
     }
 
 
-def harness_task(name: str) -> ConfigurableTask:
-    """Load the harness's own task of this name."""
-    from lm_eval.tasks import get_task_dict
+def _solutions(benchmark: Benchmark, kind: Likelihood, rows: Sequence[Row]) -> dict[str, Any]:
+    texts = [kind.solution(data.golds(benchmark, row)[0]) for row in rows]
+    return {
+        "output_type": "loglikelihood",
+        "doc_to_target": lambda doc: texts[doc["row"]],
+        "process_results": lambda doc, results: kind.score(results[0][0], texts[doc["row"]]),
+    }
 
-    task = get_task_dict([name], data.harness())[name]
+
+def scores_solutions(task: ConfigurableTask) -> bool:
+    """Tell whether a task is a benchmark of ours that scores solutions, behind prompts as training has them."""
+    return isinstance(task, _Conversations) and task.OUTPUT_TYPE == "loglikelihood"
+
+
+def harness_task(asked: HarnessTask, folder: str | None = None) -> ConfigurableTask:
+    """Load a task of the harness, or of the user's `folder`, with the number of examples that is asked for."""
+    task = data.load_harness_task(asked.name, folder)
     task.set_fewshot_seed(_FEWSHOT_SEED)  # the harness sets it only in simple_evaluate, which we do not use
+    if asked.fewshot is not None:
+        task.set_config(key="num_fewshot", value=asked.fewshot)
     return task
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the harness's log inside the `with` block: our records have what matters of it."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -35,6 +35,11 @@ def reaches(config: PreTrainedConfig) -> dict[str, Reach] | None:
     return {name: by_kind[_MASKED[name]] for name in sorted(types)}
 
 
+def whole(reaches: dict[str, Reach] | None, length: int) -> bool:
+    """Tell whether each layer's tokens attend to all earlier ones of a text of this length."""
+    return reaches is not None and all(reach.kind == "full" or reach.size >= length for reach in reaches.values())
+
+
 def settled(config: PreTrainedConfig) -> PreTrainedConfig:
     """Set every dropout, noise and auxiliary loss of the base's config to 0, in place, and return the config.
 

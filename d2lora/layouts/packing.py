@@ -17,9 +17,12 @@ from torch.nn.functional import softmax
 from trl.trainer.utils import FusedCausalLMOutput
 
 from d2lora.data import Example
+from d2lora.layouts import by_text
 from d2lora.layouts.families import Reach
 
 Packed = dict[str, Any]
+FLEX = "flex_attention"
+BLOCK = 128  # of FlexAttention: rows are whole blocks, so that kernels are compiled for few lengths
 _PROMPT, _IGNORED = -1, -100
 
 
@@ -36,6 +39,8 @@ class Layout:
 
     attention: the implementation that the model runs with.
 
+    step: rows that attention by text runs on are a multiple of so many tokens.
+
     filled: the least share of padded rows that is not padding; a text whose length would make it less gets another
     pass. At 0 all texts are in one pass, and in one row if packed.
     """
@@ -44,6 +49,7 @@ class Layout:
     head: Literal["fused", "whole"] = "fused"
     reaches: dict[str, Reach] = field(default_factory=lambda: {"": Reach()})
     attention: str = "sdpa"
+    step: int = 1
     filled: float = 0.8
 
     @property
@@ -76,7 +82,8 @@ def pack(examples: Sequence[Example], layout: Layout, hidden: int, prompt_loss: 
     `sequence` (number of the text in its pass, -1 in padding), `part` (0 in a prompt, 1 and 2 in its answers); and with
     `source`, for each of its predicted tokens the index, in the flattened rows, of the token before it. For all T
     predicted tokens: `target`, `example`, `answer` (chosen ones from 0, rejected ones from P, -1 in a prompt or
-    sequence) and `column`, the index in that answer. `lengths` (2P) are the answers'.
+    sequence) and `column`, the index in that answer. `lengths` (2P) are the answers'. For attention by text, a pass has
+    `stretches` (by_text.Stretches) too.
     """
     texts = [text for i, e in enumerate(examples) for text in _texts(e, i, len(examples), layout.rows, prompt_loss)]
     sizes = [sum(len(piece.ids) for piece in text) for text in texts]
@@ -84,6 +91,10 @@ def pack(examples: Sequence[Example], layout: Layout, hidden: int, prompt_loss: 
         _lay([texts[i] for i in group], positions, length)
         for group, positions, length in _passes(sizes, layout, hidden)
     ]
+    if layout.attention == by_text.BY_TEXT:
+        for (rows, _), (group, positions, length) in zip(rows_and_tokens, _passes(sizes, layout, hidden), strict=True):
+            pieces = [[len(piece.ids) for piece in texts[i]] for i in group]
+            rows["stretches"] = by_text.of_row(pieces, [start for _, start in positions], length)
     predicted = [torch.cat(parts) for parts in zip(*(p for _, p in rows_and_tokens), strict=True)]
     lengths = [len(e[k]) for k in ("chosen_ids", "rejected_ids") for e in examples if k in e and "input_ids" not in e]
     return {
@@ -140,8 +151,7 @@ def _lay(texts: list[_Text], starts: list[tuple[int, int]], length: int) -> tupl
 def _passes(sizes: list[int], layout: Layout, hidden: int) -> list[tuple[list[int], list[tuple[int, int]], int]]:
     """Return (texts, (row, start) of each, the rows' length) of each forward pass."""
     if layout.rows == "packed":
-        starts, length = _places(sizes, None if layout.attention == "flex_attention" or not layout.filled else hidden)
-        return [(list(range(len(sizes))), starts, length)]
+        return [(list(range(len(sizes))), *_places(sizes, layout, hidden))]
     groups = _of_one_length(sizes, layout.filled) if layout.rows == "padded" else [[i] for i in range(len(sizes))]
     return [(group, [(row, 0) for row in range(len(group))], max(sizes[i] for i in group)) for group in groups]
 
@@ -158,15 +168,18 @@ def _of_one_length(sizes: list[int], filled: float) -> list[list[int]]:
     return groups
 
 
-def _places(sizes: list[int], hidden: int | None) -> tuple[list[tuple[int, int]], int]:
-    """Return (row, start) of each example, and the rows' length: among several lengths, the cheapest.
+def _places(sizes: list[int], layout: Layout, hidden: int) -> tuple[list[tuple[int, int]], int]:
+    """Return (row, start) of each example, and the rows' length: one row where attention skips what a mask would hide,
+    else among several lengths the cheapest.
 
     A row costs its length in the linear layers and its square in attention; in a Llama the two are equal at a length of
     about six times the model's width.
     """
-    if hidden is None:
+    skips = layout.attention in (FLEX, by_text.BY_TEXT)
+    if skips or not layout.filled:
         starts, length = _first_fit(sizes, sum(sizes))
-        return starts, -(-length // 128) * 128  # whole blocks, so that kernels are compiled for few lengths
+        step = layout.step if layout.attention == by_text.BY_TEXT else BLOCK
+        return starts, -(-length // step) * step
     options = [_first_fit(sizes, int(max(sizes) * factor)) for factor in (1, 1.25, 1.5, 2, 3, 4)]
     return min(options, key=lambda t: (1 + max(row for row, _ in t[0])) * t[1] * (1 + t[1] / (6 * hidden)))
 
@@ -229,9 +242,20 @@ def inputs(rows: Packed, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         return {"input_ids": rows["ids"]}
     if layout.rows == "padded":
         return {"input_ids": rows["ids"], "attention_mask": (rows["sequence"] >= 0).long()}
+    texts = {"input_ids": rows["ids"], "position_ids": rows["positions"]}
+    if layout.attention == by_text.BY_TEXT:
+        return texts | {"stretches": rows["stretches"]}
     masks = {name: attention(rows, reach, layout.attention, dtype) for name, reach in layout.reaches.items()}
-    mask = masks.get("", masks)
-    return {"input_ids": rows["ids"], "position_ids": rows["positions"], "attention_mask": mask}
+    if layout.attention == "sdpa":  # which would turn booleans into numbers in each layer
+        masks = {name: _added(mask, dtype) for name, mask in masks.items()}
+    return texts | {"attention_mask": masks.get("", masks)}
+
+
+def _added(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a mask to be added to scores, in the type that attention runs in."""
+    kind = allowed.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
 
 
 def attention(rows: Packed, reach: Reach, kind: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -252,7 +276,7 @@ def attention(rows: Packed, reach: Reach, kind: str = "sdpa", dtype: torch.dtype
         return allowed
 
     count, length = sequence.shape
-    if kind == "flex_attention":
+    if kind == FLEX:
         return create_block_mask(attends, count, None, length, length, device=sequence.device)
     index = torch.arange(length, device=sequence.device)
     allowed = attends(torch.arange(count, device=sequence.device)[:, None, None, None], None, index[:, None], index)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -21,8 +21,9 @@ from trl.trainer.utils import add_fused_lm_head
 from d2lora.data import Example, longest
 from d2lora.errors import UserError
 from d2lora.keys import digest
-from d2lora.layouts import families, packing
-from d2lora.layouts.packing import Layout
+from d2lora.layouts import decoding, families, packing
+from d2lora.layouts.by_text import BY_TEXT
+from d2lora.layouts.packing import FLEX, Layout
 from d2lora.outputs import write_json
 
 EXACT = 1e-3  # nats a token, in float32
@@ -99,7 +100,7 @@ def _to(value: Any, device: torch.device) -> Any:
         return {k: _to(v, device) for k, v in value.items()}
     if isinstance(value, list):
         return [_to(v, device) for v in value]
-    return value.to(device)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def difference(measured: Tokens, expected: Tokens) -> float:
@@ -113,12 +114,47 @@ def difference(measured: Tokens, expected: Tokens) -> float:
 # --- choosing ------------------------------------------------------------------------------------------------------
 
 
-def candidates(model: PreTrainedModel, packed: bool, attention: str) -> list[Layout]:
-    """Return the layouts to try on a base, cheapest first. Packed rows need layers that masks describe."""
+def candidates(model: PreTrainedModel, packed: bool, attention: str, examples: Sequence[Example]) -> list[Layout]:
+    """Return the layouts to try on a base for these examples, cheapest first.
+
+    `attention` is the recipe's. Packed rows need layers that masks describe, or that see all of a text if attention is by
+    text.
+    """
+    own = model.config._attn_implementation
     reaches = families.reaches(model.config)
-    kinds = [*(["packed"] if packed and reaches is not None else []), "padded", "single"]
-    reaches = reaches or {"": families.Reach()}
-    return [Layout(rows, head, reaches, attention) for rows in kinds for head in ("fused", "whole")]  # type: ignore[arg-type]
+    sizes = [_tokens(e) for e in examples]
+    shape = (sum(sizes) / len(sizes), "prompt_ids" in examples[0], sum(p.numel() for p in model.parameters()))
+    kinds = _attentions(attention, own, *shape)
+    if BY_TEXT in kinds and not families.whole(reaches, max(map(longest, examples))):
+        kinds = [kind for kind in kinds if kind != BY_TEXT] or [own]
+    reached = reaches or {"": families.Reach()}
+    layouts: list[Layout] = []
+    if packed and reaches is not None:
+        step = packing.BLOCK if torch.cuda.is_available() else 1
+        layouts = [Layout("packed", head, reached, kind, step) for kind in kinds for head in ("fused", "whole")]
+    last = FLEX if attention == FLEX else own
+    return layouts + [Layout(rows, head, reached, last) for rows in ("padded", "single") for head in ("fused", "whole")]
+
+
+_COMPILED = 1e8  # parameters from which on FlexAttention's kernels are worth the seconds that compiling them takes
+_CALLED = 64  # tokens of a text from which on, on a CPU, an attention of its own costs less than what a mask would hide
+
+
+def _attentions(asked: str, own: str, tokens: float, pairs: bool, parameters: int) -> list[str]:
+    """Return the implementations to try: the one that is asked for; for "auto", by device, rows and size of the model."""
+    if asked != "auto":
+        return [own if asked == "sdpa" else asked]
+    if own != "sdpa":  # such a family has an attention of its own
+        return [own]
+    if not torch.cuda.is_available():
+        return [BY_TEXT, own] if tokens >= _CALLED else [own]
+    if parameters < _COMPILED:
+        return [BY_TEXT, own]
+    return [FLEX, BY_TEXT, own] if pairs else [BY_TEXT, FLEX, own]
+
+
+def _tokens(example: Example) -> int:
+    return sum(len(example[k]) for k in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if k in example)
 
 
 def choose(
@@ -154,7 +190,7 @@ def choose(
             proof = check(layout)
             remembered.put(named, count, proof)
         if proof.exact:
-            if missed:
+            if missed and missed[0].layout != layout.name:
                 _say(name, layout, f"{missed[0].layout}: {miss(missed[0])}")
             elif families.reaches(base.config) is None:
                 _say(name, layout, "a layer carries a state from text to text")
@@ -277,7 +313,8 @@ def structure(config: PretrainedConfig, layout: Layout, length: int, prompt_loss
     """
     if layout.rows == "single" and layout.head == "whole":
         return 0.0, ""
-    attention = "sdpa" if layout.attention == "flex_attention" else layout.attention
+    no_copy = layout.attention == FLEX or (layout.attention == BY_TEXT and torch.cuda.is_available())
+    attention = "sdpa" if no_copy else layout.attention  # kernels of a GPU that have no float32
     with torch.random.fork_rng():
         model = _small_model(config, attention)
         sizes = ((length // 2, length - length // 2, 9), (7, 12, 5), (3, 2, 4))
@@ -328,20 +365,28 @@ def small(config: PretrainedConfig) -> PretrainedConfig:
 # --- batches of an evaluation --------------------------------------------------------------------------------------
 
 
+Side = Literal["left", "right", "leaving"]
+_BATCHES: dict[Side, str] = {
+    "left": "batch padded on the left",
+    "right": "batch padded on the right",
+    "leaving": "batch padded on the left that texts leave",
+}
+
+
 def batch(
-    model: torch.nn.Module, base: PreTrainedModel, prompts: Sequence[list[int]], side: str, memory: "Memory"
+    model: torch.nn.Module, base: PreTrainedModel, prompts: Sequence[list[int]], side: Side, memory: "Memory"
 ) -> Proof:
     """Test whether texts in a padded batch get what each gets alone.
 
-    Padded on the "left" as for generation, on the "right" as for likelihoods. `prompts` are the ids of all texts; the
-    longest and the shortest are tried.
+    Padded on the "left" as for generation, on the "right" as for likelihoods; "leaving" is the left with `decoding`
+    instead of `generate`. `prompts` are the ids of all texts; the longest and the shortest are tried.
     """
     ordered = sorted(prompts, key=len)
     some = [*ordered[:2], *ordered[-2:]] if len(ordered) > 3 else ordered
-    name, length = f"batch padded on the {side}", len(some[-1])
+    name, length = _BATCHES[side], len(some[-1])
     if remembered := memory.get(name, len(some), length):
         return remembered
-    compare = _next_logits if side == "left" else _all_logits
+    compare = {"left": _next_logits, "right": _all_logits, "leaving": _decoded_logits}[side]
     proof = _batch(name, model, base, some, compare)
     memory.put(name, len(some), proof)
     return proof
@@ -351,12 +396,12 @@ def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[
     """Compare the two longest and two shortest texts in one batch with each of them alone."""
     length, tolerance = len(some[-1]), EXACT
     try:
-        off = compare(model, some)
+        off = compare(model, base, some)
         if base.dtype != torch.float32:  # other shapes round otherwise: what is small is seen on a small copy
             tolerance = _COARSE
             with torch.random.fork_rng():
                 small_model = _small_model(base.config, base.config._attn_implementation)
-                structural = compare(small_model, [_ids(len(ids)) for ids in some])
+                structural = compare(small_model, small_model, [_ids(len(ids)) for ids in some])
             if structural > EXACT:
                 return Proof(name, length, structural, EXACT, False, "shown on a small copy in float32")
     except torch.OutOfMemoryError:
@@ -368,20 +413,52 @@ def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[
 
 
 @torch.no_grad()
-def _next_logits(model: torch.nn.Module, prompts: list[list[int]]) -> float:
+def _next_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[list[int]]) -> float:
     """Return the largest difference over the first tokens of greedy answers, up to the first token that differs."""
+    ids, mask = _left_padded(model, prompts)
+    together = _greedy(model, ids, mask)
+    tokens = together.sequences[:, ids.shape[1] :].tolist()
+    steps = [[(logits[row], tokens[row][s]) for s, logits in enumerate(together.logits)] for row in range(len(ids))]
+    return _off_alone(model, prompts, steps)
+
+
+@torch.no_grad()
+def _decoded_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[list[int]]) -> float:
+    """Return the same for `decoding`: texts leave the batch after different numbers of tokens, the shortest first."""
+    batch = decoding.Batch(model, base, *_left_padded(model, prompts))
+    together: list[_Steps] = [[] for _ in prompts]
+    for step in range(_STEPS):
+        logits = batch.step() if step else batch.prompts()
+        tokens = logits.argmax(-1)
+        for row, row_logits, token in zip(batch.rows, logits, tokens.tolist(), strict=True):
+            together[row].append((row_logits, token))
+        batch.append(tokens)
+        if len(batch.rows) > 1 and step:
+            batch.leave([row == min(batch.rows) for row in batch.rows])
+    return _off_alone(model, prompts, together)
+
+
+def _left_padded(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask, each (prompts, tokens)."""
     longest_prompt, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[0] * (longest_prompt - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest_prompt - len(p)) + [1] * len(p) for p in prompts], device=device)
-    together = _greedy(model, ids, mask)
-    worst = 0.0
-    for row, prompt in enumerate(prompts):
+    return ids, mask
+
+
+_Steps = list[tuple[torch.Tensor, int]]  # of an answer's tokens: logits (vocabulary), and the token that was taken
+
+
+def _off_alone(model: torch.nn.Module, prompts: list[list[int]], together: list[_Steps]) -> float:
+    """Compare each prompt's logits with those of the prompt alone in `generate`, as long as the tokens are the same."""
+    worst, device = 0.0, next(model.parameters()).device
+    for prompt, steps in zip(prompts, together, strict=True):
         one = torch.tensor([prompt], device=device)
         alone = _greedy(model, one, torch.ones_like(one))
-        for step, (batched, single) in enumerate(zip(together.logits, alone.logits, strict=True)):
-            worst = max(worst, off(batched[row], single[0]))
-            token = together.sequences[row, longest_prompt + step]
-            if token != alone.sequences[0, len(prompt) + step]:
+        tokens = alone.sequences[0, len(prompt) :].tolist()
+        for (batched, token), (single,), its_token in zip(steps, alone.logits, tokens, strict=False):
+            worst = max(worst, off(batched, single))
+            if token != its_token:  # of equal likelihoods either; and `generate` takes no end so early
                 break
     return worst
 
@@ -396,7 +473,7 @@ _STEPS = 4
 
 
 @torch.no_grad()
-def _all_logits(model: torch.nn.Module, texts: list[list[int]]) -> float:
+def _all_logits(model: torch.nn.Module, base: PreTrainedModel, texts: list[list[int]]) -> float:
     """Return the largest difference at any token of texts padded on the right without a mask, as the harness does it."""
     length, device = max(map(len, texts)), next(model.parameters()).device
     together = model(input_ids=torch.tensor([t + [0] * (length - len(t)) for t in texts], device=device)).logits

@@ -21,10 +21,11 @@ from typing import Any
 from d2lora import data
 from d2lora.errors import UserError
 from d2lora.keys import digest
-from d2lora.mirror.sender import About, Run, disabled, flush, hush, is_offline
+from d2lora.mirror.sender import About, Run, Trial, address, disabled, fit, flush, folder, hush, is_offline, trial
 from d2lora.outputs import Outputs, cached, write_json
 from d2lora.plan import Cell
 from d2lora.records import Item, Record, Score, read_items
+from d2lora.scoring import is_graded
 from d2lora.settings import Config, amount
 from d2lora.stages import Stage
 from d2lora.stages.adapt import AdaptSpec
@@ -83,7 +84,35 @@ def _about(config: Config, stage: Stage) -> About:
     elif stage is not trained:
         name, tags = [stage.label], []
     facts = {"stage": stage.kind, "key": stage.key, "parent": stage.parent and stage.parent.key, "label": stage.label}
-    return About(stage.key, stage.kind, " · ".join(name), tags, stage.spec.content() | facts)
+    flat: dict[str, object] = {"model": config.model.name}
+    if stage is trained or stage.kind == EvaluateSpec.KIND:
+        flat |= _flat_training(config, trained)
+    return About(stage.key, stage.kind, " · ".join(name), tags, {"spec": stage.spec.content()} | facts | flat)
+
+
+def _flat_training(config: Config, trained: Stage | None) -> dict[str, object]:
+    """Return what an adapter depends on, under the names that cells' runs have for it; of the base itself m and n of 0.
+
+    A warm-up serves cells of several methods, tasks and n, so it has none of them.
+    """
+    m = _warmed(config, trained)
+    flat: dict[str, object] = {"m": m, "arm": _arm(m), "n": 0}
+    if trained is None:
+        return flat
+    flat |= {"init": config.init.name, "recipe": config.recipe.name, "seed": config.seed}
+    if isinstance(trained.spec, AdaptSpec | MergeSpec):
+        method = config.method.name
+        flat |= {"method": method, "task": config.task.name, "n": config.n, "lr": config.recipe.rate(method)}
+    return flat
+
+
+def _warmed(config: Config, trained: Stage | None) -> int | str:
+    """Return the m of an adapter: of the warm-up that it had, or of the control arm that stands in for one."""
+    if trained is None or trained.kind == PrepareSpec.KIND:
+        return 0
+    if isinstance(trained.spec, AdaptSpec) and trained.spec.control is None:
+        return _warmed(config, trained.parent)
+    return config.m
 
 
 def _who(config: Config, trained: Stage | None) -> tuple[list[str], list[str]]:
@@ -147,7 +176,7 @@ def _interval(metric: str, items: list[Item]) -> tuple[float, float]:
 
     from d2lora import stats
 
-    return stats.interval(np.array([[float(item[metric]) for item in items]]))
+    return stats.interval(np.array([[float(item[metric]) for item in items]]), is_graded(metric))
 
 
 def _plain(value: object) -> str | int | float | None:
@@ -179,7 +208,10 @@ def _lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
 
 
 def _adapter(stage: Stage, store: Store) -> Any:
-    """Return a training's adapter, or None. Its files are those of the record, which never change, so they are not copied."""
+    """Return a training's adapter, or None. Its files are those of the record, which never change, so they are not copied.
+
+    But for its config, which names a local base by its path.
+    """
     import wandb
 
     folder = store.folder(stage) / "adapter"
@@ -189,7 +221,13 @@ def _adapter(stage: Stage, store: Store) -> Any:
         f"{stage.kind}-{stage.key}", "model", description=stage.label, metadata=stage.spec.content()
     )
     for file in sorted(folder.iterdir()):
-        artifact.add_file(str(file), policy="immutable")
+        if file.name == "adapter_config.json":
+            content = json.loads(file.read_text())
+            base = _public_path(content["base_model_name_or_path"])
+            with artifact.new_file(file.name) as copy:
+                json.dump(content | {"base_model_name_or_path": base}, copy, indent=2)
+        else:
+            artifact.add_file(str(file), policy="immutable")
     return artifact
 
 
@@ -200,7 +238,7 @@ def _note(kind: str, name: str, spec: Identity) -> Any:
     identity = spec.get({"base": "model", "dataset": "data"}[kind])
     if identity is None:
         return None
-    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{kind}-{name}"), kind, metadata=identity)
+    artifact = wandb.Artifact(fit(f"{kind}-{name}"), kind, metadata=identity)
     with artifact.new_file("identity.json") as file:
         json.dump(identity, file, sort_keys=True)
     return artifact
@@ -210,11 +248,32 @@ def _note(kind: str, name: str, spec: Identity) -> Any:
 
 
 def cell(cell: Cell, store: Store) -> None:
-    """Log the run of a cell whose stages are all done, once: its flat config and its results."""
+    """Log the run of a cell whose stages are all done, once: its flat config and its results.
+
+    Where `wandb agent` started this process it is the trial's run, also of a cell that failed.
+    """
+    # A share of a grid is no trial by itself: there the report's run is the trial's.
+    _cell(cell, store, None if cell.config.job else trial())
+
+
+def where_cell(cell: Cell, store: Store) -> str:
+    """Say where the runs of a single cell are. Empty where W&B is disabled."""
+    if disabled(cell.config):
+        return ""
+    return where(store.outputs, _cell_run(cell, trial()))
+
+
+def _cell_run(cell: Cell, this: Trial | None) -> str:
+    """Return the id of a cell's run: the trial's, if it is one."""
+    return this.run if this else f"cell-{_digest(cell.id, cell.config.sweep)}"
+
+
+def _cell(cell: Cell, store: Store, this: Trial | None = None) -> None:
     if disabled(cell.config):
         return
     records = {s: record for s in cell.chain.results if (record := store.record(s))}
-    if len(records) < len(cell.chain.results):
+    failed = len(records) < len(cell.chain.results)
+    if failed and not this:
         return
     seconds: dict[str, float] = defaultdict(float)
     results: dict[str, object] = {}
@@ -225,19 +284,22 @@ def cell(cell: Cell, store: Store) -> None:
     results |= seconds
     c = cell.config
     about = About(
-        id=f"cell-{_digest(cell.id, c.sweep)}",
+        id=_cell_run(cell, this),
         job_type="cell",
         name=f"{c.method.name} · D2LoRA({amount(c.m)}, {amount(c.n)}) · s{c.seed}",
         tags=[c.method.name, c.init.name, _arm(c.m)],
         config=_flat(cell),
+        trial=this,
     )
-    _log_once(about, results, c, store.outputs, functools.partial(_fill_cell, cell=cell, results=results))
+    fill = functools.partial(_fill_cell, cell=cell, results=results)
+    _log_once(about, results, c, store.outputs, fill, code=1 if failed else 0)
 
 
 def _fill_cell(run: Any, cell: Cell, results: dict[str, object]) -> None:
     url = None if run.offline else run.url  # offline the ids find the stages too
     links = [(s.label or s.kind, s.key) for s in cell.chain.results]
-    run.notes = "\n".join(f"- [{t}]({url.rsplit('/', 1)[0]}/{key})" if url else f"- {t}: {key}" for t, key in links)
+    lines = [f"- [{t}]({url.rsplit('/', 1)[0]}/{key})" if url else f"- {t}: {key}" for t, key in links]
+    run.notes = "\n".join([*filter(None, [run.notes]), *lines])
     run.summary.update(results)
 
 
@@ -259,8 +321,10 @@ def _public(value: Any, key: str = "") -> Any:
     """
     if isinstance(value, dict):
         return {k: _public(v, k) for k, v in value.items()}
-    if key != "path" or not isinstance(value, str):
-        return value
+    return _public_path(value) if key == "path" and isinstance(value, str) else value
+
+
+def _public_path(value: str) -> str:
     try:
         path = data.local(value)
     except UserError:  # weights that come with a package have no file of that name
@@ -282,25 +346,40 @@ def report(cells: list[Cell], store: Store, tables: str) -> str:
     if disabled(config):
         return ""
     for each in cells:
-        cell(each, store)
+        _cell(each, store)
     files = [outputs.results, *outputs.artefacts(config.sweep).glob("*.*")]
     files = sorted(f for f in files if f.suffix in (".png", ".csv") and f.is_file())
+    this = trial()
     about = About(
-        id=f"report-{_digest(config.sweep)}",
+        id=this.run if this else f"report-{_digest(config.sweep)}",
         job_type="report",
         name=f"report · {config.sweep}",
         tags=["report"],
         config={"sweep": config.sweep},
+        trial=this,
     )
     content = [_digest(f.name, f.read_bytes().hex()) for f in files]
-    fill = functools.partial(_fill_report, config=config, files=files, tables=tables)
+    means = _means(cells, store) if this else {}
+    fill = functools.partial(_fill_report, config=config, files=files, tables=tables, means=means)
     _log_once(about, content, config, outputs, fill)
     flush(config)
-    return _where(outputs)
+    return where(outputs, about.id)
 
 
-def _fill_report(run: Any, config: Config, files: list[Path], tables: str) -> None:
+def _means(cells: list[Cell], store: Store) -> dict[str, float]:
+    """Return the mean over cells of each metric: what a W&B sweep sees of a trial that is a grid, over seeds for example."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for stage in (s for c in cells for s in (*c.chain.validations, *c.chain.evaluations)):
+        record = store.record(stage)
+        for metric, score in (record.scores if record else {}).items():
+            values[f"{stage.subject}/{metric}"].append(score.value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
+
+
+def _fill_report(run: Any, config: Config, files: list[Path], tables: str, means: dict[str, float]) -> None:
     import wandb
+
+    run.summary.update(means)
 
     shown = "\n".join(line for line in tables.splitlines() if not re.match(r"(report|curves): ", line))
     run.log({"tables": wandb.Html(f"<pre>{html.escape(shown.strip())}</pre>")})
@@ -310,7 +389,7 @@ def _fill_report(run: Any, config: Config, files: list[Path], tables: str) -> No
         else:
             run.log({file.stem: _table(file, config.sweep)})
     if config.wandb.artifacts:
-        artifact = wandb.Artifact(f"report-{config.sweep}", "report")
+        artifact = wandb.Artifact(fit(f"report-{config.sweep}"), "report")
         for file in files:
             artifact.add_file(str(file))
         run.log_artifact(artifact)
@@ -333,19 +412,25 @@ def _number(text: str) -> float | str:
         return text
 
 
-def _where(outputs: Outputs) -> str:
-    """Say where the runs are."""
-    if is_offline() or any(outputs.wandb.glob("offline-run-*")):
-        shown = os.path.relpath(outputs.root)
-        return f"W&B: runs in {shown}/wandb; to upload them: wandb sync --include-online {shown}/wandb/*run-*"
-    return "W&B: the runs are online"
+def where(outputs: Outputs, run_id: str) -> str:
+    """Say where the runs are; online the address of the one that sums them up."""
+    if is_offline() or any(folder(outputs).glob("offline-run-*")):
+        shown = os.path.relpath(folder(outputs))
+        return f"W&B: runs in {shown}; to upload them: wandb sync --include-online {shown}/*run-*"
+    url = address(run_id)
+    return "W&B: the runs are online" + (f": {url}" if url else "")
 
 
 # --- once ----------------------------------------------------------------------------------------------------------
 
 
-def _log_once(about: About, content: object, whose: Config, outputs: Outputs, fill: Callable[[Any], None]) -> None:
-    """Log a run unless it was logged with this content before; <output>/wandb/logged remembers that."""
+def _log_once(
+    about: About, content: object, whose: Config, outputs: Outputs, fill: Callable[[Any], None], code: int = 0
+) -> None:
+    """Log a run unless it was logged with this content before; <output>/wandb/logged remembers that.
+
+    A code other than 0 marks it as failed.
+    """
     file, current = outputs.logged(about.id), _digest(content)
     if file.exists() and cached(file, str) == current:
         return
@@ -356,7 +441,7 @@ def _log_once(about: About, content: object, whose: Config, outputs: Outputs, fi
 
     run = Run(whose, outputs, about)
     run.do(fill_and_note)
-    run.end()
+    run.end(code)
 
 
 def _digest(*parts: object) -> str:

@@ -6,9 +6,11 @@ decides what the runs show.
 """
 
 import contextlib
+import functools
 import netrc
 import os
 import queue
+import re
 import shutil
 import sys
 import threading
@@ -20,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from d2lora.errors import UserError
+from d2lora.keys import digest
 from d2lora.outputs import Outputs
 from d2lora.settings import Config
 
@@ -31,6 +34,7 @@ class _State:
     left: bool = False  # runs were left behind, as they did not come to an end
     stuck: bool = False  # that happened again: no more runs
     warned: bool = False
+    addresses: dict[str, str] = field(default_factory=dict)  # of runs that are online, by their ids
 
 
 _state = _State()
@@ -55,8 +59,17 @@ def _fail(error: BaseException) -> None:
 
 def disabled(config: Config) -> bool:
     """Tell whether nothing is sent: because W&B is disabled, or because wandb hangs."""
-    mode = os.environ.get("WANDB_MODE") if config.wandb.mode == "auto" else config.wandb.mode
-    return mode == "disabled" or _state.stuck
+    return _wanted_mode(config) == "disabled" or _state.stuck
+
+
+def address(run_id: str) -> str | None:
+    """Return the address of a run that this process has online, else None."""
+    return _state.addresses.get(run_id)
+
+
+def folder(outputs: Outputs) -> Path:
+    """Return the folder that runs are in: WANDB_DIR's, or the output folder's."""
+    return Path(os.environ.get("WANDB_DIR") or outputs.root) / "wandb"
 
 
 def flush(config: Config) -> None:
@@ -95,24 +108,78 @@ def _give_up() -> None:
     _state.stuck, _state.left, _state.runs = _state.left, True, []
 
 
+# --- a trial of a W&B sweep ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial of a W&B sweep, which `wandb agent` started this process for: its run's id, its sweep, its parameters."""
+
+    run: str
+    sweep: str
+    params: dict[str, Any]
+
+
+@functools.cache
+def trial() -> Trial | None:
+    """Return the trial that this process is; None if no agent started it.
+
+    What the agent says of it is taken out of the environment: wandb would give the trial's id to each run of the
+    process, whatever its own, so that all stages would write into one.
+    """
+    sweep, run = os.environ.pop("WANDB_SWEEP_ID", None), os.environ.get("WANDB_RUN_ID")
+    file = os.environ.pop("WANDB_SWEEP_PARAM_PATH", None)
+    if not sweep or not run:
+        return None
+    del os.environ["WANDB_RUN_ID"]
+    return Trial(run, sweep, _params(file))
+
+
+def _params(file: str | None) -> dict[str, Any]:
+    """Return a trial's parameters from the agent's file; {} if it can't be read: they are on the command line too."""
+    if file is None:
+        return {}
+    import yaml
+
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
+        content = yaml.safe_load(Path(file).read_text())
+        return {k: v["value"] for k, v in content.items() if isinstance(v, dict) and "value" in v}
+    return {}
+
+
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class About:
-    """What W&B knows of a run from its beginning: arguments of wandb.init."""
+    """What W&B knows of a run from its beginning: arguments of wandb.init. `trial`: of a W&B sweep, if it is one's run."""
 
     id: str
     job_type: str
     name: str
     tags: list[str]
     config: dict[str, Any]
+    trial: Trial | None = None
+
+
+_LONGEST = 128  # characters of a name; W&B refuses longer ones
+_LONGEST_TAG = 64
+
+
+def fit(name: str) -> str:
+    """Return a name that W&B takes for an artifact: ASCII letters, digits and ._- alone, and not too long.
+
+    Where that is another one, a hash of the name keeps it apart from others.
+    """
+    plain = re.sub(r"[^a-zA-Z0-9_.-]", "-", name)
+    return plain if plain == name and len(name) <= _LONGEST - 8 else f"{plain[: _LONGEST - 20]}-{digest(name, 8)}"
 
 
 class Run:
     """A W&B run. A thread of its own starts it, does its tasks in order, and ends it."""
 
     def __init__(self, whose: Config, outputs: Outputs, about: About) -> None:
+        trial()  # before anything of wandb reads the environment
         self.whose, self.outputs, self.about = whose, outputs, about
         self.tasks: queue.SimpleQueue[Callable[[Any], object] | int] = queue.SimpleQueue()
         self.before = next((r for r in _state.runs if r.about.id == about.id), None)
@@ -135,6 +202,7 @@ class Run:
             try:
                 _prepare(self.outputs)
                 run = self._begin()
+                self._tell(run)
                 # Of a stage that another output folder has done already nothing is logged twice.
                 logged = run.resumed and "seconds" in run.summary.keys()  # noqa: SIM118 (not a dict)
                 while not isinstance(task := self.tasks.get(), int):
@@ -142,6 +210,15 @@ class Run:
                 run.finish(exit_code=task)
             except Exception as error:
                 _fail(error)
+
+    def _tell(self, run: Any) -> None:
+        """Note the address of a run that is online, and print that of the process's first."""
+        if run.offline or not run.url:
+            return
+        with _telling:
+            if not _state.addresses:
+                print(f"W&B: {run.url}", flush=True)
+            _state.addresses[self.about.id] = run.url
 
     def _try(self, task: Callable[[Any], object], run: Any) -> None:
         try:
@@ -168,24 +245,41 @@ class Run:
         return run
 
     def _folders(self) -> set[Path]:
-        return set(self.outputs.wandb.glob(f"*run-*-{self.about.id}"))
+        return set(folder(self.outputs).glob(f"*run-*-{self.about.id}"))
 
     def _init(self, mode: str) -> Any:
         import wandb
 
-        wanted = self.whose.wandb
-        self.outputs.root.mkdir(parents=True, exist_ok=True)
+        wanted, about, environment = self.whose.wandb, self.about, os.environ
+        place = folder(self.outputs).parent
+        place.mkdir(parents=True, exist_ok=True)
+        settings = _settings(wanted.patience)
+        own = (wanted.project, wanted.entity)
+        if about.trial:
+            settings.sweep_id = about.trial.sweep
+            own = (None, None)  # a trial is where its sweep is, which the agent says in the environment
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
-            project=wanted.project or os.environ.get("WANDB_PROJECT", "d2lora"),
-            entity=wanted.entity,
-            group=self.whose.sweep,
-            dir=self.outputs.root,
+            project=own[0] or environment.get("WANDB_PROJECT", "d2lora"),
+            entity=own[1],
+            group=(wanted.group or environment.get("WANDB_RUN_GROUP") or self.whose.sweep)[:_LONGEST],
+            notes=wanted.notes,
+            dir=place,
             resume="allow",
             reinit="create_new",
-            settings=_settings(wanted.patience),
-            **vars(self.about),
+            settings=settings,
+            id=about.trial.run if about.trial else about.id,
+            job_type=about.job_type,
+            name=about.name[:_LONGEST],
+            tags=_tags(about.tags, wanted.tags),
+            config=about.config | (about.trial.params if about.trial else {}),
         )
+
+
+def _tags(of_run: list[str], own: list[str]) -> list[str]:
+    """Return a run's tags with the user's own, of the settings and of WANDB_TAGS, each once."""
+    added = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",")]
+    return list(dict.fromkeys(tag[:_LONGEST_TAG] for tag in (*of_run, *own, *added) if tag))
 
 
 def _free(run_id: str) -> None:
@@ -201,8 +295,8 @@ def _free(run_id: str) -> None:
 def _prepare(outputs: Outputs) -> None:
     """Set environment variables that wandb reads when it is imported."""
     # Its staging of artifacts and its cache belong to the runs, not to the home folder.
-    os.environ.setdefault("WANDB_DATA_DIR", str(outputs.wandb / "data"))
-    os.environ.setdefault("WANDB_CACHE_DIR", str(outputs.wandb / "cache"))
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder(outputs) / "data"))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder(outputs) / "cache"))
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its end waits half a minute for a server that is silent
 
@@ -222,17 +316,30 @@ def _settings(patience: float) -> Any:
         x_graphql_retry_wait_min_seconds=patience / 60,
         x_graphql_retry_wait_max_seconds=patience / 10,
         x_disable_meta=True,  # it holds paths of this machine; records say what matters of it
+        host="",  # a run has both beside that
+        program="run.py",
+        program_relpath="run.py",
         disable_git=True,
         disable_code=True,
         x_save_requirements=False,
     )
 
 
+def _wanted_mode(config: Config) -> str:
+    """Return the mode that the settings say, or with auto the environment; auto if neither does."""
+    if config.wandb.mode != "auto":
+        return config.wandb.mode
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "disabled"
+    return os.environ.get("WANDB_MODE", "auto")
+
+
 def _mode(config: Config) -> str:
     """Return the mode of a run: auto means WANDB_MODE, else what `wandb offline` has set, else online with credentials
     and offline without.
     """
-    wanted = os.environ.get("WANDB_MODE", _left_mode()) if config.wandb.mode == "auto" else config.wandb.mode
+    wanted = _wanted_mode(config)
+    wanted = _left_mode() if wanted == "auto" else wanted
     if wanted in ("auto", "online") and _credentials():
         return "online"
     if wanted == "online":  # wandb would ask for a key here

@@ -25,7 +25,6 @@ from d2lora.report import (
 )
 from d2lora.report.content import Artefact, Content, Rows, Sweep
 from d2lora.report.manifest import read_manifest
-from d2lora.report.points import points_of
 from d2lora.report.tables import Table
 
 
@@ -136,14 +135,14 @@ class Loaded:
 
     def content(self, name: str) -> Content | None:
         """Return what an artefact shows of the sweep; None where it does not apply."""
-        return next((shown.content for shown in self.shown if shown.artefact.name == name), None)
+        return next((each.content for each in self.shown if each.artefact.name == name), None)
 
 
 def load(output: Path, name: str, records: Records) -> Loaded:
     """Return a sweep's tables and panels, from its manifest and records."""
     manifest = read_manifest(output, name)
     try:
-        points, fixed = tuning.points(manifest, records) if manifest.tuning else (points_of(manifest, records), [])
+        points, fixed = tuning.points(manifest, records)
         problem = "" if points or not manifest.tuning else "nothing is chosen yet"
     except UserError as error:
         points, fixed, problem = [], [], str(error)
@@ -181,9 +180,9 @@ def write(output: Path, loaded: Loaded) -> None:
     """Write tables as Markdown, LaTeX and CSV, and figures as PNG, SVG and PDF."""
     folder = Outputs(output).artefacts(loaded.sweep.name)
     folder.mkdir(parents=True, exist_ok=True)
-    for shown in loaded.shown:
-        if shown.artefact.files:
-            _write(folder, shown.artefact, shown.content, loaded.sweep.name)
+    for each in loaded.shown:
+        if each.artefact.files:
+            _write(folder, each.artefact, each.content, loaded.sweep.name)
 
 
 def _write(folder: Path, artefact: Artefact, content: Content, sweep: str) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from d2lora.records import ManifestCell
@@ -14,7 +15,7 @@ LABELS = ("model", "task", "init", "warmup", "recipe")
 # Decides which units dropout drops, and is in a key then.
 _LAYOUT = ("recipe.packing", "recipe.micro_batch", "recipe.attention")
 # In no stage's key, so no axis; of the layout without dropout only.
-MACHINE = tuple(f"recipe.{name}" for name in Machine.model_fields if name != "packing")
+MACHINE = tuple(f"recipe.{name}" for name in Machine.model_fields if name not in ("packing", "engine"))
 # Not settings of a cell's result, or shown otherwise: n and m as columns and arms, seeds folded into each number.
 _NOT_SETTINGS = ("n", "m", "seed", "replicate", "sweep", "report", "tune")
 # Where a setting's value comes from beside the part that it stands in: conf takes epochs from the recipe's.
@@ -45,33 +46,55 @@ def control(config: dict[str, Any]) -> str:
 
 def settings_of(cell: ManifestCell) -> Axes:
     """Return the settings that the cell's result depends on."""
-    own_rate = f"{RATE}.{cell.config['method']['name']}"
-    settings = {RATE if key == own_rate else key: value for key, value in flat(cell.config)}
-    return {key: value for key, value in settings.items() if _matters(key, cell)}
+    config = cell.config
+    own_rate = f"{RATE}.{config['method']['name']}"
+    parts = _Parts(
+        arm=control(config),
+        adapted=cell.stages.adapt is not None,
+        warmed=cell.stages.warmup is not None,
+        prepared=cell.stages.prepare is not None,
+        general=general(config),
+        dropout=bool(config["recipe"]["lora"]["dropout"]),
+    )
+    named = ((RATE if key == own_rate else key, value) for key, value in flat(config))
+    return {key: value for key, value in named if _matters(key, parts)}
 
 
-def _matters(key: str, cell: ManifestCell) -> bool:
-    """Tell whether the cell's result depends on a setting: not if its phase has no training, or if only the machine
+@dataclass(frozen=True)
+class _Parts:
+    """What a cell is made of, as far as it decides which settings matter: its control arm and its trainings."""
+
+    arm: str
+    adapted: bool
+    warmed: bool
+    prepared: bool
+    general: bool  # whether it uses general data
+    dropout: bool
+
+    @property
+    def trained(self) -> bool:
+        return self.adapted or self.warmed or self.prepared
+
+
+def _matters(key: str, cell: _Parts) -> bool:
+    """Tell whether a cell's result depends on a setting: not if its phase has no training, or if only the machine
     differs.
     """
-    config, part = cell.config, key.split(".")[0]
-    arm = control(config)
-    adapted, warmed = cell.stages.adapt is not None, cell.stages.warmup is not None
-    trained = adapted or warmed or cell.stages.prepare is not None
+    part = key.partition(".")[0]
     if key in _LAYOUT:
-        return trained and bool(config["recipe"]["lora"]["dropout"])
+        return cell.trained and cell.dropout
     if key in MACHINE or part in _NOT_SETTINGS or key.startswith(("recipe.epochs", "task.validation")):
         return False
     if key == RATE or key.startswith(f"{RATE}."):
-        return {RATE: adapted, f"{RATE}.warmup": warmed}.get(key, False)
+        return {RATE: cell.adapted, f"{RATE}.warmup": cell.warmed}.get(key, False)
     if part == "control":
-        return arm != NO_CONTROL and key != "control.name"
+        return cell.arm != NO_CONTROL and key != "control.name"
     if part == "warmup":  # a control arm without a warm-up has as many epochs of general rows, or tokens
-        return general(config) and (warmed or not control_of(arm).warms_up or key != "warmup.epochs")
-    if key.startswith("task.benchmark"):
+        return cell.general and (cell.warmed or not control_of(cell.arm).warms_up or key != "warmup.epochs")
+    if key.startswith("task.benchmark") or key == "recipe.engine":
         return True
-    needs = {"method": adapted, "task": adapted, "recipe": trained, "init": trained, "data_seed": trained}
-    return needs.get(part, True)
+    needs = {"method": cell.adapted, "task": cell.adapted, "recipe": cell.trained, "init": cell.trained}
+    return (needs | {"data_seed": cell.trained}).get(part, True)
 
 
 def differing_settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[str]]:
@@ -87,15 +110,19 @@ def differing_settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[s
     for cell, name in zip(cells, names, strict=True):
         for key, value in settings_of(cell).items():
             origins = _ORIGINS.get(key, {key.split(".")[0]})
-            shown = [name[k] for k in (*labels, "method") if k in origins]
-            shown += [str(cell.config["seed"])] * (key == "data_seed")
-            values[key][tuple(shown)].add(value)
+            texts = [name[k] for k in (*labels, "method") if k in origins]
+            texts += [str(cell.config["seed"])] * (key == "data_seed")
+            values[key][tuple(texts)].add(value)
     return labels, [key for key, groups in values.items() if any(len(v) > 1 for v in groups.values())]
 
 
 def axes_of(cell: ManifestCell, benchmark: str, keys: Iterable[str]) -> Axes:
     """Return the cell's values of the settings `keys`, of those that a benchmark's result depends on."""
-    settings = settings_of(cell)
+    return of_benchmark(settings_of(cell), cell, benchmark, keys)
+
+
+def of_benchmark(settings: Axes, cell: ManifestCell, benchmark: str, keys: Iterable[str]) -> Axes:
+    """Return those of a cell's `settings` that are among `keys` and that a benchmark's result depends on."""
     others = [f"task.benchmark.{name}." for name in cell.config["task"]["benchmark"] if name != benchmark]
     return {k: settings[k] for k in keys if k in settings and not any(k.startswith(other) for other in others)}
 

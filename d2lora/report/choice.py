@@ -35,18 +35,18 @@ def arms(cells: Sequence[ManifestCell], keys: Sequence[str]) -> list[Arm]:
     A cell that depends on no tuned setting, as the base on no learning rate, is in none.
     """
     labels, others = axes.differing_settings(cells)
-    shown = [*labels, *(key for key in others if key not in (*keys, "data_seed"))]
-    by_place: dict[tuple[object, ...], Arm] = {}
+    label_keys = [*labels, *(key for key in others if key not in (*keys, "data_seed"))]
+    by_identity: dict[tuple[object, ...], Arm] = {}
     for cell in cells:
         if values := values_of(cell, keys):
-            arm = by_place.setdefault(_place(cell, keys), Arm(_label(cell, shown)))
+            arm = by_identity.setdefault(_identity(cell, keys), Arm(_label(cell, label_keys)))
             arm.candidates.setdefault(tuple(values.get(key, "") for key in keys), []).append(cell)
-    for arm in by_place.values():
+    for arm in by_identity.values():
         arm.candidates = dict(sorted(arm.candidates.items(), key=lambda pair: tuple(map(order_of, pair[0]))))
-    return list(by_place.values())
+    return list(by_identity.values())
 
 
-def _place(cell: ManifestCell, keys: Sequence[str]) -> tuple[object, ...]:
+def _identity(cell: ManifestCell, keys: Sequence[str]) -> tuple[object, ...]:
     """Return what a cell is, but for its seeds and the tuned settings."""
     settings = axes.settings_of(cell).items()
     others = sorted((key, value) for key, value in settings if key not in keys and key != "data_seed")
@@ -146,14 +146,14 @@ def tied(arm: TunedArm) -> list[Candidate]:
 
 def edges(arm: TunedArm) -> dict[str, str]:
     """Return the numeric tuned settings whose chosen value is the largest or smallest of those tried: which of the two."""
-    found = {}
+    at_edge = {}
     for key, value in (arm.chosen.values if arm.chosen else {}).items():
         tried = {axes.number(c.values[key]) for c in arm.candidates if key in c.values}
         numbers = [number for number in tried if number is not None]
         own = axes.number(value)
         if own is not None and len(numbers) == len(tried) > 1 and own in (max(numbers), min(numbers)):
-            found[key] = "largest" if own == max(numbers) else "smallest"
-    return found
+            at_edge[key] = "largest" if own == max(numbers) else "smallest"
+    return at_edge
 
 
 def stand(tuning: Tuning, before: Tuning | None) -> Tuning:

@@ -1,6 +1,6 @@
 """Compare D2LoRA with LoRA, cell by cell on the same items: differences, p values, and the verdict in words."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +10,7 @@ from d2lora import stats
 from d2lora.report.axes import compatible
 from d2lora.report.looks import NAMES, QUANTIZING
 from d2lora.report.points import Point, differing, label_texts
+from d2lora.scoring import is_graded
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
 
@@ -18,6 +19,16 @@ MARGIN = 1.0  # points within which arms are called equivalent where a manifest,
 Decision = Literal["better", "worse", "equivalent", "undecided"]
 _LEAST_HALVED = 4  # replicates: two pairs
 _BASE = ("", "", "")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How many items both arms answered right, one of them alone, or neither: what McNemar's test is made from."""
+
+    both: int
+    lora_only: int
+    d2lora_only: int
+    neither: int
 
 
 @dataclass(eq=False)
@@ -38,6 +49,7 @@ class Comparison:
     differences: np.ndarray
     equivalence: tuple[float, float]
     far_p: float  # p on the safe side far out in the tails, where Holm's correction looks: stats.bootstrap
+    outcomes: Outcomes | None = None  # of the exact McNemar test alone
     margin: float = MARGIN / 100
     adjusted: float = 1.0
     methods: list[str] = field(default_factory=list)  # several at n = 0, where no method has done anything yet
@@ -74,11 +86,11 @@ def comparisons(points: Iterable[Point], margin: float = MARGIN) -> dict[Point, 
     Points with the same evaluations (at n = 0) share one comparison, so that it counts once in Holm's correction too.
     """
     points = list(points)
-    placed, labels = places(points), differing(points)
-    found: dict[Point, Comparison] = {}
+    by_identity, labels = points_by_identity(points), differing(points)
+    by_point: dict[Point, Comparison] = {}
     distinct: dict[tuple, Comparison] = {}
     for point in points:
-        other = counterpart(placed, point, point.init, 0)
+        other = counterpart(by_identity, point, point.init, 0)
         if point.m == 0 or point.control != NO_CONTROL or other is None or (pair := _paired(other, point)) is None:
             continue
         keys = tuple((_evaluation(other, s), _evaluation(point, s)) for s in pair[0])
@@ -87,9 +99,19 @@ def comparisons(points: Iterable[Point], margin: float = MARGIN) -> dict[Point, 
             distinct[keys].where = " ".join(label_texts(point, labels))
             distinct[keys].margin = margin / 100
         distinct[keys].methods.append(point.method)
-        found[point] = distinct[keys]
+        by_point[point] = distinct[keys]
     adjust(list(distinct.values()))
-    return found
+    return by_point
+
+
+def pairs(points: Iterable[Point]) -> Iterator[tuple[Point, Point, tuple[int, ...]]]:
+    """Yield each D2LoRA point after its LoRA point, with the seeds that both have results of on the same items."""
+    points = list(points)
+    by_identity = points_by_identity(points)
+    for point in points:
+        other = counterpart(by_identity, point, point.init, 0)
+        if point.m != 0 and point.control == NO_CONTROL and other and (pair := _paired(other, point)):
+            yield other, point, pair[0]
 
 
 def adjust(family: list[Comparison]) -> None:
@@ -119,19 +141,21 @@ def halved(point: Point) -> Comparison | None:
     return _compare(point, point, tuple(seeds), first, second)
 
 
-Places = dict[tuple[object, ...], list[Point]]
+PointsByIdentity = dict[tuple[object, ...], list[Point]]
 
 
-def places(points: Iterable[Point]) -> Places:
+def points_by_identity(points: Iterable[Point]) -> PointsByIdentity:
     """Return points by what they are, for counterpart. The base has no initialization or recipe."""
-    by_place: Places = {}
+    by_identity: PointsByIdentity = {}
     for p in points:
         origins = _BASE if p.is_base else (p.init, p.recipe, p.warmup)
-        by_place.setdefault((*_shared(p), p.m, p.control, *origins), []).append(p)
-    return by_place
+        by_identity.setdefault((*_shared(p), p.m, p.control, *origins), []).append(p)
+    return by_identity
 
 
-def counterpart(by_place: Places, point: Point, init: str, m: int | str, control: str = NO_CONTROL) -> Point | None:
+def counterpart(
+    by_identity: PointsByIdentity, point: Point, init: str, m: int | str, control: str = NO_CONTROL
+) -> Point | None:
     """Return the point that differs from `point` in initialization or m alone; None if the sweep has none.
 
     LoRA has no warm-up, unless its initialization was computed from a warm-up's rows; at n = 0 it is the base, which
@@ -140,7 +164,7 @@ def counterpart(by_place: Places, point: Point, init: str, m: int | str, control
     origins = [(init, point.recipe, point.warmup), (init, point.recipe, "")]
     if point.n == 0 and m == 0 and init not in QUANTIZING:
         origins = [_BASE]
-    others = (p for o in origins for p in by_place.get((*_shared(point), m, control, *o), []))
+    others = (p for o in origins for p in by_identity.get((*_shared(point), m, control, *o), []))
     return next((p for p in others if compatible(p.axes, point.axes)), None)
 
 
@@ -171,7 +195,8 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
     difference = d2lora.units_of(second - first)
     drawn = stats.bootstrap(difference)
     clustered = d2lora.clusters is not None
-    exact = not clustered and len(seeds) == 1 and stats.is_binary(first) and stats.is_binary(second)
+    right_or_wrong = not is_graded(lora.metric) and stats.is_binary(first) and stats.is_binary(second)
+    exact = right_or_wrong and len(seeds) == 1 and not clustered
     if exact:
         p = far_p = stats.mcnemar(first[0], second[0])
         test, interval = "exact McNemar", stats.newcombe(first[0], second[0])
@@ -194,7 +219,14 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
         differences=difference,
         equivalence=equivalence,
         far_p=far_p,
+        outcomes=_outcomes(first[0], second[0]) if exact else None,
     )
+
+
+def _outcomes(lora: np.ndarray, d2lora: np.ndarray) -> Outcomes:
+    """Count items by who answered them right, from 1 and 0 of each (items,)."""
+    counts = (int(np.sum((lora == a) & (d2lora == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    return Outcomes(*counts)
 
 
 def seeds_text(seeds: set[int], draws: set[int]) -> str:

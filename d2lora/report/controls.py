@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from d2lora.report import formats
-from d2lora.report.compare import ALPHA, Comparison, adjust, compared, counterpart, places
+from d2lora.report.compare import ALPHA, Comparison, adjust, compared, counterpart, points_by_identity
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.looks import NAMES
 from d2lora.report.points import Point, by_benchmark, differing, label_texts
@@ -31,13 +31,13 @@ class Against:
 def against(points: Iterable[Point]) -> list[Against]:
     """Return what is compared, of one benchmark and metric; Holm's correction is over all of it."""
     points = list(points)
-    by_place = places(points)
+    by_identity = points_by_identity(points)
     names = [name for name in CONTROL_NAMES if name != NO_CONTROL]
     all_against = []
     for point in points:
         if point.m == 0 or point.control != NO_CONTROL:
             continue
-        others = {name: counterpart(by_place, point, point.init, point.m, name) for name in names}
+        others = {name: counterpart(by_identity, point, point.init, point.m, name) for name in names}
         own = {name: c for name, other in others.items() if other and (c := compared(other, point))}
         if own:
             all_against.append(Against(point, own))
@@ -73,8 +73,8 @@ def content(sweep: Sweep) -> Content | None:
             notes.append(f"{benchmark}: {sentence}")
         for each in all_against:
             rows += [_row(each.point, name, c, benchmark, labels) for name, c in each.comparisons.items()]
-            shown = {k: getattr(each.point, k) for k in ("model", "task", "method", "m")}
-            shows += [shown] * len(each.comparisons)
+            filtered = {k: getattr(each.point, k) for k in ("model", "task", "method", "m")}
+            shows += [filtered] * len(each.comparisons)
     return Content(rows=Rows(_HEAD, rows, shows), notes=notes) if rows else None
 
 

@@ -86,7 +86,7 @@ def draw_panel(axis: Any, panel: Panel) -> None:
     axis.axhspan(-panel.margin, panel.margin, color="#888888", alpha=0.18, linewidth=0, label=margin_label(panel))
     axis.axhline(0, color="black", linewidth=0.8)
     for curve, shift in zip(panel.curves, shifts(panel.curves, _APART), strict=True):
-        _draw_curve(axis, curve, dict(zip(panel.xs, figures.places(panel), strict=True)), shift)
+        _draw_curve(axis, curve, dict(zip(panel.xs, figures.positions(panel), strict=True)), shift)
     axis.margins(x=0.06)  # room for what stands beside its x
     axis.autoscale_view()
 
@@ -101,10 +101,10 @@ def shifts(curves: Sequence[Curve], apart: float) -> list[float]:
     return [apart * (i - (len(curves) - 1) / 2) for i in range(len(curves))]
 
 
-def _draw_curve(axis: Any, curve: Curve, places: dict[float, float], shift: float) -> None:
+def _draw_curve(axis: Any, curve: Curve, positions: dict[float, float], shift: float) -> None:
     from matplotlib.transforms import offset_copy
 
-    x = [places[x] for x, *_ in curve.points]
+    x = [positions[x] for x, *_ in curve.points]
     middle, low, high = ([100 * value for value in values] for values in zip(*(
         (c.difference, *c.interval) for *_, c in curve.points), strict=True))  # fmt: skip
     below, above = ([abs(a - b) for a, b in zip(middle, ends, strict=True)] for ends in (low, high))

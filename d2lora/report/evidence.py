@@ -9,7 +9,8 @@ from typing import Any
 from d2lora.keys import canonical
 from d2lora.records import ManifestCell, Provenance, Record, Records, Score
 from d2lora.report.content import Content, Rows, Sweep
-from d2lora.report.points import Point
+from d2lora.report.points import Point, by_benchmark
+from d2lora.scoring import is_graded
 from d2lora.stages import flips
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.contamination import ContaminationSpec
@@ -38,16 +39,26 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[Rec
 def notes(points: Iterable[Point], records: Records) -> list[str]:
     """Return the notes under a table, a line each.
 
-    They are about rows left out, the batch size of a bfloat16 model, adapters too small to matter, answers that were
-    cut, and records that may not be comparable (package versions, hardware, other data under the same name, uncommitted
-    code).
+    They are about rows and items left out, ROUGE's words, the batch size of a bfloat16 model, adapters too small to
+    matter, answers that were cut, engines other than the model in memory, and records that may not be comparable
+    (package versions, hardware, other data under the same name, uncommitted code).
     """
     points = list(points)
     named = list(records_of(points, records).values())
     origins = [record.provenance for record, _ in named]
-    of_records = (note for check in (_unused, _rounded, _counts, _fingerprints) for note in check(named))
+    checks = (_unused, _left_out, _scripts, _rounded, _counts, _engines, _fingerprints)
+    of_records = (note for check in checks for note in check(named))
     of_machines = (note for check in (_versions, _hardware, _code) for note in check(origins))
-    return [*_flips(points, records), *of_records, *of_machines]
+    return [*_zeros(points), *_flips(points, records), *of_records, *of_machines]
+
+
+def _zeros(points: Iterable[Point]) -> Iterator[str]:
+    """Yield a line for each graded metric in which no item of any cell scores: neither the scores nor their differences say
+    anything then.
+    """
+    for name, group in by_benchmark(p for p in points if p.scores and is_graded(p.metric)).items():
+        if not any(p.table.any() for p in group):
+            yield f"{name}: no answer shares a word with its gold, in any cell, so nothing is known of differences."
 
 
 def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
@@ -63,14 +74,34 @@ def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
         yield f"Rows of {name} were passed over and others taken: {count:,} at most in a training: {reason}."
 
 
+def _left_out(named: list[tuple[Record, str]]) -> Iterator[str]:
+    """Yield how many test items evaluations left out; the most of each benchmark."""
+    most: dict[tuple[str, str], int] = {}
+    for record, name in named:
+        for reason, count in record.passed_over.items() if record.stage == EvaluateSpec.KIND else ():
+            most[name, reason] = max(count, most.get((name, reason), 0))
+    for (name, reason), count in sorted(most.items()):
+        yield f"Items of {name} were left out of the scores: {count:,} at most in an evaluation: {reason}."
+
+
+def _scripts(named: list[tuple[Record, str]]) -> Iterator[str]:
+    """Yield the benchmarks whose ROUGE has words of any script."""
+    benchmarks = {name: record.spec.get("benchmark") for record, name in named}
+    if names := sorted(name for name, content in benchmarks.items() if content and content.get("script") == "any"):
+        yield (
+            f"ROUGE of {', '.join(names)} has words of every script, in scripts without spaces between words its characters; "
+            "its numbers do not compare with those of rouge-score's own words (a-z and digits)."
+        )
+
+
 def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:
     """Yield a line for each evaluation of a bfloat16 base at two batch sizes, with the metrics that are shown."""
-    shown: dict[str, dict[str, None]] = defaultdict(dict)
+    metrics_of: dict[str, dict[str, None]] = defaultdict(dict)
     for point in points:
         for run in point.runs.values():
             if run.flips:
-                shown[run.flips][point.metric] = None
-    for key, metrics in shown.items():
+                metrics_of[run.flips][point.metric] = None
+    for key, metrics in metrics_of.items():
         if record := records.get(flips.FlipsSpec.KIND, key):
             yield f"{flips.text(record, metrics)}."
 
@@ -103,6 +134,29 @@ def _counts(named: list[tuple[Record, str]]) -> Iterator[str]:
             if some:
                 most = f", in one evaluation {max(a / b for a, b in shares):.0%}" if len(shares) > 1 else ""
                 yield f"{some:,} of {every:,} answers to {name} ({some / every:.1%}{most}) {what}."
+
+
+def _engines(named: list[tuple[Record, str]]) -> Iterator[str]:
+    """Yield who answered where it was not the model in memory alone, and that engines differ; how many answers fell back to it."""
+    evaluations = [record for record, _ in named if record.stage == EvaluateSpec.KIND]
+    if not any(record.engine for record in evaluations):
+        return
+    names = Counter(_engine_name(record) for record in evaluations)
+    if len(names) == 1:
+        yield f"Answers are of {next(iter(names))}."
+    else:
+        yield f"Answers are of different engines: {_counted(names)}."
+    instead = Counter(
+        f"{r.engine.instead_of}: {r.engine.reason}" for r in evaluations if r.engine and r.engine.instead_of
+    )
+    for failed, count in sorted(instead.items()):
+        yield f"{count} of {len(evaluations)} evaluations were done in memory instead of {failed}."
+
+
+def _engine_name(record: Record) -> str:
+    if record.engine is None or record.engine.instead_of:
+        return "the model in memory"
+    return f"{record.engine.name} {record.engine.version} ({record.engine.dtype})"
 
 
 def _versions(origins: list[Provenance]) -> Iterator[str]:
@@ -150,6 +204,14 @@ def _code(origins: list[Provenance]) -> Iterator[str]:
         yield f"{states['unknown']} of {len(origins)} records were made outside a git checkout: their code is not known."
 
 
+# What the shares of an overlap check are of (data/overlap.py).
+_MEASURES = {
+    "exact": "the share of test items whose whole question is also a text of the training set",
+    "ngram13": "the share of test items that have 13 words in a row in common with a row of the training set, in the question or "
+    "the answer. Set phrases count too, so a large share is a reason to read these items (items.jsonl of the check), and no proof",
+}
+
+
 def contamination(cells: Iterable[ManifestCell], records: Records) -> dict[str, dict[str, Score]]:
     """Return test items found in a training set: {"<training set> / <benchmark>": {measure: share}}."""
     keys = {pair: key for c in cells for pair, key in c.stages.contamination.items()}
@@ -164,7 +226,12 @@ def contamination_content(sweep: Sweep) -> Content | None:
         for pair, measures in contamination(sweep.cells, sweep.records).items()
         for name, share in measures.items()
     ]
-    return Content(rows=Rows(["training set / benchmark", "measure", "share", "items"], rows)) if rows else None
+    notes = [f"{name}: {what}." for name, what in _MEASURES.items() if name in {row[1] for row in rows}]
+    return (
+        Content(rows=Rows(["training set / benchmark", "measure", "share", "items"], rows), notes=notes)
+        if rows
+        else None
+    )
 
 
 def contamination_text(shares: dict[str, dict[str, Score]]) -> str:
@@ -177,4 +244,5 @@ def contamination_text(shares: dict[str, dict[str, Score]]) -> str:
         + f" of {max(m.items for m in measures.values())} items"
         for pair, measures in shares.items()
     ]
-    return "\n".join(["test items found in a training set", *lines])
+    head = "test items found in a training set (exact: the whole question; ngram13: 13 words in a row)"
+    return "\n".join([head, *lines])

@@ -15,6 +15,7 @@ from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
 from d2lora.report.paper import Artefact
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import Line, Table, Value
+from d2lora.scoring import unit_of
 from d2lora.settings import amount
 
 WIDTH, HEIGHT = 3.3, 2.2  # inches: a column of a two-column paper; each panel's height
@@ -87,7 +88,11 @@ def panels(table: Table, panel: str) -> list[Panel]:
                 name = f"{NAMES[methods[0]]} on {head.benchmark}" if panel == "method" else head.benchmark
                 what = [*label_texts(head, keys), head.arm if arms else "", f"n={amount(head.n)}" if sizes else ""]
                 title = ", ".join(filter(None, [name, *what]))
-                drawn.append(Panel(title, f"{head.metric} in %", curves, panel == "method", table.column))
+                drawn.append(
+                    Panel(
+                        title, f"{head.metric} in {unit_of(head.metric).name}", curves, panel == "method", table.column
+                    )
+                )
     return drawn
 
 
@@ -128,8 +133,8 @@ def _is_beside(line: Line, head: Line, column: str) -> bool:
 
 def _curve(line: Line, column: str, short: bool) -> Curve:
     """Return a line as a curve; with a short name where the panel's title has the m."""
-    placed = [(x_of(column, value, p), p) for value, p in line.points.items()]
-    known = sorted(((x, p) for x, p in placed if x is not None), key=lambda pair: pair[0])
+    at = [(x_of(column, value, p), p) for value, p in line.points.items()]
+    known = sorted(((x, p) for x, p in at if x is not None), key=lambda pair: pair[0])
     theirs = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
     arm = "" if column == "m" else line.first.arm.split("(")[0] if short and line.m != 0 else line.first.arm
     label = f"{NAMES[line.method]} {arm}".strip()
@@ -211,7 +216,7 @@ def _draw_curves(axis: Any, panel: Panel) -> None:
 
 def _dress(axis: Any, panel: Placed) -> None:
     """Give an axis its title, labels, scale and ticks."""
-    ticks = places(panel)
+    ticks = positions(panel)
     axis.set(title=textwrap.fill(panel.title, 44, break_on_hyphens=False), ylabel=panel.unit)
     if spread := is_logarithmic(panel):
         axis.set_xscale("log")
@@ -221,7 +226,7 @@ def _dress(axis: Any, panel: Placed) -> None:
     axis.grid(alpha=0.3, linewidth=0.5)
 
 
-def places(panel: Placed) -> list[float]:
+def positions(panel: Placed) -> list[float]:
     """Return where the panel's values of x stand on its axis."""
     return [float(i) for i in range(len(panel.xs))] if panel.even else panel.xs
 

@@ -8,7 +8,16 @@ from statistics import mean
 from d2lora.records import Records
 from d2lora.report import figures, formats
 from d2lora.report.axes import LABELS, Axes, order_of, short_name
-from d2lora.report.compare import ALPHA, Comparison, adjust, compared, counterpart, draws_of, places, seeds_text
+from d2lora.report.compare import (
+    ALPHA,
+    Comparison,
+    adjust,
+    compared,
+    counterpart,
+    draws_of,
+    points_by_identity,
+    seeds_text,
+)
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, PLAIN
 from d2lora.report.points import Point, differing, label_texts, size
@@ -64,7 +73,7 @@ def compare(points: Iterable[Point], records: Records) -> list[Row]:
     points = [p for p in points if p.control == NO_CONTROL]
     if len({p.init for p in points if not p.is_base}) < 2:
         return []
-    placed = places(points)
+    by_identity = points_by_identity(points)
     rows: dict[tuple[object, ...], Row] = {}
     for p in points:
         start = (PLAIN, "", "") if p.is_base else (p.init, p.warmup, p.recipe)
@@ -72,7 +81,7 @@ def compare(points: Iterable[Point], records: Records) -> list[Row]:
         row = rows.setdefault((*what, *p.axes.items()), Row(*what, p.axes))
         benchmark = f"{p.benchmark} {p.metric}".strip()
         row.points[benchmark] = p
-        plain = counterpart(placed, p, PLAIN, p.m)
+        plain = counterpart(by_identity, p, PLAIN, p.m)
         if row.init != PLAIN and plain and (comparison := compared(plain, p)):
             row.against[benchmark] = comparison
     for row in rows.values():
@@ -161,17 +170,17 @@ def _figure(rows: list[Row], pyplot):
     where = lambda r: " ".join(label_texts(r, labels))  # noqa: E731
     bases = [row for row in rows if row.init == PLAIN and row.m == row.n == 0]
     rows = [row for row in rows if row.m != 0 or row.n != 0]
-    places = list(dict.fromkeys((k, row.n, where(row)) for row in rows for k, p in row.points.items() if p.scores))
+    panels = list(dict.fromkeys((k, row.n, where(row)) for row in rows for k, p in row.points.items() if p.scores))
     inits = list(dict.fromkeys(row.init for row in rows))
     series = list(dict.fromkeys((row.method, row.m) for row in rows))
     figure, axes = pyplot.subplots(
-        len(places), 1, figsize=(2 * figures.WIDTH, 1.6 * len(places) + 0.8), squeeze=False, sharex=True, layout="constrained"
+        len(panels), 1, figsize=(2 * figures.WIDTH, 1.6 * len(panels) + 0.8), squeeze=False, sharex=True, layout="constrained"
     )  # fmt: skip
-    for axis, (benchmark, n, here) in zip(axes[:, 0], places, strict=True):
+    for axis, (benchmark, n, here) in zip(axes[:, 0], panels, strict=True):
         panel = [r for r in rows if (r.n, where(r)) == (n, here)]
         for number, (method, m) in enumerate(series):
-            shown = [r for r in panel if (r.method, r.m) == (method, m)]
-            _draw(axis, shown, benchmark, inits, (number - (len(series) - 1) / 2) * 0.8 / len(series))
+            own = [r for r in panel if (r.method, r.m) == (method, m)]
+            _draw(axis, own, benchmark, inits, (number - (len(series) - 1) / 2) * 0.8 / len(series))
         for base in (b for b in bases if (b.model, b.task) in {(r.model, r.task) for r in panel}):
             if (point := base.points.get(benchmark)) and point.value is not None:
                 axis.axhline(100 * point.value, color="grey", linestyle=":", linewidth=0.8, label="base", zorder=0)
@@ -188,14 +197,14 @@ def _figure(rows: list[Row], pyplot):
 def _draw(axis, rows: list[Row], benchmark: str, inits: list[str], shift: float) -> None:
     """Draw one method and m: a marker for each initialization, beside those of the others."""
     scored = [(inits.index(r.init) + shift, r.points[benchmark]) for r in rows if benchmark in r.points]
-    shown = [(x, 100 * p.value, [100 * b for b in p.interval]) for x, p in scored if p.value is not None and p.interval]
-    if not shown:
+    drawn = [(x, 100 * p.value, [100 * b for b in p.interval]) for x, p in scored if p.value is not None and p.interval]
+    if not drawn:
         return
     method, arm = rows[0].method, next(iter(rows[0].points.values())).arm
-    low, high = ([max(0.0, sign * (y - b[i])) for _, y, b in shown] for i, sign in ((0, 1), (1, -1)))
+    low, high = ([max(0.0, sign * (y - b[i])) for _, y, b in drawn] for i, sign in ((0, 1), (1, -1)))
     axis.errorbar(
-        [x for x, _, _ in shown],
-        [y for _, y, _ in shown],
+        [x for x, _, _ in drawn],
+        [y for _, y, _ in drawn],
         yerr=[low, high],
         label=f"{NAMES[method]} {arm}",
         color=COLOURS[method],

@@ -32,6 +32,12 @@ def write_manifest(output: Path, cells: list[Cell], tuning: Tuning | None = None
         _write(output, sweep, entries, [*before.earlier, *before.cells], tuning)
 
 
+def begin_manifest(output: Path, sweep: str) -> None:
+    """Begin a sweep whose cells are added one by one; those of its earlier grids stay as such."""
+    with _held(output, sweep) as before:
+        _write(output, sweep, [], [*before.earlier, *before.cells], None)
+
+
 def add_to_manifest(output: Path, cell: Cell) -> None:
     """Add a single cell to its sweep's manifest."""
     sweep = cell.config.sweep
@@ -68,11 +74,13 @@ def _write(
 def entry(cell: Cell) -> ManifestCell:
     """A cell as manifests list it."""
     left_out: dict[str, Any] = dict.fromkeys(("output", "dry_run", "skip_invalid", "job", "data_root"), True)
-    if not cell.config.tune:  # then nothing reads them
+    if not cell.config.is_validated:  # then nothing reads them
         left_out |= {"tune": True, "task": {"validation": True}}
     config = cell.config.model_dump(exclude=left_out)
     chain = cell.chain
-    evaluations = {s.subject: s.key for s in chain.evaluations}
+    # A cell that an optimizing sweeper tried has only those on validation benchmarks: the sweep's tables show them.
+    tested = chain.evaluations if cell.config.tune else chain.evaluations or chain.validations
+    evaluations = {s.subject: s.key for s in tested}
     trained = dict.fromkeys(spec.KIND for spec in (PrepareSpec, WarmupSpec, AdaptSpec)) | {
         s.kind: s.key for s in chain.trainings
     }
@@ -81,7 +89,7 @@ def entry(cell: Cell) -> ManifestCell:
     stages = {**trained, EvaluateSpec.KIND: evaluations, ContaminationSpec.KIND: checks}
     if flips:
         stages[FlipsSpec.KIND] = flips
-    if chain.validations:
+    if chain.validations and tested is not chain.validations:
         stages["validation"] = {s.subject: s.key for s in chain.validations}
     return ManifestCell(id=cell.id, config=config, stages=StageKeys.model_validate(stages))
 

@@ -17,8 +17,15 @@ function make(space, tag, attributes, children) {
 const h = (tag, attributes, ...children) => make(null, tag, attributes, children);
 const s = (tag, attributes, ...children) => make("http://www.w3.org/2000/svg", tag, attributes, children);
 
-const percent = (value, digits = 2) => (value === null ? "missing" : (100 * value).toFixed(digits));
-const signed = (value, digits = 2) => (value >= 0 ? "+" : "−") + Math.abs(100 * value).toFixed(digits);
+// As Python rounds: 40.625, which is exactly between two, to the even 40.62, and not up as toFixed does.
+function fixed(value, digits) {
+  const size = Math.abs(value), scale = 10 ** digits;
+  if (Math.abs((size * 2 ** (digits + 1)) % 2) !== 1) return value.toFixed(digits);
+  const below = Math.floor(size * scale);
+  return (value < 0 ? "-" : "") + ((below % 2 ? below + 1 : below) / scale).toFixed(digits);
+}
+const percent = (value, digits = 2) => (value === null ? "missing" : fixed(100 * value, digits));
+const signed = (value, digits = 2) => (value >= 0 ? "+" : "−") + fixed(Math.abs(100 * value), digits);
 const amount = (n) => (typeof n === "number" && n >= 1000 && n % 1000 === 0 ? n / 1000 + "k" : String(n));
 const size = (n) => (n === "all" ? Infinity : n);
 const p3 = (p) => (p < 0.001 ? "<0.001" : p.toFixed(3));
@@ -73,7 +80,7 @@ function grid(table) {
     table.remarks.map((text) => h("p", { class: "remark" }, text)),
     sortable(["", ...table.columns], rows, table.title),
     pairs.length ? h("details", {}, h("summary", {}, "each comparison, in points"),
-      sortable(data.pair_head, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
+      sortable(table.pair_head, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
 }
 const verdict = (text, hidden) => h("p", { class: "verdict" }, hidden ? "Of the whole table, with the rows that the filters hide: " : null, text);
 function key(text) {
@@ -101,9 +108,9 @@ const APART = 6; // pixels between methods at one n
 function ticks(low, high) {
   const rough = (high - low) / 5, base = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((f) => f * base).find((x) => x >= rough);
-  const found = [];
-  for (let v = Math.ceil(low / step) * step; v <= high + 1e-9; v += step) found.push(v);
-  return found;
+  const values = [];
+  for (let v = Math.ceil(low / step) * step; v <= high + 1e-9; v += step) values.push(v);
+  return values;
 }
 // Low and high of a point: of its value, or of its difference to LoRA.
 const ends = ([, i, c]) => (c === undefined ? [data.points[i].low, data.points[i].high] : data.comparisons[c].interval);
@@ -124,28 +131,28 @@ const path = (pairs) => pairs.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)
 // What the filters leave of panels. One that another shows as well is left out: LoRA beside a D2LoRA that is hidden.
 const end = (c) => c.points[c.points.length - 1][1];
 function left(panels) {
-  const found = panels.map((f) => ({ ...f, curves: f.curves.filter((c) => c.points.length && kept(data.points[end(c)])) })).filter((f) => f.curves.length);
+  const narrowed = panels.map((f) => ({ ...f, curves: f.curves.filter((c) => c.points.length && kept(data.points[end(c)])) })).filter((f) => f.curves.length);
   const within = (a, b) => a.curves.every((c) => b.curves.some((o) => end(o) === end(c)));
-  return found.filter((a, i) => !found.some((b, j) => i !== j && within(a, b) && (!within(b, a) || j < i)));
+  return narrowed.filter((a, i) => !narrowed.some((b, j) => i !== j && within(a, b) && (!within(b, a) || j < i)));
 }
-function panel(found) {
-  const curves = found.curves;
-  const { xs, x, y, low, high } = scales(found);
+function panel(drawing) {
+  const curves = drawing.curves;
+  const { xs, x, y, low, high } = scales(drawing);
   const digits = high - low < 0.03 ? 1 : 0;
   const step = ticks(100 * low, 100 * high);
-  const shown = xs.filter((n, i) => i === 0 || i === xs.length - 1 || x(n) - x(xs[i - 1]) > 22);
+  const labelled = xs.filter((n, i) => i === 0 || i === xs.length - 1 || x(n) - x(xs[i - 1]) > 22);
   const axes = [
     step.map((v) => [s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: y(v / 100), y2: y(v / 100) }), s("text", { x: LEFT - 5, y: y(v / 100) + 4, "text-anchor": "end" }, v.toFixed(digits))]),
-    shown.map((n) => [s("line", { class: "grid", x1: x(n), x2: x(n), y1: TOP, y2: H - BOTTOM }), s("text", { x: x(n), y: H - BOTTOM + 14, "text-anchor": "middle" }, amount(n))]),
-    s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, found.x.label),
+    labelled.map((n) => [s("line", { class: "grid", x1: x(n), x2: x(n), y1: TOP, y2: H - BOTTOM }), s("text", { x: x(n), y: H - BOTTOM + 14, "text-anchor": "middle" }, amount(n))]),
+    s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, drawing.x.label),
   ];
-  const drawn = found.margin === undefined ? curves.map((c) => curve(c, x, y))
-    : [s("rect", { class: "margin", x: LEFT, width: W - LEFT - RIGHT, y: y(found.margin), height: y(-found.margin) - y(found.margin) }),
+  const drawn = drawing.margin === undefined ? curves.map((c) => curve(c, x, y))
+    : [s("rect", { class: "margin", x: LEFT, width: W - LEFT - RIGHT, y: y(drawing.margin), height: y(-drawing.margin) - y(drawing.margin) }),
       s("line", { class: "zero", x1: LEFT, x2: W - RIGHT, y1: y(0), y2: y(0) }), curves.map((c, i) => difference(c, (n) => x(n) + APART * (i - (curves.length - 1) / 2), y))];
-  return h("figure", { class: found.margin === undefined ? null : "differences" }, h("figcaption", {}, `${found.title}: ${found.unit}`),
-    s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": found.title }, axes, drawn),
-    h("div", {}, curves.map(legend), found.margin === undefined ? null
-      : h("span", { class: "key shaded" }, s("svg", { viewBox: "0 0 30 12" }, s("rect", { class: "margin", width: 30, height: 12 })), found.band)));
+  return h("figure", { class: drawing.margin === undefined ? null : "differences" }, h("figcaption", {}, `${drawing.title}: ${drawing.unit}`),
+    s("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": drawing.title }, axes, drawn),
+    h("div", {}, curves.map(legend), drawing.margin === undefined ? null
+      : h("span", { class: "key shaded" }, s("svg", { viewBox: "0 0 30 12" }, s("rect", { class: "margin", width: 30, height: 12 })), drawing.band)));
 }
 function difference(c, x, y) {
   const points = c.points.map(([n, i, k]) => [x(n), data.points[i], data.comparisons[k]]);
@@ -197,11 +204,12 @@ function detail(p, d) {
   const seeds = [...new Set(done.map((r) => r.seed))].sort((a, b) => a - b);
   const state = { seed: done.length ? done[0].seed : null, other: partners[0] };
   const body = h("div", {});
-  const fill = () => body.replaceChildren(...sides(p, state));
+  const fill = () => body.replaceChildren(...sides(p, state, fill).filter(Boolean));
   const pick = (label, values, show, set) => (values.length > 1 ? h("label", {}, ` ${label} `, h("select", { onchange: (e) => { set(values[e.target.selectedIndex]); fill(); } }, values.map((v) => h("option", {}, show(v))))) : null);
   dialog.replaceChildren(
     h("header", {}, h("h3", {}, `${name(p)} on ${p.benchmark}`), h("button", { type: "button", onclick: () => dialog.close() }, "close")),
     h("p", {}, p.value === null ? "No record yet: this cell is missing." : `${p.metric} ${percent(p.value)} %, 95 % interval ${interval(p)}, ${p.items} items.` + (p.paper === null ? "" : ` The paper has ${percent(p.paper)}.`)),
+    d && d.outcomes ? h("p", {}, counts(d.outcomes)) : "",
     d ? h("p", {}, `${apart(d)}, p ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}; D2LoRA is ${d.decision}.`) : "",
     h("p", {}, pick("seed", seeds, String, (seed) => { state.seed = seed; }), pick("beside", partners, (o) => o.arm + (o.warmup ? ` ${o.warmup}` : ""), (o) => { state.other = o; })),
     body);
@@ -209,14 +217,16 @@ function detail(p, d) {
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
 }
+const counts = (c) => `Right: both ${c.both}, D2LoRA alone ${c.d2lora_only}, LoRA alone ${c.lora_only}, neither ${c.neither}. McNemar's test compares the two in the middle.`;
 // The base has one run, whatever the seed.
 const run = (p, seed) => p.runs.find((r) => r.done && (r.seed === seed || (p.n === 0 && p.m === 0)));
 
-function sides(p, state) {
+function sides(p, state, fill) {
   const both = [p, state.other].filter(Boolean).sort((a, b) => size(a.m) - size(b.m)).map((x) => ({ point: x, run: run(x, state.seed) }));
   const own = run(p, state.seed) || p.runs.find((r) => r.seed === state.seed) || p.runs[0];
   const lost = state.seed === null ? [] : both.filter((x) => !x.run).map((x) => h("p", { class: "missing" }, `${x.point.arm}: no record of seed ${state.seed}.`));
-  return [h("details", {}, h("summary", {}, "where the number comes from"), ["evaluate", "adapt", "warmup", "prepare"].filter((k) => own[k]).map((k) => record(k, own[k]))), ...lost, ...items(both.filter((x) => x.run))];
+  return [h("details", {}, h("summary", {}, "where the number comes from"), ["evaluate", "adapt", "warmup", "prepare"].filter((k) => own[k]).map((k) => record(k, own[k]))), ...lost,
+    ...["adapt", "warmup"].map((stage) => losses(stage, both.filter((x) => x.run))), ...items(both.filter((x) => x.run), state, fill)];
 }
 function record(stage, key) {
   const r = data.records[key];
@@ -228,14 +238,38 @@ function record(stage, key) {
     when: `${r.started}, ${r.seconds} s, peak memory ${r.peak_memory_mb} MB`, result: JSON.stringify(r.metrics), data: r.data ? JSON.stringify(r.data) : null, spec: JSON.stringify(r.spec) };
   return h("div", {}, title, h("dl", {}, Object.entries(rows).filter(([, v]) => v).map(([k, v]) => [h("dt", {}, k), h("dd", {}, v)])));
 }
-function items(pair) {
-  const shown = pair.map((x) => data.answers[x.run.evaluate]);
-  if (!shown.length || !shown[0]) return [];
-  const set = data.sets[shown[0].set];
-  return [h("h4", {}, `A sample of ${set.length} items`), h("p", { class: "note" }, "Half drawn by chance, half those on which this benchmark's evaluations disagree most: no basis for a rate."),
-    ...set.map(([index, prompt, gold], i) => h("div", { class: "item" },
+// The losses that the trainings of one phase logged, over optimizer steps; an arm's line has its colour.
+const PHASE = { adapt: "adaptation", warmup: "warm-up" };
+function losses(stage, both) {
+  const lines = both.map(({ point, run: r }) => ({ point, points: (data.records[r[stage]] || {}).losses || [] })).filter((x) => x.points.length > 1);
+  if (!lines.length) return null;
+  const every = lines.flatMap((x) => x.points), last = Math.max(...every.map(([step]) => step));
+  const low = Math.min(...every.map(([, v]) => v)), high = Math.max(...every.map(([, v]) => v)), room = (high - low || 1) * 0.06;
+  const x = (step) => LEFT + ((W - LEFT - RIGHT) * step) / last, y = (v) => TOP + ((H - TOP - BOTTOM) * (high + room - v)) / (high - low + 2 * room);
+  const digits = high - low < 1 ? 2 : 1;
+  const grid = [
+    ticks(low, high).map((v) => [s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: y(v), y2: y(v) }), s("text", { x: LEFT - 5, y: y(v) + 4, "text-anchor": "end" }, v.toFixed(digits))]),
+    [0, last].map((step) => s("text", { x: x(step), y: H - BOTTOM + 14, "text-anchor": step ? "end" : "start" }, step)),
+    s("text", { x: (LEFT + W) / 2, y: H - 5, "text-anchor": "middle" }, "optimizer step"),
+  ];
+  const look = (p) => ({ lora: p.m === 0, colour: p.m === 0 ? data.arms.lora : data.arms.d2lora });
+  const line = (p, d) => series(look(p), s("path", { class: "curve", d }));
+  return h("figure", { class: "losses" }, h("figcaption", {}, `Loss of the ${PHASE[stage]}`),
+    s("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `Loss of the ${PHASE[stage]}` }, grid, lines.map((l) => line(l.point, path(l.points.map(([step, v]) => [x(step), y(v)]))))),
+    h("div", {}, lines.map((l) => h("span", { class: "key" }, s("svg", { viewBox: "0 0 30 12" }, line(l.point, "M0 6L30 6")), l.point.arm))));
+}
+function items(pair, state, fill) {
+  const answers = pair.map((x) => data.answers[x.run.evaluate]);
+  if (!answers.length || !answers[0]) return [];
+  const set = data.sets[answers[0].set], metric = pair[0].point.metric;
+  const comparable = answers.length > 1 && answers[1] && answers[1].set === answers[0].set;
+  const flipped = (i) => comparable && answers[0].items[i][1][metric] !== answers[1].items[i][1][metric];
+  const flips = set.filter((_, i) => flipped(i)).length;
+  const filter = flips ? h("label", {}, h("input", { type: "checkbox", name: "flipped", checked: state.flipped || null, onchange: (e) => { state.flipped = e.target.checked; fill(); } }), ` only the ${flips} that differ between the arms`) : null;
+  return [h("h4", {}, `A sample of ${set.length} items`), h("p", { class: "note" }, "Half drawn by chance, half those on which this benchmark's evaluations disagree most: no basis for a rate."), filter,
+    ...set.map(([index, prompt, gold], i) => (state.flipped && flips && !flipped(i) ? null : h("div", { class: "item" },
       h("div", { class: "small" }, `item ${index}`), h("pre", {}, prompt), h("div", { class: "small" }, "gold"), h("pre", {}, gold),
-      h("div", { class: "answers" }, pair.map((x, j) => shown[j] && shown[j].set === shown[0].set ? answer(x.point, shown[j].items[i]) : null))))];
+      h("div", { class: "answers" }, pair.map((x, j) => answers[j] && answers[j].set === answers[0].set ? answer(x.point, answers[j].items[i]) : null)))))];
 }
 function answer(p, [text, scores]) {
   const score = scores[p.metric];
@@ -251,24 +285,33 @@ function content(x) {
   const parts = [x.tables.map(grid), panels.length ? h("div", { class: "figure" }, panels.map(panel)) : null,
     rows.length ? plain(x.rows.head, rows, x.title) : null].flat().filter(Boolean);
   const note = (n) => h("p", { class: /^[\d,]+ of |^Records/.test(n) ? "warning" : "note" }, n);
-  return parts.length ? [x.verdicts.map((v) => verdict(v, hidden)), parts, x.notes.map(note)] : null;
+  const links = x.files.length ? h("p", { class: "note" }, "Files: ", x.files.map((f, i) => [i ? ", " : "", h("a", { href: f }, f.split("/").pop())])) : null;
+  return parts.length ? [x.verdicts.map((v) => verdict(v, hidden)), parts, x.notes.map(note), links] : null;
 }
 function sweep(w) {
   let above = false;
   const sections = w.shown.map((x) => {
-    const shown = content(x);
-    if (!shown) return null;
+    const parts = content(x);
+    if (!parts) return null;
     const folded = x.folded === "yes" || (x.folded === "below others" && above);
     above ||= x.panels.some((f) => f.margin === undefined) || !x.panels.length; // differences take no table's place
-    return folded ? h("details", {}, h("summary", {}, x.title), h("section", {}, shown))
-      : h("section", {}, x.folded === "no" ? h("h3", {}, x.title) : null, shown); // else the sweep's heading names it
+    return folded ? h("details", {}, h("summary", {}, x.title), h("section", {}, parts))
+      : h("section", {}, x.folded === "no" ? h("h3", {}, x.title) : null, parts); // else the sweep's heading names it
   });
-  return h("section", {}, h("h2", {}, `Sweep ${w.name}`), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, sections);
+  return h("section", { id: `sweep-${w.name}` }, h("h2", {}, `Sweep ${w.name}`), h("p", { class: "note" }, held(w)), w.problem ? h("p", { class: "missing" }, `No table: ${w.problem}`) : null, sections);
+}
+const held = (w) => [`${w.finished} of ${w.cells} cells finished`, w.date && `latest record ${w.date}`, w.holds].filter(Boolean).join("; ");
+// All sweeps, the latest first, with what they have; of a single one its own section says it.
+function overview() {
+  if (data.sweeps.length < 2) return null;
+  const rows = data.sweeps.map((w) => ({ keys: [w.date || null, w.name, w.finished, w.holds],
+    row: h("tr", {}, h("td", {}, w.date || "–"), h("td", {}, h("a", { href: `#sweep-${w.name}` }, w.name)), h("td", {}, `${w.finished} of ${w.cells}`), h("td", { class: "holds" }, w.holds)) }));
+  return h("section", {}, h("h2", {}, "Sweeps"), sortable(["latest record", "sweep", "cells finished", "what it has"], rows, "Sweeps"));
 }
 function draw() {
   hide();
   const sweeps = data.sweeps.filter((w) => !chosen.sweep || w.name === chosen.sweep);
-  document.getElementById("main").replaceChildren(...sweeps.map(sweep));
+  document.getElementById("main").replaceChildren(...[chosen.sweep ? null : overview(), ...sweeps.map(sweep)].filter(Boolean));
 }
 dialog.addEventListener("click", (e) => { if (e.target === dialog) dialog.close(); });
 addEventListener("scroll", hide, { passive: true });

@@ -4,6 +4,7 @@ Texts of records (prompts, answers) are not trusted: they are JSON that can't cl
 ever sets them as text.
 """
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterable
@@ -13,26 +14,31 @@ from typing import Any
 import numpy as np
 
 from d2lora.keys import canonical, digest
-from d2lora.records import Record, Records, Score
-from d2lora.report import differences, evidence, figures, formats, paper
+from d2lora.records import ManifestCell, Record, Records, Score
+from d2lora.report import axes, differences, evidence, figures, formats, paper
 from d2lora.report.artefacts import Loaded, Shown
 from d2lora.report.compare import Comparison
-from d2lora.report.content import Rows
+from d2lora.report.content import Rows, Sweep
 from d2lora.report.figures import Curve, Panel
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
-from d2lora.report.points import Point
+from d2lora.report.points import Point, size
 from d2lora.report.tables import Table, column_name
+from d2lora.settings import amount
+from d2lora.settings.controls import NO_CONTROL
+from d2lora.stages.evaluate import EvaluateSpec
 
 _ANSWER, _PROMPT = 600, 2000  # characters kept of a text
+_COUNTS = "right: both / D2LoRA alone / LoRA alone / neither"  # the column of the counts behind McNemar's test
 _BUDGET, _FEWEST, _MOST = 5_000_000, 4, 24  # characters of all answers; sampled items a benchmark
 
 JSON = dict[str, Any]
 
 
 def page(sweeps: list[Loaded], records: Records) -> str:
-    """Return the page's HTML."""
+    """Return the page's HTML; the sweep with the latest record comes first."""
     data = _Data(records)
-    content = {"sweeps": [data.sweep(s) for s in sweeps]} | data.tables()
+    content: JSON = {"sweeps": [data.sweep(s) for s in sweeps]} | data.tables()
+    content["sweeps"].sort(key=lambda sweep: sweep["date"], reverse=True)
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -62,21 +68,33 @@ class _Data:
             "records": self._records(),
             "environments": [json.loads(e) for e in self.environments],
             "markers": self.markers,
-            "pair_head": formats.PAIR_HEAD,
+            "arms": {"lora": figures.LORA, "d2lora": figures.D2LORA},
             "methods": [{"name": name, "label": NAMES[name]} for name in METHODS],  # in the order of tables
         } | samples
 
     def sweep(self, loaded: Loaded) -> JSON:
         for point in loaded.sweep.points:
             self._index(point)
-        shown = [self._shown(s) for s in loaded.shown]
-        self.sweeps += [loaded.sweep.name] * (len(self.points) - len(self.sweeps))
-        return {"name": loaded.sweep.name, "problem": loaded.problem, "shown": shown}
+        sweep = loaded.sweep
+        contents = [self._shown(s, sweep.name) for s in loaded.shown]
+        self.sweeps += [sweep.name] * (len(self.points) - len(self.sweeps))
+        return {
+            "name": sweep.name,
+            "problem": loaded.problem,
+            "shown": contents,
+            "date": _latest(sweep),
+            "holds": contents_of(sweep.cells),
+            "cells": len(sweep.cells),
+            "finished": sum(_is_finished(cell, self.records) for cell in sweep.cells),
+        }
 
-    def _shown(self, shown: Shown) -> JSON:
+    def _shown(self, shown: Shown, sweep: str) -> JSON:
         artefact, content = shown.artefact, shown.content
+        stems = {artefact.name, artefact.figure or artefact.name} if artefact.files else set()
+        folder = self.records.outputs.artefacts(sweep)
         return {
             "title": artefact.title or artefact.caption,
+            "files": sorted(f"{sweep}/{file.name}" for file in folder.glob("*.*") if file.stem in stems),
             "folded": artefact.folded,
             "notes": [*(formats.footnotes(content.tables) if content.tables else []), *content.notes],
             "verdicts": [table.verdict for table in content.verdicts if table.pairs],
@@ -86,13 +104,18 @@ class _Data:
         }
 
     def _table(self, table: Table) -> JSON:
+        counted = any(c.outcomes for c in table.unique_pairs)
         return {
+            "pair_head": [*formats.PAIR_HEAD, *([_COUNTS] if counted else [])],
             "title": table.title,
             "columns": [column_name(table, n) for n in table.columns],
             "verdict": table.verdict,
             "remarks": table.remarks,
             "pairs": [
-                {"points": [self._index(p) for p, own in table.pairs.items() if own is c], "row": row}
+                {
+                    "points": [self._index(p) for p, own in table.pairs.items() if own is c],
+                    "row": [*row, *([_counts(c)] if counted else [])],
+                }
                 for c, row in zip(table.unique_pairs, formats.pair_rows(table), strict=True)
             ],
             "lines": [
@@ -151,6 +174,7 @@ class _Data:
         environment.pop("started", None)
         spec = {k: fingerprint(v) if k == "model" else v for k, v in record.spec.items()}
         metrics = {k: v.as_read() if isinstance(v, Score) else v for k, v in record.metrics.items() if k != "log"}
+        losses = [[entry["step"], float(f"{entry['loss']:.5g}")] for entry in record.log]
         return {
             "stage": record.stage,
             "label": record.label,
@@ -161,6 +185,7 @@ class _Data:
             "data": record.data,
             "metrics": metrics,
             "spec": spec,
+            "losses": losses,
             "environment": self.environments.setdefault(canonical(environment), len(self.environments)),
         }
 
@@ -188,13 +213,48 @@ def _point(p: Point) -> JSON:
     }
 
 
+def _is_finished(cell: ManifestCell, records: Records) -> bool:
+    """Tell whether all evaluations of a cell have records; in a tuned sweep those of most candidates are on validation alone."""
+    keys = [*cell.stages.validation.values(), *cell.stages.evaluate.values()]
+    return all(records.get(EvaluateSpec.KIND, key) for key in keys)
+
+
+def _latest(sweep: Sweep) -> str:
+    """Return the minute (UTC) of the sweep's latest record; empty while it has none."""
+    named = evidence.records_of(sweep.points, sweep.records).values()
+    return max((record.provenance.started for record, _ in named), default="")[:16].replace("T", " ")
+
+
+def contents_of(cells: Iterable[ManifestCell]) -> str:
+    """Say in a line what a sweep has: its models, tasks, methods, initializations, sizes and seeds."""
+    configs = [cell.config for cell in cells]
+    names = {part: dict.fromkeys(c[part]["name"] for c in configs) for part in ("model", "task", "method", "init")}
+    named = [*names["model"], *names["task"], *(NAMES[name] for name in names["method"]), *names["init"]]
+    controls = dict.fromkeys(axes.control(c) for c in configs if axes.control(c) != NO_CONTROL)
+    sizes = [
+        f"{key}={','.join(amount(value) for value in sorted({c[key] for c in configs}, key=size))}"
+        for key in ("m", "n")
+    ]
+    seeds = len({c["seed"] for c in configs})
+    arms = [f"control {name}" for name in controls]
+    return ", ".join([*named, *arms, *sizes, f"{seeds} seed{'s'[: seeds != 1]}"]) if configs else ""
+
+
 def _rows(table: Rows) -> JSON:
     return {"head": table.head, "rows": table.rows, "shows": table.shows}
 
 
+def _counts(c: Comparison) -> str:
+    """Return the counts of items behind McNemar's test; nothing for other tests."""
+    if (counts := c.outcomes) is None:
+        return ""
+    return f"{counts.both} / {counts.d2lora_only} / {counts.lora_only} / {counts.neither}"
+
+
 def _comparison(c: Comparison) -> JSON:
     numbers = ("difference", "interval", "detectable", "p", "adjusted", "test", "seeds", "decision")
-    return {k: getattr(c, k) for k in numbers} | {"beyond": c.beyond_chance}
+    outcomes = dataclasses.asdict(c.outcomes) if c.outcomes else None
+    return {k: getattr(c, k) for k in numbers} | {"beyond": c.beyond_chance, "outcomes": outcomes}
 
 
 # --- samples of items ----------------------------------------------------------------------------------------------
@@ -217,7 +277,13 @@ def _samples(points: Iterable[Point], records: Records) -> JSON:
         lines = sample(firsts, min(_MOST, max(_FEWEST, count)))
         for key, metrics in group.items():
             items = records.texts(key, lines)
-            texts = [[_cut(str(i["answer"]), _ANSWER), {metric: i[metric] for metric in metrics}] for i in items]
+            texts = [
+                [
+                    _cut("" if i["answer"] is None else str(i["answer"]), _ANSWER),
+                    {metric: i[metric] for metric in metrics},
+                ]
+                for i in items
+            ]
             answers[key] = {"set": name, "items": texts}
             if name not in sets:
                 sets[name] = [

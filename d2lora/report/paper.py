@@ -14,7 +14,9 @@ from d2lora.report.axes import LABELS
 from d2lora.report.looks import PLAIN
 from d2lora.report.points import Point
 from d2lora.settings.controls import NO_CONTROL
+from d2lora.settings.methods import Dpo, Orpo, Sft
 
+SFT, DPO, ORPO = (method.model_fields["name"].default for method in (Sft, Dpo, Orpo))
 _ALL_TITLES = 7000  # Table 1's last column says 7k and can only mean all pairs that are not held out
 _WARMUPS = ("", "mix40k")  # none, and the paper's mix
 
@@ -44,21 +46,21 @@ class Artefact:
     name: str
     caption: str
     role: Literal["math", "titles", "forgetting"]
-    methods: tuple[str, ...] = ("sft", "dpo", "orpo")
+    methods: tuple[str, ...] = (SFT, DPO, ORPO)
     sizes: Literal["large", "small"] = "large"
     warmed: bool = True  # whether D2LoRA is in it
     panel: Literal["all", "method"] = "method"
 
 
 TABLES = (
-    Artefact("table1", "Table 1: ROUGE of LoRA and D2LoRA in title generation", "titles", ("sft",)),
+    Artefact("table1", "Table 1: ROUGE of LoRA and D2LoRA in title generation", "titles", (SFT,)),
     Artefact("table3", "Table 3: accuracy of SFT, DPO and ORPO, LoRA and D2LoRA, in mathematical reasoning", "math"),
 )
 FIGURES = (
     Artefact("figure1", "Figure 1: SFT, DPO and ORPO with LoRA over n", "math", warmed=False, panel="all"),
     Artefact("figure2", "Figure 2: LoRA and D2LoRA over n for each method", "math"),
     Artefact("figure3", "Figure 3: what the base knew (forgetting) over n for each method", "forgetting"),
-    Artefact("figure4", "Figure 4: LoRA and D2LoRA with ORPO and few samples", "math", ("orpo",), "small"),
+    Artefact("figure4", "Figure 4: LoRA and D2LoRA with ORPO and few samples", "math", (ORPO,), "small"),
 )
 
 

@@ -15,7 +15,7 @@ from d2lora.records import Manifest, Records
 from d2lora.report import axes
 from d2lora.report.axes import LABELS, Axes, general
 from d2lora.report.looks import QUANTIZING
-from d2lora.scoring import shown_metrics
+from d2lora.scoring import is_graded, shown_metrics
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL, control_of
 from d2lora.stages.adapt import AdaptSpec
@@ -42,6 +42,11 @@ def label_texts(point: Any, keys: Iterable[str]) -> list[str]:
     """Return what a point has of named parts and settings, for a row's label or a panel's title: milora, lr=0.001."""
     names = [point.axes.get(k) and axes.text(k, point.axes[k]) if k not in LABELS else getattr(point, k) for k in keys]
     return [name for name in names if name]
+
+
+def arm_name(m: int | str, control: str) -> str:
+    """Return the name of an arm of any n: LoRA, D2LoRA(40k, n), or that of a control arm."""
+    return "LoRA" if m == 0 else control_of(control).label.format(m=amount(m), n="n")
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Point:
 
     @property
     def arm(self) -> str:
-        return "LoRA" if self.m == 0 else self.arm_label.format(m=amount(self.m), n="n")
+        return arm_name(self.m, self.control)
 
     @property
     def arm_label(self) -> str:
@@ -95,6 +100,11 @@ class Point:
     def value_of(self, key: str) -> int | str:
         """Return n, m, a named part or another setting; empty where the point does not depend on it."""
         return getattr(self, key) if key in ("n", "m", "method", "control", *LABELS) else self.axes.get(key, "")
+
+    @property
+    def rows(self) -> int | None:
+        """Return n as a number of rows; of "all" as many as its records say, None while there are none."""
+        return self.samples if self.n == "all" else int(self.n)
 
     @property
     def is_base(self) -> bool:
@@ -129,11 +139,13 @@ class Point:
     @cached_property
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % interval of the value: stats.interval; of clustered items, from clusters drawn again."""
-        if not self.scores:
-            return None
-        if self.clusters is None:
-            return stats.interval(self.table)
-        return stats.clipped(stats.percentiles(stats.bootstrap(self.units)), 0.0, self.table)
+        return stats.interval(self.table, is_graded(self.metric), self.clusters) if self.scores else None
+
+
+def interval_of(records: Records, key: str, metric: str) -> tuple[float, float]:
+    """Return the 95 % interval of a finished evaluation's metric, as tables have it for one training."""
+    records.get(EvaluateSpec.KIND, key)
+    return stats.interval(records.scores(key, metric)[None], is_graded(metric), records.clusters(key))
 
 
 def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()) -> list[Point]:
@@ -154,14 +166,14 @@ def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()
             run = Run(cell.id, key, stages.adapt, stages.warmup, stages.prepare, stages.flips.get(benchmark))
             limit = c["task"]["benchmark"].get(benchmark, {}).get("limit")
             for metric in metrics[benchmark]:
-                place = (*(names[k] for k in labels), *shape.values(), benchmark, metric, *sorted(others.items()))
-                if place not in points:
-                    points[place] = Point(
+                identity = (*(names[k] for k in labels), *shape.values(), benchmark, metric, *sorted(others.items()))
+                if identity not in points:
+                    points[identity] = Point(
                         **names, **shape, benchmark=benchmark, metric=metric, limit=limit, axes=others,
                         tuned=axes.axes_of(cell, benchmark, folded),
                     )  # fmt: skip
-                points[place].draws.add(c["data_seed"])
-                _add(points[place], c["seed"], run, records)
+                points[identity].draws.add(c["data_seed"])
+                _add(points[identity], c["seed"], run, records)
     return list(points.values())
 
 
@@ -174,7 +186,7 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
         point.clusters = records.clusters(run.evaluate)
         spec = record.spec
-        point.tested.add(canonical(spec.get("benchmark") or spec.get("lm_eval")))
+        point.tested.add(canonical(spec.get("benchmark") or [spec.get("lm_eval"), spec.get("harness")]))
         if len(point.tested) > 1:
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"
@@ -185,13 +197,13 @@ def _add(point: Point, seed: int, run: Run, records: Records) -> None:
 
 def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:
     """Return each benchmark's metrics to show: [""] while it has no result."""
-    shown: dict[str, list[str]] = {}
+    metrics_of: dict[str, list[str]] = {}
     for cell in manifest.cells:
         for benchmark, key in cell.stages.evaluate.items():
-            metrics = shown.setdefault(benchmark, [])
+            metrics = metrics_of.setdefault(benchmark, [])
             if not metrics and (record := records.get(EvaluateSpec.KIND, key)):
                 metrics += shown_metrics(list(record.scores))
-    return {benchmark: metrics or [""] for benchmark, metrics in shown.items()}
+    return {benchmark: metrics or [""] for benchmark, metrics in metrics_of.items()}
 
 
 def size(amount: int | str) -> float:

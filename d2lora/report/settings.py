@@ -36,6 +36,7 @@ _ROWS = (
     ("order of samples (data_seed)", "data_seed"),
     ("hold-outs (split_seed)", "split_seed"),
 )
+UNUSED = "N/A"  # a setting that a column's cells do not have
 # What the columns are made of.
 _APART = (
     "n",
@@ -75,8 +76,8 @@ def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]
 def _values(config: dict) -> dict[str, str]:
     """Return the settings of a cell that a column shows, flat."""
     method = config["method"]["name"]
-    found = {k: v for k, v in flat(config) if not _apart(k)}
-    return found | {
+    values = {k: v for k, v in flat(config) if not _apart(k)}
+    return values | {
         "method": method,
         "lr": str(config["recipe"]["lr"][method]),
         "recipe.lr.warmup": str(config["recipe"]["lr"]["warmup"]),
@@ -88,7 +89,7 @@ def _apart(key: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    return "N/A" if value in (None, "None") else str(value)
+    return UNUSED if value in (None, "None") else str(value)
 
 
 def _ran(configs: list[dict], axis: str) -> str:

@@ -3,8 +3,10 @@ setting.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+
+import numpy as np
 
 from d2lora.report import axes, variances, worth
 from d2lora.report.axes import LABELS, order_of
@@ -12,6 +14,7 @@ from d2lora.report.compare import MARGIN, Comparison, comparisons
 from d2lora.report.looks import METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts
 from d2lora.report.verdict import verdict
+from d2lora.scoring import unit_of
 from d2lora.settings import amount
 from d2lora.settings.controls import CONTROL_NAMES
 
@@ -40,7 +43,10 @@ class Line:
 
 @dataclass
 class Table:
-    """One benchmark with one metric; `column` is the setting in the columns."""
+    """One benchmark with one metric; `column` is the setting in the columns.
+
+    `equal` are the tables of other metrics with the same score on every item, as ROUGE-L and ROUGE-Lsum have of a single line.
+    """
 
     title: str
     points: list[Point]
@@ -48,6 +54,7 @@ class Table:
     lines: list[Line]
     column: str = "n"
     margin: float = MARGIN
+    equal: list["Table"] = field(default_factory=list)
 
     @cached_property
     def pairs(self) -> dict[Point, Comparison]:
@@ -73,17 +80,38 @@ class Table:
 
 
 def build(points: Iterable[Point], column: str | None = None, margin: float = MARGIN) -> list[Table]:
-    """Return a table for each benchmark and metric.
+    """Return a table for each benchmark and metric; metrics that are equal on every item share one.
 
     `column` names the setting of the columns (column_of without one); `margin`, in points, is that of equivalence.
     """
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.benchmark, point.metric), []).append(point)
-    return [
-        _table(benchmark, metric, group, column or column_of(group), margin)
-        for (benchmark, metric), group in groups.items()
-    ]
+    distinct: list[Table] = []
+    for (benchmark, metric), group in groups.items():
+        table = _table(benchmark, metric, group, column or column_of(group), margin)
+        if same := next((other for other in distinct if _have_equal_scores(other.points, group)), None):
+            same.equal.append(table)
+            same.title = _shared_title(same)
+        else:
+            distinct.append(table)
+    return distinct
+
+
+def _have_equal_scores(points: list[Point], others: list[Point]) -> bool:
+    """Tell whether two metrics of one benchmark have the same score on every item of every cell."""
+    if points[0].benchmark != others[0].benchmark or not any(p.scores for p in points) or len(points) != len(others):
+        return False
+    return all(
+        p.scores.keys() == q.scores.keys() and all(np.array_equal(p.scores[s], q.scores[s]) for s in p.scores)
+        for p, q in zip(points, others, strict=True)
+    )
+
+
+def _shared_title(table: Table) -> str:
+    """Return the title of a table that stands for several metrics."""
+    metrics = [each.points[0].metric for each in (table, *table.equal)]
+    return f"{table.points[0].benchmark}: {' and '.join(metrics)} (equal on every item) in %"
 
 
 def column_of(points: list[Point]) -> str:
@@ -101,7 +129,7 @@ def _table(benchmark: str, metric: str, points: list[Point], column: str, margin
     keys = [k for k in ("m", "control", "n", *differing(points)) if k != column]
     lines = _lines(points, keys, column)
     columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
-    title = f"{benchmark}: {metric or 'no result yet'} in %"
+    title = f"{benchmark}: {metric or 'no result yet'} in {unit_of(metric).name}"
     return Table(title, points, columns, lines, column, margin)
 
 

@@ -11,11 +11,13 @@ from d2lora.report.points import Point, points_of
 
 
 def points(manifest: Manifest, records: Records) -> tuple[list[Point], list[Point]]:
-    """Return the points of a tuned sweep's chosen cells, and those of its cells at the recipe's own values, if there are any.
+    """Return the points of a sweep's cells. Of a tuned sweep those of the chosen cells, and those of its cells at the
+    recipe's own values, if there are any.
 
     Both have the cells that depend on no tuned setting. UserError as of points_of.
     """
-    assert manifest.tuning is not None
+    if manifest.tuning is None:
+        return points_of(manifest, records), []
     chosen = points_of(_cells(manifest, lambda c: c.chosen), records, manifest.tuning.keys)
     if not any(c.own for arm in manifest.tuning.arms for c in arm.candidates):
         return chosen, []
@@ -106,8 +108,8 @@ def text(tuning: Tuning) -> str:
 
 
 def _short(candidate: Candidate) -> str:
-    shown = f"{_values(candidate)}: {formats.percent(candidate.mean) or 'missing'}"
-    return f"[{shown}]" if candidate.chosen else f" {shown} "
+    text = f"{_values(candidate)}: {formats.percent(candidate.mean) or 'missing'}"
+    return f"[{text}]" if candidate.chosen else f" {text} "
 
 
 def table(tuning: Tuning) -> tuple[list[str], list[list[str]]]:

@@ -4,7 +4,7 @@ from d2lora.settings.config import Config, Wandb, parse
 from d2lora.settings.inits import INIT_NAMES, INITS, PLAIN, QUANTIZING, Init, PlainInit, init_of
 from d2lora.settings.methods import METHOD_NAMES, METHODS, Dpo, Method, Orpo, Sft, method_of
 from d2lora.settings.recipe import RATE, Epochs, Lora, Machine, Rates, Recipe, Training
-from d2lora.settings.tasks import Benchmark, Data, Model, Prompt, Task, Turn, Warmup
+from d2lora.settings.tasks import Benchmark, Data, HarnessTask, Model, Prompt, Task, Turn, Warmup
 from d2lora.settings.values import Amount, PathText, Positive, Rate, Seed, Template, Text, Value, amount, fields
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Data",
     "Dpo",
     "Epochs",
+    "HarnessTask",
     "Init",
     "Lora",
     "Machine",

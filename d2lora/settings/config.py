@@ -21,7 +21,13 @@ from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
 from d2lora.settings.recipe import RATE, Recipe
 from d2lora.settings.tasks import Benchmark, Model, Task, Warmup
-from d2lora.settings.values import Amount, PathText, Seed, Strict, Text
+from d2lora.settings.values import Amount, PathText, Seed, Strict, Text, shown
+
+OF_VALIDATION = "_validation"  # ends the name of the validation benchmark of another
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Wandb(Strict):
@@ -30,6 +36,9 @@ class Wandb(Strict):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with credentials, offline without
     project: Text | None = None  # WANDB_PROJECT, or d2lora
     entity: Text | None = None  # WANDB_ENTITY, or the account's own
+    group: Text | None = None  # WANDB_RUN_GROUP, or the sweep
+    tags: Annotated[list[Annotated[Text, Field(max_length=64)]], BeforeValidator(_listed)] = Field(default=[])
+    notes: Text | None = None  # WANDB_NOTES
     artifacts: StrictBool = True  # adapters, with their lineage
     patience: Annotated[float, Field(gt=0)] = 60  # seconds that a job waits for the server before it goes on without
 
@@ -41,10 +50,6 @@ class Report(Strict):
         None  # the setting of the columns and the x axis, by its key; the one with the most values without it
     )
     margin: Annotated[float, Field(gt=0)] = 1.0  # points within which two arms are called equivalent
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class Config(Strict):
@@ -66,6 +71,9 @@ class Config(Strict):
     tune: Annotated[list[Text], BeforeValidator(_listed)] = Field(
         default=[]
     )  # keys whose values a sweep chooses on validation benchmarks, arm by arm
+    objective: Annotated[list[Text], BeforeValidator(_listed)] = Field(
+        default=[], exclude=True
+    )  # what a sweeper optimizes: BENCHMARK/METRIC
     sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
     report: Report = Report()
@@ -78,8 +86,35 @@ class Config(Strict):
 
     @property
     def benchmarks(self) -> dict[str, Benchmark]:
-        """The task's benchmarks, and where settings are tuned its validation benchmarks."""
-        return self.task.benchmark | (self.task.validation if self.tune else {})
+        """The task's benchmarks, and where settings are chosen by them its validation benchmarks."""
+        return self.task.benchmark | (self.task.validation if self.is_validated else {})
+
+    @property
+    def objectives(self) -> list[tuple[str, str]]:
+        """Return benchmark and metric of each objective: the validation benchmark of the one that is named, if it has one."""
+        pairs = [(name, metric) for name, _, metric in (text.rpartition("/") for text in self.objective)]
+        return [
+            (f"{name}{OF_VALIDATION}" if f"{name}{OF_VALIDATION}" in self.task.validation else name, metric)
+            for name, metric in pairs
+        ]
+
+    @property
+    def is_validated(self) -> bool:
+        """Tell whether the cell is evaluated on validation benchmarks: to choose settings by them."""
+        return bool(self.tune) or any(name in self.task.validation for name, _ in self.objectives)
+
+    @model_validator(mode="after")
+    def _objective_is_measured(self) -> "Config":
+        known = [*self.task.validation, *self.task.benchmark, *(task.name for task in self.task.harness_tasks)]
+        for text, (name, metric) in zip(self.objective, self.objectives, strict=True):
+            if name not in known or not metric:
+                raise ValueError(
+                    f"objective={text}: BENCHMARK/METRIC, with a benchmark of {', '.join(known) or 'none'}"
+                )
+            benchmark = (self.task.validation | self.task.benchmark).get(name)
+            if benchmark and metric not in benchmark.scoring.metrics:
+                raise ValueError(f"objective={text}: {name} has {', '.join(benchmark.scoring.metrics)}")
+        return self
 
     @model_validator(mode="after")
     def _data_root_where_needed(self) -> "Config":
@@ -214,7 +249,9 @@ def _line(problem: Any) -> str:
         others = [name for name in classes[choice].model_fields if name != "name"]
         allowed = f" with {loc[0]}={choice}, which takes {', '.join(others) or 'no settings'}"
     key = ".".join(
-        str(part) for part in loc if not str(part).startswith(("literal", "constrained-", "prompt-", "[key]"))
+        str(part)
+        for part in loc
+        if not str(part).startswith(("literal", "constrained-", "prompt-", "harness-", "[key]"))
     )
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -227,4 +264,4 @@ def _line(problem: Any) -> str:
         return f"{key}.name={problem['ctx']['tag']}: one of {', '.join(classes)}"
     if isinstance(problem["input"], BaseModel | dict):
         return f"{key}: {text}" if key else text
-    return f"{key}={problem['input']}: {text[0].lower() + text[1:]}"
+    return f"{key}={shown(problem['input'])}: {text[0].lower() + text[1:]}"

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from d2lora.settings.values import Strict, Text
+from d2lora.settings.values import Positive, Strict, Text
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ def _listed(name: Any) -> Any:
 
 
 class Planning(Strict):
-    """Settings of the forecast in a plan. None of them changes a result, so they are in no key and no manifest."""
+    """Settings of a plan and its forecast. None of them changes a result, so they are in no key and no manifest."""
 
     gpu: Annotated[Text, AfterValidator(_listed)] | None = None  # null: the one that is here
     price: Annotated[float, Field(gt=0)] | None = None  # of an hour of it, in dollars
+    engines: Positive | None = (
+        None  # jobs among which the evaluations that ask an engine are divided; null: what the launcher has
+    )

@@ -36,6 +36,7 @@ class BaseInit(Strict):
     any_layer: ClassVar[bool] = False  # also starts what PEFT adapts as parameters (experts), not linear layers alone
     variant: ClassVar[bool] = False  # begins as PEFT's default, and what an adapted layer computes is another
     exact_start: ClassVar[bool] = True  # the adapter adds exactly 0 at step 0, not 0 to rounding
+    any_engine: ClassVar[bool] = True  # others than the model in memory compute its adapters, too
     extra: ClassVar[Extra | None] = None
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # arguments of PEFT's LoraConfig
 
@@ -191,6 +192,7 @@ class LoftqInit(PreparedInit):
 
     quantizes: ClassVar[bool] = True
     adds_up: ClassVar[bool] = False  # each has the part of the base that quantization lost
+    any_engine: ClassVar[bool] = False
     extra: ClassVar[Extra | None] = Extra("bitsandbytes", "loftq")
 
     name: Literal["loftq"] = "loftq"
@@ -225,6 +227,7 @@ class DoraInit(BaseInit):
 
     variant: ClassVar[bool] = True
     adds_up: ClassVar[bool] = False  # a magnitude scales the sum of the base's weight and the adapter's
+    any_engine: ClassVar[bool] = False  # vLLM refuses it
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_dora": True})
 
     name: Literal["dora"] = "dora"

@@ -8,11 +8,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, StrictBool, model_validator
 
 from d2lora.settings.methods import METHOD_NAMES, method_of
-from d2lora.settings.values import Positive, Rate, Strict, Text
+from d2lora.settings.values import PathText, Positive, Rate, Strict, Text, shown
 
 WARMUP = "warmup"  # phase 1, beside phase 2's methods
 RATE = "recipe.lr"  # as an axis: the learning rate of a cell's own method, whichever it is
 _FACTOR = "lr_factor"
+
+# Tokens of a pass with recipe.micro_batch=auto. On a GPU enough that launching kernels costs little beside their work; on
+# a CPU, which gains nothing from more, few: activations are most of a small model's memory.
+PASS_TOKENS = {"cuda": 8192, "cpu": 1024}
 
 _T = TypeVar("_T")
 
@@ -78,11 +82,15 @@ class Machine(Strict):
     But see Recipe.in_key about dropout.
     """
 
-    micro_batch: Positive
+    micro_batch: Positive | Literal["auto"]
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
-    attention: Literal["sdpa", "flex_attention"] = "sdpa"  # eager would add a packed batch's mask, not apply it
+    attention: Literal["auto", "sdpa", "flex_attention", "by_text"] = "sdpa"  # eager would add a mask, not apply it
     eval_batch: Positive = 16
+    engine: Literal["memory", "vllm"] = "memory"  # what answers in evaluations (docs/engines.md)
+    engine_python: PathText = ".engine/bin/python"
     gradient_checkpointing: StrictBool = False
+    compile: Literal[False, "layers"] = False
+    kernels: StrictBool = False
     threads: Positive | None = None
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
 
@@ -102,16 +110,27 @@ class Recipe(Machine, Training):
             return values
         factor = values[_FACTOR]
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-            raise ValueError(f"{_FACTOR}={factor}: a number above 0")
+            raise ValueError(f"{_FACTOR}={shown(factor)}: a number above 0")
         rest = {key: value for key, value in values.items() if key != _FACTOR}
         rates = rest.get("lr")
         if not isinstance(rates, dict):
             return rest
         return rest | {"lr": {phase: _times(rate, factor, phase) for phase, rate in rates.items()}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_choice_with_dropout(cls, values: Any) -> Any:
+        """Replace `auto` where there is dropout: which units are dropped must not depend on a machine's memory."""
+        lora, batch = (values.get(name) if isinstance(values, dict) else None for name in ("lora", "batch"))
+        dropout = lora.get("dropout") if isinstance(lora, dict) else getattr(lora, "dropout", 0)
+        if not dropout or not isinstance(batch, int) or batch < 1:
+            return values
+        fixed = {"micro_batch": next(size for size in (4, 2, 1) if batch % size == 0), "attention": "sdpa"}
+        return values | {name: value for name, value in fixed.items() if values.get(name) == "auto"}
+
     @model_validator(mode="after")
     def _micro_batch_divides_batch(self) -> "Recipe":
-        if self.batch % self.micro_batch:
+        if self.micro_batch != "auto" and self.batch % self.micro_batch:
             raise ValueError(f"batch={self.batch} must be a multiple of micro_batch={self.micro_batch}")
         return self
 

@@ -50,38 +50,6 @@ def _kind_name(value: Any) -> Any:
     return value
 
 
-class Benchmark(Strict):
-    """A test: rows, a prompt, and how an answer is scored."""
-
-    data: Data
-    kind: Annotated[str, BeforeValidator(_kind_name)]
-    prompt: Template
-    gold: Template  # the reference answer, or a column with a list of them; choice: the label of the right choice
-    choices: Text | None = None  # choice: dotted path of the list of texts, and of their labels
-    labels: Text | None = None
-    chat: StrictBool = True
-    max_new_tokens: Positive = 512
-    limit: Positive | None = None  # the first rows only
-    # The column that says which rows belong together, as those of one passage or template: they are not independent.
-    cluster: Text | None = None
-
-    def content(self) -> dict[str, Any]:
-        """Return what a key has of the benchmark beside its data; without clusters nothing of them, as before there were any."""
-        return self.model_dump(exclude={"data"} if self.cluster else {"data", "cluster"})
-
-    @property
-    def scoring(self) -> Kind:
-        """Return how answers are scored, by `kind`."""
-        return kind_named(self.kind)
-
-    @model_validator(mode="after")
-    def _kind_has_its_fields(self) -> "Benchmark":
-        needs = self.scoring.needs
-        if not all(getattr(self, name) for name in needs):
-            raise ValueError(f"kind {self.kind} needs {' and '.join(needs)}, the paths of two lists")
-        return self
-
-
 class Turn(Strict):
     """A turn of a prompt."""
 
@@ -94,6 +62,110 @@ Prompt = Annotated[
     Annotated[Template, Tag("prompt-text")] | Annotated[list[Turn], Field(min_length=1), Tag("prompt-turns")],
     Discriminator(lambda value: "prompt-turns" if isinstance(value, list) else "prompt-text"),
 ]
+
+
+class HarnessTask(Strict):
+    """A task of lm-evaluation-harness, and what is to be other than the harness has it."""
+
+    name: Text
+    fewshot: Annotated[StrictInt, Field(ge=0)] | None = None  # examples before each question; null: as the task has it
+    chat: StrictBool = False  # questions, and examples as turns before them, in the base's chat template
+    limit: Positive | None = None  # the first items only
+    filter: Text | None = None  # which of the ways in which the task reads an answer counts; null: its first
+
+    def changed(self) -> dict[str, Any]:
+        """Return the settings that are not at their defaults, without the name."""
+        return self.model_dump(exclude={"name"}, exclude_defaults=True)
+
+
+# Tagged, so that pydantic reports errors of the form that was used.
+HarnessName = Annotated[
+    Annotated[Text, Tag("harness-name")] | Annotated[HarnessTask, Tag("harness-settings")],
+    Discriminator(lambda value: "harness-name" if isinstance(value, str) else "harness-settings"),
+]
+
+
+def _prompt_texts(prompt: str | list[Turn] | None) -> list[str]:
+    """Return the templates of a prompt: of turns, one each."""
+    return [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt or []]
+
+
+def _option(value: Any) -> Any:
+    """Validate a choice: a text with {column} fields, or a number as its text."""
+    if isinstance(value, bool):
+        raise ValueError('a text or a number: YAML reads yes, no, true and false as truth values: write "yes"')
+    return str(value) if isinstance(value, int | float) else value
+
+
+Option = Annotated[Template, BeforeValidator(_option)]
+
+# Tagged, so that pydantic reports errors of the form that was used, and not of both.
+_is_list = Discriminator(lambda value: "prompt-list" if isinstance(value, list) else "prompt-path")
+Choices = Annotated[
+    Annotated[Text, Tag("prompt-path")] | Annotated[list[Option], Field(min_length=2), Tag("prompt-list")], _is_list
+]
+Labels = Annotated[
+    Annotated[Text, Tag("prompt-path")] | Annotated[list[Value], Field(min_length=2), Tag("prompt-list")], _is_list
+]
+
+
+class Benchmark(Strict):
+    """A test: rows, a prompt, and how an answer is scored."""
+
+    data: Data
+    kind: Annotated[str, BeforeValidator(_kind_name)]
+    prompt: Prompt  # a text, or turns; "{column}" of a column with conversations
+    gold: Template  # the reference answer, or a column with a list of them; choice: the label of the right choice
+    # choice: the dotted path of a row's list of texts, or texts that are the same for all rows or filled with their columns.
+    choices: Choices | None = None
+    labels: Labels | None = (
+        None  # choice: what the gold names them by: such a path, or values; null: the choices themselves
+    )
+    chat: StrictBool = True
+    max_new_tokens: Positive = 512
+    limit: Positive | None = None  # the first rows only
+    # The column that says which rows belong together, as those of one passage or template: they are not independent.
+    cluster: Text | None = None
+    script: Literal["latin", "any"] = "latin"  # rouge: which letters words are made of
+    too_long: Literal["refuse", "leave_out"] = "refuse"  # items that the model can't take
+
+    def content(self) -> dict[str, Any]:
+        """Return what a key has of the benchmark beside its data; a setting that came later only where it is set."""
+        later = {"cluster", "script", "too_long"}
+        unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(exclude={"data"} | unset)
+
+    @property
+    def scoring(self) -> Kind:
+        """Return how answers are scored, by `kind`."""
+        return kind_named(self.kind, self.script)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Return the templates of the prompt: of turns, one each."""
+        return _prompt_texts(self.prompt)
+
+    @model_validator(mode="after")
+    def _kind_has_its_fields(self) -> "Benchmark":
+        if missing := [name for name in self.scoring.needs if not getattr(self, name)]:
+            raise ValueError(f"kind {self.kind} needs {' and '.join(missing)}: the path of a list, or a list")
+        if self.script != "latin" and self.scoring.family != "rouge":
+            raise ValueError(f"script={self.script}: only kind rouge reads words; {self.kind} needs no script")
+        if isinstance(self.prompt, list) and not self.chat:
+            raise ValueError("chat=false: a prompt of turns needs the chat template")
+        if isinstance(self.prompt, list) and self.prompt[-1].role not in ("user", "tool"):
+            raise ValueError(f"the prompt ends with a turn of the {self.prompt[-1].role}: nothing is asked")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_name_choices(self) -> "Benchmark":
+        if not isinstance(self.labels, list):
+            return self
+        if twice := {str(label) for label in self.labels if [str(x) for x in self.labels].count(str(label)) > 1}:
+            raise ValueError(f"labels={self.labels}: {', '.join(sorted(twice))} names several choices")
+        if isinstance(self.choices, list) and len(self.choices) != len(self.labels):
+            raise ValueError(f"{len(self.choices)} choices, but {len(self.labels)} labels")
+        return self
 
 
 class Task(Strict):
@@ -116,7 +188,8 @@ class Task(Strict):
     validation: dict[Text, Benchmark] = Field(
         default={}
     )  # what `tune` chooses settings on, the first; read for nothing else
-    lm_eval: list[Text] = Field(default=[])  # names of lm-evaluation-harness's own tasks
+    lm_eval: list[HarnessName] = Field(default=[])  # lm-evaluation-harness's tasks: a name, or a name with settings
+    lm_eval_path: PathText | None = None  # a folder of tasks of your own, as YAML files of the harness
 
     @model_validator(mode="after")
     def _validation_has_names_of_its_own(self) -> "Task":
@@ -124,12 +197,24 @@ class Task(Strict):
             raise ValueError(f"validation.{both}: a benchmark has this name too")
         return self
 
+    @model_validator(mode="after")
+    def _harness_has_names_of_its_own(self) -> "Task":
+        names = [task.name for task in self.harness_tasks]
+        known = [*self.benchmark, *self.validation]
+        if both := ", ".join(dict.fromkeys(name for name in names if names.count(name) > 1 or name in known)):
+            raise ValueError(f"lm_eval={both}: more than one benchmark has this name")
+        return self
+
+    @property
+    def harness_tasks(self) -> list[HarnessTask]:
+        """Return the harness's tasks, each with its settings."""
+        return [HarnessTask(name=task) if isinstance(task, str) else task for task in self.lm_eval]
+
     @property
     def templates(self) -> list[str]:
         """Return all templates of columns."""
-        prompt = [self.prompt] if isinstance(self.prompt, str) else [turn.content for turn in self.prompt or []]
         answers = (self.prefix, self.chosen, self.rejected, self.full_chosen, self.full_rejected)
-        return [*prompt, *filter(None, answers)]
+        return [*_prompt_texts(self.prompt), *filter(None, answers)]
 
 
 class Warmup(Strict):

@@ -1,5 +1,7 @@
 """Define the types that settings consist of: texts, templates, amounts, rates."""
 
+import contextlib
+import json
 import math
 import re
 from pathlib import Path
@@ -91,6 +93,14 @@ Positive = Annotated[StrictInt, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+
+
+def shown(value: object) -> object:
+    """Return a value as an error shows it: a number or the like in quotes would look as if it were right."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str) and not isinstance(json.loads(value), str):
+            return f"{value!r}, a text"
+    return value
 
 
 def amount(value: int | str) -> str:

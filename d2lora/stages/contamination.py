@@ -43,7 +43,12 @@ class Pair:
 
     @property
     def question(self) -> list[str]:
-        return sorted(fields(self.benchmark.prompt))
+        return sorted(set().union(*map(fields, self.benchmark.prompts)))
+
+    @property
+    def prompt(self) -> str:
+        """Return the template of what a test item asks: of turns, the last one."""
+        return self.benchmark.prompts[-1]
 
     @property
     def answer(self) -> list[str]:
@@ -55,7 +60,7 @@ class Pair:
             "data": data.identity(self.benchmark.data, self.split_seed),
             "question": self.question,
             "answer": self.answer,
-            "prompt": self.benchmark.prompt,
+            "prompt": self.prompt,
             "gold": self.benchmark.gold,
         }
         train = {
@@ -109,7 +114,7 @@ def work(run: Run[ContaminationSpec]) -> Result:
         rows,
         list(pair.columns),
         run.progress,
-        prompt=pair.benchmark.prompt,
+        prompt=pair.prompt,
         gold=pair.benchmark.gold,
         trained=pair.templates,
     )

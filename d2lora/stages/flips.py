@@ -40,7 +40,7 @@ def stages(config: Config) -> Iterator[Stage[FlipsSpec]]:
         return
     batches = (1, max(2, config.recipe.eval_batch))
     for stage in evaluate.stages(config, None):
-        spec = FlipsSpec(**vars(stage.spec), batches=batches, items=FLIP_ITEMS)
+        spec = FlipsSpec(**vars(stage.spec) | {"engine": None}, batches=batches, items=FLIP_ITEMS)  # the one in memory
         label = f"{stage.label} at batch {batches[0]} and {batches[1]}"
         yield Stage(spec, label=label, subject=stage.subject)
 

@@ -107,7 +107,7 @@ def work(run: Run[PrepareSpec]) -> Result:
         sequences = [s for e in data.sft_examples(subset.examples) for s in data.sequences(e)]
         looked_at = [Sequence(input_ids=s["input_ids"], labels=s["labels"]) for s in sequences]
         prepare(wrapped, start, looked_at, run.progress)
-        saved = attach.save(run.base, wrapped, run.folder)
+        saved = attach.save(run.base, wrapped, run.folder, spec.init.quantizes)
     # LoftQ's too was prepared on the base itself; what is trained from it starts on the quantized one.
     attach.check_saved(run.base, saved, run.folder)
     return Result(metrics={"samples_seen": len(subset.rows)}, data=subset.counts(), coverage=reached)

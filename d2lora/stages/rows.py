@@ -4,9 +4,10 @@ import functools
 from pathlib import Path
 
 from d2lora import data
+from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.outputs import Outputs
-from d2lora.settings import Config, Data, Task, Warmup
+from d2lora.settings import Benchmark, Config, Data, Task, Warmup
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Identity, Spec
 
@@ -79,3 +80,16 @@ def task(run: Run[Spec], amount: int | str, max_length: int, preference: bool, a
     config = run.config
     make = functools.partial(data.pair_example, run.base.tokenizer, config.task, preference=preference)
     return data.subset(run.rows(config.task.data), make, amount, max_length, f"task/{config.data_seed}", at_most)
+
+
+def items(run: Run[Spec], benchmark: Benchmark) -> data.Asked:
+    """Choose the rows of a benchmark that the cell's base is asked. UserError if none is left."""
+
+    def is_too_long(row: data.Row) -> bool:
+        context = data.context_of(run.base.model.config.to_dict())
+        return data.is_too_long(run.base.tokenizer, benchmark, row, context)
+
+    asked = data.asked(benchmark, run.rows(benchmark.data), is_too_long)
+    if not asked.rows:
+        raise UserError(f"benchmark {run.stage.subject}: all its items are left out ({', '.join(asked.left_out)})")
+    return asked

@@ -18,7 +18,7 @@ from d2lora.outputs import Outputs, cached
 from d2lora.progress import Progress
 from d2lora.records import ITEMS
 from d2lora.settings import Config, Data
-from d2lora.stages.stage import S, Stage
+from d2lora.stages.stage import S, Spec, Stage
 
 if TYPE_CHECKING:
     from d2lora.base import Base
@@ -28,13 +28,17 @@ T = TypeVar("T")
 
 @dataclass
 class Run(Generic[S]):
-    """A stage that is being done: `folder` is where its files go. The base is loaded when it is first used."""
+    """A stage that is being done: `folder` is where its files go. The base is loaded when it is first used.
+
+    `beside` are further stages of its job that can be done at the same time: evaluations that ask the same engine.
+    """
 
     config: Config
     stage: Stage[S]
     folder: Path
     progress: Progress
     load_seconds: float = 0.0
+    beside: "tuple[Stage[Spec], ...]" = ()
 
     @property
     def outputs(self) -> Outputs:
@@ -44,7 +48,11 @@ class Run(Generic[S]):
     @property
     def parent(self) -> Path | None:
         """Return the folder of the parent's record; None if it has no parent."""
-        parent = self.stage.parent
+        return self.parent_of(self.stage)
+
+    def parent_of(self, stage: "Stage[Spec]") -> Path | None:
+        """Return the folder of the record that a stage of the job starts from; None if it starts from none."""
+        parent = stage.parent
         return self.outputs.record(parent.kind, parent.key) if parent else None
 
     @property

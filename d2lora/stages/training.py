@@ -1,10 +1,12 @@
 """Train an adapter: what warm-up and adaptation share."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2lora import data
 from d2lora.keys import digest
@@ -13,8 +15,13 @@ from d2lora.records import Result
 from d2lora.settings import Config, Init, Lora, Method
 from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
-from d2lora.stages.run import Run, in_memory
+from d2lora.stages.run import Run
 from d2lora.stages.stage import Identity, Spec, versions
+
+if TYPE_CHECKING:
+    from d2lora.train.passes import Passes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,8 @@ def tokens(method: Method, subset: data.Subset) -> int:
 def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, epochs: float | None = None) -> Result:
     """Train an adapter on a subset, from the parent's adapter or a fresh one, and save it.
 
-    `reference` is the folder that caches the log-probabilities of DPO's reference. If memory runs out, the micro-batch
-    is halved.
+    `reference` is the folder that caches the log-probabilities of DPO's reference. If memory runs out in a step, what
+    goes through the model at once is halved within the step; elsewhere, the training goes on from its last checkpoint.
     """
     from d2lora.adapters import attach, coverage
     from d2lora.adapters.start import Start
@@ -97,23 +104,46 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
     checkpoints = run.outputs.checkpoints / run.stage.key
     if run.parent is None:
         attach.check_round_trip(run.base, start, spec.model, proofs)
+    passes = _passes(run)
 
-    def attempt(micro_batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        machine = recipe.model_copy(update={"micro_batch": micro_batch})
+    def attempt() -> tuple[dict[str, Any], dict[str, Any]]:
         with attach.adapter(run.base, start, run.parent) as wrapped:
             reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
-            metrics = training.train(
-                run.base, wrapped, subset, spec, machine, checkpoints, run.progress, reference, proofs, epochs
-            )
-            saved = attach.save(run.base, wrapped, run.folder)
+            how = (checkpoints, run.progress, reference, proofs, epochs, passes)
+            metrics = training.train(run.base, wrapped, subset, spec, recipe, *how)
+            saved = attach.save(run.base, wrapped, run.folder, spec.init.quantizes)
         attach.check_saved(run.base, saved, run.folder, spec.init.quantizes)
         return metrics, reached
 
-    def smaller(micro_batch: int) -> int:
-        return max(d for d in range(1, micro_batch // 2 + 1) if spec.batch % d == 0)
-
-    metrics, reached = in_memory(attempt, smaller, "recipe.micro_batch", recipe.micro_batch)
+    metrics, reached = _in_memory(attempt, passes)
     return Result(metrics=metrics, data=subset.counts(), coverage=reached)
+
+
+def _passes(run: Run[TrainingSpec]) -> "Passes":
+    """Return the passes of a training, with what memory sufficed for when its like was trained in this output folder."""
+    from d2lora import base
+    from d2lora.train.passes import Passes
+
+    spec, recipe = run.stage.spec, run.config.recipe
+    like: Identity = {
+        "model": spec.model,
+        "method": spec.method.name,
+        "max_length": spec.max_length,
+        "device": base.device_name(),
+    }
+    like |= recipe.model_dump(include={"packing", "attention", "gradient_checkpointing", "compile"})
+    like |= {"r": spec.lora.r, "target_modules": spec.lora.target_modules}
+    return Passes.of(recipe.micro_batch, base.device(), run.outputs.passes(digest(like)))
+
+
+def _in_memory(attempt: Callable[[], T], passes: "Passes") -> T:
+    """Return attempt(), with smaller passes as long as memory runs out outside of a step. UserError at the smallest."""
+    import torch
+
+    while True:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return attempt()
+        passes.halve()  # outside of the error's block: its frames hold the memory
 
 
 def reference_folder(run: Run[TrainingSpec], of_base: bool, version: int) -> Path:

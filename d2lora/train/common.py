@@ -5,6 +5,7 @@ Losses and optimizers are TRL's. We change which tokens go through the model (la
 neither packing nor the micro-batch changes a result by more than rounding.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 from d2lora.data import Subset, sequences
 from d2lora.layouts import packing
 from d2lora.settings.methods import BaseMethod
+from d2lora.train.passes import Passes
 
 # The classes below are put before one of TRL's trainers; a type checker is to see Trainer's methods behind super().
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ else:
 Example = dict[
     str, Any
 ]  # token ids by name: input_ids and labels, or prompt_ids, chosen_ids and rejected_ids; and its row
-Batch = dict[str, Any]  # what Packer makes of examples
+Batch = dict[str, Any]  # what Packer makes of examples, or Rows
 
 M = TypeVar("M", bound=BaseMethod)
 
@@ -62,23 +64,37 @@ class Objective(ABC, Generic[M]):
         return {}
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The examples of an effective batch. Trainer and accelerate would walk through a list of them, number by number."""
+
+    examples: list[Example]
+
+
 @dataclass
 class Packer:
-    """The collator: it packs the token ids of a micro-batch (packing.pack), and adds what TRL's trainers count with.
+    """Packs the token ids of the examples of a pass (packing.pack), and adds what TRL's trainers count with.
 
-    `hidden` is the model's width. The layout is set once a trainer exists to test it with.
+    `hidden` is the model's width, `plain` its attention in plain passes. The layout is set once a trainer exists to test it
+    with. As the collator it only hands
+    an effective batch on: what goes through the model at once is decided in the step (`passes`).
     """
 
     hidden: int
     layout: packing.Layout
+    passes: Passes
     prompt_loss: bool = False
+    plain: str = "sdpa"
 
     def __call__(self, examples: list[Example]) -> Batch:
+        return {"rows": Rows(examples)}
+
+    def lay(self, examples: list[Example]) -> Batch:
+        """Return the batch of one pass."""
         texts = [text for e in examples for text in sequences(e)]
         packed = packing.pack(texts, self.layout, self.hidden, self.prompt_loss)
         used = torch.cat([rows["sequence"].flatten() >= 0 for rows in packed["passes"]])
         batch: Batch = {"packed": packed, "attention_mask": used[None]}
-        batch["rows"] = [e["row"] for e in examples if "row" in e]
         if "labels" in texts[0]:
             batch["labels"] = pad(packed["target"][None], (1, 0), value=-100)
         for key in ("ref_chosen_logps", "ref_rejected_logps"):
@@ -88,7 +104,11 @@ class Packer:
 
 
 class PackedTrainer(_Trainer):
-    """A trainer on Packer's batches. It stops at the first loss that is not finite, and names the rows of its batch."""
+    """A trainer on Packer's batches. It stops at the first loss that is not finite, and names the rows of its batch.
+
+    A step's effective batch goes through the model in parts, whose gradients add up. If memory ends in a part, that part
+    is divided, and nothing that was done is lost.
+    """
 
     data_collator: Packer
     model: PeftModel
@@ -98,18 +118,44 @@ class PackedTrainer(_Trainer):
         plain pass.
         """
 
+    def before_step(self, examples: list[Example]) -> None:
+        """Prepare a step on the examples of an effective batch."""
+
     def counted(self) -> dict[str, int]:
         """Return counts for the record beside the losses."""
         return {}
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], int | None]:
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        return batches, self.loss_tokens([e for batch in batches for e in batch["rows"].examples])
+
+    def loss_tokens(self, examples: list[Example]) -> int | None:
+        """Count the tokens that the loss of these examples averages over; None if it averages over pairs."""
+        return None
+
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        step, rows = self.state.global_step + 1, ", ".join(map(str, inputs["rows"]))
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        examples, passes = inputs["rows"].examples, self.data_collator.passes
+        self.before_step(examples)
+        reached = _Reached(self)
+        sizes: list[int] = []
+
+        def part(some: list[Example]) -> torch.Tensor:
+            reached.mark()
+            loss = super(PackedTrainer, self).training_step(model, self.data_collator.lay(some), num_items_in_batch)
+            sizes.append(len(some))
+            return loss
+
+        loss = torch.stack(passes.each(passes.parts(examples), part, reached.undo)).sum()
+        reached.average(sizes)
         if not torch.isfinite(loss):
+            rows = ", ".join(str(e["row"]) for e in examples if "row" in e)
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step}, on rows {rows} of the data set: lower the learning rate or look at them"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of the data set: lower the "
+                "learning rate or look at them"
             )
         return loss
 
@@ -118,35 +164,67 @@ class PackedTrainer(_Trainer):
         return packing.log_probs(model, packed, self.data_collator.layout)
 
 
-class WholeBatchTrainer(PackedTrainer):
-    """Weights each micro-batch by its share of the effective batch's pairs (and ORPO's NLL by its share of tokens).
+class _Reached:
+    """What the parts of a step have reached: gradients, and TRL's values to log. A part that fails is undone."""
 
-    TRL averages over each micro-batch, and Trainer over those averages. That differs if an epoch's last micro-batch is
-    smaller, and always for ORPO's NLL, which is averaged over tokens.
+    def __init__(self, trainer: PackedTrainer) -> None:
+        self.trainer = trainer
+        self.weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        stores = ("_metrics", "_stored_metrics")  # SFT's, DPO's and KTO's; ORPO's and CPO's
+        named = [getattr(trainer, name) for name in stores if hasattr(trainer, name)]
+        self.logs: list[dict[str, list[Any]]] = [store["train"] for store in named]
+        self.before = self._counts()
+
+    def _counts(self) -> list[dict[str, int]]:
+        return [{name: len(values) for name, values in log.items()} for log in self.logs]
+
+    def mark(self) -> None:
+        """Note what is reached."""
+        self.gradients = [None if w.grad is None else w.grad.clone() for w in self.weights]
+        self.logged, self.tokens = self._counts(), getattr(self.trainer, "_total_train_tokens", None)
+
+    def undo(self) -> None:
+        """Go back to what was noted."""
+        for weight, gradient in zip(self.weights, self.gradients, strict=True):
+            weight.grad = gradient
+        for log, counts in zip(self.logs, self.logged, strict=True):
+            for name, values in log.items():
+                del values[counts.get(name, 0) :]
+        if self.tokens is not None:
+            vars(self.trainer)["_total_train_tokens"] = self.tokens
+
+    def average(self, sizes: list[int]) -> None:
+        """Make one value to log of those of the parts, which have so many examples: TRL would weight all alike."""
+        for log, counts in zip(self.logs, self.before, strict=True):
+            for name, values in log.items():
+                new = values[counts.get(name, 0) :]
+                if len(new) == len(sizes) > 1:
+                    values[-len(new) :] = [sum(n * v for n, v in zip(sizes, new, strict=True)) / sum(sizes)]
+
+
+class WholeBatchTrainer(PackedTrainer):
+    """Weights each part of an effective batch by its share of the pairs (and ORPO's NLL by its share of tokens).
+
+    TRL averages over each micro-batch, and Trainer over those averages. That differs if they differ in size, and always
+    for ORPO's NLL, which is averaged over tokens.
     """
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], None]:
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.micro_batches = len(batches)
-        self.batch_pairs = sum(self.pairs(b) for b in batches)
-        self.batch_tokens = sum(self.nll_tokens(b) for b in batches)
-        return batches, None
+    def before_step(self, examples: list[Example]) -> None:
+        """Count what the losses are averaged over."""
+        super().before_step(examples)
+        self.batch_pairs, self.batch_tokens = len(examples), self.nll_tokens(examples)
 
-    def share(self, of: int | torch.Tensor, total: int | torch.Tensor) -> float:
-        """Return the factor for a micro-batch's mean, so that Trainer's average over micro-batches is the mean over the
-        whole batch.
-        """
-        return float(of) / float(total) * self.micro_batches if self.model.training else 1.0
+    def share(self, batch: Batch) -> float:
+        """Return a part's share of the effective batch's pairs: the factor for the part's mean."""
+        return self.pairs(batch) / self.batch_pairs
 
     @staticmethod
     def pairs(batch: Batch) -> int:
-        """Count the pairs of a micro-batch."""
+        """Count the pairs of a part."""
         return len(batch["packed"]["lengths"]) // 2
 
-    def nll_tokens(self, batch: Batch) -> int:
-        """Count the tokens of a micro-batch that an NLL beside the preference loss averages over."""
+    def nll_tokens(self, examples: list[Example]) -> int:
+        """Count the tokens that an NLL beside the preference loss averages over."""
         return 0
 
 

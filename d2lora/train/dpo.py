@@ -23,10 +23,10 @@ class PackedDPOTrainer(ReferencedTrainer, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        share, packed = self.share(self.pairs(inputs), self.batch_pairs), inputs.pop("packed")
+        share, packed = self.share(inputs), inputs.pop("packed")
         mask = pad(packing.mask_of(packed), (1, 0))
         # TRL reads its labels' ids from input_ids; our forward has its own.
-        inputs = {k: v for k, v in inputs.items() if k != "rows"} | {"input_ids": mask, "completion_mask": mask}
+        inputs = inputs | {"input_ids": mask, "completion_mask": mask}
         return super().compute_loss(functools.partial(self.answers, model, packed), inputs) * share
 
 

@@ -7,7 +7,6 @@ single example.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -40,26 +39,17 @@ class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
         pairs: list[Example] = self.train_dataset.to_list()
         pairs = [pairs[i] for i in shuffled(len(pairs), f"kto/{self.args.seed}")]
         self.train_dataset = Dataset.from_list(pairs)
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        exchanged = exchange_answers(pairs, batch, cast(int, self.args.max_length))
+        exchanged = exchange_answers(pairs, self.args.per_device_train_batch_size, cast(int, self.args.max_length))
         values = zip(exchanged, self.of_reference(exchanged, [], tolerance), strict=True)
         self.exchanged = {pair["row"]: value for pair, value in zip(pairs, values, strict=True)}
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], None]:
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            self.kl = torch.cat([self.log_ratios(batch["rows"]) for batch in batches]).mean()
-        return batches, None
-
-    def log_ratios(self, rows: list[int]) -> torch.Tensor:
-        """Return log-ratios (rows, 2) of policy and reference for the exchanged answers of rows, without dropout."""
-        pairs, reference = zip(*(self.exchanged[row] for row in rows), strict=True)
+    def before_step(self, examples: list[Example]) -> None:
+        """Estimate the KL of the effective batch, without dropout."""
+        super().before_step(examples)
         self.model.eval()
-        policy = self.logps(list(pairs))
-        self.model.train()
-        return policy - torch.tensor(reference, device=policy.device)
+        pairs, reference = zip(*(self.exchanged[e["row"]] for e in examples), strict=True)
+        policy = self.logps(self.data_collator.passes.parts(pairs))
+        self.kl = (policy - torch.tensor(reference, device=policy.device)).mean()
 
     def _compute_kl_logps(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return the KL of the effective batch; TRL subtracts ref_KL_logps, which is 0, and clips negative values."""
@@ -72,7 +62,7 @@ class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        packed, pairs = inputs["packed"], self.pairs(inputs)
+        packed, pairs, share = inputs["packed"], self.pairs(inputs), self.share(inputs)
         mask = pad(packing.mask_of(packed), (1, 0))
         batch = {
             # TRL reads its labels' ids from input_ids; our forward has its own.
@@ -81,9 +71,7 @@ class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
             "ref_logps": torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]),
             "ref_KL_logps": torch.zeros(1, device=mask.device),
         }
-        return super().compute_loss(functools.partial(self.answers, model, packed), batch) * self.share(
-            pairs, self.batch_pairs
-        )
+        return super().compute_loss(functools.partial(self.answers, model, packed), batch) * share
 
 
 def exchange_answers(pairs: list[Example], batch: int, max_length: int) -> list[Example]:

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from d2lora.layouts import packing
 from d2lora.settings.methods import Orpo
-from d2lora.train.common import Batch, MeanLogpsTrainer, Objective
+from d2lora.train.common import Batch, Example, MeanLogpsTrainer, Objective
 
 
 class PackedORPOTrainer(MeanLogpsTrainer, ORPOTrainer):
@@ -15,28 +14,25 @@ class PackedORPOTrainer(MeanLogpsTrainer, ORPOTrainer):
     batch.
     """
 
-    def nll_tokens(self, batch: Batch) -> int:
-        """Count the predicted tokens that the NLL averages over: the first token of a sequence is not predicted."""
-        return int(self._in_nll(batch["packed"]).sum())
-
-    def _in_nll(self, packed: packing.Packed) -> torch.Tensor:
-        """Return a mask of the predicted tokens in the NLL: those of chosen answers, and of prompts if they are
-        predicted.
-        """
-        return packed["answer"] < len(packed["lengths"]) // 2
+    def nll_tokens(self, examples: list[Example]) -> int:
+        """Count the predicted tokens that the NLL averages over: the first token of a prompt is not predicted."""
+        prompts = sum(len(e["prompt_ids"]) - 1 for e in examples) if self.data_collator.prompt_loss else 0
+        return prompts + sum(len(e["chosen_ids"]) for e in examples)
 
     def concatenated_forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        """Return mean log-probabilities of chosen and rejected answers, their mean logits, and the weighed NLL."""
+        """Return mean log-probabilities of chosen and rejected answers, their mean logits, and the part's share of the
+        NLL: of chosen answers, and of prompts if they are predicted.
+        """
         packed = batch["packed"]
         predicted = self.log_probs(model, packed)
-        nll = -predicted["log_probs"][0, self._in_nll(packed)].mean()
-        weighed = nll * self.share(self.nll_tokens(batch), self.batch_tokens)
-        return *self.means(predicted, packed), weighed
+        in_nll = packed["answer"] < len(packed["lengths"]) // 2
+        nll = -predicted["log_probs"][0].masked_fill(~in_nll, 0).sum() / self.batch_tokens
+        return *self.means(predicted, packed), nll
 
     def odds_ratio_loss(self, chosen_logps: torch.FloatTensor, rejected_logps: torch.FloatTensor) -> Any:
-        """Return TRL's losses of pairs, weighted by the micro-batch's share of pairs, and the values that TRL logs."""
+        """Return TRL's losses of pairs, weighted by the part's share of pairs, and the values that TRL logs."""
         losses, *rest = super().odds_ratio_loss(chosen_logps, rejected_logps)
-        return losses * self.share(len(losses), self.batch_pairs), *rest
+        return losses * len(losses) / self.batch_pairs, *rest
 
 
 class OrpoObjective(Objective[Orpo]):

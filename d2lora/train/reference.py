@@ -5,20 +5,21 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from d2lora.data import REFERENCE_BLOCK, Subset, longest
 from d2lora.keys import digest
-from d2lora.layouts import packing, proof
+from d2lora.layouts import families, packing, proof
 from d2lora.outputs import cached
 from d2lora.settings.methods import Referenced
 from d2lora.train.common import Batch, Example, Objective, WholeBatchTrainer
 
-_PROVEN = 3  # of the longest pairs, beside the first
+_PROVEN = 1  # of the longest pairs, beside the first: each costs two passes of one text, as much host time as a step
 
 
 class ReferencedTrainer(WholeBatchTrainer):
@@ -69,26 +70,24 @@ class ReferencedTrainer(WholeBatchTrainer):
         return values[: len(pairs)]
 
     def reference_logps(self, examples: list[Example]) -> list[list[float]]:
-        """Return [chosen, rejected] log-probabilities (nats, summed over an answer) of pairs under the reference.
-
-        If memory runs out, the pairs are split into halves.
+        """Return [chosen, rejected] log-probabilities (nats, summed over an answer) of pairs under the reference, in one
+        pass if its tokens are not too many.
         """
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return self._reference_logps(examples)
-        if len(examples) == 1:
-            return self._reference_logps(examples)
-        half = len(examples) // 2
-        return self.reference_logps(examples[:half]) + self.reference_logps(examples[half:])
-
-    def _reference_logps(self, examples: list[Example]) -> list[list[float]]:
-        self.computed += len(examples)
+        passes = self.data_collator.passes
         with self.as_reference():
-            return self.logps(examples).tolist()
+            values: list[list[float]] = self.logps([examples] if passes.rows else passes.parts(examples)).tolist()
+        self.computed += len(examples)
+        return values
+
+    def logps(self, parts: list[list[Example]]) -> torch.Tensor:
+        """Return log-probabilities (pairs, 2) of chosen and rejected answers (nats, summed) under the current model, a part
+        a pass. If memory runs out, a part is divided.
+        """
+        return torch.cat(self.data_collator.passes.each(parts, self._logps))
 
     @torch.no_grad()
-    def logps(self, examples: list[Example]) -> torch.Tensor:
-        """Return log-probabilities (pairs, 2) of chosen and rejected answers (nats, summed) under the current model."""
-        batch: Batch = self._prepare_inputs(self.data_collator(examples))
+    def _logps(self, examples: list[Example]) -> torch.Tensor:
+        batch: Batch = self._prepare_inputs(self.data_collator.lay(examples))
         packed = batch["packed"]
         with self.accelerator.autocast():
             predicted = self.log_probs(self.model, packed)["log_probs"]
@@ -99,13 +98,14 @@ class ReferencedTrainer(WholeBatchTrainer):
         return self.model.disable_adapter() if self.method.base_is_reference else contextlib.nullcontext()
 
     def check_reference(self, pairs: Sequence[Example], values: list[list[float]], tolerance: float) -> None:
-        """Raise RuntimeError unless the log-probabilities of the first pair and the longest pairs are those of the
+        """Raise RuntimeError unless the log-probabilities of the first pair and the longest are those of the
         reference.
 
         They are compared with plain passes: one answer each, the model's own head, no cache.
         """
         for index in sorted({0, *sorted(range(len(pairs)), key=lambda i: -longest(pairs[i]))[:_PROVEN]}):
-            with self.as_reference(), self.accelerator.autocast():
+            plainly = families.attention(cast(PreTrainedModel, self.model.get_base_model()), self.data_collator.plain)
+            with plainly, self.as_reference(), self.accelerator.autocast():
                 plain = proof.plain(self.model, [pairs[index]])
             for answer, kind in enumerate(("chosen", "rejected")):
                 now = sum(value for (_, which, _), value in plain.items() if which == answer)

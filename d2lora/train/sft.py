@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from d2lora.data import Subset, sft_examples
+from d2lora.data import Subset, sequences, sft_examples
 from d2lora.settings.methods import Sft
 from d2lora.train.common import Batch, Example, Objective, PackedTrainer
 
 
 class PackedSFTTrainer(PackedTrainer, SFTTrainer):
     """TRL's SFTTrainer on batches of Packer."""
+
+    def loss_tokens(self, examples: list[Example]) -> int:
+        """Count the predicted tokens; the first token of a sequence is never predicted."""
+        return sum(label != -100 for e in examples for text in sequences(e) for label in text["labels"][1:])
 
     def compute_loss(
         self,

@@ -21,9 +21,9 @@ class PackedSimPOTrainer(MeanLogpsTrainer, CPOTrainer):
         return *self.means(predicted, packed), torch.zeros((), device=self.accelerator.device)
 
     def cpo_loss(self, policy_chosen_logps: torch.FloatTensor, policy_rejected_logps: torch.FloatTensor) -> Any:
-        """Return TRL's losses of pairs, weighted by the micro-batch's share of pairs, and the rewards that TRL logs."""
+        """Return TRL's losses of pairs, weighted by the part's share of pairs, and the rewards that TRL logs."""
         losses, *rewards = super().cpo_loss(policy_chosen_logps, policy_rejected_logps)
-        return losses * self.share(len(losses), self.batch_pairs), *rewards
+        return losses * len(losses) / self.batch_pairs, *rewards
 
 
 class SimpoObjective(Objective[Simpo]):

@@ -12,15 +12,18 @@ from transformers import PrinterCallback
 
 from d2lora.adapters import attach
 from d2lora.base import Base, device
-from d2lora.data import Subset, sequences
+from d2lora.data import Subset, longest, sequences
+from d2lora.errors import UserError
 from d2lora.layouts import families, proof
 from d2lora.layouts.packing import Layout
 from d2lora.progress import Progress
 from d2lora.settings.methods import Method
 from d2lora.settings.recipe import Machine
+from d2lora.train import speed
 from d2lora.train.callbacks import Checkpoint, Mirror, Watch, checkpoint
 from d2lora.train.common import Example, Objective, PackedTrainer, Packer
 from d2lora.train.methods import objective
+from d2lora.train.passes import Passes, tokens_of
 
 # The stages import this module when they train; it names their type and no more.
 if TYPE_CHECKING:
@@ -41,13 +44,14 @@ def train(
     reference: Path | None = None,
     proofs: Path | None = None,
     epochs: float | None = None,
+    passes: Passes | None = None,
 ) -> dict[str, Any]:
     """Train the adapter on the drawn examples. `spec` has the settings in the stage's key, `machine` those that are
     not.
 
     `folder` is for checkpoints; training resumes from the latest. `reference` caches the log-probabilities of DPO's
-    reference (one folder for each policy), `proofs` the layouts that were tested (next to `folder` by default). Returns
-    metrics: first and last loss, steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the
+    reference (one folder for each policy), `proofs` the layouts that were tested (next to `folder` by default),
+    `passes` says how much goes through the model at once (by default as the recipe has it). Returns metrics: first and last loss, steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the
     steps). FloatingPointError for a loss or weights that are not finite.
     """
     how = objective(spec.method)
@@ -56,7 +60,9 @@ def train(
     steps = spec.steps(len(rows), epochs)
     every = max(1, steps // _LOGGED)
     start = checkpoint(folder)
-    layouts = proof.candidates(base.model, machine.packing == "prefix_shared", base.attention(machine.attention))
+    passes = passes or Passes.of(machine.micro_batch, device())
+    texts = [text for row in rows for text in sequences(row)]
+    layouts = proof.candidates(base.model, machine.packing == "prefix_shared", machine.attention, texts)
     with attach.in_training(wrapped):
         trainer = how.trainer(
             model=wrapped,
@@ -64,22 +70,30 @@ def train(
             train_dataset=Dataset.from_list([e | {"row": i + 1} for e, i in zip(rows, drawn.rows, strict=True)]),
             processing_class=base.tokenizer,
             callbacks=[Watch(progress, machine.checkpoint_minutes, start.mark.get("seconds", 0.0) if start else 0.0)],
-            data_collator=Packer(base.model.config.get_text_config().hidden_size, layouts[0], how.prompt_loss),
+            data_collator=_packer(base, layouts[0], passes, how.prompt_loss),
             **how.trainer_arguments(drawn, reference),
         )
         trainer.remove_callback(PrinterCallback)
         memory = proof.Memory(proofs or folder.parent / "proofs", spec.model)
-        shown = _prove(base, trainer, layouts, rows, machine.micro_batch, memory)
-        tokens = sum(_tokens(row, trainer.data_collator.layout.rows) for row in rows)
-        with families.attention(base.model, trainer.data_collator.layout.attention):
+        shown = _prove(base, trainer, layouts, texts, passes.rows or spec.batch, memory)
+        tokens = sum(tokens_of(row, trainer.data_collator.layout.rows == "packed") for row in rows)
+        with (
+            families.attention(base.model, trainer.data_collator.layout.attention),
+            _faster(base, trainer, machine, texts, shown),
+        ):
             trainer.before_training(shown.tolerance)
             trainer.add_callback(Mirror(len(rows), spec.batch, tokens / len(rows)))
             _run(trainer, wrapped, start)
     seen = {"samples_seen": round(len(rows) * epochs), "tokens_seen": round(tokens * epochs)}
     resumed = {"resumed": start.mark} if start else {}
-    laid = {"micro_batch": machine.micro_batch, "layout": asdict(shown)}
+    laid = passes.shown | {"attention": trainer.data_collator.layout.attention, "layout": asdict(shown)}
     losses, log = _losses(trainer, max(1, steps // _KEPT // every) * every)
     return losses | seen | trainer.counted() | resumed | laid | {"log": log}
+
+
+def _packer(base: Base, layout: Layout, passes: Passes, prompt_loss: bool) -> Packer:
+    config = base.model.config
+    return Packer(config.get_text_config().hidden_size, layout, passes, prompt_loss, config._attn_implementation)
 
 
 def _trl_config(
@@ -97,8 +111,7 @@ def arguments(
     """Return the TrainingArguments that all methods share."""
     return {
         "output_dir": str(folder),
-        "per_device_train_batch_size": machine.micro_batch,
-        "gradient_accumulation_steps": spec.batch // machine.micro_batch,
+        "per_device_train_batch_size": spec.batch,  # PackedTrainer divides it
         "num_train_epochs": epochs,
         "learning_rate": spec.lr,
         "lr_scheduler_type": spec.schedule,
@@ -126,17 +139,45 @@ def _prove(
     base: Base,
     trainer: PackedTrainer,
     layouts: list[Layout],
-    rows: list[Example],
+    texts: list[Example],
     at_once: int,
     memory: proof.Memory,
 ) -> proof.Proof:
     """Set the trainer's layout to the first that is exact for its model on these rows, and return its proof."""
     collator, autocast = trainer.data_collator, trainer.accelerator.autocast
     wrapped = trainer.model.eval().to(trainer.accelerator.device)
-    texts = [text for row in rows for text in sequences(row)]
     how = (texts, collator.prompt_loss, at_once, memory, autocast)
     collator.layout, shown = proof.choose(base.name, wrapped, base.model, layouts, *how)
     return shown
+
+
+@contextlib.contextmanager
+def _faster(
+    base: Base, trainer: PackedTrainer, machine: Machine, texts: list[Example], shown: proof.Proof
+) -> Iterator[None]:
+    """Run the layers compiled or with other kernels inside, if the recipe says so and log-probabilities stay the same.
+
+    UserError if they do not.
+    """
+    named = speed.names(machine)
+    if not named:
+        yield
+        return
+    before = _log_probs(trainer, texts)
+    with speed.faster(base.model, machine):
+        off = proof.difference(_log_probs(trainer, texts), before)
+        if not off <= shown.tolerance:
+            raise UserError(f"{named}: a token's log-probability is off by {off:.2g} on {base.name}: leave it out")
+        yield
+
+
+def _log_probs(trainer: PackedTrainer, texts: list[Example]) -> proof.Tokens:
+    """Return the log-probabilities of the longest and the shortest text, laid out as in training."""
+    collator, ordered = trainer.data_collator, sorted(texts, key=longest)
+    with trainer.accelerator.autocast():
+        return proof.laid(
+            trainer.model, [ordered[-1], ordered[0]], collator.layout, collator.hidden, collator.prompt_loss
+        )
 
 
 def _run(trainer: PackedTrainer, wrapped: PeftModel, start: Checkpoint | None) -> None:
@@ -189,12 +230,4 @@ def thin(log: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
 
 def tokens(method: Method, drawn: Subset) -> int:
     """Return how many tokens one epoch puts through the model, with a pair's prompt once."""
-    return sum(_tokens(row, "packed") for row in objective(method).examples(drawn))
-
-
-def _tokens(row: Example, layout: str) -> int:
-    """Count the tokens of a row that go through the model, without padding."""
-    if "turns" in row:
-        return sum(_tokens(sequence, layout) for sequence in row["turns"])
-    prompt = len(row.get("prompt_ids", ())) * (1 if layout == "packed" else 2)
-    return prompt + sum(len(row[k]) for k in ("input_ids", "chosen_ids", "rejected_ids") if k in row)
+    return sum(tokens_of(row) for row in objective(method).examples(drawn))

@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 SHORT = ["task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
 COLUMNS = (
     "cell_id sweep model task method init warmup recipe lr reference m n seed benchmark metric value stderr items "
-    "cut empty eval_batch train_seconds eval_seconds peak_memory_mb stage_key misfits left_out batch_flips batch_difference"
+    "cut empty eval_batch train_seconds eval_seconds peak_memory_mb stage_key misfits left_out batch_flips batch_difference "
+    "arm low high samples n_asked m_asked control data_seed rank batch epochs warmup_epochs limit adapter_key warmup_key tuned"
 )
 
 
@@ -412,7 +413,7 @@ def test_fetch_reads_what_the_cells_of_the_command_line_read(run, tmp_path: Path
 
 def test_the_harness_is_asked_for_the_names_of_what_is_still_to_do_only(cell, tmp_path: Path, monkeypatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(data, "check_lm_eval", asked.extend)
+    monkeypatch.setattr(data, "check_lm_eval", lambda tasks, folder: asked.extend(task.name for task in tasks))
     given = ["n=8", "+task.lm_eval=[hellaswag,piqa]", f"output={tmp_path}"]
     preflight.check_inputs(cell(*given, "dry_run=true").config, set())
     assert asked == []

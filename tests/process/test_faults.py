@@ -134,6 +134,36 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(make
         assert torch.allclose(weight, adapter(calm)[name], atol=1e-3), name
 
 
+def test_memory_that_ends_at_a_step_loses_no_step_and_the_next_cell_begins_with_what_fits(
+    make, monkeypatch, capsys
+) -> None:
+    """It ends in the backward pass, where some gradients are added already."""
+    calm, full, after = (make(out, "method=dpo", "recipe.micro_batch=auto", more) for out, more in (("calm", "seed=0"), ("full", "seed=0"), ("full", "seed=1")))  # fmt: skip
+    do(calm)
+    steps: list[int] = []
+    plain = torch.Tensor.backward
+
+    def backward(loss, *args, **kwargs):
+        plain(loss, *args, **kwargs)
+        if steps and steps[-1] == 7 and not capsys.readouterr().err.count("again with"):
+            steps.append(0)
+            raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    record = do(full, lambda done, total: steps.append(done)).record(full.chain.adapt)
+    assert steps == [*range(1, 8), 0, *range(8, 13)]
+    assert record.metrics["micro_batch"] == "auto"
+    tokens = record.metrics["pass_tokens"]
+    assert 100 < tokens < 600
+    for name, weight in adapter(full).items():
+        assert torch.allclose(weight, adapter(calm)[name], atol=1e-5), name
+    log = Store(Outputs.of(calm.config).root).record(calm.chain.adapt).metrics["log"]
+    for entry, expected in zip(record.metrics["log"], log, strict=True):
+        assert entry["rewards/margins"] == pytest.approx(expected["rewards/margins"], abs=1e-4)
+    monkeypatch.undo()
+    assert do(after).record(after.chain.adapt).metrics["pass_tokens"] == tokens
+
+
 def test_what_a_smaller_micro_batch_had_reached_outlives_a_kill(make, monkeypatch) -> None:
     def interrupt(done: int, total: int) -> None:
         if done == 7:

@@ -14,7 +14,10 @@ import pytest
 from made import grid
 
 from d2lora import report
-from d2lora.report import figures, page
+from d2lora.records import Records
+from d2lora.report import figures, page, tables
+from d2lora.report.points import points_of
+from d2lora.report.tables import Table
 
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.harmed='yes'\">\u2028{{x}} & <b>"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -178,7 +181,7 @@ def test_tables_sort_filters_narrow_and_points_tell(output: Path) -> None:
         const filter = document.querySelector("select[name=method]");
         filter.value = "dpo"; filter.dispatchEvent(new Event("change"));
         result.rows = [...document.querySelectorAll("th[scope=row]")].map((t) => t.textContent);
-        result.curves = [...document.querySelectorAll(".key:not(.shaded)")].map((t) => t.textContent);
+        result.curves = [...document.querySelectorAll("main .key:not(.shaded)")].map((t) => t.textContent);
         """,
     )
     assert found["first"] == "differences"
@@ -370,3 +373,73 @@ def test_the_base_stands_beside_every_seed(tmp_path: Path) -> None:
         """,
     )
     assert list(found.values()) == [[2, 0], [2, 0]]
+
+
+@pytest.mark.browser
+@needs_browser
+def test_a_cell_shows_its_losses_its_counts_and_the_items_that_differ(output: Path) -> None:
+    found = in_page(
+        output,
+        """
+        cell("DPO D2LoRA(4k, n), n=200").click();
+        result.text = dialog.textContent;
+        result.losses = [...dialog.querySelectorAll("figure.losses figcaption")].map((x) => x.textContent);
+        result.lines = [...dialog.querySelectorAll("figure.losses")].map((x) => x.querySelectorAll("svg[role=img] path.curve").length);
+        const count = () => dialog.querySelectorAll(".item").length;
+        result.before = count();
+        const box = dialog.querySelector("input[name=flipped]");
+        result.label = box.parentElement.textContent;
+        box.click();
+        result.after = count();
+        result.verdicts = [...dialog.querySelectorAll(".item")].map((x) => [...x.querySelectorAll(".answers .small span")].map((v) => v.textContent).sort().join());
+        """,
+    )
+    comparison = next(
+        c
+        for table in loaded(output, "mine")
+        for p, c in table.pairs.items()
+        if (p.method, p.n, p.benchmark) == ("dpo", 200, "lab_math")
+    )
+    counts = comparison.outcomes
+    assert counts is not None
+    assert f"both {counts.both}, D2LoRA alone {counts.d2lora_only}, LoRA alone {counts.lora_only}" in found["text"]
+    assert found["losses"] == ["Loss of the adaptation", "Loss of the warm-up"]
+    assert found["lines"] == [2, 1], "LoRA has no warm-up"
+    assert 0 < found["after"] < found["before"]
+    assert f"only the {found['after']} that differ" in found["label"]
+    assert set(found["verdicts"]) == {"✓ right,✗ wrong"}
+
+
+def loaded(output: Path, sweep: str) -> list[Table]:
+    """Return the tables of a sweep."""
+    return tables.build(points_of(report.manifest.read_manifest(output, sweep), Records(output)))
+
+
+@pytest.mark.browser
+@needs_browser
+def test_sweeps_are_listed_by_date_with_what_they_have_and_numbers_round_as_in_the_terminal(tmp_path: Path) -> None:
+    older = grid("sweep=older", n=[0, 100], m=[0])
+    made.publish(tmp_path, older, provenance=lambda stage: made.PROVENANCE | {"started": "2025-05-05T05:05:00+00:00"})
+    made.publish(tmp_path, grid("sweep=newer", n=[0, 200], m=[0, 4000]))
+    report.everything(tmp_path, [])
+    values = [40.625, 40.635, 0.125, 0.375, 2.675, 12.5, 99.995, -0.125, 33.333333]
+    found = in_page(
+        tmp_path,
+        f"""
+        result.rows = [...document.querySelectorAll("table[aria-label=Sweeps] tbody tr")].map((r) => [...r.cells].map((c) => c.textContent));
+        result.links = [...document.querySelectorAll("section[id=sweep-newer] a")].map((a) => a.getAttribute("href"));
+        result.two = {values}.map((x) => fixed(x, 2));
+        result.one = {values}.map((x) => fixed(x, 1));
+        result.none = [0.5, 1.5, 2.5].map((x) => fixed(x, 0));
+        """,
+    )
+    assert [(row[0], row[1], row[2]) for row in found["rows"]] == [
+        ("2026-01-01 00:00", "newer", "4 of 4"),
+        ("2025-05-05 05:05", "older", "2 of 2"),
+    ]
+    assert "lab-math, SFT, lora, m=0,4k, n=0,200, 1 seed" in found["rows"][0][3]
+    assert {"newer/table.csv", "newer/table.md"} <= set(found["links"])
+    assert all((tmp_path / "report" / link).exists() for link in found["links"])
+    assert found["two"] == [f"{x:.2f}" for x in values]
+    assert found["one"] == [f"{x:.1f}" for x in values]
+    assert found["none"] == ["0", "2", "2"]

@@ -298,6 +298,10 @@ def test_test_items_that_the_model_can_t_take_are_named(check) -> None:
     ):
         check(rows, "n=4")
     check(rows, "n=4", "+task.benchmark.lab_math.limit=1")
+    check(rows, "n=4", "+task.benchmark.lab_math.too_long=leave_out")
+    rows["task.benchmark.lab_math.data.path"] = items[1:2]
+    with pytest.raises(UserError, match=r"row 1 \(1 of 1 items\): longer than the"):
+        check(rows, "n=4", "+task.benchmark.lab_math.too_long=leave_out")
 
 
 def test_choices_of_a_chat_carry_no_tokens_of_the_model(check) -> None:

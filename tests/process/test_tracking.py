@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_a_stage_s_run_has_its_spec_and_the_metrics_of_its_record(offline) -> No
     found = by_key(offline)
     for key, record in records(offline.out).items():
         run = found[key]
-        assert {k: run["config"][k] for k in record["spec"]} == record["spec"]
+        assert run["config"]["spec"] == record["spec"]
         assert run["summary"]["seconds"] == record["seconds"]
         for metric, value in record["metrics"].items():
             if record["stage"] == "evaluate":
@@ -184,6 +185,18 @@ def test_a_stage_s_run_has_its_spec_and_the_metrics_of_its_record(offline) -> No
                 assert run["summary"][f"{name}_low"] <= value["value"] <= run["summary"][f"{name}_high"]
             elif record["stage"] in ("warmup", "adapt") and metric != "log":
                 assert run["summary"][metric] == value
+
+
+def test_a_training_has_the_flat_settings_that_cells_have(offline) -> None:
+    (adapted,) = [
+        r for r in offline.runs if r["display_name"] == "dpo · D2LoRA(8, 24) · s0" and r["job_type"] == "adapt"
+    ]
+    (cell,) = [r for r in offline.runs if r["display_name"] == adapted["display_name"] and r["job_type"] == "cell"]
+    shared = ("m", "n", "arm", "method", "init", "model", "task", "recipe", "seed", "lr")
+    assert {k: adapted["config"][k] for k in shared} == {k: cell["config"][k] for k in shared}
+    (warm,) = [r["config"] for r in offline.runs if r["job_type"] == "warmup"]
+    assert (warm["m"], warm["n"], warm["arm"], warm["init"]) == (8, 0, "D2LoRA", "lora")
+    assert not {"method", "task", "lr"} & set(warm), "it serves cells of other methods too"
 
 
 def test_training_is_logged_over_samples_seen_and_agrees_with_the_record(offline) -> None:
@@ -249,6 +262,7 @@ def test_lineage_leads_from_base_and_data_over_the_warm_up_to_the_adapter(offlin
 
 def test_no_secret_and_no_path_of_the_home_is_in_what_is_uploaded(offline) -> None:
     for run in offline.runs:
+        assert "host" not in run
         assert KEY not in run["text"]
         assert str(offline.home) not in run["text"]
         assert str(ROOT) not in run["text"]
@@ -475,9 +489,29 @@ def test_online_without_credentials_never_asks(tmp_path: Path, cell) -> None:
     assert "WANDB_API_KEY" in line
 
 
-def test_disabled_writes_nothing(tmp_path: Path) -> None:
-    typed(tmp_path, "n=4", environment={"WANDB_MODE": "disabled"})
+@pytest.mark.parametrize("environment", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}])
+def test_disabled_writes_nothing(tmp_path: Path, environment: dict, cell) -> None:
+    typed(tmp_path, *check_of(cell), environment=environment)
     assert not (tmp_path / "out" / "wandb").exists()
+
+
+def test_what_the_environment_and_the_settings_say_of_runs_is_heeded(tmp_path: Path, cell) -> None:
+    said = {"WANDB_TAGS": "mine, other", "WANDB_RUN_GROUP": "ours", "WANDB_DIR": str(tmp_path / "kept")}
+    typed(tmp_path, *check_of(cell), "wandb.mode=offline", "wandb.tags=[third]", "wandb.notes=why", environment=said)
+    (run,) = runs(tmp_path / "kept")
+    assert run["tags"] == ["third", "mine", "other"]
+    assert (run["run_group"], run["notes"]) == ("ours", "why")
+    assert not list((tmp_path / "out").glob("wandb/*run*"))
+
+
+@pytest.mark.parametrize("name", ["dataset-modèle", "base-" + 130 * "x", "report-日本", "base-ok"])
+def test_a_name_that_wandb_refuses_is_made_fit(name: str) -> None:
+    import wandb
+
+    made = sender.fit(name)
+    wandb.Artifact(made, "base")  # raises for a name that it refuses
+    assert (made == name) == (name == "base-ok")
+    assert sender.fit(f"{name}è") != made
 
 
 @pytest.mark.parametrize(("key", "words"), [("wandb.mode=on", "online"), ("wandb.patience=0", "greater than 0")])
@@ -594,7 +628,10 @@ def same(server: Server, output: Path) -> None:
 def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
     done = typed(tmp_path, *CHAIN, environment=server.environment)
     assert warnings(done) == []
-    assert done.out.splitlines()[-1] == "W&B: the runs are online"
+    first, last = [line for line in done.out.splitlines() if line.startswith("W&B: ")]
+    assert first.startswith(f"W&B: {server.url}/"), "the first run's address, while there is something to watch"
+    assert last.startswith(f"W&B: the runs are online: {server.url}/")
+    assert "/runs/report-" in last
     same(server, tmp_path / "out")
     files = {name.split("/")[-1].split("_")[0] for (name,) in server.ask("SELECT name FROM files") if "media" in name}
     assert {"items", "results", "table"} <= files
@@ -603,6 +640,114 @@ def test_a_sweep_is_watched_on_a_server(server: Server, tmp_path: Path) -> None:
     page = server.page("/projects/default/lab")
     for name in ("sft · D2LoRA(8, 16) · s0", "warm-up · D2LoRA(8, 0) · s0", "report · mine"):
         assert name in page
+
+
+class Sweeps:
+    """A stand-in before the server for what it lacks: the three queries of `wandb agent`. It passes on all others.
+
+    `trials` are what agents get, in order: run id -> arguments. `sweep_of` collects which runs said that they are a sweep's.
+    """
+
+    def __init__(self, server: Server, command: list[str], trials: dict[str, dict]) -> None:
+        self.server, self.config = server, json.dumps({"command": command})
+        self.trials, self.sweep_of = dict(trials), {}
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.pass_on(b"")
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if answer := outer.answer(body) if self.path == "/graphql" else None:
+                    self.send(200, {"Content-Type": "application/json"}, json.dumps({"data": answer}).encode())
+                else:
+                    self.pass_on(body)
+
+            do_PUT = do_PATCH = do_POST
+
+            def pass_on(self, body: bytes) -> None:
+                headers = {
+                    k: v for k, v in self.headers.items() if k.lower() not in ("content-length", "accept-encoding")
+                }
+                request = urllib.request.Request(
+                    outer.server.url + self.path, data=body or None, headers=headers, method=self.command
+                )
+                try:
+                    with urllib.request.urlopen(request, timeout=30) as got:
+                        self.send(got.status, got.headers, got.read())
+                except urllib.error.HTTPError as error:
+                    self.send(error.code, error.headers, error.read())
+
+            def send(self, status: int, headers, body: bytes) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.environment = server.environment | {"WANDB_BASE_URL": f"http://127.0.0.1:{self.http.server_port}"}
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, body: bytes) -> dict | None:
+        asked = json.loads(body)
+        query, variables = asked.get("query", ""), asked.get("variables") or {}
+        if "mutation UpsertBucket" in query:
+            self.sweep_of[variables.get("name")] = variables.get("sweep")
+        if "SweepWithRuns" in query:
+            return {"project": {"sweep": {"config": self.config, "runs": {"edges": []}}}}
+        if "CreateAgent" in query:
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if "mutation Heartbeat" in query:
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(self.next(variables))}}
+        return None
+
+    def next(self, variables: dict) -> list[dict]:
+        if json.loads(variables["runState"]) or not self.trials:
+            return []
+        run, arguments = next(iter(self.trials.items()))
+        del self.trials[run]
+        args = {name: {"value": value} for name, value in arguments.items()}
+        return [{"type": "run", "run_id": run, "program": str(ROOT / "run.py"), "args": args}]
+
+
+@pytest.mark.wandb_server
+def test_trials_of_a_wandb_sweep_have_the_cells_results_and_stages_their_own_runs(
+    server: Server, tmp_path: Path
+) -> None:
+    """The real agent, with `${args_no_hyphens}`; the third trial is a cell that is done already, the second is wrong."""
+    command = ["${env}", "${interpreter}", "${program}", "${args_no_hyphens}", *SMALL, f"output={tmp_path / 'out'}"]
+    trials = {"trial-a": {"n": 4, "seed": 0}, "trial-b": {"n": -4}, "trial-c": {"n": 4, "seed": 0}}
+    sweeps = Sweeps(server, command, trials)
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "NETRC"))}
+    own |= sweeps.environment | {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    agent = [sys.executable, "-m", "wandb", "agent", "--count", "3", "default/lab/mysweep"]
+    done = subprocess.run(agent, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=500, check=False)
+    told = done.stdout + done.stderr
+    assert "error: n=-4" in told, told
+    assert not sweeps.trials
+    there, made = server.runs(), records(tmp_path / "out")
+    assert set(made) <= set(there), "each stage has a run of its own"
+    accuracy = next(r for r in made.values() if r["stage"] == "evaluate")["metrics"]["accuracy"]["value"]
+    for trial in ("trial-a", "trial-c"):
+        assert there[trial][1] == "finished"
+        assert there[trial][2]["lab_math/accuracy"] == accuracy
+        assert f"/runs/{trial}" in told, "its address is printed"
+    assert {run: sweep for run, sweep in sweeps.sweep_of.items() if sweep} == {
+        "trial-a": "mysweep",
+        "trial-c": "mysweep",
+    }
+    (config,) = server.ask("SELECT config_json FROM runs WHERE run_id = 'trial-a'")
+    assert '"seed"' in config[0]
+    for host, program in server.ask("SELECT host, program FROM runs"):
+        assert host == ""
+        assert program in ("", "run.py"), "no path of this machine"
 
 
 @pytest.mark.wandb_server

@@ -313,7 +313,7 @@ def test_generation_ends_at_the_template_s_end(two_ends: Path, tmp_path: Path) -
     generated = tested.generate(input_ids=ids, max_new_tokens=8)
     assert generated[0, ids.shape[1] :].tolist() == [stop]
     memory = proof.Memory(tmp_path / "proofs", {})
-    _, items, _ = harness.evaluate(base, tested, task, True, 1, lambda done, total: None, memory)
+    _, items, _ = harness.evaluate(base, tested, harness.Test(task, True), 1, lambda done, total: None, memory)
     assert items[0]["answer"] == ""
 
 

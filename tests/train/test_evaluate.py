@@ -1,6 +1,7 @@
 """Benchmarks through the harness: each item once, likelihoods in float32, greedy where greedy is said."""
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -20,13 +21,15 @@ from doing import do
 
 from d2lora import data
 from d2lora.base import Base, load_base
-from d2lora.command import fetch
+from d2lora.command import fetch, preflight, summary
 from d2lora.errors import UserError
 from d2lora.evaluate import harness
+from d2lora.evaluate.task import harness_task
 from d2lora.layouts import proof
 from d2lora.records import Records
 from d2lora.scoring import kind_named
-from d2lora.settings import Benchmark, Data, Model
+from d2lora.settings import Benchmark, Data, HarnessTask, Model, Task
+from d2lora.store import Store
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -55,7 +58,7 @@ def run(base: Base, task, chat: bool = False) -> tuple[dict, list[dict]]:
 def asked(base: Base, task, chat: bool, batch: int) -> tuple[dict, list[dict], int]:
     with tempfile.TemporaryDirectory() as folder:
         memory = proof.Memory(Path(folder), {})
-        return harness.evaluate(base, base.model, task, chat, batch, lambda done, total: None, memory)
+        return harness.evaluate(base, base.model, harness.Test(task, chat), batch, lambda done, total: None, memory)
 
 
 def numbers(**more) -> Benchmark:
@@ -136,9 +139,8 @@ def test_an_answer_read_in_two_ways_is_one_item(base) -> None:
 
 @pytest.mark.parametrize(("name", "told"), [("mmlu", "a group of tasks"), ("no_such", "has no such task")])
 def test_a_task_of_the_harness_is_a_single_one_that_it_has(name: str, told: str) -> None:
-    data.check_lm_eval(["gsm8k"])
     with pytest.raises(UserError, match=f"task.lm_eval={name}: .*{told}"):
-        data.check_lm_eval([name])
+        data.check_lm_eval([HarnessTask(name=name)])
 
 
 @pytest.mark.parametrize("kind", ["rouge", "choice"])
@@ -191,7 +193,7 @@ def test_a_task_named_by_the_harness_gives_what_the_same_benchmark_as_a_file_doe
         data=facts, kind="choice", prompt="Question: {question}\nAnswer:", gold="{answerKey}",
         choices="choices.text", labels="choices.label", chat=False,
     )  # fmt: skip
-    named, items = run(loaded, "arc_easy")
+    named, items = run(loaded, harness_task(HarnessTask(name="arc_easy")))
     assert named == run(loaded, harness.task_of("facts", benchmark, rows, template=True))[0]
     assert [item["prompt"] for item in items] == [f"Question: {row['question']}\nAnswer:" for row in rows]
 
@@ -199,6 +201,69 @@ def test_a_task_named_by_the_harness_gives_what_the_same_benchmark_as_a_file_doe
 def test_what_a_task_of_the_harness_can_not_download_is_one_line() -> None:
     with pytest.raises(UserError, match=r"task.lm_eval=hellaswag: .*the Hub can't be reached"):
         fetch._fetch_lm_eval("hellaswag")
+
+
+OWN = """
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}, train: {rows}}}}}
+test_split: test
+fewshot_split: train
+output_type: generate_until
+doc_to_text: !function texts.asked
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\n"], do_sample: false, max_gen_toks: 6}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+filter_list:
+- {{name: strict, filter: [{{function: regex, regex_pattern: '#### (\\d+)'}}, {{function: take_first}}]}}
+- {{name: loose, filter: [{{function: regex, regex_pattern: '(\\S)'}}, {{function: take_first}}]}}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder with one task of the harness's form, its function and its data."""
+    folder = tmp_path / "own_tasks"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "texts.py").write_text("def asked(doc):\n    return doc['question']\n")
+    (folder / "sums.yaml").write_text(OWN.format(rows=folder / "rows.jsonl"))
+    return folder
+
+
+def test_a_task_in_a_folder_of_the_user_s_with_filter_limit_and_examples(base, own: Path, capsys) -> None:
+    loaded = base()
+    task = HarnessTask(name="sums")
+    data.check_lm_eval([task], str(own))
+    assert "its filter strict counts; it also has loose" in capsys.readouterr().err
+    engine = harness.InMemory(loaded, loaded.model, proof.Memory(own.parent, {}))
+
+    def answers(**settings) -> list[dict]:
+        questions = harness.Questions("sums", harness=task.model_copy(update=settings), folder=str(own))
+        return engine.evaluate(questions, 2, lambda done, total: None).items
+
+    strict, loose = answers(), answers(filter="loose", limit=3)
+    assert [len(strict), len(loose)] == [4, 3]
+    assert {item["answer"] for item in strict} == {"[invalid]"}
+    assert all(item["raw"] not in ("", "[invalid]") for item in strict), "the model's own words are kept"
+    assert all(item["answer"] in item["raw"] for item in loose)
+    examples = answers(fewshot=2, chat=True)[0]["prompt"]
+    assert examples.count("What is ") == 3
+    assert examples.count("user") == 3, "examples are turns of their own"
+
+
+def test_what_does_not_fit_a_task_of_the_harness_shows_before_training(own: Path) -> None:
+    for settings, told in (
+        ({"name": "sums", "filter": "exact"}, "filter=exact: strict, loose"),
+        ({"name": "nosuch"}, "has no such task: .*own_tasks has sums"),
+    ):
+        with pytest.raises(UserError, match=told):
+            data.check_lm_eval([HarnessTask(**settings)], str(own))
+    (own / "rows.jsonl").unlink()
+    with pytest.raises(UserError, match=r"task.lm_eval=sums: its data can't be had"):
+        data.check_lm_eval([HarnessTask(name="sums")], str(own))
+    with pytest.raises(UserError, match=r"task.lm_eval_path=nowhere: no such folder here"):
+        data.check_lm_eval([HarnessTask(name="sums")], "nowhere")
 
 
 def generated(kind: str, rows: list[dict], **more) -> Benchmark:
@@ -303,3 +368,92 @@ def test_items_keep_the_cluster_that_their_benchmark_names(tiny: Path, tmp_path:
     records.get("evaluate", key)
     assert [item["cluster"] for item in records.texts(key, [0, 1, 2, 3])] == ["a", "a", "b", "row 3"]
     assert records.clusters(key).tolist() == [0, 0, 1, 2]
+
+
+def test_turns_are_rendered_as_a_conversation(base) -> None:
+    """A system turn and history in the benchmark's file, and in a column of its rows."""
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hi."},
+    ]
+    loaded = base()
+    asked_for = [*history, {"role": "user", "content": "What is 1 + 1?"}]
+    rendered = loaded.tokenizer.apply_chat_template(asked_for, tokenize=False, add_generation_prompt=True)
+    given = {"data": {"path": "x"}, "kind": "number", "gold": "{answer}", "max_new_tokens": 3}
+    of_file = Benchmark.model_validate(given | {"prompt": [*history, {"role": "user", "content": "{question}"}]})
+    of_row = Benchmark.model_validate(given | {"prompt": "{question}"})
+    for benchmark, row in ((of_file, ROWS[0]), (of_row, ROWS[0] | {"question": asked_for})):
+        items = run(loaded, harness.task_of("t", benchmark, [row], template=True), chat=True)[1]
+        assert items[0]["prompt"] == rendered
+    with pytest.raises(UserError, match="needs a model with a chat template"):
+        run(loaded, harness.task_of("t", of_file, [ROWS[0]], template=False), chat=False)
+
+
+def test_items_that_are_left_out_are_counted_and_the_others_keep_their_rows(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    rows = [*ROWS, {"question": None, "answer": "1"}, {"question": "how many cups " * 300, "answer": "1"}, ROWS[0]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["data.path=" + str(file), "max_new_tokens=3"]
+    new = ["data.empty=leave_out", "too_long=leave_out"]
+    overrides = [f"task.benchmark.lab_math.{o}" for o in given] + [f"+task.benchmark.lab_math.{o}" for o in new]
+    cell = composing.cell(
+        "n=0", f"model.path={tiny}", "~task.benchmark.lab_facts", *overrides, f"output={tmp_path / 'out'}"
+    )
+    preflight.check(cell.config, set())
+    do(cell)
+    key = cell.chain.evaluations[0].key
+    records = Records(tmp_path / "out")
+    record = records.get("evaluate", key)
+    assert record.passed_over == {"empty": 1, "too long for the model": 1}
+    assert [item["index"] for item in records.texts(key, range(5))] == [0, 1, 2, 3, 6]
+    text = summary.cell_text(cell, Store(tmp_path / "out"))
+    assert "lab_math: 1 items left out of the scores (too long for the model)" in text
+    assert "5 of 5 answers stopped at max_new_tokens" in text
+
+
+# --- the likelihood of reference solutions ---------------------------------------------------------------------------
+
+SOLUTION = "Step 1: 3 + 4 = 7. The answer is \\boxed{7}."
+SOLVED = [{"question": f"What is {i} + 4?", "answer": SOLUTION.replace("3", str(i))} for i in range(1, 6)]
+
+
+def likelihoods(base: Base, template: bool, rows: list[dict]) -> tuple[dict, list[dict]]:
+    benchmark = generated("likelihood", rows)
+    return run(base, harness.task_of("t", benchmark, rows, template), chat=template)
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_solution_s_likelihood_is_that_of_the_tokens_that_training_learns(base, template: bool, end: str) -> None:
+    """The harness would count white space with which a template ends to the solution."""
+    loaded = base(template=template)
+    if template and end:
+        loaded.tokenizer.chat_template += "{% if add_generation_prompt %}\n{% endif %}"
+    task = Task(name="t", data=Data(path="x"), prompt="{question}", chosen="{answer}", full_chosen="{answer}")
+    metrics, items = likelihoods(loaded, template, SOLVED)
+    for row, item in zip(SOLVED, items, strict=True):
+        example = data.pair_example(loaded.tokenizer, task, row)
+        answer = example["chosen_ids"][: len(example["chosen_ids"]) - 1]  # without its end
+        ids = torch.tensor([example["prompt_ids"] + answer])
+        with torch.no_grad():
+            logps = loaded.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        nats = float(logps[len(example["prompt_ids"]) - 1 :].sum())
+        assert item["loglikelihood_per_byte"] == pytest.approx(nats / math.log(2) / len(row["answer"]), abs=1e-5)
+        assert (item["answer"], item["gold"]) == (None, row["answer"])
+    mean = sum(item["loglikelihood_per_byte"] for item in items) / len(items)
+    assert metrics["loglikelihood_per_byte"]["value"] == pytest.approx(mean)
+    assert harness.counts(items) == {}
+
+
+def test_what_gsm8k_writes_around_a_solution_is_not_scored(base) -> None:
+    written = {"question": "a?", "answer": "He has 3 + 4 = <<3+4=7>>7 eggs.\n#### 7"}
+    plain = {"question": "a?", "answer": "He has 3 + 4 = 7 eggs."}
+    _, items = likelihoods(base(), True, [written, plain])
+    assert items[0]["loglikelihood_per_byte"] == items[1]["loglikelihood_per_byte"] < 0
+    assert items[0]["gold"] == plain["answer"]
+
+
+def test_a_gold_without_a_solution_is_refused(base) -> None:
+    with pytest.raises(UserError, match=r"row 2: the gold answer '\\n#### 7' has no solution to score"):
+        likelihoods(base(), True, [SOLVED[0], {"question": "a?", "answer": "\n#### 7"}])

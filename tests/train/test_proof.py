@@ -54,7 +54,7 @@ def layout(trained: tuple) -> str:
 def test_a_layout_that_is_wrong_is_not_used_and_one_line_says_so(load, settings, tmp_path, monkeypatch, capsys) -> None:
     """The whole row sees itself: as if nobody had thought of the border between two texts."""
     whole = lambda rows, *_: torch.ones(rows["ids"].shape[0], 1, *[rows["ids"].shape[1]] * 2).tril().bool()  # noqa: E731
-    base = load("llama")
+    base, settings = load("llama"), settings.model_copy(update={"attention": "sdpa"})
     monkeypatch.setattr(packing, "attention", whole)
     monkeypatch.setattr(proof, "_said", set())
     metrics, start, found = families.trained(base, "dpo", tmp_path / "found", settings)

@@ -241,7 +241,7 @@ def test_an_evaluation_asks_with_the_ids_of_training(family: str, tokenizer, bas
     benchmark = Benchmark(data=Data(path="x"), kind="rouge", prompt="{q}", gold="{yes}", max_new_tokens=2)
     task = harness.task_of("t", benchmark, [ROW, ROW | {"q": "What?"}], template=True)
     _, items, _ = harness.evaluate(
-        base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {})
+        base, base.model, harness.Test(task, True), 1, lambda done, total: None, proof.Memory(tmp_path, {})
     )
     assert items[0]["prompt"] == data.rendered_prompt(tokenizer, ROW["q"]) == own_prompt(tokenizer, [{"role": "user", "content": ROW["q"]}])  # fmt: skip
     assert [data.pair_example(tokenizer, PAIR, ROW)["prompt_ids"]] in asked
@@ -269,7 +269,7 @@ def test_choices_are_asked_for_where_answers_are_learned(
     benchmark = Benchmark(data=Data(path="x"), kind="choice", prompt="{q}", gold="A", choices="text", labels="label")
     row = {"q": ROW["q"], "text": [ROW["no"], "I do not know."], "label": ["A", "B"]}
     task = harness.task_of("t", benchmark, [row], template=True)
-    harness.evaluate(base, base.model, task, True, 1, lambda done, total: None, proof.Memory(tmp_path, {}))
+    harness.evaluate(base, base.model, harness.Test(task, True), 1, lambda done, total: None, proof.Memory(tmp_path, {}))
     pair = data.pair_example(tokenizer, PAIR, ROW)
     whole = pair["prompt_ids"] + pair["rejected_ids"][:-1]
     assert any(ids[: len(whole) - 1] == whole[:-1] for ids in asked), "the last token is only predicted"

@@ -64,6 +64,12 @@ def test_the_paper_s_scale_has_table_2_s_settings(cell) -> None:
         (["task.data.path=nowhere"], ["nowhere", "neither"]),
         (["task.data.path=owner/name"], ["owner/name", "revision"]),
         (["sweep=a/b"], ["sweep=a/b"]),
+        (["n='5'"], ["n='5', a text: a whole number"]),
+        (["recipe.lora.r='16'"], ["recipe.lora.r='16', a text: input should be a valid integer"]),
+        (["recipe.lr_factor='1'"], ["lr_factor='1', a text: a number above 0"]),
+        (["objective=lab_math"], ["objective=lab_math: BENCHMARK/METRIC"]),
+        (["objective=nosuch/accuracy"], ["objective=nosuch/accuracy", "lab_math, lab_facts"]),
+        (["objective=lab_facts/accuracy"], ["lab_facts has acc"]),
         (["+task.benchmark.lab_math.data.part=held_out"], ["part=held_out", "hold_out"]),
     ],
 )
@@ -118,6 +124,16 @@ def test_each_method_carries_its_facts() -> None:
     assert [m.label.lower() for m in METHODS] == list(METHOD_NAMES)
     assert len({m.colour for m in METHODS}) == len({m.marker for m in METHODS}) == len(METHODS)
     assert all(method_of(name).model_fields["name"].default == name for name in METHOD_NAMES)
+
+
+def test_with_dropout_auto_is_what_it_was_before_it_existed(cell) -> None:
+    """The layout is in the key then: it must not depend on a machine's memory."""
+    plain, dropout = (cell("scale=paper", f"recipe.lora.dropout={p}").config.recipe for p in (0, 0.1))
+    assert (plain.micro_batch, plain.attention) == ("auto", "auto")
+    assert dropout.in_key().items() >= {"micro_batch": 4, "attention": "sdpa", "packing": "prefix_shared"}.items()
+    typed = cell("scale=paper", "recipe.lora.dropout=0.1", "recipe.micro_batch=8", "recipe.attention=flex_attention")
+    assert (typed.config.recipe.micro_batch, typed.config.recipe.attention) == (8, "flex_attention")
+    assert cell("scale=paper", "recipe.lora.dropout=0.1", "recipe.batch=6").config.recipe.micro_batch == 2
 
 
 def test_a_recipe_is_what_is_in_the_key_and_what_is_not(cell) -> None:

@@ -147,3 +147,14 @@ def test_the_default_of_empty_is_in_no_key(tmp_path: Path) -> None:
     plain, leaving = (Data(path=str(tmp_path / "rows.jsonl"), empty=e) for e in ("refuse", "leave_out"))
     assert list(data.identity(plain, 0)) == ["content"]
     assert data.identity(leaving, 0)["empty"] == "leave_out"
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_with_semicolons_or_tabs_is_read(tmp_path: Path, mark: str) -> None:
+    text = f"q{mark}a\n1,5 eggs?{mark}3\n"
+    assert read(tmp_path / "rows.csv", text) == [{"q": "1,5 eggs?", "a": "3"}]
+
+
+def test_a_file_in_another_encoding_is_told_what_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes("q,a\nCaf\u00e9?,x\n".encode("latin-1"))
+    assert refusal(tmp_path / "rows.csv").endswith("rows.csv: not in UTF-8 (byte 8): save it as UTF-8")

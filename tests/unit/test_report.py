@@ -14,6 +14,7 @@ from made import grid
 from d2lora import records, report
 from d2lora.command import summary
 from d2lora.errors import UserError
+from d2lora.evaluate.vllm import installed
 from d2lora.plan import Cell
 from d2lora.records import Records
 from d2lora.report import artefacts, compare, controls, differences, evidence, figures, formats, paper, tables, verdict
@@ -304,6 +305,34 @@ def test_four_items_are_no_difference_and_none_is_no_certainty(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_an_engine_is_named_and_two_are_pointed_out(tmp_path: Path, monkeypatch) -> None:
+    asked = {"name": "vllm", "version": "0.32.0", "dtype": "bfloat16"}
+    monkeypatch.setattr(installed, "identity", lambda config: asked if config.recipe.engine == "vllm" else None)
+    cells = grid("recipe.engine=vllm", n=[0, 100], m=[0])
+    base, *_ = (s.key for s in cells[0].chain.evaluations)
+    instead = {"name": "memory", "instead_of": "vllm 0.32.0", "reason": "the engine failed again"}
+    made.publish(tmp_path / "one", cells, more=lambda stage: {"engine": asked})
+    made.publish(tmp_path / "two", cells, more=lambda stage: {"engine": instead if stage.key == base else asked})
+    assert "note: Answers are of vllm 0.32.0 (bfloat16)." in report.finish(tmp_path / "one", "mine")
+    text = report.finish(tmp_path / "two", "mine")
+    assert (
+        "Answers are of different engines: the model in memory (1 records), vllm 0.32.0 (bfloat16) (3 records)." in text
+    )
+    assert "1 of 4 evaluations were done in memory instead of vllm 0.32.0: the engine failed again." in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_engine_is_an_axis_like_any_other_that_is_in_a_key(tmp_path: Path, monkeypatch) -> None:
+    asked = {"name": "vllm", "version": "0.32.0", "dtype": "float32"}
+    monkeypatch.setattr(installed, "identity", lambda config: asked if config.recipe.engine == "vllm" else None)
+    both = [c for engine in ("memory", "vllm") for c in grid(f"recipe.engine={engine}", n=[0, 100], m=[0])]
+    made.publish(tmp_path, both, more=lambda stage: {"engine": stage.spec.engine} if stage.spec.engine else {})
+    text = report.finish(tmp_path, "mine")
+    assert "SFT LoRA engine=memory" in text
+    assert "SFT LoRA engine=vllm" in text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_records_made_differently_are_pointed_out(tmp_path: Path) -> None:
     cells = grid(n=[0, 100], m=[0])
     other = made.PROVENANCE | {"packages": {"torch": "2.14.0", "trl": "1.16.0"}, "git": {"commit": "f", "dirty": True}}
@@ -545,8 +574,9 @@ def test_what_a_recipe_sets_is_shown_with_it_and_what_is_about_the_machine_is_no
     assert {p.axes.get("method.beta") for p in points(tmp_path) if p.n != 0} == {"0.1", "0.2"}
     how = (
         "micro_batch=4 eval_batch=7 attention=flex_attention gradient_checkpointing=true threads=2 checkpoint_minutes=1"
+        " compile=layers kernels=true"
     )
-    other = [f"recipe.{x}" for x in (*how.split(), "packing=padded")]
+    other = [f"recipe.{x}" for x in (*how.split(), "engine_python=/x", "packing=padded")]
     assert {x.split("=")[0] for x in other[:-1]} == set(MACHINE)
     assert [c.id for c in grid(n=[8])] == [c.id for c in grid(*other, n=[8])], "in no stage's key"
     made.publish(tmp_path, grid(n=[8]) + grid(*other, n=[16]))
@@ -587,6 +617,20 @@ def test_an_exact_benchmark_is_shown_and_compared_as_right_or_wrong(tmp_path: Pa
     pairs = compare.comparisons(p for p in points(tmp_path) if p.benchmark == "lab_math")
     assert {c.test for c in pairs.values()} == {"exact McNemar"}
     assert "lab_math: accuracy in %" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_likelihood_has_a_table_in_bits_where_more_is_better(tmp_path: Path) -> None:
+    """Scores are negative: their intervals are not those of shares, and D2LoRA is better where its value is higher."""
+    cells = grid("+benchmark@task.benchmark=lab_math_likelihood", n=[0, 100], m=[0, 4000])
+    made.publish(tmp_path, cells, ability=lambda cell: made.gain(cell) + 0.3 * (cell.config.m != 0))
+    text = report.finish(tmp_path, "mine")
+    assert "lab_math_likelihood: loglikelihood_per_byte in hundredths of a bit" in text
+    assert "a point is a hundredth of a bit per byte. More is better" in " ".join(text.split())
+    of_likelihood = [p for p in points(tmp_path) if p.benchmark == "lab_math_likelihood"]
+    assert all(p.value < 0 and p.interval[0] < p.value < p.interval[1] < 0 for p in of_likelihood)
+    pairs = compare.comparisons(of_likelihood)
+    assert {c.decision for c in pairs.values()} == {"better"}
+    assert {c.test for c in pairs.values()} == {"paired bootstrap"}
 
 
 @pytest.fixture(scope="module")

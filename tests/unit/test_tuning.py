@@ -11,9 +11,10 @@ import made
 import pytest
 
 from d2lora import data, plan, report
-from d2lora.command import job, launch, summary
+from d2lora.command import job, launch, launchers, summary
 from d2lora.command.tuning import Tuner
 from d2lora.errors import UserError
+from d2lora.evaluate.vllm import installed
 from d2lora.plan import Cell, Job
 from d2lora.records import Candidate, Manifest, TunedArm
 from d2lora.report import choice, figures, manifest, settings
@@ -69,12 +70,17 @@ class Typed:
 
     def _train(self, cells: list[Cell]) -> bool:
         self.phases.append([])
-        launch.launch_batches(self._launch, cells, self.store, apart=False)
+        launch.launch_batches(self._launch, cells, self.store, launchers.Launcher())
         return bool(self.phases[-1])
 
     def _launch(self, jobs: list[Job]) -> None:
         self.phases[-1] += jobs
+        owners = {s.key: cell for cell in self.cells for s in cell.chain.stages}
         for one in jobs:
+            if one.shared:
+                for stage in one.stages:
+                    made.do(self.store, owners[stage.key], [stage], self.ability, self.more)
+                continue
             failed = next((i for i, s in enumerate(one.stages) if self.fails(one.cell, s)), len(one.stages))
             made.do(self.store, one.cell, one.stages[:failed], self.ability, self.more)
 
@@ -114,6 +120,25 @@ def test_no_candidate_meets_the_test_before_the_choice(tuned: Typed) -> None:
     assert late == [(j.cell, s) for j in second for s in j.stages], "and nothing else is left for then"
     assert {(c.config.method.name, c.config.m, rate(c)) for c, _ in late} == {("sft", 8, 4e-3), ("dpo", 8, 2e-4)}
     assert len(late) == 2 * 2 * 2, "two arms, replicates and benchmarks; LoRA's best is the recipe's own rate"
+
+
+def test_with_an_engine_too_validation_comes_first_and_each_phase_is_handed_out_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = {"name": "vllm", "version": "0.32.0", "dtype": "float32"}
+    monkeypatch.setattr(installed, "identity", lambda config: identity)
+    few = [o for o in GRID if not o.startswith(("method", "n=", "replicate"))]
+    tuned = Typed(tmp_path, *few, "method=sft", "n=16", "recipe.engine=vllm").run()
+    first, second = tuned.phases
+    assert not any(s.kind == "evaluate" for j in first if not j.shared for s in j.stages)
+    (asked,) = [j for j in first if j.shared]
+    assert {s.subject for s in asked.stages} == {"lab_math_validation", "lab_math", "lab_facts"}
+    own = {s.parent.key for s in asked.stages if s.subject == "lab_math"}
+    assert len(own) == 2 < len({s.parent.key for s in asked.stages}) == 6, "the test meets the recipe's own rates alone"
+    (chosen,) = second
+    assert chosen.shared
+    assert {s.subject for s in chosen.stages} == {"lab_math", "lab_facts"}
+    assert len({s.parent.key for s in chosen.stages}) == 1, "LoRA's best is the recipe's own"
 
 
 def test_what_is_done_at_the_end_is_the_chosen_and_the_fixed(tuned: Typed) -> None:
@@ -210,7 +235,7 @@ def test_a_sweep_that_was_stopped_before_the_choice_goes_on(tuned: Typed, tmp_pa
     stopped = Typed(tmp_path, *GRID)
     begun, standing = stopped.tuner.begin()
     manifest.write_manifest(tmp_path, begun, standing)
-    launch.launch_batches(lambda jobs: None, begun, stopped.store, apart=False)
+    launch.launch_batches(lambda jobs: None, begun, stopped.store, launchers.Launcher())
     assert "no table: nothing is chosen" not in report.finish(tmp_path, "tuned", draw=False), "the base has its row"
     after = Typed(tmp_path, *GRID).run()
     assert after.manifest.tuning == tuned.manifest.tuning

@@ -1,0 +1,309 @@
+"""Keep one engine for a base and its adapters: checked against the model in memory, and replaced when it fails."""
+
+import atexit
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.models.utils import resolve_max_length
+
+from d2lora import base as bases
+from d2lora.base import Base
+from d2lora.evaluate.vllm import adapters as files
+from d2lora.evaluate.vllm import installed, probe
+from d2lora.evaluate.vllm.client import WORKER, Lost, Patience, Reply
+from d2lora.evaluate.vllm.installed import EngineIdentity
+from d2lora.evaluate.vllm.running import Facts, Key, Request, Room, Running, Size
+from d2lora.keys import digest
+from d2lora.outputs import Outputs
+from d2lora.settings import Model
+from d2lora.settings.recipe import Machine
+
+SIZES = (Size(0.9, 256), Size(0.6, 32))  # the second is that of the fresh engine after one that failed
+_TOGETHER = 31  # adapters in one call at most: more are evaluated in several
+_LENGTH = 4096  # tokens of prompt and answer that an engine is opened for, unless a request has more
+
+
+class Gone(Exception):
+    """The engine failed, and so did a fresh one with less memory: what it did not answer is left to the model in memory."""
+
+
+class Unable(Exception):
+    """The engine can't do this request, or not with this adapter: it is to be done in memory."""
+
+
+class Adapter(NamedTuple):
+    """An adapter in PEFT's format, under the key of the stage that trained it."""
+
+    key: str
+    folder: Path
+    quantizes: bool = False  # it is for a quantized base
+
+    @property
+    def why_not(self) -> str | None:
+        """Return why vLLM can't do it, as its files say; None if it can."""
+        return files.why_not(self.folder, self.quantizes)
+
+
+class Session:
+    """An engine with a base. It starts when adapters are added; a call has at most one adapter less than there are slots.
+
+    vLLM (0.32) answers the base's requests with an adapter if they share a call with as many adapters as there are slots.
+    """
+
+    def __init__(self, base: Base, facts: Facts, adapters: Sequence[Adapter], log: Path) -> None:
+        self._base, self.facts, self._log = base, facts, log
+        self._most = resolve_max_length(base.model.config, base.tokenizer)
+        able = [a.folder for a in adapters if not a.why_not]
+        rank = files.room(max(map(files.rank, able), default=1))
+        layers = frozenset[str]().union(*map(files.layers, able))
+        self._room = Room(rank, layers, min(len(able), _TOGETHER) + 1, min(self._most, _LENGTH))
+        self._adapters: dict[str, Adapter] = {}
+        self._expected: dict[Key, probe.Expected] = {}
+        self._unread: dict[tuple[Key, str], list[Reply]] = {}  # replies that `answers` has not returned yet
+        self._loads = 0
+        self._running: Running | None = None
+        self.failures = 0  # engines that failed
+        self.gone = ""  # why there is no engine any more
+        self.refused: dict[str, str] = {}  # by the adapter's key: why it is evaluated in memory
+        self.version = ""
+
+    @property
+    def identity(self) -> EngineIdentity:
+        """Return what a record says of the engine."""
+        return EngineIdentity(name=installed.NAME, version=self.version, dtype=self.facts.dtype)
+
+    @property
+    def changes(self) -> Mapping[Key, bool]:
+        """Return of each adapter whether it changes the base's logits."""
+        return {key: expected.changes for key, expected in self._expected.items()}
+
+    @property
+    def pid(self) -> int | None:
+        """Return the process id of the running engine."""
+        return self._running.pid if self._running else None
+
+    def why_not(self, key: Key) -> str:
+        """Return why an adapter, or the base, is to be evaluated in memory; "" if it is not."""
+        return self.gone or (self.refused.get(key, "") if key else "")
+
+    def takes(self, facts: Facts, adapters: Sequence[Adapter]) -> bool:
+        """Tell whether this engine can be used for these facts and adapters, in one call, without opening another."""
+        if facts != self.facts or self.gone:
+            return facts == self.facts
+        able, room = [a.folder for a in adapters if not a.why_not], self._room
+        fit = all(files.rank(folder) <= room.rank and files.layers(folder) <= room.layers for folder in able)
+        return fit and min(len(able), _TOGETHER) < room.slots
+
+    def add(self, adapters: Sequence[Adapter]) -> None:
+        """Load those adapters that it does not have, and check each, and the base, against the model in memory.
+
+        Print a line for what is not to be evaluated by the engine.
+        """
+        if self.gone:
+            return
+        new = [a for a in adapters if a.key not in self._adapters]
+        self._adapters |= {a.key: a for a in new}
+        for adapter in new:
+            if why := adapter.why_not:
+                self._refuse(adapter.key, why)
+        self._expect([None, *(a.key for a in new if a.key not in self.refused)])
+        with contextlib.suppress(Gone):  # `gone` says so
+            self._ready()
+
+    def answers(
+        self, do: str, key: Key, together: Sequence[Key], requests: list[Request], done: Callable[[], None], **more: Any
+    ) -> list[Reply]:
+        """Return the replies to requests under an adapter, in order; `done` is called at each.
+
+        Those under the adapters in `together` are sent in the same call, and returned when it is their turn. Gone or
+        Unable if they are left to the model in memory.
+        """
+        name, count = digest([do, requests, more]), len(requests)
+        if (key, name) in self._unread:
+            for _ in requests:
+                done()
+            return self._unread.pop((key, name))
+        able = [k for k in dict.fromkeys((key, *together)) if k is None or self._can(k)]
+        every = [{"key": k} | request for k in able for request in requests]
+        replies = self._ask(do, every, lambda k: done() if k == key else None, **more)
+        self._unread |= {(k, name): replies[i * count : (i + 1) * count] for i, k in enumerate(able)}
+        return self._unread.pop((key, name))
+
+    def close(self) -> None:
+        """End the engine, and give back its memory: on a GPU the base is moved back there."""
+        self._unread.clear()
+        self._stop()
+        if not self.failures:
+            self._log.unlink(missing_ok=True)
+
+    def _can(self, key: str) -> bool:
+        return key in self._adapters and key not in self.refused
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running.close()
+            self._running = None
+        self._base.model.to(bases.device())  # type: ignore[arg-type]  # transformers hides its argument
+
+    def _ask(self, do: str, requests: list[Request], done: Callable[[Key], None], **more: Any) -> list[Reply]:
+        """Send requests, each with its "key"; what an engine that fails had not answered goes to a fresh one."""
+        self._make_room(requests)
+        replies: dict[int, Reply] = {}
+        for part in _calls(requests, self._room.slots - 1):
+            while missing := [i for i in part if i not in replies]:
+                engine = self._ready()
+                for key in {requests[i]["key"] for i in missing}:
+                    if why := self.why_not(key):
+                        raise Unable(why)
+                try:
+                    with contextlib.closing(engine.call(do, [requests[i] for i in missing], **more)) as answered:
+                        for index, reply in answered:
+                            replies[missing[index]] = reply
+                            done(requests[missing[index]]["key"])
+                except Lost as lost:
+                    left = sum(i not in replies for i in part)
+                    self._lost(lost, f"{left} of {len(part)} requests")
+        return [replies[i] for i in range(len(requests))]
+
+    def _make_room(self, requests: Sequence[Request]) -> None:
+        """Have the engine opened for longer texts where one needs it. Unable where the model itself has no room."""
+        longest = max((len(r["ids"]) + r.get("max_tokens", 1) for r in requests), default=0)
+        if longest > self._most:
+            raise Unable(f"a text of {longest} tokens with its answer, where the model takes {self._most}")
+        if longest > self._room.length:
+            self._room = replace(self._room, length=min(self._most, 1 << (longest - 1).bit_length()))
+            self._stop()
+
+    def _ready(self) -> Running:
+        """Return a running engine that has the adapters and is checked. Gone if it can't be had in two tries."""
+        while not self.gone:
+            try:
+                if not self._running:
+                    _free(self._base)
+                    self._running = Running(self.facts, self._room, SIZES[self.failures], self._log)
+                    self.version = self._running.version
+                self._load_and_check(self._running)
+                if self._running:  # not ended by the check
+                    return self._running
+            except Lost as lost:
+                self._lost(lost, "all requests")
+        raise Gone(self.gone)
+
+    def _load_and_check(self, engine: Running) -> None:
+        """Load the adapters that the engine lacks, before any request is theirs, and compare their probes."""
+        new = [a for a in self._adapters.values() if self._can(a.key) and not engine.has(a.key)]
+        for adapter in new:
+            self._loads += 1
+            if why := engine.load(adapter.key, adapter.folder, self._loads):
+                self._refuse(adapter.key, why)
+        if engine.checked:
+            return
+        loaded: list[Key] = [a.key for a in new if engine.has(a.key)]
+        size = max(1, self._room.slots - 1)
+        calls: list[list[Key]] = [[None], *(loaded[i : i + size] for i in range(0, len(loaded), size))]
+        for keys in [*calls, *calls[:1] * bool(loaded)]:  # the base again, after adapters
+            if not self.gone:
+                self._compare(engine, keys)
+        engine.checked = True
+
+    def _compare(self, engine: Running, keys: Sequence[Key]) -> None:
+        """Send the probe under these adapters, in one call, and refuse those whose log-probabilities are off."""
+        ids, dtype = probe.ids(self._base), self.facts.dtype
+        requests = [{"key": key, "ids": ids, "start": 1} for key in keys]
+        replies = dict(engine.call("loglikelihood", requests))  # all of them, before one can end the engine
+        for index, key in enumerate(keys):
+            expected = self._expected[key]
+            off = probe.off(replies[index]["logprobs"], expected, dtype)
+            if off <= (limit := probe.limit(expected, dtype)):
+                continue
+            why = f"the log-probabilities of a probe are off by {off:.2g}, and {limit:.2g} is allowed"
+            if key is None:
+                self._end(why)
+            else:
+                self._refuse(key, why)
+
+    def _expect(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            if key not in self._expected:
+                self._expected[key] = probe.expected(self._base, self._adapters[key].folder if key else None)
+
+    def _refuse(self, key: str, why: str) -> None:
+        self.refused[key] = why
+        print(f"adapter {key} is evaluated in memory: {why}", file=sys.stderr)
+
+    def _lost(self, lost: Lost, what: str) -> None:
+        """Give up the engine; the next is opened with less. Gone if this one had."""
+        self._running = None
+        self.failures += 1
+        if self.failures == len(SIZES):
+            self._end(f"the engine failed again: {lost}")
+            raise Gone(self.gone)
+        size = SIZES[self.failures]
+        print(
+            f"the engine failed: {lost}; {what} go to a fresh one with {size.memory:.0%} of the free memory and "
+            f"{size.sequences} sequences at a time",
+            file=sys.stderr,
+        )
+
+    def _end(self, why: str) -> None:
+        """Use no engine from here on."""
+        self.gone = why
+        print(f"{self._base.name} is evaluated in memory: {why} (see {self._log})", file=sys.stderr)
+        self._stop()
+
+
+def _calls(requests: Sequence[Request], adapters: int) -> list[list[int]]:
+    """Divide requests, by index, into calls of some adapters each; the base's are a call of their own."""
+    keys = [key for key in dict.fromkeys(request["key"] for request in requests) if key is not None]
+    shares = [set(keys[i : i + adapters]) for i in range(0, len(keys), max(1, adapters))]
+    calls = [[i for i, request in enumerate(requests) if request["key"] in share] for share in [{None}, *shares]]
+    return [call for call in calls if call]
+
+
+def _free(base: Base) -> None:
+    """Move the base off the GPU: the engine loads it again, and takes the memory that is free."""
+    if bases.device() == "cuda":
+        base.model.to("cpu")  # type: ignore[arg-type]  # transformers hides its argument
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+_current: Session | None = None  # of this process
+
+
+def opened(base: Base, model: Model, adapters: Sequence[Adapter], machine: Machine, outputs: Outputs) -> Session:
+    """Return this process's session for a base, with these adapters loaded and checked.
+
+    Another that is open is used if it can take them, else closed.
+    """
+    global _current
+    command = (str(installed.python_of(machine)), "-I", str(WORKER))
+    source = bases.source(model, outputs.models)
+    facts = Facts(command, source, model.revision, model.dtype, machine.threads, Patience())
+    if _current is None or not _current.takes(facts, adapters):
+        close()
+        _current = Session(base, facts, adapters, outputs.engine_log(os.getpid()))
+    _current.add(adapters)
+    return _current
+
+
+@atexit.register
+def close() -> None:
+    """End this process's engine, if there is one: its memory is free when this returns."""
+    global _current
+    if _current:
+        _current.close()
+    _current = None
+
+
+def make_room() -> None:
+    """End the engine where it takes memory that an evaluation in this process needs: on a GPU."""
+    if bases.device() == "cuda":
+        close()

@@ -1,0 +1,139 @@
+"""A worker of d2lora.evaluate.vllm whose vLLM is the few lines below: with vLLM's own faults, and others on demand.
+
+python small_vllm.py FOLDER runs d2lora's worker.py on it. FOLDER/fault.json says how it misbehaves: {"do": what, "after":
+answers, "starts": how many starts do}. FOLDER/log.jsonl gets what it was asked. An adapter's folder has expected.json, the
+log-probabilities of the probe, and so has the base's; an answer tells which folder it is of, by its tag.
+"""
+
+import json
+import os
+import runpy
+import sys
+import time
+import types
+from pathlib import Path
+
+WORKER = Path(__file__).parents[1] / "d2lora/evaluate/vllm/worker.py"
+TAG, BASE_TAG, END = "tag", 100, 2
+folder = Path(sys.argv[1])
+wanted_steps = list(range(8))  # of a slow engine, without an answer
+
+
+def log(**what: object) -> None:
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(what) + "\n")
+
+
+def fault(do: str, answers: int) -> bool:
+    """Misbehave if it is time to. Return whether nothing is answered in this step."""
+    wanted = json.loads((folder / "fault.json").read_text()) if (folder / "fault.json").exists() else {}
+    if wanted.get("starts", 0) < START or answers != wanted.get("after", 0) or wanted["at"] != do:
+        return False
+    if wanted["do"] == "slow":
+        wanted_steps.pop()
+        time.sleep(0.5)
+        return bool(wanted_steps)
+    if wanted["do"] == "die":
+        os._exit(7)
+    if wanted["do"] == "hang":
+        time.sleep(600)
+    if wanted["do"] == "raise":
+        raise RuntimeError("the engine broke")
+    if wanted["do"] == "babble":
+        os.write(REPLIES, b'{"id": 0}\n')
+    if wanted["do"] == "forget":
+        os.write(REPLIES, json.dumps({"id": LAST["id"], "end": True}).encode() + b"\n")
+    return False
+
+
+def read(path: str) -> tuple[int, list[float]]:
+    content = json.loads((Path(path) / "expected.json").read_text())
+    return content[TAG], content["log_probs"]
+
+
+class LLM:
+    def __init__(self, model: str, max_lora_rank: int = 16, max_loras: int = 1, **settings: object) -> None:
+        fault("open", 0)
+        log(do="open", rank=max_lora_rank, slots=max_loras, pid=os.getpid(), **{k: settings[k] for k in ("max_num_seqs", "max_model_len")})  # fmt: skip
+        if max_lora_rank not in (1, 8, 16, 32, 64, 128, 256, 320, 512):
+            raise ValueError(f"max_lora_rank {max_lora_rank}")
+        self.llm_engine = Engine(model, max_lora_rank, max_loras)
+
+
+class Engine:
+    def __init__(self, base: str, rank: int, slots: int) -> None:
+        self.base, self.rank, self.slots = base, rank, slots
+        self.folders: dict[int, str] = {}
+        self.waiting: list[tuple] = []
+        self.answers = 0
+
+    def add_lora(self, request) -> bool:
+        config = json.loads((Path(request.path) / "adapter_config.json").read_text())
+        if config["r"] > self.rank:
+            raise ValueError(f"LoRA rank {config['r']} is greater than max_lora_rank {self.rank}.")
+        log(do="load", name=request.name, number=request.number)
+        self.folders.setdefault(request.number, request.path)  # as vLLM: an id that it knows is not loaded again
+        return True
+
+    def add_request(self, name: str, prompt: dict, parameters, lora_request=None) -> None:
+        assert lora_request is None or lora_request.number in self.folders, "asked before it was loaded"
+        self.waiting.append((name, prompt["prompt_token_ids"], parameters, lora_request and lora_request.number))
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> list:
+        """Answer all requests, the last one first."""
+        numbers = sorted({number for *_, number in self.waiting if number})
+        last = numbers[-1] if len(numbers) >= self.slots else None  # as vLLM: the base gets the last slot's adapter
+        do = "generate" if self.waiting[0][2].prompt_logprobs is None else "loglikelihood"
+        log(do=do, requests=len(self.waiting), adapters=len(numbers), base=any(n is None for *_, n in self.waiting))
+        name, ids, parameters, number = self.waiting[-1]
+        if fault(do if len(ids) != 40 or do == "generate" else "probe", self.answers):
+            return []
+        self.waiting.pop()
+        self.answers += 1
+        tag, log_probs = read(self.folders[number or last] if number or last else self.base)
+        if do == "loglikelihood":
+            values = log_probs if len(ids) == 40 else [-tag / 1000.0 - i / 100 for i in range(len(ids) - 1)]
+            scored = [{i: types.SimpleNamespace(logprob=v, rank=1)} for i, v in zip(ids[1:], values, strict=True)]
+            return [types.SimpleNamespace(request_id=name, finished=True, prompt_logprobs=[None, *scored])]
+        answer = types.SimpleNamespace(token_ids=[tag, len(ids), *parameters.stop_token_ids[:1]])
+        return [types.SimpleNamespace(request_id=name, finished=True, outputs=[answer])]
+
+
+class Request:
+    def __init__(self, name: str, number: int, path: str) -> None:
+        self.name, self.number, self.path = name, number, path
+
+
+def module(name: str, **content: object) -> None:
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(content)
+
+
+class Parameters:
+    def __init__(self, prompt_logprobs: int | None = None, **settings: object) -> None:
+        self.prompt_logprobs = prompt_logprobs
+        self.stop_token_ids = settings.get("stop_token_ids")
+
+
+module("torch", cuda=types.SimpleNamespace(is_available=lambda: False))
+module("vllm", LLM=LLM, SamplingParams=Parameters, __version__="0.0")
+module("vllm.lora")
+module("vllm.lora.request", LoRARequest=Request)
+starts = folder / "starts"
+START = len(starts.read_text()) + 1 if starts.exists() else 1
+starts.write_text("x" * START)
+worker = runpy.run_path(str(WORKER), run_name="worker")
+REPLIES, LAST = os.dup(1), {}
+
+
+def write(replies, reply: dict) -> None:
+    LAST.update(reply)
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
+
+
+worker["serve"].__globals__.update(_write=write, _SILENCE=1.0)
+worker["main"]()

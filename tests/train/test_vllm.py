@@ -1,0 +1,304 @@
+"""Evaluations by an engine in a process of its own, held against a small worker that misbehaves (small_vllm.py)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import composing
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from d2lora import data
+from d2lora.base import Base, load_base
+from d2lora.errors import UserError
+from d2lora.evaluate.engine import Questions
+from d2lora.evaluate.vllm import adapters as files
+from d2lora.evaluate.vllm import installed, probe
+from d2lora.evaluate.vllm.client import Client, Lost, Patience
+from d2lora.evaluate.vllm.engine import InVllm
+from d2lora.evaluate.vllm.running import Facts
+from d2lora.evaluate.vllm.sessions import Adapter, Gone, Session, Unable
+from d2lora.settings import Benchmark, Data, Model
+
+SMALL = Path(__file__).parents[1] / "small_vllm.py"
+KEYS = ["one", "two", "three"]
+PROMPTS = [{"ids": [1, 5, 6], "max_tokens": 9}, {"ids": [1, 7, 8, 9], "max_tokens": 9}]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base and three adapters of it, each with what the small worker answers from."""
+    root = tmp_path_factory.mktemp("engine")
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    base.save_pretrained(root / "base")
+    for file in tiny.glob("*token*"):
+        (root / "base" / file.name).write_bytes(file.read_bytes())
+    (root / "base/chat_template.jinja").write_bytes((tiny / "chat_template.jinja").read_bytes())
+    for rank, key in zip((4, 9, 4), KEYS, strict=True):
+        config = LoraConfig(r=rank, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        torch.manual_seed(rank)
+        wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+        wrapped.save_pretrained(root / key)
+    loaded = load_base(Model(name="tiny", path=str(root / "base"), dtype="float32"), root)
+    for tag, key in enumerate(["base", *KEYS]):
+        values = probe.expected(loaded, None if key == "base" else root / key).log_probs
+        (root / key / "expected.json").write_text(json.dumps({"tag": 100 + tag, "log_probs": values}))
+    return root
+
+
+@pytest.fixture
+def base(folder: Path) -> Base:
+    return load_base(Model(name="tiny", path=str(folder / "base"), dtype="float32"), folder)
+
+
+@pytest.fixture
+def opened(folder: Path, base: Base, tmp_path: Path) -> Iterator[Callable[..., Session]]:
+    """Return opened(keys, fault, ...) -> a session with the small worker, whose log is in tmp_path."""
+    sessions_: list[Session] = []
+
+    def start(keys: list[str], answering: float = 60, **fault: object) -> Session:
+        if fault:
+            (tmp_path / "fault.json").write_text(json.dumps(fault))
+        command = (sys.executable, "-I", str(SMALL), str(tmp_path))
+        facts = Facts(command, str(folder / "base"), None, "float32", 1, Patience(60, answering))
+        adapters = [Adapter(key, folder / key) for key in keys]
+        sessions_.append(Session(base, facts, adapters, tmp_path / "engine.log"))
+        sessions_[0].add(adapters)
+        return sessions_[0]
+
+    yield start
+    for session in sessions_:
+        session.close()
+
+
+def ask(session: Session, key: str | None, *together: str | None, ticks: list | None = None) -> list[list[int]]:
+    done = lambda: ticks.append(1) if ticks is not None else None  # noqa: E731
+    return [r["ids"] for r in session.answers("generate", key, together, PROMPTS, done, ends=[2])]
+
+
+def logged(tmp_path: Path, do: str) -> list[dict]:
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["do"] == do]
+
+
+def answers_of(tag: int) -> list[list[int]]:
+    return [[tag, len(prompt["ids"]), 2] for prompt in PROMPTS]
+
+
+def test_several_adapters_and_the_base_are_each_answered_by_their_own(opened, tmp_path: Path) -> None:
+    session, ticks = opened(KEYS), []
+    assert not session.refused
+    assert ask(session, "one", "two", None, "three", ticks=ticks) == answers_of(101)
+    assert len(ticks) == len(PROMPTS), "of its own only"
+    before = len(logged(tmp_path, "generate"))
+    assert [ask(session, key) for key in ("three", "two", None)] == [answers_of(103), answers_of(102), answers_of(100)]
+    assert len(logged(tmp_path, "generate")) == before, "they were asked in the same call"
+    calls = [(call["base"], call["adapters"]) for call in logged(tmp_path, "generate")]
+    assert {base for base, adapters in calls if adapters} == {False}, "the base is in calls of its own"
+    assert max(adapters for _, adapters in calls) == 3
+    (start,) = logged(tmp_path, "open")
+    assert (start["slots"], start["rank"]) == (4, 16), "one more than adapters; rank 9 rounded up"
+    assert session.changes == {None: False, "one": True, "two": True, "three": True}
+
+
+def test_an_adapter_that_comes_later_gets_an_id_that_was_never_used(opened, folder: Path, tmp_path: Path) -> None:
+    session = opened(["two"])
+    session.add([Adapter("three", folder / "three")])
+    session.add([Adapter("again", folder / "two")])
+    assert [ask(session, key) for key in ("two", "three", "again")] == [answers_of(t) for t in (102, 103, 102)]
+    loads = logged(tmp_path, "load")
+    assert len({load["number"] for load in loads}) == len({load["name"] for load in loads}) == 3
+    assert len(logged(tmp_path, "open")) == 1
+
+
+@pytest.mark.parametrize("fault", ["die", "raise", "hang", "babble", "forget"])
+def test_what_a_failed_engine_had_not_answered_is_asked_of_a_fresh_one_with_less(
+    opened, tmp_path: Path, capsys, fault: str
+) -> None:
+    patience = {"answering": 3} if fault == "hang" else {}
+    session = opened(KEYS, at="generate", do=fault, after=8, starts=1, **patience)
+    first = session.pid
+    assert ask(session, "one", "two", "three") == answers_of(101)
+    assert [ask(session, key) for key in ("two", "three")] == [answers_of(102), answers_of(103)]
+    assert not psutil.pid_exists(first)
+    starts = logged(tmp_path, "open")
+    assert [start["max_num_seqs"] for start in starts] == [256, 32]
+    sizes = [call["requests"] for call in logged(tmp_path, "generate")]
+    assert (sizes[:3], sizes[-3:]) == ([6, 5, 4], [3, 2, 1]), "three were answered before"
+    told = capsys.readouterr().err
+    assert "the engine failed: it " in told
+    assert "go to a fresh one with 60% of the free memory and 32 sequences at a time" in told
+
+
+def test_a_slow_engine_is_waited_for(opened, tmp_path: Path) -> None:
+    """Eight steps of half a second without an answer, where three seconds without a word are too many."""
+    session = opened(["one"], at="generate", do="slow", after=3, starts=1, answering=3)
+    assert ask(session, "one") == answers_of(101)
+    assert len(logged(tmp_path, "open")) == 1
+
+
+def test_a_python_that_does_not_start_is_a_lost_worker(tmp_path: Path) -> None:
+    with pytest.raises(Lost, match=r"none does not start: No such file"):
+        Client([str(tmp_path / "none")], {}, tmp_path / "log", Patience())
+
+
+def test_after_two_failures_memory_is_asked_and_nothing_runs_on(opened, tmp_path: Path, capsys) -> None:
+    session = opened(["one"], at="generate", do="die", after=3, starts=2)
+    with pytest.raises(Gone):
+        ask(session, "one")
+    assert session.why_not("one")
+    assert session.why_not(None)
+    assert session.pid is None
+    assert "tiny is evaluated in memory: the engine failed again: it ended" in capsys.readouterr().err
+    with pytest.raises(Gone):
+        ask(session, "one")
+    assert len(logged(tmp_path, "open")) == 2
+    assert all(not psutil.pid_exists(start["pid"]) for start in logged(tmp_path, "open"))
+
+
+def test_an_engine_that_does_not_open_is_said_and_left(opened, capsys) -> None:
+    session = opened(["one"], at="open", do="raise", after=0, starts=9)
+    assert session.gone
+    assert "it raised RuntimeError: the engine broke" in capsys.readouterr().err
+
+
+def test_an_adapter_whose_probe_is_off_is_refused_alone(opened, folder: Path, tmp_path: Path, capsys) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    for file in (folder / "one").iterdir():
+        (wrong / file.name).write_bytes(file.read_bytes())
+    (wrong / "expected.json").write_text((folder / "two/expected.json").read_text())
+    session = opened(["three"])
+    session.add([Adapter("wrong", wrong)])
+    assert list(session.refused) == ["wrong"]
+    assert (
+        "adapter wrong is evaluated in memory: the log-probabilities of a probe are off by " in capsys.readouterr().err
+    )
+    assert ask(session, "three", "wrong") == answers_of(103)
+
+
+def test_a_base_that_the_engine_computes_differently_is_evaluated_in_memory(opened, folder: Path, capsys) -> None:
+    expected = folder / "base/expected.json"
+    before = expected.read_text()
+    expected.write_text((folder / "one/expected.json").read_text())
+    try:
+        session = opened(["one"])
+    finally:
+        expected.write_text(before)
+    assert session.why_not("one")
+    assert session.pid is None
+    assert "tiny is evaluated in memory: the log-probabilities of a probe are off by " in capsys.readouterr().err
+
+
+def test_what_vllm_can_not_do_is_read_from_an_adapter_s_files(folder: Path, tmp_path: Path) -> None:
+    assert files.why_not(folder / "two") is None
+    assert files.why_not(folder / "two", quantizes=True) == "it is for a quantized base"
+    for change, told in (
+        ({"use_dora": True}, "use_dora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
+        ({"bias": "all"}, "bias=all"),
+        ({"rank_pattern": {"q_proj": 600}}, "its rank 600 is above 512"),
+    ):
+        copy = tmp_path / told
+        copy.mkdir()
+        config = json.loads((folder / "two/adapter_config.json").read_text())
+        (copy / "adapter_config.json").write_text(json.dumps(config | change))
+        (copy / "adapter_model.safetensors").write_bytes((folder / "two/adapter_model.safetensors").read_bytes())
+        assert told in str(files.why_not(copy))
+    assert [files.room(rank) for rank in (1, 2, 16, 17, 300, 512)] == [1, 8, 16, 32, 320, 512]
+
+
+def test_a_head_adapter_is_not_for_vllm(tiny: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).save_pretrained(tmp_path / "head")
+    assert files.why_not(tmp_path / "head") == "it adapts lm_head"
+
+
+def test_a_text_that_the_model_has_no_room_for_is_left_to_memory(opened) -> None:
+    session = opened(["one"])
+    with pytest.raises(Unable, match="a text of 514 tokens with its answer, where the model takes 512"):
+        session.answers("generate", "one", [], [{"ids": [5] * 510, "max_tokens": 4}], lambda: None, ends=[2])
+    assert ask(session, "one") == answers_of(101)
+
+
+def test_benchmarks_are_scored_by_the_harness_whoever_answers(opened, base: Base) -> None:
+    session = opened(["one"])
+    rows = [{"question": f"What is {i} + {i}?", "answer": "4", "text": ["a", "b b"], "label": [1, 2], "right": 1} for i in (1, 2)]  # fmt: skip
+    shared = {"data": Data(path="x"), "prompt": "{question}", "max_new_tokens": 8}
+    number = Benchmark(kind="number", gold="{answer}", **shared)
+    ticks: list[tuple[int, int]] = []
+    for key, tag in (("one", 101), (None, 100)):
+        engine = InVllm(base, session, key)
+        evaluation = engine.evaluate(Questions("sums", number, rows), 0, lambda *tick: ticks.append(tick))
+        first = data.encode(base.tokenizer, evaluation.items[0]["prompt"])
+        assert evaluation.items[0]["answer"] == base.tokenizer.decode([tag, len(first)])
+        assert (evaluation.metrics["accuracy"]["items"], evaluation.batch) == (2, 256)
+    assert ticks[-1] == (2, 2)
+    choice = Benchmark(kind="choice", gold="{right}", choices="text", labels="label", chat=False, **shared)
+    evaluation = InVllm(base, session, "one").evaluate(Questions("choices", choice, rows[:1]), 0, lambda *tick: None)
+    assert evaluation.items[0]["loglikelihoods"] == sorted(evaluation.items[0]["loglikelihoods"], reverse=True)
+    assert evaluation.items[0]["answer"] == "a"
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:
+    for python, told in ((tmp_path / "none", "no Python that starts"), (sys.executable, "has no vLLM")):
+        with pytest.raises(UserError, match=f"recipe.engine_python=.*: {told}: build it with `make engine`"):
+            composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}")
+        in_memory = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
+        installed.check(in_memory.recipe.machine)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from d2lora.evaluate.vllm.client import Client, Patience
+client = Client([sys.executable, "-I", sys.argv[1], sys.argv[2]], {}, Path(sys.argv[2]) / "log", Patience())
+print(client.pid, flush=True)
+list(client.ask("open", base="x", revision=None, dtype="float32", length=9, memory=1.0, sequences=2, rank=8, slots=2, layers=[]))
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_running_when_the_process_that_asks_is_ended(tmp_path: Path, end: signal.Signals) -> None:
+    (tmp_path / "fault.json").write_text(json.dumps({"at": "open", "do": "hang", "after": 0, "starts": 1}))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(SMALL), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert parent.stdout
+    worker = psutil.Process(int(parent.stdout.readline()))
+    while not (tmp_path / "starts").exists():
+        time.sleep(0.05)
+    os.kill(parent.pid, end)
+    parent.wait(30)
+    worker.wait(30)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_client_that_lost_its_worker_is_not_used_again(tmp_path: Path) -> None:
+    client = Client([sys.executable, "-c", "print('hello')"], {}, tmp_path / "log", Patience(10, 10))
+    for _ in range(2):
+        with pytest.raises(Lost):
+            list(client.ask("open"))
+
+
+def test_a_session_is_used_again_while_it_has_room(opened, folder: Path) -> None:
+    session = opened(["one"])
+    two, three = (Adapter(key, folder / key) for key in ("two", "three"))
+    assert session.takes(session.facts, [three])
+    assert not session.takes(session.facts, [two]), "its rank is larger"
+    assert not session.takes(session.facts, [three, Adapter("again", folder / "one")]), "a slot for the base is left"
+    assert not session.takes(replace(session.facts, dtype="bfloat16"), [three])

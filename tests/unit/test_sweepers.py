@@ -1,0 +1,79 @@
+"""Sweepers other than d2lora's own, and what is said of keys that a launcher does not have."""
+
+import pytest
+from composing import ROOT
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from d2lora.command import grid, sweepers
+from d2lora.command.guard import one_line
+from d2lora.errors import UserError
+from d2lora.report import manifest
+
+
+def test_a_trial_is_judged_on_the_validation_benchmark_and_does_not_meet_the_test(cell) -> None:
+    plain = cell("n=8")
+    tried = cell("n=8", "objective=lab_math/accuracy")
+    assert tried.config.objectives == [("lab_math_validation", "accuracy")]
+    assert tried.chain.trainings == plain.chain.trainings
+    (measured,) = sweepers._without_test(tried).chain.stages[-1:]
+    assert measured.subject == "lab_math_validation"
+    listed = manifest.entry(sweepers._without_test(tried))
+    assert list(listed.stages.evaluate) == ["lab_math_validation"], "the sweep's tables show what there is"
+    facts = cell("n=8", "objective=lab_facts/acc")  # has no validation benchmark: measured on the test itself
+    assert sweepers._without_test(facts).chain == plain.chain
+
+
+@pytest.mark.parametrize(
+    ("sweeper", "objective", "told"),
+    [
+        ({"_target_": "x.OptunaSweeper"}, [], "name what it optimizes: objective=BENCHMARK/METRIC"),
+        ({"_target_": "x.OptunaSweeper", "direction": "minimize"}, ["lab_math/accuracy"], "direction=maximize"),
+        ({"_target_": "x.OptunaSweeper", "direction": "maximize"}, ["lab_math/accuracy"], None),
+        ({"_target_": "x.BasicSweeper"}, [], None),
+    ],
+)
+def test_a_sweeper_that_optimizes_needs_an_objective_and_its_direction(sweeper, objective, told) -> None:
+    config = OmegaConf.create({"hydra": {"sweeper": sweeper, "runtime": {"choices": {"hydra/sweeper": "optuna"}}}})
+    if told is None:
+        sweepers._check_objective(config, objective)
+        return
+    with pytest.raises(UserError, match=told):
+        sweepers._check_objective(config, objective)
+
+
+def test_the_plan_of_an_optimizer_shows_a_cell_of_its_first_values() -> None:
+    typed = ["recipe.lr_factor=tag(log,interval(0.3,3))", "++n=4,8", "seed=range(2,9)", "~task.benchmark.lab_facts"]
+    cell = grid.one_of(OverridesParser.create(), {"method": "sft,dpo"}, typed)
+    assert cell == ("method=sft", "recipe.lr_factor=0.3", "++n=4", "seed=2", "~task.benchmark.lab_facts")
+
+
+@pytest.mark.parametrize(
+    ("hydra", "told"),
+    [
+        (
+            "Could not override 'hydra.launcher.n_jobs'.\nTo append to your config use +hydra.launcher.n_jobs=2\n\tKey 'n_jobs' is not in struct",
+            "hydra.launcher.n_jobs: the launcher has no such setting",
+        ),
+        (
+            "Error in call to target 'hydra._internal.core_plugins.basic_launcher.BasicLauncher':\nTypeError(\"BasicLauncher.__init__() got an unexpected keyword argument 'n_jobs'\")",
+            "hydra.launcher.n_jobs: BasicLauncher has no such setting",
+        ),
+        (
+            "Could not override 'hydra.sweeper.n_trials'.\nTo append to your config use +hydra.sweeper.n_trials=3",
+            "hydra.sweeper.n_trials: the sweeper has no such setting",
+        ),
+        ("Could not override 'nn'.\nTo append to your config use +nn=3", "nn: there is no such key"),
+    ],
+)
+def test_no_advice_is_given_that_then_fails(hydra: str, told: str) -> None:
+    line = one_line(ConfigCompositionException(hydra))
+    assert line.startswith(told)
+    assert "+hydra" not in line
+    assert "\n" not in line
+
+
+def test_run_py_registers_what_is_done_around_other_sweepers() -> None:
+    config = OmegaConf.load(ROOT / "conf" / "config.yaml")
+    assert config.hydra.callbacks.d2lora._target_ == f"{sweepers.__name__}.OtherSweepers"
