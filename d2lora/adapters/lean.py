@@ -63,7 +63,9 @@ def _replace(module: nn.Module, forward: Callable[..., Any], replaced: list[nn.M
 
 
 def _same_code(function: Any, of_llama: Any) -> bool:
-    """Tell whether a function's instructions, names and constants are those of Llama's."""
+    """Tell whether a function's instructions, names and constants are those of Llama's, and Llama's is transformers'."""
+    if getattr(of_llama, "__module__", None) != llama.__name__:  # something has put another in its place
+        return False
     code, other = (getattr(f, "__code__", None) for f in (function, of_llama))
     if code is None or other is None:
         return False
