@@ -15,19 +15,29 @@ sys.path.insert(0, str(ROOT))
 
 
 def evaluations(output: Path) -> dict:
-    """Return by (adapter's folder or None, benchmark) the label and items of evaluations in memory, and a config."""
+    """Return by (adapter's folder or None, benchmark) the name and items of evaluations in memory."""
     from d2lora.records import read as read_record
     from d2lora.records import read_items
 
-    found: dict = {}
+    done: dict = {}
     for folder in sorted((output / "store/evaluate").glob("[!.]*")):
         record = read_record(folder)
         if record is None or record.spec.get("lm_eval") or record.spec.get("engine"):
             continue
         parents = list((output / "store").glob(f"*/{record.parent}/adapter")) if record.parent else [None]
         for parent in parents:
-            found[parent, record.benchmark] = (record.label, read_items(folder))
-    return found
+            name = f"{record.label} ({init_name(parent)})" if parent else record.label
+            done[parent, record.benchmark] = (name, read_items(folder))
+    return done
+
+
+def init_name(adapter: Path) -> str:
+    """Return the initialization that an adapter's record names."""
+    from d2lora.records import read as read_record
+    from d2lora.settings.inits import PLAIN
+
+    record = read_record(adapter.parent)
+    return str((record.spec.get("init") or {}).get("name", PLAIN)) if record else PLAIN
 
 
 def differences(answered: list[dict], expected: list[dict]) -> tuple[int, float]:
@@ -59,6 +69,7 @@ def main() -> int:
     from d2lora.evaluate.vllm.engine import InVllm
     from d2lora.outputs import Outputs
     from d2lora.settings import Benchmark, Model
+    from d2lora.settings.inits import init_of
     from d2lora.settings.recipe import Machine
 
     done = evaluations(args.output)
@@ -68,7 +79,7 @@ def main() -> int:
     model = Model.model_validate(yaml.safe_load((ROOT / f"conf/model/{args.model}.yaml").read_text()))
     machine = Machine(micro_batch=1, engine="vllm", engine_python=args.python, threads=1)
     base = load_base(model, outputs.models)
-    adapters = [sessions.Adapter(folder.parent.name, folder) for folder in folders]
+    adapters = [sessions.Adapter(f.parent.name, f, init_of(init_name(f)).quantizes) for f in folders]
     session = sessions.opened(base, model, adapters, machine, outputs)
     keys = [None, *(a.key for a in adapters)]
     wrong = 0

@@ -103,7 +103,8 @@ def load_base(model: Model, cache: Path) -> Base:
         LOADED.clear()  # one base at a time: two of 8 B would not fit
         gc.collect()
         LOADED[name] = read_base(model, cache)
-    LOADED[name].check()
+    if LOADED[name].model.device.type == device():  # it is elsewhere while an engine has the GPU, and nothing uses it
+        LOADED[name].check()
     return LOADED[name]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 WORKER = Path(__file__).parents[1] / "d2lora/evaluate/vllm/worker.py"
 TAG, BASE_TAG, END = "tag", 100, 2
 folder = Path(sys.argv[1])
+wanted_steps = list(range(8))  # of a slow engine, without an answer
 
 
 def log(**what: object) -> None:
@@ -23,11 +24,15 @@ def log(**what: object) -> None:
         file.write(json.dumps(what) + "\n")
 
 
-def fault(do: str, answers: int) -> None:
-    """Misbehave if it is time to."""
+def fault(do: str, answers: int) -> bool:
+    """Misbehave if it is time to. Return whether nothing is answered in this step."""
     wanted = json.loads((folder / "fault.json").read_text()) if (folder / "fault.json").exists() else {}
     if wanted.get("starts", 0) < START or answers != wanted.get("after", 0) or wanted["at"] != do:
-        return
+        return False
+    if wanted["do"] == "slow":
+        wanted_steps.pop()
+        time.sleep(0.5)
+        return bool(wanted_steps)
     if wanted["do"] == "die":
         os._exit(7)
     if wanted["do"] == "hang":
@@ -38,6 +43,7 @@ def fault(do: str, answers: int) -> None:
         os.write(REPLIES, b'{"id": 0}\n')
     if wanted["do"] == "forget":
         os.write(REPLIES, json.dumps({"id": LAST["id"], "end": True}).encode() + b"\n")
+    return False
 
 
 def read(path: str) -> tuple[int, list[float]]:
@@ -82,8 +88,10 @@ class Engine:
         last = numbers[-1] if len(numbers) >= self.slots else None  # as vLLM: the base gets the last slot's adapter
         do = "generate" if self.waiting[0][2].prompt_logprobs is None else "loglikelihood"
         log(do=do, requests=len(self.waiting), adapters=len(numbers), base=any(n is None for *_, n in self.waiting))
-        name, ids, parameters, number = self.waiting.pop()
-        fault(do if len(ids) != 40 or do == "generate" else "probe", self.answers)
+        name, ids, parameters, number = self.waiting[-1]
+        if fault(do if len(ids) != 40 or do == "generate" else "probe", self.answers):
+            return []
+        self.waiting.pop()
         self.answers += 1
         tag, log_probs = read(self.folders[number or last] if number or last else self.base)
         if do == "loglikelihood":
@@ -127,5 +135,5 @@ def write(replies, reply: dict) -> None:
     replies.flush()
 
 
-worker["serve"].__globals__["_write"] = write
+worker["serve"].__globals__.update(_write=write, _SILENCE=1.0)
 worker["main"]()

@@ -13,11 +13,11 @@ from d2lora.errors import UserError
 from d2lora.outputs import project_path
 from d2lora.records import ManifestCell, Record, Records, read_items
 from d2lora.report import axes, formats, manifest, tuning
-from d2lora.report import results as rows_of_results
-from d2lora.report import tables as scores
-from d2lora.report.compare import MARGIN, pairs
+from d2lora.report.compare import pairs
+from d2lora.report.content import Sweep
 from d2lora.report.points import Point, arm_name
-from d2lora.report.results import CellResults, Row
+from d2lora.report.results import COLUMNS, CellResults, result_rows
+from d2lora.report.rows import Row, frame
 from d2lora.scoring import shown_metrics
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.evaluate import EvaluateSpec
@@ -43,12 +43,12 @@ def results(*sweeps: str, output: Folder = "outputs") -> pd.DataFrame:
     records, rows = Records(folder), []
     for name in sweeps or manifest.sweeps(folder):
         try:
-            rows += list(rows_of_results.result_rows(manifest.read_manifest(folder, name), records, whole=True))
+            rows += list(result_rows(manifest.read_manifest(folder, name), records, whole=True))
         except UserError as error:
             if sweeps:
                 raise
             warnings.warn(f"sweep {name} is left out: {error}", stacklevel=2)
-    return rows_of_results.frame(rows)
+    return frame(rows, COLUMNS)
 
 
 def table(sweep: str, output: Folder = "outputs") -> pd.DataFrame:
@@ -58,12 +58,11 @@ def table(sweep: str, output: Folder = "outputs") -> pd.DataFrame:
     started or is damaged.
     """
     folder = project_path(str(output))
-    cells = manifest.read_manifest(folder, sweep)
-    points, _ = tuning.points(cells, Records(folder))
-    layout = cells.cells[0].config.get("report", {}) if cells.cells else {}  # older manifests have none
-    built = scores.build(points, layout.get("columns"), layout.get("margin", MARGIN))
-    rows = [row | {"n": _rows_of(row), "n_asked": row["n"]} for row in formats.table_rows(built)]
-    return rows_of_results.frame(rows, formats.TABLE_COLUMNS)
+    planned, records = manifest.read_manifest(folder, sweep), Records(folder)
+    points, fixed = tuning.points(planned, records)
+    own = Sweep(sweep, planned.cells, points, records, planned.tuning, fixed).own_tables
+    rows = [row | {"n": _rows_of(row), "n_asked": row["n"]} for row in formats.table_rows(own)]
+    return frame(rows, formats.TABLE_COLUMNS)
 
 
 def _rows_of(row: Row) -> int | None:
@@ -110,7 +109,7 @@ def _items_of_pairs(points: Sequence[Point], records: Records) -> Iterator[pd.Da
         for seed in seeds:
             run = lora.runs.get(seed) or next(iter(lora.runs.values()))  # the base has one for all seeds
             keys = run.evaluate, d2lora.runs[seed].evaluate
-            shape = {name: getattr(d2lora, name) for name in _ITEM_COLUMNS[:-1]} | {"seed": seed}
+            shape = {name: getattr(d2lora, name) for name in _ITEM_COLUMNS[:-1]} | {"n": d2lora.rows, "seed": seed}
             yield _side_by_side(keys, ("lora", "d2lora"), d2lora.metric, records, shape | d2lora.axes)
 
 
@@ -158,7 +157,7 @@ def curves(sweep: str, output: Folder = "outputs") -> pd.DataFrame:
         for record in results_of_cell.trained:
             if record.stage in (WarmupSpec.KIND, AdaptSpec.KIND) and record.key not in trainings:
                 trainings[record.key] = [_training(results_of_cell, record) | entry for entry in record.log]
-    return rows_of_results.frame([row for log in trainings.values() for row in log], _CURVE_COLUMNS)
+    return frame([row for log in trainings.values() for row in log], _CURVE_COLUMNS)
 
 
 def _training(of: CellResults, record: Record) -> Row:

@@ -102,6 +102,11 @@ class Point:
         return getattr(self, key) if key in ("n", "m", "method", "control", *LABELS) else self.axes.get(key, "")
 
     @property
+    def rows(self) -> int | None:
+        """Return n as a number of rows; of "all" as many as its records say, None while there are none."""
+        return self.samples if self.n == "all" else int(self.n)
+
+    @property
     def is_base(self) -> bool:
         """Tell whether it is the base itself: one evaluation serves all seeds, methods, initializations and recipes,
         except own_base.

@@ -23,12 +23,13 @@ from huggingface_hub import (
 from d2lora.errors import UserError
 from d2lora.outputs import ROOT
 from d2lora.records import Manifest, ManifestCell, Record, Records, Score
-from d2lora.report import formats, settings, tables, tuning
+from d2lora.report import axes, formats, settings, tuning
 from d2lora.report.compare import Comparison
+from d2lora.report.content import Sweep
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.report.points import arm_name, interval_of
 from d2lora.report.results import CellResults
-from d2lora.scoring import shown_metrics
+from d2lora.scoring import shown_metrics, unit_of
 from d2lora.settings import amount
 from d2lora.stages.evaluate import EvaluateSpec
 
@@ -103,8 +104,8 @@ def files(repository: Repository) -> dict[str, bytes]:
     texts |= {f".eval_results/{name}.yaml": text for name, text in eval_results(repository).items()}
     for path, text in texts.items():
         _check_private(path, text)
-    kept = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
-    return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in kept}
+    copied = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
+    return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in copied}
 
 
 def _check_private(path: str, text: str) -> None:
@@ -167,14 +168,14 @@ def _eval_result(repository: Repository, score: Score95) -> EvalResult:
         dataset_split=source.get("split"),
         dataset_revision=source.get("revision"),
         metric_type=score.metric,
-        metric_name=f"{score.metric} in %, 95 % interval {formats.bounds((score.low, score.high))}",
+        metric_name=f"{score.metric} in {unit_of(score.metric).name}, 95 % interval {formats.bounds((score.low, score.high))}",
         metric_value=round(100 * score.score.value, 2),
     )
 
 
 def _text(repository: Repository, record: Record, quantized: bool) -> str:
     config = repository.cell.config
-    arm = arm_name(config["m"], config.get("control", {}).get("name", "none")).replace("n)", f"{amount(config['n'])})")
+    arm = arm_name(config["m"], axes.control(config)).replace(" n)", f" {amount(config['n'])})")
     scores = [[s.benchmark, s.metric, s.text, f"{s.score.items:,}"] for s in repository.scores]
     head, rows = settings.settings([repository.cell])
     rows = [row for row in rows if row[1] != settings.UNUSED]
@@ -219,9 +220,11 @@ def _trainings(repository: Repository) -> Iterator[str]:
 
 def _verdicts(repository: Repository) -> list[str]:
     """Return what the sweep's tables say of the cell's arm, over all seeds that they fold."""
-    points, _ = tuning.points(repository.manifest, repository.records)
+    planned = repository.manifest
+    points, fixed = tuning.points(planned, repository.records)
+    sweep = Sweep(planned.sweep, planned.cells, points, repository.records, planned.tuning, fixed)
     lines = []
-    for table in tables.build(points, margin=repository.manifest.cells[0].config.get("report", {}).get("margin", 1.0)):
+    for table in sweep.own_tables:
         for comparison in table.unique_pairs:
             sides = (comparison.lora, comparison.d2lora)
             if any(run.cell == repository.cell.id for point in sides for run in point.runs.values()):

@@ -1,10 +1,9 @@
 """Make rows of results, one for each cell, benchmark and metric, and write those of all sweeps to results.csv."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from d2lora import stats
 from d2lora.errors import UserError
@@ -14,15 +13,13 @@ from d2lora.report import axes, tuning
 from d2lora.report.axes import Axes, general
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.report.points import arm_name
+from d2lora.report.rows import Row, frame
 from d2lora.scoring import is_graded
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.flips import FlipsSpec
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.warmup import WarmupSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = [
     *("cell_id", "sweep", "model", "task", "method", "init", "warmup", "recipe", "lr", "reference", "m", "n", "seed"),
@@ -31,8 +28,6 @@ COLUMNS = [
     *("arm", "low", "high", "samples", "n_asked", "m_asked", "control", "data_seed", "rank", "batch", "epochs"),
     *("warmup_epochs", "limit", "adapter_key", "warmup_key", "tuned"),
 ]
-
-Row = dict[str, Any]  # a column's name -> a number, a text, or None where there is no value
 
 
 class CellResults:
@@ -182,17 +177,6 @@ def result_rows(manifest: Manifest, records: Records, whole: bool = False) -> It
         yield from each.rows(keys, roles.get(each.cell.id))
 
 
-def frame(rows: Sequence[Row], columns: Sequence[str] = COLUMNS, as_typed: bool = False) -> "pd.DataFrame":
-    """Return rows as a frame: `columns` first, then others in order of appearance.
-
-    Numbers with gaps become floats, as pandas does; with `as_typed` each value stays as it is, for files.
-    """
-    import pandas as pd  # late: planning a grid imports this package
-
-    others = dict.fromkeys(key for row in rows for key in row if key not in columns)
-    return pd.DataFrame(list(rows), columns=[*columns, *others], dtype=object if as_typed else None)
-
-
 def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
     """Write outputs/report/results.csv from all manifests. Return the file, and a line for each sweep that is left out
     as damaged.
@@ -206,5 +190,5 @@ def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
             rows += list(result_rows(read_manifest(output, sweep), records))
         except UserError as error:
             damaged.append(f"sweep {sweep} is not in results.csv: {error}")
-    frame(rows, as_typed=True).to_csv(file, index=False, lineterminator="\r\n")
+    frame(rows, COLUMNS, as_typed=True).to_csv(file, index=False, lineterminator="\r\n")
     return file, damaged

@@ -84,7 +84,7 @@ def _by_size(points: Iterable[Point]) -> dict[float, Point]:
 
 
 def _size(point: Point) -> float | None:
-    return float(point.n) if point.n != "all" else point.samples
+    return None if point.rows is None else float(point.rows)
 
 
 def _text(line: "Line", worths: dict[int | str, Worth | None]) -> str:

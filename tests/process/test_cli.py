@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 SHORT = ["task.benchmark.lab_math.limit=4", "task.benchmark.lab_facts.limit=4"]
 COLUMNS = (
     "cell_id sweep model task method init warmup recipe lr reference m n seed benchmark metric value stderr items "
-    "cut empty eval_batch train_seconds eval_seconds peak_memory_mb stage_key misfits left_out batch_flips batch_difference"
+    "cut empty eval_batch train_seconds eval_seconds peak_memory_mb stage_key misfits left_out batch_flips batch_difference "
+    "arm low high samples n_asked m_asked control data_seed rank batch epochs warmup_epochs limit adapter_key warmup_key tuned"
 )
 
 

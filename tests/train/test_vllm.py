@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from d2lora import data
 from d2lora.base import Base, load_base
-from d2lora.command import preflight
 from d2lora.errors import UserError
 from d2lora.evaluate.engine import Questions
 from d2lora.evaluate.vllm import adapters as files
 from d2lora.evaluate.vllm import installed, probe
 from d2lora.evaluate.vllm.client import Client, Lost, Patience
 from d2lora.evaluate.vllm.engine import InVllm
-from d2lora.evaluate.vllm.sessions import Adapter, Facts, Gone, Session, Unable
+from d2lora.evaluate.vllm.running import Facts
+from d2lora.evaluate.vllm.sessions import Adapter, Gone, Session, Unable
 from d2lora.settings import Benchmark, Data, Model
 
 SMALL = Path(__file__).parents[1] / "small_vllm.py"
@@ -132,11 +132,23 @@ def test_what_a_failed_engine_had_not_answered_is_asked_of_a_fresh_one_with_less
     assert not psutil.pid_exists(first)
     starts = logged(tmp_path, "open")
     assert [start["max_num_seqs"] for start in starts] == [256, 32]
-    asked = [call["requests"] for call in logged(tmp_path, "generate")]
-    assert (asked[:3], asked[-3:]) == ([6, 5, 4], [3, 2, 1]), "three were answered before"
+    sizes = [call["requests"] for call in logged(tmp_path, "generate")]
+    assert (sizes[:3], sizes[-3:]) == ([6, 5, 4], [3, 2, 1]), "three were answered before"
     told = capsys.readouterr().err
     assert "the engine failed: it " in told
     assert "go to a fresh one with 60% of the free memory and 32 sequences at a time" in told
+
+
+def test_a_slow_engine_is_waited_for(opened, tmp_path: Path) -> None:
+    """Eight steps of half a second without an answer, where three seconds without a word are too many."""
+    session = opened(["one"], at="generate", do="slow", after=3, starts=1, answering=3)
+    assert ask(session, "one") == answers_of(101)
+    assert len(logged(tmp_path, "open")) == 1
+
+
+def test_a_python_that_does_not_start_is_a_lost_worker(tmp_path: Path) -> None:
+    with pytest.raises(Lost, match=r"none does not start: No such file"):
+        Client([str(tmp_path / "none")], {}, tmp_path / "log", Patience())
 
 
 def test_after_two_failures_memory_is_asked_and_nothing_runs_on(opened, tmp_path: Path, capsys) -> None:
@@ -227,24 +239,23 @@ def test_benchmarks_are_scored_by_the_harness_whoever_answers(opened, base: Base
     ticks: list[tuple[int, int]] = []
     for key, tag in (("one", 101), (None, 100)):
         engine = InVllm(base, session, key)
-        found = engine.evaluate(Questions("sums", number, rows), 0, lambda *tick: ticks.append(tick))
-        first = data.encode(base.tokenizer, found.items[0]["prompt"])
-        assert found.items[0]["answer"] == base.tokenizer.decode([tag, len(first)])
-        assert (found.metrics["accuracy"]["items"], found.batch) == (2, 256)
+        evaluation = engine.evaluate(Questions("sums", number, rows), 0, lambda *tick: ticks.append(tick))
+        first = data.encode(base.tokenizer, evaluation.items[0]["prompt"])
+        assert evaluation.items[0]["answer"] == base.tokenizer.decode([tag, len(first)])
+        assert (evaluation.metrics["accuracy"]["items"], evaluation.batch) == (2, 256)
     assert ticks[-1] == (2, 2)
     choice = Benchmark(kind="choice", gold="{right}", choices="text", labels="label", chat=False, **shared)
-    found = InVllm(base, session, "one").evaluate(Questions("choices", choice, rows[:1]), 0, lambda *tick: None)
-    assert found.items[0]["loglikelihoods"] == sorted(found.items[0]["loglikelihoods"], reverse=True)
-    assert found.items[0]["answer"] == "a"
+    evaluation = InVllm(base, session, "one").evaluate(Questions("choices", choice, rows[:1]), 0, lambda *tick: None)
+    assert evaluation.items[0]["loglikelihoods"] == sorted(evaluation.items[0]["loglikelihoods"], reverse=True)
+    assert evaluation.items[0]["answer"] == "a"
 
 
 def test_an_engine_that_is_not_installed_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:
     for python, told in ((tmp_path / "none", "no Python that starts"), (sys.executable, "has no vLLM")):
-        config = composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}").config
         with pytest.raises(UserError, match=f"recipe.engine_python=.*: {told}: build it with `make engine`"):
-            preflight.check_inputs(config, set())
-        config = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
-        installed.check(config.recipe.machine)
+            composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}")
+        in_memory = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
+        installed.check(in_memory.recipe.machine)
 
 
 PARENT = """

@@ -1,5 +1,6 @@
 """What a plan says before it is paid for: what the design can find, time, memory and cost. Records are made up."""
 
+import re
 from pathlib import Path
 
 import made
@@ -147,6 +148,20 @@ def test_too_much_memory_is_said(cell, tmp_path: Path) -> None:
     assert "(more than the 80 GB there are)" in "".join(Forecast([not_], Store(tmp_path)).lines())
 
 
+def test_passes_by_tokens_are_forecast_to_fit(cell, tmp_path: Path) -> None:
+    """Where memory would end they are halved, as in a training; a typed micro-batch is taken as it is."""
+
+    def peak(*more: str) -> float:
+        one = cell(f"output={tmp_path}", "scale=paper", "n=10", *more)
+        return Forecast([one], Store(tmp_path)).of(one.chain.adapt).memory
+
+    doubled = "model.dtype=float32"
+    assert peak("plan.gpu=h200", doubled) > 80e9 > peak("plan.gpu=h100", doubled)
+    assert peak("plan.gpu=h100") > peak("plan.gpu=h100", "recipe.gradient_checkpointing=true")
+    assert peak("plan.gpu=h100") < 80e9 < peak("plan.gpu=h100", "recipe.micro_batch=16")
+    assert peak("plan.gpu=h200") == peak("plan.gpu=h200", "recipe.batch=64"), "8,192 tokens at most"
+
+
 def test_the_lab_s_size_is_read_from_its_files_and_others_are_remembered_or_named(cell, tmp_path: Path) -> None:
     shape = sizes.shape_of(cell(f"output={tmp_path}").config)
     assert (shape.parameters, shape.layers, shape.hidden, shape.kv, shape.vocabulary) == (984_192, 4, 128, 128, 1024)
@@ -241,3 +256,15 @@ def test_a_damaged_record_does_not_stop_a_plan(cell, tmp_path: Path) -> None:
     made.publish(tmp_path, [c])
     (Outputs(tmp_path).record(c.chain.adapt.kind, c.chain.adapt.key) / "record.json").write_text("{")
     assert Forecast([lab(cell, tmp_path, "n=8", "seed=1")], Store(tmp_path)).lines()
+
+
+def test_a_likelihood_s_detectable_difference_stands_beside_accuracy_s(cell, tmp_path: Path) -> None:
+    base = cell(f"output={tmp_path}", "+benchmark@task.benchmark=lab_math_likelihood", "report.margin=0.5").config
+    grid = [c for seed in range(3) for c in made.cells(base.model_copy(update={"seed": seed}), m=[0, 40], n=[10])]
+    lines = {line.split(":")[0].strip(): line for line in found(tmp_path, grid)}
+    assert list(lines) == ["lab_math", "lab_facts", "lab_math_likelihood"]
+    line = lines["lab_math_likelihood"]
+    assert re.search(r"with 500 items and 3 replicates differences from 0\.\d\d hundredths of a bit on", line)
+    assert "; for 0.5 hundredths of a bit: 3 replicates (spreads assumed as the lab's" in line
+    made.publish(tmp_path, grid)
+    assert "spreads measured here" in found(tmp_path, grid)[2]

@@ -128,7 +128,7 @@ def test_items_stand_side_by_side_and_flips_are_those_that_mcnemar_counts(output
         p for p in points_of(manifest.read_manifest(output, "mine"), Records(output)) if p.benchmark == "lab_math"
     ]
     for point, comparison in compare.comparisons(points).items():
-        own = items[(items.n.astype(str) == str(point.n))]
+        own = items[items.n == point.rows]
         counts = comparison.outcomes
         assert (own.change == 1).sum() == counts.d2lora_only
         assert (own.change == -1).sum() == counts.lora_only

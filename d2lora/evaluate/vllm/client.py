@@ -25,7 +25,7 @@ class Patience:
     """Seconds without a word from the worker after which it counts as hung."""
 
     opening: float = 1800.0  # loading weights from a slow disk, capturing CUDA graphs
-    answering: float = 600.0  # each finished answer is a word
+    answering: float = 600.0  # between two steps of the engine, each of a token for all sequences
 
 
 class Client:
@@ -37,15 +37,7 @@ class Client:
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path, patience: Patience) -> None:
         self._log, self._patience, self._number = log, patience, 0
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environment,
-                start_new_session=True,  # a group of its own; Ctrl-C reaches this process alone, which then ends it
-            )
+        self._process = _started(command, environment, log)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -72,7 +64,8 @@ class Client:
                 reply = self._reply(wait)
                 if reply.get("end"):
                     return
-                yield reply
+                if "alive" not in reply:
+                    yield reply
         except BaseException:
             self.close()
             raise
@@ -122,3 +115,19 @@ class Client:
         with contextlib.suppress(ValueError, OSError):  # the worker is gone: that is seen where its reply is waited for
             self._process.stdin.write(request)
             self._process.stdin.flush()
+
+
+def _started(command: Sequence[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a process with pipes, and the log as its standard error. Lost if its program is not there."""
+    with log.open("wb") as stderr:
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environment,
+                start_new_session=True,  # a group of its own: Ctrl-C reaches this process alone, which then ends the worker
+            )
+        except OSError as error:
+            raise Lost(f"{command[0]} does not start: {error.strerror}") from None

@@ -13,10 +13,13 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 Request = dict[str, Any]
+_SILENCE = 30.0  # seconds after which a word is said, if no answer is finished
+_ALIVE = {"alive": True}
 
 
 class Engine:
@@ -92,7 +95,7 @@ class Engine:
             return SamplingParams(temperature=0.0, detokenize=False, **limits)
 
         for index, output in self._answers([(r, parameters(r)) for r in requests]):
-            yield {"index": index, "ids": list(output.outputs[0].token_ids)}
+            yield {"index": index, "ids": list(output.outputs[0].token_ids)} if output else _ALIVE
 
     def loglikelihood(self, requests: list[Request]) -> Iterator[dict[str, Any]]:
         """Yield for each text the log-probability of its tokens from `start` on, and whether each is the likeliest.
@@ -105,23 +108,29 @@ class Engine:
             return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 
         for index, output in self._answers([(r, parameters(r)) for r in requests]):
+            if not output:
+                yield _ALIVE
+                continue
             request = requests[index]
             ids, start = request["ids"], request["start"]
             values = [output.prompt_logprobs[at][ids[at]] for at in range(start, len(ids))]
             yield {"index": index, "logprobs": [v.logprob for v in values], "greedy": all(v.rank == 1 for v in values)}
 
     def _answers(self, requests: list[tuple[Request, Any]]) -> Iterator[tuple[int, Any]]:
-        """Ask vLLM all requests together, and yield each one's index and output when it is finished."""
+        """Ask vLLM all requests together, and yield each one's index and output when it is finished; None while none is."""
         engine = self.llm.llm_engine
         for index, (request, parameters) in enumerate(requests):
             adapter = None if request["key"] is None else self.adapters[request["key"]]
             self.numbers += 1
             name = f"{index}-{self.numbers}"
             engine.add_request(name, {"prompt_token_ids": request["ids"]}, parameters, lora_request=adapter)
+        spoken = time.monotonic()
         while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    yield int(output.request_id.partition("-")[0]), output
+            finished = [output for output in engine.step() if output.finished]
+            if not finished and time.monotonic() < spoken + _SILENCE:
+                continue
+            yield from [(int(o.request_id.partition("-")[0]), o) for o in finished] or [(-1, None)]
+            spoken = time.monotonic()
 
 
 def serve(replies: Any) -> None:
