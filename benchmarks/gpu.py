@@ -1,9 +1,14 @@
 """Measure training speed on a GPU: pairs/s, tokens/s, MFU and peak memory of SFT, DPO and ORPO.
 
-    python benchmarks/gpu.py [--layers 32] [--steps 6] [--batch 16] [--micro 4] [--methods ...] [--layouts ...]
+    python benchmarks/gpu.py --ladder [--results FILE] [--minutes 8]
+    python benchmarks/gpu.py [--layers 32] [--steps 6] [--batch 16] [--micro auto] [--methods ...] [--layouts ...]
+
+With --ladder: each cure's before and after, from the recipe as it was (micro-batches of 4, sdpa) on; what matters most
+comes first, no rung begins after --minutes, and results are also written to a file as they come (JSON lines). A
+rung that this machine can't do says why, and the next one is measured.
 
 The project's own train() runs on Llama-3.1-8B's architecture with random weights in bfloat16, LoRA r = 16 on all linear
-layers, and pairs with the lengths of real step-preference rows: padded batches (TRL's) and shared prefixes with `sdpa`
+layers, and pairs with the lengths of real step-preference rows. Without --ladder: padded batches (TRL's) and shared prefixes with `sdpa`
 and with `flex_attention`, with and without gradient checkpointing; with Liger's layer kernels if `liger-kernel` is
 installed. MFU counts 4 N FLOP a token (LoRA: forward 2 N, backward through the frozen weights 2 N) of the tokens that
 are not padding, relative to 989 TFLOP/s (H100, dense bfloat16). Without a GPU a small model runs, to show that the
@@ -12,6 +17,7 @@ script works; its MFU has no meaning.
 
 import argparse
 import itertools
+import json
 import random
 import sys
 import tempfile
@@ -25,6 +31,20 @@ PEAK = 989e12
 # Deciles 0, 10, ..., 100 of tokens in 2,000 real step-preference rows: prompt with shared steps, and one step.
 PROMPT = (63, 134, 175, 206, 234, 265, 296, 346, 407, 513, 1000)
 STEP = (2, 14, 18, 21, 24, 28, 31, 36, 42, 56, 420)
+BEFORE = {"micro_batch": 4, "attention": "sdpa"}
+# Settings of each rung; those not named are the recipe's defaults. Each is measured for all methods before the next one.
+LADDER: tuple[tuple[str, dict], ...] = (
+    ("as it was: micro-batches of 4, sdpa", BEFORE),
+    ("the defaults: micro_batch=auto, attention=auto", {}),
+    ("the whole batch at once, sdpa", {"attention": "sdpa"}),
+    ("attention by text", {"attention": "by_text"}),
+    ("FlexAttention", {"attention": "flex_attention"}),
+    ("layers compiled", {"compile": "layers"}),
+    ("kernels of the Hub", {"kernels": True}),
+    ("gradient checkpointing", {"gradient_checkpointing": True}),
+    ("layers compiled, kernels of the Hub", {"compile": "layers", "kernels": True}),
+    ("padded", {"packing": "padded"}),
+)
 LAYOUTS = {
     "padded": ("padded", "sdpa"),
     "prefix_shared": ("prefix_shared", "sdpa"),
@@ -88,16 +108,15 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
     from d2lora.data import Subset
     from d2lora.train import training
 
-    settings = {
-        "batch": args.batch,
-        "micro_batch": args.micro,
-        "max_length": 2048,
-        "lora.r": 16,
-        "lora.alpha": 16,
-        **how,
-    }
+    own = {"batch": args.batch, "micro_batch": args.micro, "max_length": 2048, "threads": "null"}
+    settings = own | {"lora.r": 16, "lora.alpha": 16} | how
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        overrides = [f"method={method}", "method.epochs=1", *(f"recipe.{k}={v}" for k, v in settings.items())]
+        overrides = [
+            f"method={method}",
+            "method.epochs=1",
+            "recipe=paper",
+            *(f"recipe.{k}={v}" for k, v in settings.items()),
+        ]
         cell = grid.cell_of(compose("config", overrides))
     recipe, spec = cell.config.recipe, replace(cell.chain.adapt.spec, lr=1e-6, model={"dtype": dtype()})
     clocks: list[float] = []
@@ -119,16 +138,52 @@ def measure(base, method: str, how: dict, pairs: list[dict], args) -> dict:
         metrics = training.train(base, wrapped, drawn, spec, recipe, Path(folder), watch, Path(folder) / "reference")
     seconds = (clocks[-1] - clocks[1]) / (len(clocks) - 2)
     tokens = metrics["tokens_seen"] / len(clocks) / seconds
-    return {"pairs": args.batch / seconds, "tokens": tokens, "memory": memory[-1] if memory else float("nan")}
+    peak = memory[-1] if memory else float("nan")
+    laid = {"attention": metrics["attention"], "pass_tokens": metrics.get("pass_tokens"), "loss": metrics["last_loss"]}
+    return {"pairs": args.batch / seconds, "tokens": tokens, "memory": peak, **laid}
+
+
+def ladder(base, size: float, pairs: list[dict], args) -> None:
+    """Measure the rungs in their order, as long as there is time, and write each result at once."""
+    import torch
+
+    end, before = time.monotonic() + 60 * args.minutes, {}
+    with open(args.results, "a") as file:
+        for (name, how), method in itertools.product(LADDER, args.methods.split(",")):
+            if time.monotonic() > end:
+                print(f"{args.minutes:g} minutes are over: {name} and what follows is not measured", flush=True)
+                return
+            try:
+                r = measure(base, method, how, pairs, args)
+            except (
+                torch.OutOfMemoryError,
+                Exception,
+            ) as error:  # whatever a machine lacks: the next rung may do without
+                line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                print(f"{method + ', ' + name:<56} not measured: {line[:120]}", flush=True)
+                base.restore()
+                continue
+            before.setdefault(method, r["pairs"])
+            r["mfu"] = 4 * size * r["tokens"] / PEAK
+            print(
+                f"{method + ', ' + name:<56}{r['pairs']:>9.2f}{r['tokens']:>10.0f}{100 * r['mfu']:>7.1f}{r['memory']:>10.1f}"
+                f"{r['pairs'] / before[method]:>7.2f}x  {r['attention']}",
+                flush=True,
+            )
+            file.write(json.dumps({"method": method, "rung": name, "settings": how, **r}) + "\n")
+            file.flush()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="32 on a GPU, 2 without")
     parser.add_argument("--hidden", type=int, help="4096 on a GPU, 128 without")
+    parser.add_argument("--ladder", action="store_true", help="each cure's before and after")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which no rung of the ladder begins")
+    parser.add_argument("--results", default="ladder.jsonl", help="the file that the ladder's results are added to")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--micro", type=int, default=4)
+    parser.add_argument("--micro", default="auto")
     parser.add_argument("--methods", default="sft,dpo,orpo")
     parser.add_argument("--layouts", default="padded,prefix_shared,flex_attention", help="the last on a GPU only")
     parser.add_argument("--checkpointing", default="off,on", help="of gradients")
@@ -144,6 +199,10 @@ def main() -> None:
     print(
         f"{device}; {size / 1e9:.2f} B parameters, {dtype()}, micro-batch {args.micro} of {args.batch}, MFU = 4 N x tokens/s / 989 TFLOP/s"
     )
+    if args.ladder:
+        print(f"{'':<56}{'pairs/s':>9}{'tokens/s':>10}{'MFU %':>7}{'peak GiB':>10}{'faster':>8}  attention")
+        ladder(base, size, pairs, args)
+        return
     print(f"{'':<44}{'pairs/s':>9}{'tokens/s':>10}{'MFU %':>7}{'peak GiB':>10}")
     layouts = [layout for layout in args.layouts.split(",") if gpu or layout != "flex_attention"]
     for method, layout, checkpointing in itertools.product(

@@ -1,17 +1,20 @@
-"""Measure what a step of preference training costs: TRL as it comes, TRL at its best, and ours.
+"""Measure what a step of preference training costs: TRL as it comes, TRL at its best, an earlier build, and this one.
 
-    python benchmarks/preference_step.py [--rows FOLDER] [--pairs 16] [--epochs 4] [--methods dpo,orpo]
+    python benchmarks/preference_step.py [--rows FOLDER] [--pairs 16] [--epochs 4] [--methods dpo,orpo] [--sides ...]
 
-Runs on the lab's pairs and base and then, with --rows, on the step-preference rows in FOLDER (columns of
+Runs on the lab's pairs and base or, with --rows, on the step-preference rows in FOLDER (columns of
 math-step-pref) and SmolLM2-135M (extra [laptop]). Each side runs in a process of its own on one thread, on the same
 pairs with an effective batch of 16. TRL as it comes has its default micro-batch of 8 (4 with real rows, for memory),
 padding, and DPO's reference in every step. TRL at its best computes the reference in advance and groups similar
-lengths. Each side trains one epoch; a reference in advance counts once for --epochs epochs. Prints for each method
-tokens, seconds per pair, peak memory and first losses, and last `speedup: N.Nx` (against TRL as it comes) and
-`speedup_best: N.Nx` over all methods.
+lengths. The earlier build (--before, 28f7cc9) is checked out into a temporary git worktree, and runs with the micro-batch
+that it had here, 4 or 8; this build with its own default, recipe.micro_batch=auto. Each side trains one epoch; a
+reference in advance counts once for --epochs epochs. Seconds are the process's on the processor: others that run beside
+it count less. Prints for each method tokens, seconds per pair, peak memory and first losses, and last, over all methods,
+`speedup: N.Nx` (against TRL as it comes), `speedup_best: N.Nx`, and `against the build before: pairs/s N.NNx, memory N.NNx`.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -20,16 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 BATCH = 16
-SIDES = ("TRL as it comes", "TRL at its best", "d2lora")
+BEFORE, NOW = "before", "d2lora"
+SIDES = ("TRL as it comes", "TRL at its best", BEFORE, NOW)
 
 
-def prepare(rows: str | None, pairs: int, method: str):
+def prepare(rows: str | None, pairs: int, method: str, micro_batch: int | str):
     """Return the base, `pairs` tokenized pairs, a spec and a recipe."""
     import torch
     from hydra import compose, initialize_config_dir
@@ -40,7 +45,7 @@ def prepare(rows: str | None, pairs: int, method: str):
 
     torch.set_num_threads(1)
     real = ["scale=laptop", "task.data.path=" + rows, f"data_root={rows}", "recipe.max_length=1024"] if rows else []
-    keep = [f"recipe.batch={BATCH}", f"recipe.micro_batch={4 if rows else 8}", "~task.benchmark"]
+    keep = [f"recipe.batch={BATCH}", f"recipe.micro_batch={micro_batch}", "~task.benchmark"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cell = grid.cell_of(compose("config", overrides=[f"method={method}", f"n={pairs}", *real, *keep]))
     base = load_base(cell.config.model, ROOT / "outputs" / "models")
@@ -127,6 +132,10 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
     ]
     settings = training.arguments(spec, recipe, folder, 1, spec.epochs) | {"beta": spec.method.beta}
     settings |= {"max_length": None if dpo else spec.max_length}
+    settings |= {
+        "per_device_train_batch_size": recipe.micro_batch,
+        "gradient_accumulation_steps": BATCH // recipe.micro_batch,
+    }
     if best:
         settings |= {"train_sampling_strategy": "group_by_length", "length_column_name": "length"}
         settings |= {"precompute_ref_log_probs": True} if dpo else {}
@@ -149,39 +158,71 @@ def theirs(best: bool, base, drawn, spec, recipe, folder: Path) -> dict:
 
 def side(name: str, rows: str | None, pairs: int, method: str) -> dict:
     """Return one side's measurements."""
-    work = {SIDES[0]: functools.partial(theirs, False), SIDES[1]: functools.partial(theirs, True), SIDES[2]: ours}[name]
-    prepared = prepare(rows, pairs, method)
+    work = {SIDES[0]: functools.partial(theirs, False), SIDES[1]: functools.partial(theirs, True), NOW: ours}[name]
+    prepared = prepare(rows, pairs, method, "auto" if name == NOW else 4 if rows else 8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         measured = work(*prepared, Path(folder))
     return measured | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "idle": before / 2**10}
 
 
-def compare(rows: str | None, pairs: int, methods: list[str], epochs: int) -> None:
-    """Run all sides and print their table and the two ratios."""
+# In a process: the earlier build's script too reads seconds from time.monotonic.
+RUN = "import runpy, sys, time; time.monotonic = time.process_time; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@contextlib.contextmanager
+def checked_out(commit: str) -> Iterator[Path]:
+    """Yield a folder with an earlier build, with this one's converted models."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "build"
+        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", where, commit], check=True)
+        try:
+            (ROOT / "outputs" / "models").mkdir(parents=True, exist_ok=True)
+            (where / "outputs").mkdir(exist_ok=True)
+            (where / "outputs" / "models").symlink_to(ROOT / "outputs" / "models")
+            yield where
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", where], check=True)
+
+
+def measured(root: Path, name: str, rows: str | None, pairs: int, method: str) -> dict:
+    """Return the measurements of a side, in a process of its own, with the script of the build in `root`."""
+    command = [sys.executable, "-c", RUN, str(root / "benchmarks" / "preference_step.py"), "--pairs", str(pairs)]
+    command += ["--side", NOW if name == BEFORE else name, method]
+    command += ["--rows", str(Path(rows).resolve())] if rows else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=root)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(
+    rows: str | None, pairs: int, methods: list[str], epochs: int, sides: list[str], before: Path | None
+) -> None:
+    """Run all sides and print their table and the ratios."""
     where = "real rows, SmolLM2-135M" if rows else "the lab"
     print(f"{where}: {pairs} pairs, effective batch {BATCH}, one thread; a reference is shared by {epochs} epochs")
     print(f"{'':<24}{'tokens':>10}{'step s/pair':>13}{'ref s/pair':>12}{'pairs/s':>9}{'peak MB':>9}{'first loss':>12}")
-    total = dict.fromkeys(SIDES, 0.0)
+    total, peak = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0)
     for method in methods:
-        for name in SIDES:
-            command = [sys.executable, __file__, "--pairs", str(pairs), "--side", name, method]
-            command += ["--rows", str(Path(rows).resolve())] if rows else []
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-            )
-            if done.returncode:
-                raise RuntimeError(done.stderr[-3000:])
-            r = json.loads(done.stdout.strip().splitlines()[-1])
+        for name in sides:
+            r = measured(before if name == BEFORE and before else ROOT, name, rows, pairs, method)
             each = r["seconds"] / pairs + r["reference"] / pairs / epochs
             total[name] += each
+            peak[name] = max(peak[name], r["memory"])
             print(
                 f"{method + ', ' + name:<24}{r['tokens']:>10,}{r['seconds'] / pairs:>13.3f}{r['reference'] / pairs:>12.3f}"
                 f"{1 / each:>9.2f}{r['memory']:>9.0f}{float(r['loss']):>12.4f}",
                 flush=True,
             )
-    print(f"speedup: {total[SIDES[0]] / total[SIDES[2]]:.1f}x")
-    print(f"speedup_best: {total[SIDES[1]] / total[SIDES[2]]:.1f}x")
+    for name, label in zip(SIDES[:2], ("speedup", "speedup_best"), strict=True):
+        if name in total:
+            print(f"{label}: {total[name] / total[NOW]:.1f}x")
+    if BEFORE in total:
+        print(
+            f"against the build before: pairs/s {total[BEFORE] / total[NOW]:.2f}x, memory {peak[NOW] / peak[BEFORE]:.2f}x"
+        )
 
 
 def main() -> None:
@@ -190,13 +231,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="400 in the lab, 16 of the real rows")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--methods", default="dpo,orpo")
+    parser.add_argument("--sides", default=",".join(SIDES), help="which of them, d2lora among them")
+    parser.add_argument("--before", default="28f7cc9", help="the commit of the earlier build")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(side(args.side[0], args.rows, args.pairs, args.side[1])))
         return
-    for rows in [None, args.rows] if args.rows else [None]:
-        compare(rows, args.pairs or (BATCH if rows else 25 * BATCH), args.methods.split(","), args.epochs)
+    sides = args.sides.split(",")
+    with checked_out(args.before) if BEFORE in sides else contextlib.nullcontext() as before:
+        for rows in [args.rows] if args.rows else [None]:
+            pairs = args.pairs or (BATCH if rows else 25 * BATCH)
+            compare(rows, pairs, args.methods.split(","), args.epochs, sides, before)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class InMemory:
 
     def evaluate(self, questions: Questions, batch: int, progress: Progress, limit: int | None = None) -> Evaluation:
         """Generate and score answers, as `Engine` defines it."""
-        return evaluate(self.base, self.model, asked(questions, self.base, limit), batch, progress, self.proofs)
+        return evaluate(self.base, self.model, as_test(questions, self.base, limit), batch, progress, self.proofs)
 
 
 class Test(NamedTuple):
@@ -45,7 +45,7 @@ class Test(NamedTuple):
     filter_name: str | None = None  # which counts, of a task that reads answers with several; None: its first
 
 
-def asked(questions: Questions, base: Base, limit: int | None = None) -> Test:
+def as_test(questions: Questions, base: Base, limit: int | None = None) -> Test:
     """Return the test that a benchmark is of a base; `limit` is the caller's, beside one of the task's settings."""
     template = base.tokenizer.chat_template is not None
     if benchmark := questions.benchmark:

@@ -153,6 +153,7 @@ def _on_gpu(
     return cast(torch.Tensor, output)[None]
 
 
+@torch.compiler.disable  # it would be compiled for the borders of each batch anew
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -122,7 +122,9 @@ def candidates(model: PreTrainedModel, packed: bool, attention: str, examples: S
     """
     own = model.config._attn_implementation
     reaches = families.reaches(model.config)
-    kinds = _attentions(attention, own, "prompt_ids" in examples[0], sum(p.numel() for p in model.parameters()))
+    sizes = [_tokens(e) for e in examples]
+    shape = (sum(sizes) / len(sizes), "prompt_ids" in examples[0], sum(p.numel() for p in model.parameters()))
+    kinds = _attentions(attention, own, *shape)
     if BY_TEXT in kinds and not families.whole(reaches, max(map(longest, examples))):
         kinds = [kind for kind in kinds if kind != BY_TEXT] or [own]
     reached = reaches or {"": families.Reach()}
@@ -135,17 +137,24 @@ def candidates(model: PreTrainedModel, packed: bool, attention: str, examples: S
 
 
 _COMPILED = 1e8  # parameters from which on FlexAttention's kernels are worth the seconds that compiling them takes
+_CALLED = 64  # tokens of a text from which on, on a CPU, an attention of its own costs less than what a mask would hide
 
 
-def _attentions(asked: str, own: str, pairs: bool, parameters: int) -> list[str]:
+def _attentions(asked: str, own: str, tokens: float, pairs: bool, parameters: int) -> list[str]:
     """Return the implementations to try: the one that is asked for; for "auto", by device, rows and size of the model."""
     if asked != "auto":
         return [own if asked == "sdpa" else asked]
     if own != "sdpa":  # such a family has an attention of its own
         return [own]
-    if not torch.cuda.is_available() or parameters < _COMPILED:
+    if not torch.cuda.is_available():
+        return [BY_TEXT, own] if tokens >= _CALLED else [own]
+    if parameters < _COMPILED:
         return [BY_TEXT, own]
     return [FLEX, BY_TEXT, own] if pairs else [BY_TEXT, FLEX, own]
+
+
+def _tokens(example: Example) -> int:
+    return sum(len(example[k]) for k in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if k in example)
 
 
 def choose(

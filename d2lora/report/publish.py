@@ -104,8 +104,8 @@ def files(repository: Repository) -> dict[str, bytes]:
     texts |= {f".eval_results/{name}.yaml": text for name, text in eval_results(repository).items()}
     for path, text in texts.items():
         _check_private(path, text)
-    kept = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
-    return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in kept}
+    copied = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
+    return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in copied}
 
 
 def _check_private(path: str, text: str) -> None:

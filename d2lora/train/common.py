@@ -141,12 +141,16 @@ class PackedTrainer(_Trainer):
         examples, passes = inputs["rows"].examples, self.data_collator.passes
         self.before_step(examples)
         reached = _Reached(self)
+        sizes: list[int] = []
 
         def part(some: list[Example]) -> torch.Tensor:
             reached.mark()
-            return super(PackedTrainer, self).training_step(model, self.data_collator.lay(some), num_items_in_batch)
+            loss = super(PackedTrainer, self).training_step(model, self.data_collator.lay(some), num_items_in_batch)
+            sizes.append(len(some))
+            return loss
 
         loss = torch.stack(passes.each(passes.parts(examples), part, reached.undo)).sum()
+        reached.average(sizes)
         if not torch.isfinite(loss):
             rows = ", ".join(str(e["row"]) for e in examples if "row" in e)
             raise FloatingPointError(
@@ -161,19 +165,23 @@ class PackedTrainer(_Trainer):
 
 
 class _Reached:
-    """What the parts of a step have reached, to go back to after a part that failed: gradients, and TRL's values to log."""
+    """What the parts of a step have reached: gradients, and TRL's values to log. A part that fails is undone."""
 
     def __init__(self, trainer: PackedTrainer) -> None:
+        self.trainer = trainer
         self.weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-        stores = (
-            getattr(trainer, name, {}) for name in ("_metrics", "_stored_metrics")
-        )  # of SFT, DPO, KTO; of ORPO, CPO
-        self.logs: list[dict[str, list[Any]]] = [store["train"] for store in stores if "train" in store]
+        stores = ("_metrics", "_stored_metrics")  # SFT's, DPO's and KTO's; ORPO's and CPO's
+        named = [getattr(trainer, name) for name in stores if hasattr(trainer, name)]
+        self.logs: list[dict[str, list[Any]]] = [store["train"] for store in named]
+        self.before = self._counts()
+
+    def _counts(self) -> list[dict[str, int]]:
+        return [{name: len(values) for name, values in log.items()} for log in self.logs]
 
     def mark(self) -> None:
         """Note what is reached."""
         self.gradients = [None if w.grad is None else w.grad.clone() for w in self.weights]
-        self.logged = [{name: len(values) for name, values in log.items()} for log in self.logs]
+        self.logged, self.tokens = self._counts(), getattr(self.trainer, "_total_train_tokens", None)
 
     def undo(self) -> None:
         """Go back to what was noted."""
@@ -182,6 +190,16 @@ class _Reached:
         for log, counts in zip(self.logs, self.logged, strict=True):
             for name, values in log.items():
                 del values[counts.get(name, 0) :]
+        if self.tokens is not None:
+            vars(self.trainer)["_total_train_tokens"] = self.tokens
+
+    def average(self, sizes: list[int]) -> None:
+        """Make one value to log of those of the parts, which have so many examples: TRL would weight all alike."""
+        for log, counts in zip(self.logs, self.before, strict=True):
+            for name, values in log.items():
+                new = values[counts.get(name, 0) :]
+                if len(new) == len(sizes) > 1:
+                    values[-len(new) :] = [sum(n * v for n, v in zip(sizes, new, strict=True)) / sum(sizes)]
 
 
 class WholeBatchTrainer(PackedTrainer):

@@ -88,6 +88,8 @@ class Passes:
 
         UserError if nothing can be halved.
         """
+        if self.rows and len(examples) > self.rows:
+            return  # more than a pass has, tried for speed (a reference's): to be divided is enough
         if self.rows == 1 or len(examples) == 1 or (not self.rows and self.tokens < 2):
             raise UserError(f"recipe.micro_batch={self.rows or 'auto, a single row'}: {_ADVICE}")
         if self.rows:

@@ -12,12 +12,14 @@ from transformers import PrinterCallback
 
 from d2lora.adapters import attach
 from d2lora.base import Base, device
-from d2lora.data import Subset, sequences
+from d2lora.data import Subset, longest, sequences
+from d2lora.errors import UserError
 from d2lora.layouts import families, proof
 from d2lora.layouts.packing import Layout
 from d2lora.progress import Progress
 from d2lora.settings.methods import Method
 from d2lora.settings.recipe import Machine
+from d2lora.train import speed
 from d2lora.train.callbacks import Checkpoint, Mirror, Watch, checkpoint
 from d2lora.train.common import Example, Objective, PackedTrainer, Packer
 from d2lora.train.methods import objective
@@ -75,7 +77,10 @@ def train(
         memory = proof.Memory(proofs or folder.parent / "proofs", spec.model)
         shown = _prove(base, trainer, layouts, texts, passes.rows or spec.batch, memory)
         tokens = sum(tokens_of(row, trainer.data_collator.layout.rows == "packed") for row in rows)
-        with families.attention(base.model, trainer.data_collator.layout.attention):
+        with (
+            families.attention(base.model, trainer.data_collator.layout.attention),
+            _faster(base, trainer, machine, texts, shown),
+        ):
             trainer.before_training(shown.tolerance)
             trainer.add_callback(Mirror(len(rows), spec.batch, tokens / len(rows)))
             _run(trainer, wrapped, start)
@@ -144,6 +149,35 @@ def _prove(
     how = (texts, collator.prompt_loss, at_once, memory, autocast)
     collator.layout, shown = proof.choose(base.name, wrapped, base.model, layouts, *how)
     return shown
+
+
+@contextlib.contextmanager
+def _faster(
+    base: Base, trainer: PackedTrainer, machine: Machine, texts: list[Example], shown: proof.Proof
+) -> Iterator[None]:
+    """Run the layers compiled or with other kernels inside, if the recipe says so and log-probabilities stay the same.
+
+    UserError if they do not.
+    """
+    named = speed.names(machine)
+    if not named:
+        yield
+        return
+    before = _log_probs(trainer, texts)
+    with speed.faster(base.model, machine):
+        off = proof.difference(_log_probs(trainer, texts), before)
+        if not off <= shown.tolerance:
+            raise UserError(f"{named}: a token's log-probability is off by {off:.2g} on {base.name}: leave it out")
+        yield
+
+
+def _log_probs(trainer: PackedTrainer, texts: list[Example]) -> proof.Tokens:
+    """Return the log-probabilities of the longest and the shortest text, laid out as in training."""
+    collator, ordered = trainer.data_collator, sorted(texts, key=longest)
+    with trainer.accelerator.autocast():
+        return proof.laid(
+            trainer.model, [ordered[-1], ordered[0]], collator.layout, collator.hidden, collator.prompt_loss
+        )
 
 
 def _run(trainer: PackedTrainer, wrapped: PeftModel, start: Checkpoint | None) -> None:

@@ -134,7 +134,9 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(make
         assert torch.allclose(weight, adapter(calm)[name], atol=1e-3), name
 
 
-def test_memory_that_ends_at_a_step_loses_no_step_and_the_next_cell_begins_with_what_fits(make, monkeypatch, capsys) -> None:
+def test_memory_that_ends_at_a_step_loses_no_step_and_the_next_cell_begins_with_what_fits(
+    make, monkeypatch, capsys
+) -> None:
     """It ends in the backward pass, where some gradients are added already."""
     calm, full, after = (make(out, "method=dpo", "recipe.micro_batch=auto", more) for out, more in (("calm", "seed=0"), ("full", "seed=0"), ("full", "seed=1")))  # fmt: skip
     do(calm)

@@ -12,9 +12,12 @@ import pytest
 import torch
 from doing import adapter, alone, do
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import is_kernels_available
 
 from d2lora import data
 from d2lora.base import memory_mb
+from d2lora.layouts import by_text, packing
+from d2lora.layouts.families import Reach
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.settings import METHOD_NAMES
@@ -172,4 +175,72 @@ def test_memory_that_ends_halves_the_micro_batch(make, wide: Path, method: str, 
     assert "again with recipe.micro_batch=32" in capsys.readouterr().err
     assert found.metrics["micro_batch"] in (16, 32)
     assert found.metrics["steps"] == wanted.metrics["steps"] == 2
+    assert apart(adapter(tight), adapter(calm)) < 0.02
+
+
+@pytest.mark.parametrize("examples", ["pairs", "rows"])
+def test_attention_by_text_is_attention_with_a_mask(examples: str) -> None:
+    """PyTorch's kernel for texts of different lengths, in bfloat16, with its gradients; keys have fewer heads."""
+    sizes = ((70, 40, 30), (5, 190, 1), (2, 1, 80))
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    pairs = [{name: [5] * size for name, size in zip(names, these, strict=True)} for these in sizes]
+    rows = [{"input_ids": [5] * sum(these), "labels": [5] * sum(these)} for these in sizes]
+    layout = packing.Layout(attention=by_text.BY_TEXT, step=packing.BLOCK)
+    packed = packing.pack(pairs if examples == "pairs" else rows, layout, 64)["passes"][0]
+    on_gpu = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in packed.items()}
+    length = packed["ids"].shape[1]
+    assert length % packing.BLOCK == 0
+    torch.manual_seed(0)
+    states = [torch.randn(1, h, length, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)]
+    exact = [state.detach().float().requires_grad_() for state in states]
+    repeated = [exact[0], *(state.repeat_interleave(2, 1) for state in exact[1:])]
+    mask = packing.attention(on_gpu, Reach())
+    expected = torch.nn.functional.scaled_dot_product_attention(*repeated, attn_mask=mask).transpose(1, 2)
+    found, _ = by_text.attend(torch.nn.Module(), *states, None, stretches=packed["stretches"])
+    used = on_gpu["sequence"][0] >= 0
+    assert torch.allclose(found[0, used].float(), expected[0, used], atol=0.03, rtol=0.03)
+    weight = torch.randn(found.shape, device="cuda") * used[None, :, None, None]
+    for one, other in zip(
+        torch.autograd.grad((found.float() * weight).sum(), states),
+        torch.autograd.grad((expected * weight).sum(), exact),
+        strict=True,
+    ):
+        assert torch.allclose(one.float(), other, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "how", [["recipe.attention=by_text"], ["recipe.attention=flex_attention"], ["recipe.compile=layers"]]
+)
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_in_bfloat16_each_way_gives_the_losses_of_sdpa(make, method: str, how: list[str]) -> None:
+    common = [f"method={method}", "model.dtype=bfloat16", "recipe.micro_batch=auto"]
+    plain, other = make("plain", *common, "recipe.attention=sdpa"), make("other", *common, *how)
+    wanted, found = (do(alone(c)).record(c.chain.adapt).metrics for c in (plain, other))
+    if how[0].startswith("recipe.attention="):
+        assert found["attention"] == how[0].split("=")[1]
+    assert found["first_loss"] == pytest.approx(wanted["first_loss"], abs=5e-3)
+    assert found["last_loss"] == pytest.approx(wanted["last_loss"], rel=0.05, abs=0.01)
+
+
+@pytest.mark.skipif(not is_kernels_available(), reason="needs kernels, and what it loads from the Hub")
+def test_kernels_of_the_hub_give_the_losses_of_none(make) -> None:
+    plain, other = (make(out, "model.dtype=bfloat16", how) for out, how in (("plain", "recipe.kernels=false"), ("other", "recipe.kernels=true")))  # fmt: skip
+    wanted, found = (do(alone(c)).record(c.chain.adapt).metrics for c in (plain, other))
+    assert found["last_loss"] == pytest.approx(wanted["last_loss"], rel=0.05, abs=0.01)
+
+
+def test_memory_that_ends_divides_a_pass_in_its_step(make, wide: Path, capsys) -> None:
+    settings = [f"model.path={wide}", "method=dpo", "n=128", "m=0", "recipe.batch=64", "recipe.micro_batch=auto"]
+    calm, tight = make("calm", *settings), make("tight", *settings)
+    wanted = do(alone(calm)).record(calm.chain.adapt)
+    base_mb = memory_mb()
+    torch.cuda.empty_cache()
+    room = (base_mb + 0.6 * (wanted.peak_memory_mb - base_mb)) * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        found = do(alone(tight)).record(tight.chain.adapt)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "again with recipe.micro_batch=auto" in capsys.readouterr().err
+    assert found.metrics["pass_tokens"] < wanted.metrics["pass_tokens"] == 8192
     assert apart(adapter(tight), adapter(calm)) < 0.02

@@ -23,6 +23,7 @@ from d2lora.plan import Cell
 from d2lora.records import Record
 from d2lora.report.manifest import write_manifest
 from d2lora.settings import METHOD_NAMES, METHODS, Model, method_of
+from d2lora.settings.recipe import PASS_TOKENS
 from d2lora.store import Store
 from d2lora.train import training
 from d2lora.train.methods import OBJECTIVES
@@ -62,10 +63,13 @@ def proven(make, *overrides: str) -> Cell:
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("packing", ["prefix_shared", "padded"])
-def test_the_micro_batch_changes_nothing_beyond_rounding(make, method: str, packing: str, tmp_path: Path) -> None:
-    """Also when n is no multiple of the batch, where the mean of micro-batches' means is another number."""
+def test_the_micro_batch_changes_nothing_beyond_rounding(
+    make, method: str, packing: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Also when n is no multiple of the batch, where the mean of micro-batches' means is another number; and by tokens."""
+    monkeypatch.setitem(PASS_TOKENS, "cpu", 600)
     found = []
-    for micro in (16, 4, 1):
+    for micro in (16, 4, 1, "auto"):
         cell = make(
             f"recipe.packing={packing}",
             f"method={method}",

@@ -126,6 +126,16 @@ def test_each_method_carries_its_facts() -> None:
     assert all(method_of(name).model_fields["name"].default == name for name in METHOD_NAMES)
 
 
+def test_with_dropout_auto_is_what_it_was_before_it_existed(cell) -> None:
+    """The layout is in the key then: it must not depend on a machine's memory."""
+    plain, dropout = (cell("scale=paper", f"recipe.lora.dropout={p}").config.recipe for p in (0, 0.1))
+    assert (plain.micro_batch, plain.attention) == ("auto", "auto")
+    assert dropout.in_key().items() >= {"micro_batch": 4, "attention": "sdpa", "packing": "prefix_shared"}.items()
+    typed = cell("scale=paper", "recipe.lora.dropout=0.1", "recipe.micro_batch=8", "recipe.attention=flex_attention")
+    assert (typed.config.recipe.micro_batch, typed.config.recipe.attention) == (8, "flex_attention")
+    assert cell("scale=paper", "recipe.lora.dropout=0.1", "recipe.batch=6").config.recipe.micro_batch == 2
+
+
 def test_a_recipe_is_what_is_in_the_key_and_what_is_not(cell) -> None:
     recipe = cell().config.recipe
     assert set(Recipe.model_fields) == set(Training.model_fields) | set(Machine.model_fields)

@@ -148,6 +148,20 @@ def test_too_much_memory_is_said(cell, tmp_path: Path) -> None:
     assert "(more than the 80 GB there are)" in "".join(Forecast([not_], Store(tmp_path)).lines())
 
 
+def test_passes_by_tokens_are_forecast_to_fit(cell, tmp_path: Path) -> None:
+    """Where memory would end they are halved, as in a training; a typed micro-batch is taken as it is."""
+
+    def peak(*more: str) -> float:
+        one = cell(f"output={tmp_path}", "scale=paper", "n=10", *more)
+        return Forecast([one], Store(tmp_path)).of(one.chain.adapt).memory
+
+    doubled = "model.dtype=float32"
+    assert peak("plan.gpu=h200", doubled) > 80e9 > peak("plan.gpu=h100", doubled)
+    assert peak("plan.gpu=h100") > peak("plan.gpu=h100", "recipe.gradient_checkpointing=true")
+    assert peak("plan.gpu=h100") < 80e9 < peak("plan.gpu=h100", "recipe.micro_batch=16")
+    assert peak("plan.gpu=h200") == peak("plan.gpu=h200", "recipe.batch=64"), "8,192 tokens at most"
+
+
 def test_the_lab_s_size_is_read_from_its_files_and_others_are_remembered_or_named(cell, tmp_path: Path) -> None:
     shape = sizes.shape_of(cell(f"output={tmp_path}").config)
     assert (shape.parameters, shape.layers, shape.hidden, shape.kv, shape.vocabulary) == (984_192, 4, 128, 128, 1024)

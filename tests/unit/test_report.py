@@ -574,6 +574,7 @@ def test_what_a_recipe_sets_is_shown_with_it_and_what_is_about_the_machine_is_no
     assert {p.axes.get("method.beta") for p in points(tmp_path) if p.n != 0} == {"0.1", "0.2"}
     how = (
         "micro_batch=4 eval_batch=7 attention=flex_attention gradient_checkpointing=true threads=2 checkpoint_minutes=1"
+        " compile=layers kernels=true"
     )
     other = [f"recipe.{x}" for x in (*how.split(), "engine_python=/x", "packing=padded")]
     assert {x.split("=")[0] for x in other[:-1]} == set(MACHINE)
