@@ -6,7 +6,8 @@
 Both sides read the same adapters (the first of the store's, or with 0 the base alone), attach one after another, generate
 the benchmark's answers in memory with one thread, and score them. Each side is a process of its own; an adapter is evaluated on one
 side and then on the other, as often as --repeats says, and its shortest time counts. Operations are ATen calls of one evaluation: a
-number without noise, which does not depend on the machine's load. The last line is `speedup: N.NNx`.
+number without noise, which does not depend on the machine's load. Processor seconds are those that the process ran: on a busy machine it
+waits for its turn. The last line is `speedup: N.NNx`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CLOCKS = ("seconds", "processor")
 GSM8K = {"lab": "lab_math", "smollm2": "gsm8k"}
 
 
@@ -75,13 +77,12 @@ def side(arguments: argparse.Namespace) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         with _Operations() if request["count"] else contextlib.nullcontext() as operations:
-            clock = time.process_time() if arguments.processor else time.monotonic()
+            clocks = time.monotonic(), time.process_time()
             answers, right = run(request["adapter"])
-            seconds = (time.process_time() if arguments.processor else time.monotonic()) - clock
+            seconds, processor = time.monotonic() - clocks[0], time.process_time() - clocks[1]
         count = operations.count if operations else None
-        print(
-            json.dumps({"seconds": seconds, "answers": answers, "accuracy": right, "operations": count}), flush=True
-        )
+        result = {"seconds": seconds, "processor": processor, "answers": answers, "accuracy": right}
+        print(json.dumps(result | {"operations": count}), flush=True)
 
 
 def _evaluation(arguments: argparse.Namespace):
@@ -125,9 +126,10 @@ def _current(name: str, model: dict, benchmark: dict, cache: Path, batch: int):
 
 def _before_stages(name: str, model: dict, benchmark: dict, cache: Path, batch: int):
     """Evaluate with the modules of commits up to 28f7cc9."""
+    from d2lora.config import Benchmark, Model
+
     from d2lora import data, evaluate
     from d2lora import model as models
-    from d2lora.config import Benchmark, Model
 
     test = Benchmark.model_validate(benchmark)
     rows = data.rows(test.data)
@@ -190,8 +192,8 @@ def compare(sides: dict[str, Side], tested: list[str | None], repeats: int) -> d
     for adapter in tested:
         tries = [{name: one.evaluate(adapter, False) for name, one in sides.items()} for _ in range(repeats)]
         for name in sides:
-            shortest = min(attempt[name]["seconds"] for attempt in tries)
-            results[name].append(tries[0][name] | {"seconds": shortest})
+            shortest = {clock: min(attempt[name][clock] for attempt in tries) for clock in CLOCKS}
+            results[name].append(tries[0][name] | shortest)
         line = "  ".join(f"{name} {results[name][-1]['seconds']:.2f} s" for name in sides)
         print(f"{Path(adapter).parent.name if adapter else 'base'}: {line}", flush=True)
     return results
@@ -209,7 +211,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--tokens", type=int, help="in place of the benchmark's max_new_tokens")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--processor", action="store_true", help="processor time in place of wall time, on a busy CPU")
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows:
@@ -228,13 +229,15 @@ def main() -> None:
             one.close()
     then, now = results.values()
     pairs = [pair for a, b in zip(then, now, strict=True) for pair in zip(a["answers"], b["answers"], strict=True)]
-    print(f"\n{'':<12}{'seconds':>10}{'operations':>12}{'accuracy':>10}")
+    sums = {name: {c: sum(outcome[c] for outcome in outcomes) for c in CLOCKS} for name, outcomes in results.items()}
+    print(f"\n{'':<12}{'seconds':>10}{'processor':>12}{'operations':>12}{'accuracy':>10}")
     for name, outcomes in results.items():
-        seconds = sum(outcome["seconds"] for outcome in outcomes)
         accuracy = sum(outcome["accuracy"] for outcome in outcomes) / len(outcomes)
-        print(f"{name:<12}{seconds:>10.1f}{operations[name]:>12,}{100 * accuracy:>10.2f}")
+        times = f"{sums[name]['seconds']:>10.1f}{sums[name]['processor']:>12.1f}"
+        print(f"{name:<12}{times}{operations[name]:>12,}{100 * accuracy:>10.2f}")
     print(f"{sum(a == b for a, b in pairs):,} of {len(pairs):,} answers are equal")
-    print(f"speedup: {sum(r['seconds'] for r in then) / sum(r['seconds'] for r in now):.2f}x")
+    faster = {clock: sums[arguments.commit][clock] / sums["this code"][clock] for clock in CLOCKS}
+    print(f"speedup: {faster['seconds']:.2f}x ({faster['processor']:.2f}x in processor seconds)")
 
 
 if __name__ == "__main__":

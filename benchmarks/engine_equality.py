@@ -19,7 +19,7 @@ def evaluations(output: Path) -> dict:
     from d2lora.records import read as read_record
     from d2lora.records import read_items
 
-    found: dict = {}
+    done: dict = {}
     for folder in sorted((output / "store/evaluate").glob("[!.]*")):
         record = read_record(folder)
         if record is None or record.spec.get("lm_eval") or record.spec.get("engine"):
@@ -27,8 +27,8 @@ def evaluations(output: Path) -> dict:
         parents = list((output / "store").glob(f"*/{record.parent}/adapter")) if record.parent else [None]
         for parent in parents:
             name = f"{record.label} ({init_name(parent)})" if parent else record.label
-            found[parent, record.benchmark] = (name, read_items(folder))
-    return found
+            done[parent, record.benchmark] = (name, read_items(folder))
+    return done
 
 
 def init_name(adapter: Path) -> str:

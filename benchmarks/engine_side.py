@@ -102,8 +102,8 @@ def in_memory(base, folders: list[Path | None], benchmarks: dict, batch: int) ->
     for folder in folders:
         with attach.trained(base, folder) as (tested, _):
             engine = harness.InMemory(base, tested, proofs)
-            for name, asked in benchmarks.items():
-                total[name] += timed(lambda e=engine, q=asked: e.evaluate(q, batch, lambda done, count: None))
+            for name, wanted in benchmarks.items():
+                total[name] += timed(lambda e=engine, q=wanted: e.evaluate(q, batch, lambda done, count: None))
     return {name: seconds / len(folders) for name, seconds in total.items()}
 
 
@@ -118,9 +118,9 @@ def in_vllm(base, model, adapters: list, benchmarks: dict, machine, outputs) -> 
     if session.gone or session.refused:
         raise SystemExit(f"vLLM can't be timed: {session.gone or session.refused}")
     keys = [None, *(adapter.key for adapter in adapters)]
-    for name, asked in benchmarks.items():
+    for name, wanted in benchmarks.items():
         engines = [InVllm(base, session, key, keys) for key in keys]
-        seconds[name] = timed(lambda e=engines, q=asked: [x.evaluate(q, 0, lambda done, count: None) for x in e])
+        seconds[name] = timed(lambda e=engines, q=wanted: [x.evaluate(q, 0, lambda done, count: None) for x in e])
     sessions.close()
     return seconds
 

@@ -55,7 +55,7 @@ def scales(name: str, **settings: object) -> tuple[dict[str, float], dict[str, f
 rule = "alpha ? adapter_scale * alpha / rank : adapter_scale"
 held = rule in (llama / "src/llama-adapter.h").read_text()
 print(f"src/llama-adapter.h: scale = {rule}" if held else "src/llama-adapter.h computes the scale in another way")
-for name, settings in {"plain": {}, "rslora": {"use_rslora": True}, "eva": EVA}.items():
+for name, settings in {"plain": {}, "root": {"use_rslora": True}, "eva": EVA}.items():
     ours, theirs, said = scales(name, **settings)
     print(f"{name}: PEFT {ours}, llama.cpp {theirs}; the converter says {said or 'nothing of it'}")
     held = held and (ours == theirs) == (name == "plain") and not said

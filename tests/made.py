@@ -128,6 +128,8 @@ def _scores(stage: Stage, kind: str, items: int, ability: float) -> dict[str, li
     difficulty = np.random.default_rng(0).random(items)
     noise = np.random.default_rng(int(hashlib.sha256(stage.key.encode()).hexdigest()[:8], 16)).normal(0, 0.15, items)
     solved = ability - difficulty + noise
-    values = np.clip(0.3 + solved / 3, 0, 1) if kind == "rouge" else (solved > 0).astype(float)
+    values = {"rouge": np.clip(0.3 + solved / 3, 0, 1), "likelihood": solved / 10 - 0.4}.get(
+        kind, (solved > 0).astype(float)
+    )
     fading = 0.8 if kind == "rouge" else 1.0  # ROUGE-2 is not ROUGE-1
     return {m: (values * fading**i).tolist() for i, m in enumerate(METRICS[kind])}

@@ -1,4 +1,6 @@
-"""Say which differences between two arms a grid can find, before it is paid for: per benchmark of right and wrong answers."""
+"""Say which differences between two arms a grid can find, before it is paid for: per benchmark of right and wrong answers,
+or of likelihoods.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.records import Manifest, Records
 from d2lora.report import manifest
+from d2lora.scoring import Kind, Likelihood
 from d2lora.settings import Benchmark, Config
 from d2lora.store import Store
 
@@ -39,6 +42,8 @@ class Spreads:
 
 
 _ASSUMED = Spreads(_ITEM_SD, _RUN_SD, _SINGLE_SD, "spreads assumed as in docs/statistics.md")
+# Of log-likelihoods in bits a byte: those of the lab's SFT. A larger model's texts have more bits a byte, and larger spreads.
+_ASSUMED_LIKELIHOOD = Spreads(0.0033, 0.0006, 0.0081, "spreads assumed as the lab's, docs/statistics.md")
 
 
 def lines(cells: list[Cell], store: Store) -> list[str]:
@@ -49,10 +54,10 @@ def lines(cells: list[Cell], store: Store) -> list[str]:
     first: dict[tuple[str, str, str], tuple[Config, Benchmark]] = {}
     for config in (c.config for c in cells):
         for name, benchmark in config.task.benchmark.items():
-            if benchmark.scoring.right_or_wrong:
+            if benchmark.scoring.right_or_wrong or isinstance(benchmark.scoring, Likelihood):
                 first.setdefault((config.model.name, config.task.name, name), (config, benchmark))
     several = len({names[:2] for names in first}) > 1
-    spreads = {names: _measured(store.outputs, *names) for names in first}
+    spreads = {names: _measured(store.outputs, *names, _assumed(first[names][1])) for names in first}
     return [
         f"  {f'{names[0]}, {names[1]}, ' * several}{names[2]}: {_line(*first[names], replicates, spreads[names])}"
         for names in first
@@ -68,38 +73,44 @@ def _line(config: Config, benchmark: Benchmark, replicates: int, spreads: Spread
     margin = config.report.margin
     needed = stats.replicates_needed(margin / 100, items, spreads.item_sd, spreads.run_of(items))
     more = f"{needed} replicates" if needed else "more items, however many replicates"
-    points = f"{margin:g} point{'s'[: margin != 1]}"
-    return f"{_found(whose, items, replicates, spreads)}, four times in five; for {points}: {more} ({spreads.how})"
+    found = _found(whose, items, replicates, spreads, benchmark.scoring)
+    return f"{found}, four times in five; for {benchmark.scoring.unit.text(margin)}: {more} ({spreads.how})"
 
 
-def _found(whose: str, items: int, replicates: int, spreads: Spreads) -> str:
+def _found(whose: str, items: int, replicates: int, spreads: Spreads, kind: Kind) -> str:
     """Say from which difference on the design shows it; of one or two replicates, that three are needed to tell."""
     from d2lora import stats
 
     effect = stats.smallest_effect(items, max(replicates, _LEAST), spreads.item_sd, spreads.run_of(items))
+    points = lambda fraction: kind.unit.rounded(100 * fraction)  # noqa: E731
     if replicates >= _LEAST:
-        return f"with {whose} and {replicates} replicates differences from {100 * effect:.1f} points on"
-    single = max(stats.smallest_effect(items, 1, spreads.single_sd, 0.0), _EXACT / items)
+        return f"with {whose} and {replicates} replicates differences from {points(effect)} on"
+    exact = _EXACT / items if kind.right_or_wrong else 0.0
+    single = max(stats.smallest_effect(items, 1, spreads.single_sd, 0.0), exact)
     alone = f"with {whose} and {replicates} replicate{'s'[: replicates > 1]}"
     if replicates == 1:
-        alone += f" differences from {100 * single:.1f} points on, between these trainings only"
+        alone += f" differences from {points(single)} on, between these trainings only"
     else:
         alone += " hardly any"
-    return f"{alone}; with {_LEAST} replicates from {100 * effect:.1f} points on"
+    return f"{alone}; with {_LEAST} replicates from {points(effect)} on"
 
 
-def _measured(outputs: Outputs, model: str, task: str, benchmark: str) -> Spreads:
+def _assumed(benchmark: Benchmark) -> Spreads:
+    return _ASSUMED if benchmark.scoring.right_or_wrong else _ASSUMED_LIKELIHOOD
+
+
+def _measured(outputs: Outputs, model: str, task: str, benchmark: str, assumed: Spreads) -> Spreads:
     """Return the spreads in the store's pairs of LoRA and D2LoRA of this model, task and benchmark; assumed ones without any."""
     from d2lora import stats
 
     pairs = [c for c in _comparisons(outputs, model, task) if c.lora.benchmark == benchmark]
     if not pairs:
-        return _ASSUMED
+        return assumed
     single = _root(float(row.var(ddof=1)) * _items_a_unit(c) for c in pairs for row in c.differences)
     several = [c for c in pairs if len(c.differences) > 1]
     if not several:
-        how = f"{_ASSUMED.how}; one replicate's measured here on {_count(pairs)}"
-        return Spreads(_ITEM_SD, _RUN_SD, single, how)
+        how = f"{assumed.how}; one replicate's measured here on {_count(pairs)}"
+        return Spreads(assumed.item_sd, assumed.run_sd, single, how)
     both = [(*stats.spreads(c.differences), _items_a_unit(c)) for c in several]
     item_sd = _root(item**2 * scale for item, _, scale in both)
     return Spreads(item_sd, _root(run**2 for _, run, _ in both), single, f"spreads measured here on {_count(several)}")

@@ -15,6 +15,7 @@ from d2lora.command.hardware import Device, device, gpu_here
 from d2lora.command.measured import Measured, Pace, groups_of, measured, row_group
 from d2lora.command.sizes import Shape, Tokens
 from d2lora.plan import Cell
+from d2lora.scoring import MultipleChoice
 from d2lora.settings import Benchmark, Config, Task, fields
 from d2lora.settings.methods import Referenced
 from d2lora.settings.recipe import PASS_TOKENS
@@ -294,13 +295,17 @@ class _Work:
         return self._benchmark is None or self._benchmark.scoring.generates
 
     @property
+    def _chooses(self) -> bool:
+        return self._benchmark is not None and isinstance(self._benchmark.scoring, MultipleChoice)
+
+    @property
     def _answer(self) -> int:
         """Return the tokens after which a batch ends: with its longest answer."""
         return self._benchmark.max_new_tokens if self._benchmark else _LM_EVAL[1]
 
     def _evaluation_seconds(self, items: float, batch: int) -> float:
         shape = self.shape
-        asked = items if self._generates else items * _CHOICES
+        asked = items * _CHOICES if self._chooses else items
         passes = -(-asked // batch)
         seconds = asked * self._prompt.count * 2 * shape.parameters / self.device.flops
         if not self._generates:

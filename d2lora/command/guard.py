@@ -104,8 +104,11 @@ def _advice(text: str) -> str | None:
     if not (missing := _NO_KEY.match(text)):
         return None
     key, appended = missing.groups()
-    if key.startswith("hydra.launcher."):
-        return f"{key}: the launcher has no such setting; hydra/launcher=NAME chooses another (joblib has n_jobs)"
+    plugin, _, _ = key.removeprefix("hydra.").partition(".")
+    if plugin in ("launcher", "sweeper"):
+        return f"{key}: the {plugin} has no such setting; hydra/{plugin}=NAME chooses another: --hydra-help lists them"
+    if key.startswith("hydra."):
+        return f"{key}: there is no such key; --cfg hydra shows all"
     return f"{key}: there is no such key; --cfg job shows all, and {appended} adds a setting that a file leaves out"
 
 

@@ -57,7 +57,10 @@ def _name(config: DictConfig) -> str:
 def _begin(config: DictConfig) -> None:
     cells = _cells(config)
     first, store = cells[0].config, Store(Outputs.of(cells[0].config).root)
-    tuning.refuse_single(first)
+    if first.tune:
+        raise UserError(
+            f"tune={','.join(first.tune)}: leave hydra/sweeper={_choice(config)} out: d2lora's own sweeper does it"
+        )
     _check_objective(config, first.objective)
     if first.is_validated:
         tuning.refuse_the_test(first)

@@ -11,7 +11,7 @@ from d2lora.data.item_texts import Unscorable, filled, is_text, is_unfilled, lin
 from d2lora.data.sources import Row, require_braces, require_columns, rows
 from d2lora.data.texts import NotText, field, is_blank, only_field, quoted, text_of
 from d2lora.errors import UserError
-from d2lora.scoring import Generated
+from d2lora.scoring import MultipleChoice
 from d2lora.settings import Benchmark, fields
 
 EMPTY, TOO_LONG = "empty", "too long for the model"  # the reasons of items that are left out
@@ -117,7 +117,7 @@ def _check(benchmark: Benchmark, row: Row) -> None:
     if is_blank(prompt) if isinstance(prompt, str) else any(map(is_silent, prompt)):
         raise Unscorable("the prompt is blank")
     kind = benchmark.scoring
-    if not isinstance(kind, Generated):
+    if isinstance(kind, MultipleChoice):
         right_choice(benchmark, row)
         return
     for gold in _golds(benchmark, row):

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from d2lora.data.choices import choices
 from d2lora.data.files import Row
-from d2lora.data.items import EMPTY, is_left_out, item_prompt
+from d2lora.data.items import EMPTY, golds, is_left_out, item_prompt
 from d2lora.data.templates import refuse_tokens
 from d2lora.data.texts import LeftOut
 from d2lora.data.tokens import Example, encode, rendered_prompt
+from d2lora.scoring import Likelihood
 from d2lora.settings import Benchmark
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def room_of(benchmark: Benchmark, context: int) -> int:
 
 
 def item_example(tokenizer: "Tokenizer", benchmark: Benchmark, row: Row, room: int) -> Example:
-    """Tokenize an item's prompt, {input_ids}, with its longest choice if it has choices; no ids if it certainly fits.
+    """Tokenize an item's prompt, {input_ids}, with its longest choice or its scored solution; no ids if it certainly fits.
 
     LeftOut for an item that is left out as empty.
     """
@@ -46,6 +47,11 @@ def item_example(tokenizer: "Tokenizer", benchmark: Benchmark, row: Row, room: i
         for option in offered if benchmark.chat else ():
             refuse_tokens(tokenizer, option, "a choice")
         prompt += " " + max(offered, key=len)
+    if isinstance(benchmark.scoring, Likelihood):
+        solution = benchmark.scoring.solution(golds(benchmark, row)[0])
+        if benchmark.chat:
+            refuse_tokens(tokenizer, solution, "the gold answer")
+        prompt += " " + solution
     if len(prompt.encode()) < room:  # no token is shorter than a byte
         return {"input_ids": []}
     return {"input_ids": encode(tokenizer, prompt)}

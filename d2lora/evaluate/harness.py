@@ -14,9 +14,10 @@ from d2lora.base import Base
 from d2lora.evaluate.engine import Evaluation, Item, Questions, Score, counts
 from d2lora.evaluate.lm import WatchedLM
 from d2lora.evaluate.prompts import AsTrained
-from d2lora.evaluate.task import harness_task, task_of
+from d2lora.evaluate.task import harness_task, scores_solutions, task_of
 from d2lora.layouts import proof
 from d2lora.progress import Progress
+from d2lora.scoring.likelihood import LIKELIHOOD
 from d2lora.settings import HarnessTask
 
 __all__ = ["InMemory", "Questions", "Test", "counts", "evaluate", "task_of"]
@@ -32,7 +33,7 @@ class InMemory:
 
     def evaluate(self, questions: Questions, batch: int, progress: Progress, limit: int | None = None) -> Evaluation:
         """Generate and score answers, as `Engine` defines it."""
-        return evaluate(self.base, self.model, asked(questions, self.base, limit), batch, progress, self.proofs)
+        return evaluate(self.base, self.model, as_test(questions, self.base, limit), batch, progress, self.proofs)
 
 
 class Test(NamedTuple):
@@ -44,7 +45,7 @@ class Test(NamedTuple):
     filter_name: str | None = None  # which counts, of a task that reads answers with several; None: its first
 
 
-def asked(questions: Questions, base: Base, limit: int | None = None) -> Test:
+def as_test(questions: Questions, base: Base, limit: int | None = None) -> Test:
     """Return the test that a benchmark is of a base; `limit` is the caller's, beside one of the task's settings."""
     template = base.tokenizer.chat_template is not None
     if benchmark := questions.benchmark:
@@ -70,7 +71,7 @@ def evaluate(
 
 def scored(lm: AsTrained, test: Test) -> tuple[dict[str, Score], list[Item]]:
     """Have a model of the harness answer a test's items, and return their scores and the items."""
-    name = str(test.task.config.task)
+    name, lm.solutions = str(test.task.config.task), scores_solutions(test.task)
     options = {"bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR"}
     options |= {"apply_chat_template": test.chat, "fewshot_as_multiturn": test.chat}
     with data.quiet():
@@ -114,7 +115,12 @@ def _item(sample: dict[str, Any], metrics: list[str], cut: set[str]) -> Item:
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer as a filter read it, and, where that is another text, as the model gave it."""
+    """Return an answer as a filter read it, and, where that is another text, as the model gave it.
+
+    There is no answer where only the gold's likelihood was asked for.
+    """
+    if LIKELIHOOD.metrics[0] in sample["metrics"]:
+        return {"answer": None, "gold": sample["target"]}
     answer, raw = sample["filtered_resps"][0], sample["resps"][0][0]
     return {"answer": answer, "gold": sample["target"], **({"raw": raw} if raw != answer else {})}
 

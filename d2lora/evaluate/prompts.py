@@ -54,6 +54,7 @@ class AsTrained(TemplateLM):
         self.cache_hook = Cuts()
         self.opening = data.shape(tokenizer).opening if chat else ""
         self.before = data.answer_starts(tokenizer) if chat else []
+        self.solutions = False  # whether what is scored begins exactly where training's answers begin
 
     @property
     def cut(self) -> set[str]:
@@ -94,6 +95,16 @@ class AsTrained(TemplateLM):
                 replace(request, arguments=(prompt, self.opening + answer)) for request, prompt, answer in arguments
             ]
         return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
+        """Encode a prompt and what is scored behind it.
+
+        (The harness counts the prompt's last white space, which chat templates end with, to what is scored.)
+        """
+        if not self.solutions:
+            return super()._encode_pair(context, continuation)
+        ids, border = self.tok_encode(context + continuation), len(self.tok_encode(context))
+        return ids[:border], ids[border:]
 
     def was_cut(self, answer: Tokens, room: int, stop: list[str]) -> bool:
         """Tell whether an answer fills the room of so many tokens without an end token or a stop text."""

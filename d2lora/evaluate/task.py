@@ -10,7 +10,7 @@ from d2lora import data
 from d2lora.data.conversations import Message
 from d2lora.data.files import Row
 from d2lora.errors import UserError
-from d2lora.scoring import Generated
+from d2lora.scoring import Generated, Likelihood
 from d2lora.settings import Benchmark, HarnessTask
 
 _FEWSHOT_SEED = 1234  # lm-evaluation-harness's default
@@ -36,7 +36,10 @@ def task_of(name: str, benchmark: Benchmark, rows: Sequence[Row], template: bool
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in kind.metrics],
         "num_fewshot": 0,
     }
-    config |= _generation(benchmark, kind, rows) if isinstance(kind, Generated) else _choices(benchmark, rows)
+    if isinstance(kind, Generated):
+        config |= _generation(benchmark, kind, rows)
+    else:
+        config |= _solutions(benchmark, kind, rows) if isinstance(kind, Likelihood) else _choices(benchmark, rows)
     with data.quiet():
         return _Conversations(prompts, config)
 
@@ -81,6 +84,20 @@ def _generation(benchmark: Benchmark, kind: Generated, rows: Sequence[Row]) -> d
         "process_results": lambda doc, results: kind.score(results[0], golds[doc["row"]]),
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": benchmark.max_new_tokens},
     }
+
+
+def _solutions(benchmark: Benchmark, kind: Likelihood, rows: Sequence[Row]) -> dict[str, Any]:
+    texts = [kind.solution(data.golds(benchmark, row)[0]) for row in rows]
+    return {
+        "output_type": "loglikelihood",
+        "doc_to_target": lambda doc: texts[doc["row"]],
+        "process_results": lambda doc, results: kind.score(results[0][0], texts[doc["row"]]),
+    }
+
+
+def scores_solutions(task: ConfigurableTask) -> bool:
+    """Tell whether a task is a benchmark of ours that scores solutions, behind prompts as training has them."""
+    return isinstance(task, _Conversations) and task.OUTPUT_TYPE == "loglikelihood"
 
 
 def harness_task(asked: HarnessTask, folder: str | None = None) -> ConfigurableTask:

@@ -416,20 +416,24 @@ def _batch(name: str, model: torch.nn.Module, base: PreTrainedModel, some: list[
 @torch.no_grad()
 def _next_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[list[int]]) -> float:
     """Return the largest difference over the first tokens of greedy answers, up to the first token that differs."""
-    together = _greedy(model, *_left_padded(model, prompts)).logits
-    return _off_alone(model, prompts, [[logits[row] for logits in together] for row in range(len(prompts))])
+    ids, mask = _left_padded(model, prompts)
+    together = _greedy(model, ids, mask)
+    tokens = together.sequences[:, ids.shape[1] :].tolist()
+    steps = [[(logits[row], tokens[row][s]) for s, logits in enumerate(together.logits)] for row in range(len(ids))]
+    return _off_alone(model, prompts, steps)
 
 
 @torch.no_grad()
 def _decoded_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[list[int]]) -> float:
     """Return the same for `decoding`: texts leave the batch after different numbers of tokens, the shortest first."""
     batch = decoding.Batch(model, base, *_left_padded(model, prompts))
-    together: list[list[torch.Tensor]] = [[] for _ in prompts]
+    together: list[_Steps] = [[] for _ in prompts]
     for step in range(_STEPS):
-        logits = batch.step()
-        for row, row_logits in zip(batch.rows, logits, strict=True):
-            together[row].append(row_logits)
-        batch.append(logits.argmax(-1))
+        logits = batch.step() if step else batch.prompts()
+        tokens = logits.argmax(-1)
+        for row, row_logits, token in zip(batch.rows, logits, tokens.tolist(), strict=True):
+            together[row].append((row_logits, token))
+        batch.append(tokens)
         if len(batch.rows) > 1 and step:
             batch.leave([row == min(batch.rows) for row in batch.rows])
     return _off_alone(model, prompts, together)
@@ -443,15 +447,19 @@ def _left_padded(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[torc
     return ids, mask
 
 
-def _off_alone(model: torch.nn.Module, prompts: list[list[int]], together: list[list[torch.Tensor]]) -> float:
-    """Compare each prompt's logits, a tensor (vocabulary) a token, with those of the prompt alone in `generate`."""
+_Steps = list[tuple[torch.Tensor, int]]  # of an answer's tokens: logits (vocabulary), and the token that was taken
+
+
+def _off_alone(model: torch.nn.Module, prompts: list[list[int]], together: list[_Steps]) -> float:
+    """Compare each prompt's logits with those of the prompt alone in `generate`, as long as the tokens are the same."""
     worst, device = 0.0, next(model.parameters()).device
-    for prompt, batched_logits in zip(prompts, together, strict=True):
+    for prompt, steps in zip(prompts, together, strict=True):
         one = torch.tensor([prompt], device=device)
-        alone = _greedy(model, one, torch.ones_like(one)).logits
-        for batched, (single,) in zip(batched_logits, alone, strict=False):
+        alone = _greedy(model, one, torch.ones_like(one))
+        tokens = alone.sequences[0, len(prompt) :].tolist()
+        for (batched, token), (single,), its_token in zip(steps, alone.logits, tokens, strict=False):
             worst = max(worst, off(batched, single))
-            if batched.argmax() != single.argmax():
+            if token != its_token:  # of equal likelihoods either; and `generate` takes no end so early
                 break
     return worst
 

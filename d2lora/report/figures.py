@@ -15,6 +15,7 @@ from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
 from d2lora.report.paper import Artefact
 from d2lora.report.points import Point, differing, label_texts, size
 from d2lora.report.tables import Line, Table, Value
+from d2lora.scoring import unit_of
 from d2lora.settings import amount
 
 WIDTH, HEIGHT = 3.3, 2.2  # inches: a column of a two-column paper; each panel's height
@@ -87,7 +88,11 @@ def panels(table: Table, panel: str) -> list[Panel]:
                 name = f"{NAMES[methods[0]]} on {head.benchmark}" if panel == "method" else head.benchmark
                 what = [*label_texts(head, keys), head.arm if arms else "", f"n={amount(head.n)}" if sizes else ""]
                 title = ", ".join(filter(None, [name, *what]))
-                drawn.append(Panel(title, f"{head.metric} in %", curves, panel == "method", table.column))
+                drawn.append(
+                    Panel(
+                        title, f"{head.metric} in {unit_of(head.metric).name}", curves, panel == "method", table.column
+                    )
+                )
     return drawn
 
 

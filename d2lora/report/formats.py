@@ -10,6 +10,8 @@ from d2lora.report.points import Point
 from d2lora.report.rows import Row, frame
 from d2lora.report.tables import Table, column_name
 from d2lora.report.worth import LESS, MORE
+from d2lora.scoring import unit_of
+from d2lora.scoring.kinds import BITS
 
 MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
 PAIR_HEAD = [
@@ -35,8 +37,13 @@ def percent(value: float | None, digits: int = 2, sign: str = "") -> str:
     return "" if value is None else f"{100 * value:{sign}.{digits}f}"
 
 
-def bounds(interval: tuple[float, float], sign: str = "") -> str:
-    return f"[{percent(interval[0], 1, sign)}, {percent(interval[1], 1, sign)}]"
+def bounds(interval: tuple[float, float], sign: str = "", digits: int = 1) -> str:
+    return f"[{percent(interval[0], digits, sign)}, {percent(interval[1], digits, sign)}]"
+
+
+def _digits(point: Point) -> int:
+    """Return the digits of its metric's intervals and detectable differences."""
+    return unit_of(point.metric).digits
 
 
 def _mark(table: Table, point: Point) -> str:
@@ -109,7 +116,7 @@ def _value_rows(table: Table) -> list[list[list[str]]]:
                     for p in points
                 ),
             ],
-            ["95 % interval", *(bounds(p.interval) if p and p.interval else "" for p in points)],
+            ["95 % interval", *(bounds(p.interval, digits=_digits(p)) if p and p.interval else "" for p in points)],
         ]
         theirs = [paper.value(p) if p else None for p in points]
         if any(v is not None for v in theirs):
@@ -126,10 +133,10 @@ def pair_rows(table: Table) -> list[list[str]]:
         [
             c.label,
             percent(c.difference, sign="+") + "*" * c.beyond_chance,
-            bounds(c.interval, "+"),
+            bounds(c.interval, "+", _digits(c.lora)),
             p_text(c.p),
             p_text(c.adjusted),
-            percent(c.detectable, 1) if c.detectable else "no item differs",
+            percent(c.detectable, _digits(c.lora)) if c.detectable else "no item differs",
             c.test,
             ", ".join(map(str, c.seeds)),
             c.decision,
@@ -144,6 +151,12 @@ def footnotes(tables: list[Table]) -> list[str]:
     seeds = {s for p in points for s in p.scores}
     lines = [
         "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
+    ]
+    lines += [
+        f"{metric}: 100 times its value in bits is shown, so a point is a {unit_of(metric).one} per byte. More is better: "
+        "lm-evaluation-harness's bits_per_byte is its negative."
+        for metric in dict.fromkeys(p.metric for p in points)
+        if unit_of(metric) == BITS
     ]
     clustered = {
         p.benchmark: (p.table.shape[1], p.units.shape[1]) for p in points if p.scores and p.clusters is not None

@@ -277,7 +277,13 @@ def _samples(points: Iterable[Point], records: Records) -> JSON:
         lines = sample(firsts, min(_MOST, max(_FEWEST, count)))
         for key, metrics in group.items():
             items = records.texts(key, lines)
-            texts = [[_cut(str(i["answer"]), _ANSWER), {metric: i[metric] for metric in metrics}] for i in items]
+            texts = [
+                [
+                    _cut("" if i["answer"] is None else str(i["answer"]), _ANSWER),
+                    {metric: i[metric] for metric in metrics},
+                ]
+                for i in items
+            ]
             answers[key] = {"set": name, "items": texts}
             if name not in sets:
                 sets[name] = [

@@ -29,7 +29,7 @@ from d2lora.report.content import Sweep
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.report.points import arm_name, interval_of
 from d2lora.report.results import CellResults
-from d2lora.scoring import shown_metrics
+from d2lora.scoring import shown_metrics, unit_of
 from d2lora.settings import amount
 from d2lora.stages.evaluate import EvaluateSpec
 
@@ -104,8 +104,8 @@ def files(repository: Repository) -> dict[str, bytes]:
     texts |= {f".eval_results/{name}.yaml": text for name, text in eval_results(repository).items()}
     for path, text in texts.items():
         _check_private(path, text)
-    kept = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
-    return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in kept}
+    copied = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
+    return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in copied}
 
 
 def _check_private(path: str, text: str) -> None:
@@ -168,7 +168,7 @@ def _eval_result(repository: Repository, score: Score95) -> EvalResult:
         dataset_split=source.get("split"),
         dataset_revision=source.get("revision"),
         metric_type=score.metric,
-        metric_name=f"{score.metric} in %, 95 % interval {formats.bounds((score.low, score.high))}",
+        metric_name=f"{score.metric} in {unit_of(score.metric).name}, 95 % interval {formats.bounds((score.low, score.high))}",
         metric_value=round(100 * score.score.value, 2),
     )
 

@@ -14,6 +14,7 @@ from d2lora.report.compare import MARGIN, Comparison, comparisons
 from d2lora.report.looks import METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts
 from d2lora.report.verdict import verdict
+from d2lora.scoring import unit_of
 from d2lora.settings import amount
 from d2lora.settings.controls import CONTROL_NAMES
 
@@ -128,7 +129,7 @@ def _table(benchmark: str, metric: str, points: list[Point], column: str, margin
     keys = [k for k in ("m", "control", "n", *differing(points)) if k != column]
     lines = _lines(points, keys, column)
     columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
-    title = f"{benchmark}: {metric or 'no result yet'} in %"
+    title = f"{benchmark}: {metric or 'no result yet'} in {unit_of(metric).name}"
     return Table(title, points, columns, lines, column, margin)
 
 

@@ -7,13 +7,24 @@ from collections.abc import Sequence
 
 from d2lora.scoring.choice import CHOICE
 from d2lora.scoring.exact import EXACT
-from d2lora.scoring.kinds import Generated, Kind, MultipleChoice
+from d2lora.scoring.kinds import PERCENT, Generated, Kind, Likelihood, MultipleChoice, Unit
+from d2lora.scoring.likelihood import LIKELIHOOD
 from d2lora.scoring.number import NUMBER
 from d2lora.scoring.rouge import ROUGE, ROUGE_OF_ANY_SCRIPT
 
-__all__ = ["KINDS", "Generated", "Kind", "MultipleChoice", "is_graded", "kind_named", "shown_metrics"]
+__all__ = [
+    "KINDS",
+    "Generated",
+    "Kind",
+    "Likelihood",
+    "MultipleChoice",
+    "is_graded",
+    "kind_named",
+    "shown_metrics",
+    "unit_of",
+]
 
-KINDS: tuple[Kind, ...] = (NUMBER, EXACT, ROUGE, CHOICE)
+KINDS: tuple[Kind, ...] = (NUMBER, EXACT, ROUGE, CHOICE, LIKELIHOOD)
 
 
 def kind_named(name: str, script: str = "latin") -> Kind:
@@ -40,3 +51,8 @@ def is_graded(metric: str) -> bool:
 
 def _families() -> tuple[str, ...]:
     return tuple(kind.family for kind in KINDS if kind.family)
+
+
+def unit_of(metric: str) -> Unit:
+    """Return the unit of 100 times a metric, as a report shows it: % but for log-likelihoods."""
+    return next((kind.unit for kind in KINDS if metric in kind.metrics), PERCENT)

@@ -1,5 +1,6 @@
 """Find the final answer in a text and compare it with a gold. Pure functions; docs/answers.md has the rules."""
 
+import functools
 import re
 import unicodedata
 from fractions import Fraction
@@ -47,6 +48,7 @@ def same_number(answer: str, gold: str) -> bool:
     return in_answer == in_gold
 
 
+@functools.lru_cache(maxsize=8192)  # a benchmark's golds are read for each adapter, and when rows are checked
 def _number(text: str) -> Number | None:
     """Return the number that a text ends with, found by the first rule of `final_number` that applies."""
     if boxes := _boxes(text):

@@ -57,8 +57,8 @@ def _problem(gold: str) -> str | None:
     unread = sum(re.search("[a-z0-9]", word) is None for word in with_letters)
     if 2 * unread > len(with_letters):
         return (
-            "the gold answer {} is in another script than Latin, and ROUGE reads letters a-z and digits only: script=any reads "
-            "every script (kind: exact compares texts)"
+            "the gold answer {} is in another script than Latin, and ROUGE reads letters a-z and digits only: script: any in the "
+            "benchmark's file reads every script (kind: exact compares texts)"
         )
     return _nothing(gold)
 

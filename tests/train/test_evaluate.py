@@ -1,6 +1,7 @@
 """Benchmarks through the harness: each item once, likelihoods in float32, greedy where greedy is said."""
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from d2lora.evaluate.task import harness_task
 from d2lora.layouts import proof
 from d2lora.records import Records
 from d2lora.scoring import kind_named
-from d2lora.settings import Benchmark, Data, HarnessTask, Model
+from d2lora.settings import Benchmark, Data, HarnessTask, Model, Task
 from d2lora.store import Store
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(1, 5)]
@@ -409,3 +410,50 @@ def test_items_that_are_left_out_are_counted_and_the_others_keep_their_rows(tiny
     text = summary.cell_text(cell, Store(tmp_path / "out"))
     assert "lab_math: 1 items left out of the scores (too long for the model)" in text
     assert "5 of 5 answers stopped at max_new_tokens" in text
+
+
+# --- the likelihood of reference solutions ---------------------------------------------------------------------------
+
+SOLUTION = "Step 1: 3 + 4 = 7. The answer is \\boxed{7}."
+SOLVED = [{"question": f"What is {i} + 4?", "answer": SOLUTION.replace("3", str(i))} for i in range(1, 6)]
+
+
+def likelihoods(base: Base, template: bool, rows: list[dict]) -> tuple[dict, list[dict]]:
+    benchmark = generated("likelihood", rows)
+    return run(base, harness.task_of("t", benchmark, rows, template), chat=template)
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_solution_s_likelihood_is_that_of_the_tokens_that_training_learns(base, template: bool, end: str) -> None:
+    """The harness would count white space with which a template ends to the solution."""
+    loaded = base(template=template)
+    if template and end:
+        loaded.tokenizer.chat_template += "{% if add_generation_prompt %}\n{% endif %}"
+    task = Task(name="t", data=Data(path="x"), prompt="{question}", chosen="{answer}", full_chosen="{answer}")
+    metrics, items = likelihoods(loaded, template, SOLVED)
+    for row, item in zip(SOLVED, items, strict=True):
+        example = data.pair_example(loaded.tokenizer, task, row)
+        answer = example["chosen_ids"][: len(example["chosen_ids"]) - 1]  # without its end
+        ids = torch.tensor([example["prompt_ids"] + answer])
+        with torch.no_grad():
+            logps = loaded.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        nats = float(logps[len(example["prompt_ids"]) - 1 :].sum())
+        assert item["loglikelihood_per_byte"] == pytest.approx(nats / math.log(2) / len(row["answer"]), abs=1e-5)
+        assert (item["answer"], item["gold"]) == (None, row["answer"])
+    mean = sum(item["loglikelihood_per_byte"] for item in items) / len(items)
+    assert metrics["loglikelihood_per_byte"]["value"] == pytest.approx(mean)
+    assert harness.counts(items) == {}
+
+
+def test_what_gsm8k_writes_around_a_solution_is_not_scored(base) -> None:
+    written = {"question": "a?", "answer": "He has 3 + 4 = <<3+4=7>>7 eggs.\n#### 7"}
+    plain = {"question": "a?", "answer": "He has 3 + 4 = 7 eggs."}
+    _, items = likelihoods(base(), True, [written, plain])
+    assert items[0]["loglikelihood_per_byte"] == items[1]["loglikelihood_per_byte"] < 0
+    assert items[0]["gold"] == plain["answer"]
+
+
+def test_a_gold_without_a_solution_is_refused(base) -> None:
+    with pytest.raises(UserError, match=r"row 2: the gold answer '\\n#### 7' has no solution to score"):
+        likelihoods(base(), True, [SOLVED[0], {"question": "a?", "answer": "\n#### 7"}])

@@ -25,7 +25,8 @@ from d2lora.evaluate.vllm import adapters as files
 from d2lora.evaluate.vllm import installed, probe
 from d2lora.evaluate.vllm.client import Client, Lost, Patience
 from d2lora.evaluate.vllm.engine import InVllm
-from d2lora.evaluate.vllm.sessions import Adapter, Facts, Gone, Session, Unable
+from d2lora.evaluate.vllm.running import Facts
+from d2lora.evaluate.vllm.sessions import Adapter, Gone, Session, Unable
 from d2lora.settings import Benchmark, Data, Model
 
 SMALL = Path(__file__).parents[1] / "small_vllm.py"
@@ -131,8 +132,8 @@ def test_what_a_failed_engine_had_not_answered_is_asked_of_a_fresh_one_with_less
     assert not psutil.pid_exists(first)
     starts = logged(tmp_path, "open")
     assert [start["max_num_seqs"] for start in starts] == [256, 32]
-    asked = [call["requests"] for call in logged(tmp_path, "generate")]
-    assert (asked[:3], asked[-3:]) == ([6, 5, 4], [3, 2, 1]), "three were answered before"
+    sizes = [call["requests"] for call in logged(tmp_path, "generate")]
+    assert (sizes[:3], sizes[-3:]) == ([6, 5, 4], [3, 2, 1]), "three were answered before"
     told = capsys.readouterr().err
     assert "the engine failed: it " in told
     assert "go to a fresh one with 60% of the free memory and 32 sequences at a time" in told
@@ -238,15 +239,15 @@ def test_benchmarks_are_scored_by_the_harness_whoever_answers(opened, base: Base
     ticks: list[tuple[int, int]] = []
     for key, tag in (("one", 101), (None, 100)):
         engine = InVllm(base, session, key)
-        found = engine.evaluate(Questions("sums", number, rows), 0, lambda *tick: ticks.append(tick))
-        first = data.encode(base.tokenizer, found.items[0]["prompt"])
-        assert found.items[0]["answer"] == base.tokenizer.decode([tag, len(first)])
-        assert (found.metrics["accuracy"]["items"], found.batch) == (2, 256)
+        evaluation = engine.evaluate(Questions("sums", number, rows), 0, lambda *tick: ticks.append(tick))
+        first = data.encode(base.tokenizer, evaluation.items[0]["prompt"])
+        assert evaluation.items[0]["answer"] == base.tokenizer.decode([tag, len(first)])
+        assert (evaluation.metrics["accuracy"]["items"], evaluation.batch) == (2, 256)
     assert ticks[-1] == (2, 2)
     choice = Benchmark(kind="choice", gold="{right}", choices="text", labels="label", chat=False, **shared)
-    found = InVllm(base, session, "one").evaluate(Questions("choices", choice, rows[:1]), 0, lambda *tick: None)
-    assert found.items[0]["loglikelihoods"] == sorted(found.items[0]["loglikelihoods"], reverse=True)
-    assert found.items[0]["answer"] == "a"
+    evaluation = InVllm(base, session, "one").evaluate(Questions("choices", choice, rows[:1]), 0, lambda *tick: None)
+    assert evaluation.items[0]["loglikelihoods"] == sorted(evaluation.items[0]["loglikelihoods"], reverse=True)
+    assert evaluation.items[0]["answer"] == "a"
 
 
 def test_an_engine_that_is_not_installed_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path) -> None:

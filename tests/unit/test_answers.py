@@ -1,6 +1,7 @@
 """The final answer of a text as a number or as a text: a table of what models and data sets write, and rules for all texts."""
 
 import csv
+import math
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from d2lora import data
 from d2lora.scoring import KINDS, Generated, shown_metrics
 from d2lora.scoring.answers import exact_text, final_number, gold_number, last_boxed, same_number, same_text
+from d2lora.scoring.likelihood import LIKELIHOOD
 from d2lora.scoring.rouge import rouge, rouge_of_any_script
 from d2lora.settings import Benchmark, Data
 
@@ -306,11 +308,31 @@ def test_rouge_of_any_script_is_rouge_for_english(answer: str, gold: str) -> Non
 
 def test_a_report_shows_the_first_metric_and_all_of_rouge() -> None:
     shown = {kind.name: tuple(shown_metrics(kind.metrics)) for kind in KINDS}
+    likelihood = {"likelihood": ("loglikelihood_per_byte",)}
     rouge_ = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-    assert shown == {"number": ("accuracy",), "exact": ("accuracy",), "rouge": rouge_, "choice": ("acc",)}
+    assert shown == {"number": ("accuracy",), "exact": ("accuracy",), "rouge": rouge_, "choice": ("acc",), **likelihood}
     assert shown_metrics(["bleu", "bleu_max", "rouge1_max"]) == ["bleu", "rouge1_max"], "a task of the harness"
 
 
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("He has 3 + 4 = <<3+4=7>>7 eggs.\n#### 7", "He has 3 + 4 = 7 eggs."),
+        ("Step 1: 2 * 2 = 4.\n#### 4\n", "Step 1: 2 * 2 = 4."),
+        ("#### Step 1\nadd them: 4", "#### Step 1\nadd them: 4"),
+        ("a << b", "a << b"),
+        (" 4", " 4"),
+    ],
+)
+def test_a_solution_is_a_gold_without_what_gsm8k_writes_around_it(gold: str, text: str) -> None:
+    assert LIKELIHOOD.solution(gold) == text
+    assert LIKELIHOOD.problem(gold) is None
+
+
+def test_a_likelihood_is_in_bits_for_each_byte_of_the_text() -> None:
+    assert LIKELIHOOD.score(-math.log(2) * 6, "né\n") == {"loglikelihood_per_byte": -1.5}
+
+
 def test_a_kind_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match="Input should be 'number', 'exact', 'rouge' or 'choice'"):
+    with pytest.raises(ValueError, match="Input should be 'number', 'exact', 'rouge', 'choice' or 'likelihood'"):
         Benchmark(data=Data(path="x"), kind="bleu", prompt="{q}", gold="{a}")

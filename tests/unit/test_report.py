@@ -574,6 +574,7 @@ def test_what_a_recipe_sets_is_shown_with_it_and_what_is_about_the_machine_is_no
     assert {p.axes.get("method.beta") for p in points(tmp_path) if p.n != 0} == {"0.1", "0.2"}
     how = (
         "micro_batch=4 eval_batch=7 attention=flex_attention gradient_checkpointing=true threads=2 checkpoint_minutes=1"
+        " compile=layers kernels=true"
     )
     other = [f"recipe.{x}" for x in (*how.split(), "engine_python=/x", "packing=padded")]
     assert {x.split("=")[0] for x in other[:-1]} == set(MACHINE)
@@ -616,6 +617,20 @@ def test_an_exact_benchmark_is_shown_and_compared_as_right_or_wrong(tmp_path: Pa
     pairs = compare.comparisons(p for p in points(tmp_path) if p.benchmark == "lab_math")
     assert {c.test for c in pairs.values()} == {"exact McNemar"}
     assert "lab_math: accuracy in %" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_likelihood_has_a_table_in_bits_where_more_is_better(tmp_path: Path) -> None:
+    """Scores are negative: their intervals are not those of shares, and D2LoRA is better where its value is higher."""
+    cells = grid("+benchmark@task.benchmark=lab_math_likelihood", n=[0, 100], m=[0, 4000])
+    made.publish(tmp_path, cells, ability=lambda cell: made.gain(cell) + 0.3 * (cell.config.m != 0))
+    text = report.finish(tmp_path, "mine")
+    assert "lab_math_likelihood: loglikelihood_per_byte in hundredths of a bit" in text
+    assert "a point is a hundredth of a bit per byte. More is better" in " ".join(text.split())
+    of_likelihood = [p for p in points(tmp_path) if p.benchmark == "lab_math_likelihood"]
+    assert all(p.value < 0 and p.interval[0] < p.value < p.interval[1] < 0 for p in of_likelihood)
+    pairs = compare.comparisons(of_likelihood)
+    assert {c.decision for c in pairs.values()} == {"better"}
+    assert {c.test for c in pairs.values()} == {"paired bootstrap"}
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,10 @@ def test_the_plan_of_an_optimizer_shows_a_cell_of_its_first_values() -> None:
             "Error in call to target 'hydra._internal.core_plugins.basic_launcher.BasicLauncher':\nTypeError(\"BasicLauncher.__init__() got an unexpected keyword argument 'n_jobs'\")",
             "hydra.launcher.n_jobs: BasicLauncher has no such setting",
         ),
+        (
+            "Could not override 'hydra.sweeper.n_trials'.\nTo append to your config use +hydra.sweeper.n_trials=3",
+            "hydra.sweeper.n_trials: the sweeper has no such setting",
+        ),
         ("Could not override 'nn'.\nTo append to your config use +nn=3", "nn: there is no such key"),
     ],
 )

@@ -17,7 +17,8 @@ from d2lora.base import Base
 from d2lora.evaluate import harness
 from d2lora.evaluate.engine import Evaluation, Questions
 from d2lora.evaluate.prompts import AsTrained, Tokens
-from d2lora.evaluate.vllm.sessions import SIZES, Key, Session, Unable
+from d2lora.evaluate.vllm.running import Key
+from d2lora.evaluate.vllm.sessions import SIZES, Session, Unable
 from d2lora.progress import Progress
 
 _ROOM = 256  # tokens of an answer where a task does not say, as the harness has it for other models
@@ -28,7 +29,7 @@ _GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"
 class InVllm:
     """The engine for an adapter, or the base (None), in a session that has it loaded.
 
-    The same benchmark is asked of the adapters in `together` in one call: their own evaluations then find it answered.
+    The same benchmark is asked of the adapters in `together` in one call: their own evaluations then have its answers.
     """
 
     base: Base
@@ -41,7 +42,7 @@ class InVllm:
 
         sessions.Gone or sessions.Unable if they are to be evaluated in memory.
         """
-        test = harness.asked(questions, self.base, limit)
+        test = harness.as_test(questions, self.base, limit)
         metrics, items = harness.scored(SessionLM(self, test.chat, progress), test)
         return Evaluation(metrics, items, SIZES[self.session.failures].sequences)
 
@@ -96,8 +97,8 @@ class SessionLM(AsTrained, TemplateLM):
         """Generate answers to prompts. Unable if they are to be sampled."""
         self.requests += len(requests)
         prompts = [self._prompt(*request.args) for request in requests]
-        asked = [{"ids": prompt.ids, "max_tokens": prompt.room} for prompt in prompts]
-        replies = self._replies("generate", asked, ends=self.end_ids)
+        wanted = [{"ids": prompt.ids, "max_tokens": prompt.room} for prompt in prompts]
+        replies = self._replies("generate", wanted, ends=self.end_ids)
         return [
             self._text(request, prompt, reply["ids"])
             for request, prompt, reply in zip(requests, prompts, replies, strict=True)
@@ -115,9 +116,9 @@ class SessionLM(AsTrained, TemplateLM):
         replies = self._replies("loglikelihood", [{"ids": ids, "start": start} for ids, start in texts])
         return [(sum(reply["logprobs"]), reply["greedy"]) for reply in replies]
 
-    def _replies(self, do: str, asked: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
+    def _replies(self, do: str, requests: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
         engine = self.engine
-        return engine.session.answers(do, engine.key, engine.together, asked, lambda: self.count(1), **more)
+        return engine.session.answers(do, engine.key, engine.together, requests, lambda: self.count(1), **more)
 
     def _prompt(self, text: str, settings: dict[str, Any]) -> Prompt:
         """Return what to ask for, as the harness's own model classes read a task's settings."""

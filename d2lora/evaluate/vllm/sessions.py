@@ -5,8 +5,8 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,29 +17,21 @@ from d2lora import base as bases
 from d2lora.base import Base
 from d2lora.evaluate.vllm import adapters as files
 from d2lora.evaluate.vllm import installed, probe
-from d2lora.evaluate.vllm.client import WORKER, Client, Lost, Patience, Reply
+from d2lora.evaluate.vllm.client import WORKER, Lost, Patience, Reply
 from d2lora.evaluate.vllm.installed import EngineIdentity
+from d2lora.evaluate.vllm.running import Facts, Key, Request, Room, Running, Size
 from d2lora.keys import digest
 from d2lora.outputs import Outputs
 from d2lora.settings import Model
 from d2lora.settings.recipe import Machine
 
-Key = str | None  # of an adapter; None is the base
-Request = dict[str, Any]
-
-_TOGETHER = 31  # adapters in one call at most: more are asked in several
-_LENGTH = 4096  # tokens of prompt and answer that an engine is opened for, unless more are asked
-_CPU_CACHE = "2"  # GiB of keys and values without a GPU
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: when it is killed, nothing of the engine is left
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # likewise
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
+SIZES = (Size(0.9, 256), Size(0.6, 32))  # the second is that of the fresh engine after one that failed
+_TOGETHER = 31  # adapters in one call at most: more are evaluated in several
+_LENGTH = 4096  # tokens of prompt and answer that an engine is opened for, unless a request has more
 
 
 class Gone(Exception):
-    """The engine failed, and so did a fresh one with less memory: what it did not answer is to be asked in memory."""
+    """The engine failed, and so did a fresh one with less memory: what it did not answer is left to the model in memory."""
 
 
 class Unable(Exception):
@@ -53,50 +45,30 @@ class Adapter(NamedTuple):
     folder: Path
     quantizes: bool = False  # it is for a quantized base
 
-
-class Size(NamedTuple):
-    """How much an engine takes: a share of the GPU memory that is free, and sequences at a time."""
-
-    memory: float
-    sequences: int
-
-
-SIZES = (Size(0.9, 256), Size(0.6, 32))  # the second is that of the fresh engine after one that failed
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What an engine is opened with, beside its adapters. `command` starts a worker."""
-
-    command: tuple[str, ...]
-    source: str  # a folder, or a name on the Hub with its revision
-    revision: str | None
-    dtype: str
-    threads: int | None
-    patience: Patience
+    @property
+    def why_not(self) -> str | None:
+        """Return why vLLM can't do it, as its files say; None if it can."""
+        return files.why_not(self.folder, self.quantizes)
 
 
 class Session:
-    """An engine with a base. It starts when adapters are added; at most `slots` - 1 of them are asked in one call.
+    """An engine with a base. It starts when adapters are added; a call has at most one adapter less than there are slots.
 
     vLLM (0.32) answers the base's requests with an adapter if they share a call with as many adapters as there are slots.
     """
 
     def __init__(self, base: Base, facts: Facts, adapters: Sequence[Adapter], log: Path) -> None:
         self._base, self.facts, self._log = base, facts, log
-        able = [a for a in adapters if files.why_not(a.folder, a.quantizes) is None]
-        self._slots = min(len(able), _TOGETHER) + 1
-        self._rank = files.room(max((files.rank(a.folder) for a in able), default=1))
-        self._layers = {layer for a in able for layer in files.layers(a.folder)}
         self._most = resolve_max_length(base.model.config, base.tokenizer)
-        self._length = min(self._most, _LENGTH)
+        able = [a.folder for a in adapters if not a.why_not]
+        rank = files.room(max(map(files.rank, able), default=1))
+        layers = frozenset[str]().union(*map(files.layers, able))
+        self._room = Room(rank, layers, min(len(able), _TOGETHER) + 1, min(self._most, _LENGTH))
         self._adapters: dict[str, Adapter] = {}
-        self._names: dict[str, str] = {}  # under which the running engine has each adapter
-        self._loads = 0
-        self._checked = False  # the running engine, against the model in memory
-        self._kept: dict[tuple[Key, str], list[Reply]] = {}
         self._expected: dict[Key, probe.Expected] = {}
-        self._client: Client | None = None
+        self._unread: dict[tuple[Key, str], list[Reply]] = {}  # replies that `answers` has not returned yet
+        self._loads = 0
+        self._running: Running | None = None
         self.failures = 0  # engines that failed
         self.gone = ""  # why there is no engine any more
         self.refused: dict[str, str] = {}  # by the adapter's key: why it is evaluated in memory
@@ -115,7 +87,7 @@ class Session:
     @property
     def pid(self) -> int | None:
         """Return the process id of the running engine."""
-        return self._client.pid if self._client else None
+        return self._running.pid if self._running else None
 
     def why_not(self, key: Key) -> str:
         """Return why an adapter, or the base, is to be evaluated in memory; "" if it is not."""
@@ -123,76 +95,75 @@ class Session:
 
     def takes(self, facts: Facts, adapters: Sequence[Adapter]) -> bool:
         """Tell whether this engine can be used for these facts and adapters, in one call, without opening another."""
-        able = [a for a in adapters if files.why_not(a.folder, a.quantizes) is None]
         if facts != self.facts or self.gone:
             return facts == self.facts
-        room = all(files.rank(a.folder) <= self._rank and files.layers(a.folder) <= self._layers for a in able)
-        return room and min(len(able), _TOGETHER) < self._slots
+        able, room = [a.folder for a in adapters if not a.why_not], self._room
+        fit = all(files.rank(folder) <= room.rank and files.layers(folder) <= room.layers for folder in able)
+        return fit and min(len(able), _TOGETHER) < room.slots
 
     def add(self, adapters: Sequence[Adapter]) -> None:
         """Load those adapters that it does not have, and check each, and the base, against the model in memory.
 
-        Say in a line what is not to be evaluated by the engine.
+        Print a line for what is not to be evaluated by the engine.
         """
         if self.gone:
             return
         new = [a for a in adapters if a.key not in self._adapters]
         self._adapters |= {a.key: a for a in new}
         for adapter in new:
-            if why := files.why_not(adapter.folder, adapter.quantizes):
+            if why := adapter.why_not:
                 self._refuse(adapter.key, why)
         self._expect([None, *(a.key for a in new if a.key not in self.refused)])
-        try:
+        with contextlib.suppress(Gone):  # `gone` says so
             self._ready()
-        except Gone:
-            return
 
     def answers(
         self, do: str, key: Key, together: Sequence[Key], requests: list[Request], done: Callable[[], None], **more: Any
     ) -> list[Reply]:
         """Return the replies to requests under an adapter, in order; `done` is called at each.
 
-        Those under the adapters in `together` are asked in the same call, and kept until they are asked for. Gone or
-        Unable if the model in memory has to be asked.
+        Those under the adapters in `together` are sent in the same call, and returned when it is their turn. Gone or
+        Unable if they are left to the model in memory.
         """
-        name = digest([do, requests, more])
-        if (key, name) not in self._kept:
-            able = [
-                k
-                for k in dict.fromkeys((key, *together))
-                if (k in self._adapters or k is None) and k not in self.refused
-            ]
-            every = [{"key": k} | request for k in able for request in requests]
-            replies = self._ask(do, every, lambda k: done() if k == key else None, **more)
-            size = len(requests)
-            self._kept |= {(k, name): replies[i * size : (i + 1) * size] for i, k in enumerate(able)}
-        else:
+        name, count = digest([do, requests, more]), len(requests)
+        if (key, name) in self._unread:
             for _ in requests:
                 done()
-        return self._kept.pop((key, name))
+            return self._unread.pop((key, name))
+        able = [k for k in dict.fromkeys((key, *together)) if k is None or self._can(k)]
+        every = [{"key": k} | request for k in able for request in requests]
+        replies = self._ask(do, every, lambda k: done() if k == key else None, **more)
+        self._unread |= {(k, name): replies[i * count : (i + 1) * count] for i, k in enumerate(able)}
+        return self._unread.pop((key, name))
 
     def close(self) -> None:
         """End the engine, and give back its memory: on a GPU the base is moved back there."""
-        self._kept.clear()
+        self._unread.clear()
         self._stop()
         if not self.failures:
             self._log.unlink(missing_ok=True)
 
+    def _can(self, key: str) -> bool:
+        return key in self._adapters and key not in self.refused
+
     def _stop(self) -> None:
-        if self._client:
-            self._client.close()
-            self._client = None
+        if self._running:
+            self._running.close()
+            self._running = None
         self._base.model.to(bases.device())  # type: ignore[arg-type]  # transformers hides its argument
 
     def _ask(self, do: str, requests: list[Request], done: Callable[[Key], None], **more: Any) -> list[Reply]:
-        """Ask requests, each with its "key"; what an engine that fails had not answered is asked of a fresh one."""
+        """Send requests, each with its "key"; what an engine that fails had not answered goes to a fresh one."""
         self._make_room(requests)
         replies: dict[int, Reply] = {}
-        for part in _calls(requests, self._slots - 1):
+        for part in _calls(requests, self._room.slots - 1):
             while missing := [i for i in part if i not in replies]:
-                self._ready()
+                engine = self._ready()
+                for key in {requests[i]["key"] for i in missing}:
+                    if why := self.why_not(key):
+                        raise Unable(why)
                 try:
-                    with contextlib.closing(self._call(do, [requests[i] for i in missing], **more)) as answered:
+                    with contextlib.closing(engine.call(do, [requests[i] for i in missing], **more)) as answered:
                         for index, reply in answered:
                             replies[missing[index]] = reply
                             done(requests[missing[index]]["key"])
@@ -201,94 +172,52 @@ class Session:
                     self._lost(lost, f"{left} of {len(part)} requests")
         return [replies[i] for i in range(len(requests))]
 
-    def _call(self, do: str, requests: list[Request], **more: Any) -> Generator[tuple[int, Reply], None, None]:
-        """Yield index and reply of each request as it is answered. Lost unless each is, once, with what was asked for."""
-        for request in requests:
-            if why := self.why_not(request["key"]):
-                raise Unable(why)
-        assert self._client is not None, "it is ready"
-        named = [request | {"key": request["key"] and self._names[request["key"]]} for request in requests]
-        open_ones = set(range(len(requests)))
-        for reply in self._client.ask(do, requests=named, **more):
-            index = reply.get("index")
-            if index not in open_ones or not _fits(do, requests[index], reply, more.get("ends", [])):
-                self._client.close()
-                raise Lost(f"it gave a reply that does not fit its request: {str(reply)[:80]}")
-            open_ones.remove(index)
-            yield index, reply
-        if open_ones:
-            self._client.close()
-            raise Lost(f"it left out {len(open_ones)} requests")
-
     def _make_room(self, requests: Sequence[Request]) -> None:
         """Have the engine opened for longer texts where one needs it. Unable where the model itself has no room."""
         longest = max((len(r["ids"]) + r.get("max_tokens", 1) for r in requests), default=0)
         if longest > self._most:
             raise Unable(f"a text of {longest} tokens with its answer, where the model takes {self._most}")
-        if longest > self._length:
-            self._length = min(self._most, 1 << (longest - 1).bit_length())
-            if self._client:
-                self._client.close()
-                self._client = None
+        if longest > self._room.length:
+            self._room = replace(self._room, length=min(self._most, 1 << (longest - 1).bit_length()))
+            self._stop()
 
-    def _ready(self) -> None:
-        """Start an engine if none is running, load what it lacks, and check what it gives. Gone if that fails twice."""
+    def _ready(self) -> Running:
+        """Return a running engine that has the adapters and is checked. Gone if it can't be had in two tries."""
         while not self.gone:
             try:
-                self._start()
-                self._load_and_check()
-                return
+                if not self._running:
+                    _free(self._base)
+                    self._running = Running(self.facts, self._room, SIZES[self.failures], self._log)
+                    self.version = self._running.version
+                self._load_and_check(self._running)
+                if self._running:  # not ended by the check
+                    return self._running
             except Lost as lost:
                 self._lost(lost, "all requests")
         raise Gone(self.gone)
 
-    def _start(self) -> None:
-        if self._client:
-            return
-        _free(self._base)
-        self._names.clear()
-        self._checked = False
-        size = SIZES[self.failures]
-        self._client = Client(self.facts.command, _environment(self.facts.threads), self._log, self.facts.patience)
-        opened = list(
-            self._client.ask(
-                "open", base=self.facts.source, revision=self.facts.revision, dtype=self.facts.dtype,
-                rank=self._rank, slots=self._slots, layers=sorted(self._layers), length=self._length, **size._asdict(),
-            )
-        )  # fmt: skip
-        self.version = str(opened[0].get("version")) if opened else ""
-
-    def _load_and_check(self) -> None:
-        """Load the adapters that the engine lacks, before anything is asked of them, and compare their probes."""
-        new = [a for a in self._adapters.values() if a.key not in self.refused and a.key not in self._names]
-        if self._checked and not new:
-            return
+    def _load_and_check(self, engine: Running) -> None:
+        """Load the adapters that the engine lacks, before any request is theirs, and compare their probes."""
+        new = [a for a in self._adapters.values() if self._can(a.key) and not engine.has(a.key)]
         for adapter in new:
-            self._load(adapter)
-        loaded: list[Key] = [a.key for a in new if a.key in self._names]
-        size = max(1, self._slots - 1)
+            self._loads += 1
+            if why := engine.load(adapter.key, adapter.folder, self._loads):
+                self._refuse(adapter.key, why)
+        if engine.checked:
+            return
+        loaded: list[Key] = [a.key for a in new if engine.has(a.key)]
+        size = max(1, self._room.slots - 1)
         calls: list[list[Key]] = [[None], *(loaded[i : i + size] for i in range(0, len(loaded), size))]
         for keys in [*calls, *calls[:1] * bool(loaded)]:  # the base again, after adapters
             if not self.gone:
-                self._compare(keys)
-        self._checked = True
+                self._compare(engine, keys)
+        engine.checked = True
 
-    def _load(self, adapter: Adapter) -> None:
-        """Load an adapter under a name that was never used before: under one that was, the old adapter would answer."""
-        assert self._client is not None, "started"
-        self._loads += 1
-        name = f"{adapter.key}-{self._loads}"
-        for reply in self._client.ask("load", key=name, folder=str(adapter.folder.absolute())):
-            if "refused" in reply:
-                self._refuse(adapter.key, f"vLLM: {reply['refused']}")
-                return
-        self._names[adapter.key] = name
-
-    def _compare(self, keys: Sequence[Key]) -> None:
-        """Ask the probe under these adapters, in one call, and refuse those whose log-probabilities are off."""
+    def _compare(self, engine: Running, keys: Sequence[Key]) -> None:
+        """Send the probe under these adapters, in one call, and refuse those whose log-probabilities are off."""
         ids, dtype = probe.ids(self._base), self.facts.dtype
-        asked = [{"key": key, "ids": ids, "start": 1} for key in keys]
-        replies = dict(self._call("loglikelihood", asked))  # all of them, before one can end the engine
+        requests = [{"key": key, "ids": ids, "start": 1} for key in keys]
+        replies = dict(engine.call("loglikelihood", requests))  # all of them, before one can end the engine
         for index, key in enumerate(keys):
             expected = self._expected[key]
             off = probe.off(replies[index]["logprobs"], expected, dtype)
@@ -311,7 +240,7 @@ class Session:
 
     def _lost(self, lost: Lost, what: str) -> None:
         """Give up the engine; the next is opened with less. Gone if this one had."""
-        self._client = None
+        self._running = None
         self.failures += 1
         if self.failures == len(SIZES):
             self._end(f"the engine failed again: {lost}")
@@ -324,7 +253,7 @@ class Session:
         )
 
     def _end(self, why: str) -> None:
-        """Use no engine from now on."""
+        """Use no engine from here on."""
         self.gone = why
         print(f"{self._base.name} is evaluated in memory: {why} (see {self._log})", file=sys.stderr)
         self._stop()
@@ -336,22 +265,6 @@ def _calls(requests: Sequence[Request], adapters: int) -> list[list[int]]:
     shares = [set(keys[i : i + adapters]) for i in range(0, len(keys), max(1, adapters))]
     calls = [[i for i, request in enumerate(requests) if request["key"] in share] for share in [{None}, *shares]]
     return [call for call in calls if call]
-
-
-def _fits(do: str, request: Request, reply: Reply, ends: list[int]) -> bool:
-    """Tell whether a reply has what its request asks for: an answer up to its end or limit, or all log-probabilities."""
-    if do == "generate":
-        ids, most = reply.get("ids"), request["max_tokens"]
-        return isinstance(ids, list) and (len(ids) == most or (0 < len(ids) < most and ids[-1] in ends))
-    values = reply.get("logprobs")
-    return isinstance(values, list) and len(values) == len(request["ids"]) - request["start"] and "greedy" in reply
-
-
-def _environment(threads: int | None) -> dict[str, str]:
-    """Return the worker's environment variables: this process's, without those of its Python, and the engine's own."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    own |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    return {"VLLM_CPU_KVCACHE_SPACE": _CPU_CACHE} | own | _ENVIRONMENT
 
 
 def _free(base: Base) -> None:
