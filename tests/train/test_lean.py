@@ -1,5 +1,8 @@
 """What replaces a model's layers in training computes what they compute, with fewer operations and less to save."""
 
+import weakref
+from contextlib import suppress
+
 import pytest
 import torch
 from peft import PeftModel
@@ -112,3 +115,31 @@ def test_a_training_s_gradients_are_peft_s(init: str) -> None:
         assert torch.equal(wrapped(input_ids=IDS).logits, base)
     assert not any("forward" in vars(module) for module in wrapped.modules()), "the model is as it was"
     assert llama.apply_rotary_pos_emb.__module__ == llama.__name__
+
+
+def test_a_pass_that_fails_half_way_holds_no_memory_when_the_next_begins() -> None:
+    """Of q, k and v, which are computed together, k and v are not taken here."""
+    wrapped, saved, held = model(), [], []
+    layer = wrapped.get_base_model().model.layers[1].self_attn
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor.detach()
+            saved.append(weakref.ref(self))
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("here")
+
+    with lean(wrapped):
+        failing = layer.k_proj.register_forward_pre_hook(fail)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(Saved, lambda kept: kept.tensor),
+            suppress(torch.OutOfMemoryError),
+        ):
+            wrapped(input_ids=IDS)
+        failing.remove()
+        embedding = wrapped.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda *_: held.append(sum(one() is not None for one in saved)))
+        wrapped(input_ids=IDS)
+    assert saved
+    assert held == [0]
