@@ -91,7 +91,9 @@ def main() -> int:
                 continue
             label, expected = done[folder, name]
             questions = Questions(name, benchmark.model_copy(update={"limit": len(expected)}), rows)
-            answered = InVllm(base, session, key, keys).evaluate(questions, 0, lambda count, total: None).items
+            sizes = {k: len(done.get((f, name), ("", []))[1]) for k, f in zip(keys, [None, *folders], strict=True)}
+            together = [k for k, size in sizes.items() if size == len(expected)]
+            answered = InVllm(base, session, key, together).evaluate(questions, 0, lambda count, total: None).items
             equal, off = differences(answered, expected)
             wrong += equal < len(expected) or off > 1e-3
             print(f"| {label} | {equal} of {len(expected)} | {off:.1e} |", flush=True)

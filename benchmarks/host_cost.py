@@ -13,35 +13,32 @@ Memory is of the real dtype and proportions: bfloat16 under autocast, width 1024
 that rank and length are to the width what they are at 4096). Bytes are those that autograd saves for one micro-batch,
 each storage once and without weights, per token, layer (the difference of three layers and one) and unit of width.
 
-Prints a table and a line for each goal: `dpo: host seconds per pair 1/6.1, ...`.
+Prints a line for each method and figure: both builds, the fraction and the ratio.
 """
 
 import argparse
-import functools
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
-KINDS = ("seconds", "operations", "bytes")
 QUARTER = 4
 
 
 # --- one build, in a process of its own ------------------------------------------------------------------------------
 
 
-def pairs_of(kind: str, count: int) -> list[dict]:
+def pairs_of(kind: str, count: int) -> list[dict[str, list[int]]]:
     """Return random pairs: of a few tokens to time, of a quarter of real step-preference rows' lengths for memory."""
     from gpu import PROMPT, STEP, length
 
@@ -210,6 +207,40 @@ def side(root: Path, kind: str, method: str, bf16: bool, layers: int, steps: int
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def _per_layer(root: Path, method: str, steps: int) -> float:
+    """Return bytes saved per token, layer and unit of width: what two more layers add."""
+    one, three = (side(root, "bytes", method, True, layers, steps)["bytes"] for layers in (1, 3))
+    return (three - one) / 2 / (4096 // QUARTER)
+
+
+@contextmanager
+def checked_out(commit: str) -> Iterator[Path]:
+    """Check out a commit into a temporary git worktree inside the `with` block."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "before"
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", str(root), commit], cwd=HERE, check=True, capture_output=True
+        )
+        try:
+            yield root
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(root)], cwd=HERE, check=True)
+
+
+def compare(before: Path, method: str, steps: int, rounds: int) -> None:
+    """Measure both builds in turns and print their figures."""
+    builds, values = (before, HERE), dict[str, list[float]]()
+    timed = [[side(root, "seconds", method, False, 32, steps)["seconds"] for root in builds] for _ in range(rounds)]
+    values["host ms per pair"] = [1000 * min(seconds) for seconds in zip(*timed, strict=True)]
+    for name, bf16 in (("operations per pair, float32", False), ("operations per pair, bfloat16", True)):
+        values[name] = [side(root, "operations", method, bf16, 32, steps)["operations"] for root in builds]
+    values["bytes per token, layer, width"] = [_per_layer(root, method, steps) for root in builds]
+    for name, (was, now) in values.items():
+        print(
+            f"{method + ', ' + name:<44}{was:>10.1f}{now:>10.1f}{f'1/{was / now:.2f}':>10}{now / was:>8.3f}", flush=True
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", default="28f7cc9", help="commit of the earlier build")
@@ -223,6 +254,10 @@ def main() -> None:
         sys.path[:0] = [root]
         print(json.dumps(measured(Path(root), *how)))
         return
+    print(f"{'':<44}{args.before[:9]:>10}{'this':>10}{'':>10}{'ratio':>8}")
+    with checked_out(args.before) as before:
+        for method in args.methods.split(","):
+            compare(before, method, args.steps, args.rounds)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from peft import PeftModel
@@ -22,7 +22,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
 from d2lora.adapters.coverage import layers
-from d2lora.adapters.layers import ADAPTER, OWN, plain_matrices
+from d2lora.adapters.layers import ADAPTER, OWN, matrices, plain_matrices
 from d2lora.adapters.products import GatedMlp, Gradient, SharedInput, Weights
 
 # Children of one module that read the same input, by the names that transformers gives them.
@@ -65,7 +65,9 @@ def _replace(module: nn.Module, forward: Callable[..., Any], replaced: list[nn.M
 
 
 def _same_code(function: Any, of_llama: Any) -> bool:
-    """Tell whether a function's instructions, names and constants are those of Llama's."""
+    """Tell whether a function's instructions, names and constants are those of Llama's, and Llama's is transformers'."""
+    if getattr(of_llama, "__module__", None) != llama.__name__:  # something has put another in its place
+        return False
     code, other = (getattr(f, "__code__", None) for f in (function, of_llama))
     if code is None or other is None:
         return False
@@ -81,7 +83,7 @@ def _constants(code: Any) -> list[Any]:
 # --- adapted linear layers -------------------------------------------------------------------------------------------
 
 
-def _replaceable(layer: object) -> bool:
+def _replaceable(layer: object) -> TypeGuard[Linear]:
     """Tell whether an adapter's layer computes W x + b + s B A x on a plain linear layer."""
     if type(layer) is not Linear or type(base := layer.get_base_layer()) is not nn.Linear:
         return False
@@ -94,7 +96,7 @@ class _Adapted:
     """An adapter's layer, with views of its weights that would be made in every pass."""
 
     def __init__(self, layer: Linear) -> None:
-        self.layer, self.base = layer, layer.get_base_layer()
+        self.layer, self.base = layer, cast(nn.Linear, layer.get_base_layer())
         self.W_t = self.B_t = torch.empty(0)
 
     def applies(self) -> bool:
@@ -112,7 +114,7 @@ class _Adapted:
 
     def of_peft(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return what PEFT's own forward does."""
-        return Linear.forward(self.layer, x, *args, **kwargs)  # type: ignore[no-any-return]  # PEFT's is not typed
+        return Linear.forward(self.layer, x, *args, **kwargs)
 
 
 def _computes_in(members: list[_Adapted], x: torch.Tensor) -> torch.dtype | None:
@@ -122,10 +124,10 @@ def _computes_in(members: list[_Adapted], x: torch.Tensor) -> torch.dtype | None
     """
     if torch.compiler.is_compiling() or not all(one.applies() for one in members):
         return None
-    kind, dtype = x.device.type, members[0].base.weight.dtype
+    kind, W, A = x.device.type, members[0].base.weight, matrices(members[0].layer)[0]
     if torch.is_autocast_enabled(kind):
-        return dtype if dtype == torch.get_autocast_dtype(kind) else None
-    return dtype if x.dtype == dtype == members[0].layer.lora_A[ADAPTER].weight.dtype else None
+        return W.dtype if W.dtype == torch.get_autocast_dtype(kind) else None
+    return W.dtype if x.dtype == W.dtype == A.dtype else None
 
 
 def _arguments(members: list[_Adapted], x: torch.Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -178,8 +180,8 @@ def _mlp(module: nn.Module, members: list[_Adapted], x: torch.Tensor) -> torch.T
     """Return a gated MLP's output (..., width) of x (..., width)."""
     dtype = _computes_in(members, x)
     if dtype is None:
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return GatedMlp.apply(*_arguments(members, x, dtype))  # type: ignore[no-any-return]
+        return type(module).forward(module, x)
+    return GatedMlp.apply(*_arguments(members, x, dtype))
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -187,8 +189,8 @@ def _mlp(module: nn.Module, members: list[_Adapted], x: torch.Tensor) -> torch.T
 
 def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or module.weight.requires_grad:
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return]
+        return type(module).forward(module, x)
+    return RmsNorm.apply(x, module.weight, module.variance_epsilon)
 
 
 class RmsNorm(torch.autograd.Function):
@@ -243,7 +245,7 @@ class _Rotate:
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.compiler.is_compiling() or unsqueeze_dim != 1 or cos.requires_grad or q.dtype != cos.dtype:
-            return self.of_family(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)  # type: ignore[no-any-return]
+            return self.of_family(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         if self.given[0] is not cos or self.given[1] is not sin:
             first, second = sin.chunk(2, -1)
             self.given, self.cos = (cos, sin), cos.unsqueeze(1)
@@ -257,5 +259,5 @@ def _replace_rotary(wrapped: PeftModel, stack: contextlib.ExitStack) -> None:
         function, rotate_half = (getattr(module, name, None) for name in ("apply_rotary_pos_emb", "rotate_half"))
         known = isinstance(function, FunctionType) and _same_code(function, llama.apply_rotary_pos_emb)
         if known and _same_code(rotate_half, llama.rotate_half):
-            module.apply_rotary_pos_emb = _Rotate(function)
+            setattr(module, "apply_rotary_pos_emb", _Rotate(cast(FunctionType, function)))  # noqa: B010
             stack.callback(setattr, module, "apply_rotary_pos_emb", function)

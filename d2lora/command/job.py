@@ -63,9 +63,10 @@ def others(cell: Cell) -> list[Cell]:
     again. UserError for a manifest that is damaged.
     """
     missing = set(cell.config.job or ()) - {stage.key for stage in cell.chain.stages}
-    if not missing:
+    outputs, sweep = Outputs.of(cell.config), cell.config.sweep
+    if not missing or not outputs.manifest(sweep).exists():  # then the worker refuses keys that it does not know
         return []
-    planned = manifest.read_manifest(Outputs.of(cell.config).root, cell.config.sweep)
+    planned = manifest.read_manifest(outputs.root, sweep)
     cells: list[Cell] = []
     for entry in [*planned.cells, *planned.earlier]:
         evaluations = {*entry.stages.evaluate.values(), *entry.stages.validation.values()}

@@ -64,7 +64,8 @@ def evaluate(
 
     The batch becomes 1 where texts in a padded batch do not get what each gets alone. RuntimeError if there are no items.
     """
-    lm = WatchedLM(base, model, test.chat, batch, progress, proofs)
+    with data.quiet():  # it warns of what it can't do, and is not asked for
+        lm = WatchedLM(base, model, test.chat, batch, progress, proofs)
     metrics, items = scored(lm, test)
     return Evaluation(metrics, items, lm.batch_size)
 

@@ -119,30 +119,33 @@ def _texts(example: Example, index: int, count: int, rows: str, prompt_loss: boo
 
 
 def _lay(texts: list[_Text], starts: list[tuple[int, int]], length: int) -> tuple[Packed, tuple[torch.Tensor, ...]]:
-    """Return one forward pass, and (target, example, answer, column) of its predicted tokens."""
+    """Return one forward pass, and (target, example, answer, column) of its predicted tokens.
+
+    Tensors are made once of whole lists: a few operations a pass, where each piece would cost a dozen.
+    """
     shape = (1 + max(row for row, _ in starts), length)
-    rows: Packed = {key: torch.zeros(shape, dtype=torch.long) for key in ("ids", "positions", "part")}
     # Padded with a real token: the padding token's embedding may be 0, where the root of its norm has no gradient (Gemma 3n).
-    rows["ids"] += texts[0][0].ids[0]
-    rows["sequence"] = torch.full(shape, -1)
-    sources, predicted = [], []
+    filling = {"ids": texts[0][0].ids[0], "positions": 0, "part": 0, "sequence": -1}
+    rows = {name: [value] * (shape[0] * length) for name, value in filling.items()}
+    predicted: list[tuple[int, ...]] = []
     for index, (text, (row, start)) in enumerate(zip(texts, starts, strict=True)):
         begin, prompt = row * length + start, len(text[0].ids)
+        at = begin
         for piece in text:
-            span, first = (row, slice(start, start + len(piece.ids))), prompt if piece.part else 0
-            rows["ids"][span] = torch.tensor(piece.ids, dtype=torch.long)
-            rows["positions"][span] = torch.arange(first, first + len(piece.ids))
-            rows["sequence"][span], rows["part"][span] = index, piece.part
-            labels = torch.tensor(piece.labels, dtype=torch.long)
-            column = labels.ne(_IGNORED).nonzero()[:, 0]
-            source = row * length + start + column - 1
-            source[column == 0] = begin + prompt - 1  # an answer follows its prompt
-            numbers = (torch.full_like(column, number) for number in (piece.example, piece.answer))
-            sources.append(source)
-            predicted.append((labels[column], *numbers, column))
-            start += len(piece.ids)
-    of_tokens = tuple(torch.cat(parts) for parts in zip(*predicted, strict=True))
-    return rows | {"source": torch.cat(sources), "target": of_tokens[0]}, of_tokens
+            size, first = len(piece.ids), prompt if piece.part else 0
+            span = slice(at, at + size)
+            rows["ids"][span], rows["positions"][span] = piece.ids, range(first, first + size)
+            rows["sequence"][span], rows["part"][span] = [index] * size, [piece.part] * size
+            before = [begin + prompt - 1, *range(at, at + size - 1)]  # an answer follows its prompt
+            predicted += [
+                (source, label, piece.example, piece.answer, column)
+                for column, (source, label) in enumerate(zip(before, piece.labels, strict=True))
+                if label != _IGNORED
+            ]
+            at += size
+    source, *of_tokens = torch.tensor(predicted, dtype=torch.long).view(-1, 5).t().contiguous().unbind()
+    tensors = {name: torch.tensor(values).view(shape) for name, values in rows.items()}
+    return tensors | {"source": source, "target": of_tokens[0]}, tuple(of_tokens)
 
 
 def _passes(sizes: list[int], layout: Layout, hidden: int) -> list[tuple[list[int], list[tuple[int, int]], int]]:

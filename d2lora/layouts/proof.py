@@ -316,12 +316,13 @@ def structure(config: PretrainedConfig, layout: Layout, length: int, prompt_loss
     no_copy = layout.attention == FLEX or (layout.attention == BY_TEXT and torch.cuda.is_available())
     attention = "sdpa" if no_copy else layout.attention  # kernels of a GPU that have no float32
     with torch.random.fork_rng():
-        model = _small_model(config, attention)
+        model = _small_model(config, "sdpa" if attention == BY_TEXT else attention)
         sizes = ((length // 2, length - length // 2, 9), (7, 12, 5), (3, 2, 4))
         examples = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(_ids, s), strict=True)) for s in sizes]
     add_fused_lm_head(model)
     layout = Layout(layout.rows, layout.head, layout.reaches, attention)
-    measured = laid(model, examples, layout, config.get_text_config().hidden_size, prompt_loss)
+    with families.attention(model, attention):
+        measured = laid(model, examples, layout, config.get_text_config().hidden_size, prompt_loss)
     return difference(measured, plain(model, examples, prompt_loss)), "shown on a small copy in float32"
 
 

@@ -118,7 +118,7 @@ def arguments(
         "warmup_steps": spec.lr_warmup_ratio,
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",  # one operation a step, where others read a counter for each weight
         "seed": spec.seed,
         "bf16": spec.model["dtype"] == "bfloat16" and device() == "cuda",
         "use_cpu": device() == "cpu",

@@ -3,6 +3,7 @@
 The engine is d2lora's worker on a small model in memory (model_vllm.py), in a process of its own as vLLM would be.
 """
 
+import functools
 import json
 import os
 import signal
@@ -49,16 +50,20 @@ def records(folder: Path) -> dict[str, dict]:
 def stop_while_it_answers(command: list[str], folder: Path, how: int) -> int:
     """Start the sweep, send it a signal while the engine generates answers, and return its exit code; the engine must be gone."""
     before = len(asked(folder))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
-        deadline = time.monotonic() + 500
-        while not any(a["do"] == "generate" for a in asked(folder)[before:]) and time.monotonic() < deadline:
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.05)
-        (engine,) = [a["pid"] for a in asked(folder)[before:] if a["do"] == "open"]
-        assert psutil.pid_exists(engine)
-        process.send_signal(how)
-        code = process.wait(60)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(command, **pipes, preexec_fn=listening) as process:
+        try:
+            deadline = time.monotonic() + 500
+            while not any(a["do"] == "generate" for a in asked(folder)[before:]) and time.monotonic() < deadline:
+                assert process.poll() is None, process.stderr.read().decode()
+                time.sleep(0.05)
+            (engine,) = [a["pid"] for a in asked(folder)[before:] if a["do"] == "open"]
+            assert psutil.pid_exists(engine)
+            process.send_signal(how)
+            code = process.wait(60)
+        finally:
+            process.kill()
     gone = time.monotonic() + 20
     while psutil.pid_exists(engine) and psutil.Process(engine).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < gone, "the engine outlives its sweep"

@@ -8,12 +8,11 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.autograd import gradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
-from d2lora.adapters.layers import ADAPTER, Residual, matrices
 from d2lora.adapters.coverage import layers
+from d2lora.adapters.layers import ADAPTER, Residual, matrices
 from d2lora.adapters.lean import RmsNorm, Rotary, lean
 from d2lora.adapters.products import GatedMlp, SharedInput
 from d2lora.adapters.start import Start, fresh
@@ -36,7 +35,7 @@ def model(dtype: torch.dtype = torch.float32, **lora: object) -> PeftModel:
         Start(Lora(**({"r": 4, "alpha": 4} | lora)), init_of(init)(**({"modules": 2} if init == "multilora" else {}))),
     )
     with torch.no_grad():
-        for name, weight in wrapped.named_parameters():
+        for weight in wrapped.parameters():
             if weight.requires_grad:
                 weight.data = weight.data.float()
                 weight.add_(torch.randn_like(weight), alpha=0.05)
@@ -115,6 +114,59 @@ def test_a_training_s_gradients_are_peft_s(init: str) -> None:
         assert torch.equal(wrapped(input_ids=IDS).logits, base)
     assert not any("forward" in vars(module) for module in wrapped.modules()), "the model is as it was"
     assert llama.apply_rotary_pos_emb.__module__ == llama.__name__
+
+
+def saved(wrapped: PeftModel) -> int:
+    """Return the bytes that autograd saves in a pass under autocast, each storage once, without weights."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        results(wrapped, autocast=True)
+    weights = {weight.untyped_storage().data_ptr() for weight in wrapped.parameters()}
+    return sum(size for at, size in sizes.items() if at not in weights)
+
+
+def test_with_bfloat16_rounding_differs_and_less_is_saved() -> None:
+    """Nearer to float32 than PEFT's, which rounds once more."""
+    exact, exact_gradients = results(model())
+    wrapped = model(torch.bfloat16)
+    with disable_input_dtype_casting(wrapped):
+        logits, gradients = results(wrapped, autocast=True)
+    before = saved(wrapped)
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped, autocast=True)
+        assert saved(wrapped) < 0.67 * before
+    assert ours.dtype == logits.dtype
+    assert {g.dtype for g in our_gradients.values()} == {torch.float32}
+    assert float((ours - exact).abs().max()) < 1.5 * float((logits - exact).abs().max())
+    assert off(our_gradients, exact_gradients) < 1.5 * off(gradients, exact_gradients)
+
+
+def test_gradient_checkpointing_gives_the_same() -> None:
+    wrapped = model()
+    logits, gradients = results(wrapped)
+    wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped.enable_input_require_grads()
+    for module in wrapped.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped)
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-6)
+    assert off(our_gradients, gradients) < 1e-4
+
+
+@pytest.mark.parametrize("lora", [{"dropout": 0.5}, {"target_modules": ["q_proj", "v_proj", "down_proj"]}])
+def test_layers_that_are_not_replaced_go_on_beside_those_that_are(lora: dict[str, object]) -> None:
+    wrapped = model(**lora)
+    logits, gradients = results(wrapped)  # in evaluation: dropout is not random
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped)
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-6)
+    assert off(our_gradients, gradients) < 1e-4
 
 
 def test_a_pass_that_fails_half_way_holds_no_memory_when_the_next_begins() -> None:

@@ -72,6 +72,12 @@ def test_a_window_that_is_not_applied_is_seen_in_bfloat16_too(load, settings, tm
     assert layout(families.trained(base, "sft", tmp_path / "wrong", settings)) == "padded"
 
 
+def test_attention_by_text_is_proven_in_bfloat16_too(load, settings, tmp_path) -> None:
+    settings = settings.model_copy(update={"attention": "by_text"})
+    metrics, *_ = families.trained(load("llama", "bfloat16"), "dpo", tmp_path / "it", settings)
+    assert (metrics["attention"], metrics["layout"]["layout"]) == ("by_text", "packed")
+
+
 def test_a_model_that_nothing_is_exact_for_is_refused(load, settings, tmp_path, monkeypatch) -> None:
     said = packing.log_probs
 

@@ -269,7 +269,9 @@ def test_choices_are_asked_for_where_answers_are_learned(
     benchmark = Benchmark(data=Data(path="x"), kind="choice", prompt="{q}", gold="A", choices="text", labels="label")
     row = {"q": ROW["q"], "text": [ROW["no"], "I do not know."], "label": ["A", "B"]}
     task = harness.task_of("t", benchmark, [row], template=True)
-    harness.evaluate(base, base.model, harness.Test(task, True), 1, lambda done, total: None, proof.Memory(tmp_path, {}))
+    harness.evaluate(
+        base, base.model, harness.Test(task, True), 1, lambda done, total: None, proof.Memory(tmp_path, {})
+    )
     pair = data.pair_example(tokenizer, PAIR, ROW)
     whole = pair["prompt_ids"] + pair["rejected_ids"][:-1]
     assert any(ids[: len(whole) - 1] == whole[:-1] for ids in asked), "the last token is only predicted"
