@@ -162,19 +162,19 @@ class Session:
             raise Unable(self.refused[key])
 
     def _ask(
-        self, do: str, asked: Key, requests: list[Request], done: Callable[[Key], None], **more: Any
+        self, do: str, key: Key, requests: list[Request], done: Callable[[Key], None], **more: Any
     ) -> dict[int, Reply]:
         """Send requests, each with its "key", and return the replies by index; what an engine that fails had not answered
         goes to a fresh one.
 
-        Adapters that the fresh one refuses are left out; Unable if `asked` is.
+        Adapters that the fresh one refuses are left out; Unable if `key` is one of them.
         """
         self._make_room(requests)
         replies: dict[int, Reply] = {}
         for part in _calls(requests, self._room.slots - 1):
             while [i for i in part if i not in replies and requests[i]["key"] not in self.refused]:
                 engine = self._ready()
-                self._check_able(asked)
+                self._check_able(key)
                 missing = [i for i in part if i not in replies and requests[i]["key"] not in self.refused]
                 try:
                     with contextlib.closing(engine.call(do, [requests[i] for i in missing], **more)) as answered:
