@@ -125,6 +125,7 @@ module("vllm.lora.request", LoRARequest=Request)
 starts = folder / "starts"
 START = len(starts.read_text()) + 1 if starts.exists() else 1
 starts.write_text("x" * START)
+print("START", file=sys.stderr)
 worker = runpy.run_path(str(WORKER), run_name="worker")
 REPLIES, LAST = os.dup(1), {}
 

@@ -34,10 +34,12 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 def lean(wrapped: PeftModel) -> Iterator[None]:
     """Replace the forwards of a model's modules inside the `with` block."""
     replaced: list[nn.Module] = []
-    rotary = contextlib.ExitStack()
+    cleanup = contextlib.ExitStack()
     try:
         own = {name: _Adapted(layer) for name, layer in layers(wrapped).items() if _replaceable(layer)}
-        for group in _groups(own):
+        groups = _groups(own)
+        cleanup.callback(wrapped.register_forward_pre_hook(functools.partial(_forget, groups)).remove)
+        for group in groups:
             for index, one in enumerate(group.members):
                 _replace(one.layer, functools.partial(group.forward, index), replaced)
         for name, module in wrapped.named_modules():
@@ -49,10 +51,10 @@ def lean(wrapped: PeftModel) -> Iterator[None]:
                 parts = [own[f"{name}.{part}"] for part in _MLP if f"{name}.{part}" in own]
                 if len(parts) == len(_MLP):
                     _replace(module, functools.partial(_mlp, module, parts), replaced)
-        _replace_rotary(wrapped, rotary)
+        _replace_rotary(wrapped, cleanup)
         yield
     finally:
-        rotary.close()
+        cleanup.close()
         for module in replaced:
             del module.forward
 
@@ -142,6 +144,10 @@ class _Group:
         self.read: torch.Tensor | None = None
         self.outputs: dict[int, torch.Tensor] = {}
 
+    def forget(self) -> None:
+        """Drop outputs that were not taken: after a pass that failed half-way, they hold all that it had computed."""
+        self.read, self.outputs = None, {}
+
     def forward(self, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return a layer's output (..., out) of x (..., in); with anything unusual, PEFT's own."""
         if x is not self.read or index not in self.outputs:
@@ -152,6 +158,12 @@ class _Group:
         output = self.outputs.pop(index)
         self.read = x if self.outputs else None
         return output
+
+
+def _forget(groups: list[_Group], *_: Any) -> None:
+    """Begin a pass of the model with nothing of an earlier one."""
+    for group in groups:
+        group.forget()
 
 
 def _groups(own: dict[str, _Adapted]) -> list[_Group]:

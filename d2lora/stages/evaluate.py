@@ -58,7 +58,9 @@ def stages(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[Evaluat
     for task in config.task.harness_tasks:
         libraries, model = versions("lm-eval"), _base(config, parent)
         more = data.harness_identity(task, config.task.lm_eval_path)
-        spec = EvaluateSpec(lm_eval=task.name, libraries=libraries, model=model, engine=_engine(config), harness=more)
+        spec = EvaluateSpec(
+            lm_eval=task.name, libraries=libraries, model=model, engine=_engine(config, parent), harness=more
+        )
         yield Stage(spec, parent, _label(task.name, config, parent), subject=task.name)
 
 
@@ -71,7 +73,7 @@ def validations(config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[Ev
 def _of(benchmarks: dict[str, Benchmark], config: Config, parent: Stage[Spec] | None) -> Iterator[Stage[EvaluateSpec]]:
     for name, benchmark in benchmarks.items():
         scored = benchmark.content() | {"data": data.identity(benchmark.data, config.split_seed)}
-        spec = EvaluateSpec(benchmark=scored, model=_base(config, parent), engine=_engine(config))
+        spec = EvaluateSpec(benchmark=scored, model=_base(config, parent), engine=_engine(config, parent))
         yield Stage(spec, parent, _label(name, config, parent), subject=name)
 
 
@@ -80,13 +82,13 @@ def _base(config: Config, parent: Stage[Spec] | None) -> Identity | None:
     return None if parent else data.model_identity(config.model)
 
 
-def _engine(config: Config) -> Identity | None:
-    """Return the engine that the cell's evaluations ask; None where it is the model in memory.
+def _engine(config: Config, parent: Stage[Spec] | None) -> Identity | None:
+    """Return the engine that the evaluations of an adapter, or of the base, ask; None where it is the model in memory.
 
     Adapters that are known beforehand to be none of an engine's (of LoftQ, DoRA) have the same evaluations with any
     `recipe.engine`: those in memory. Where an engine fails later, the key stays, and the record says who answered instead.
     """
-    asked = installed.identity(config) if config.init.any_engine else None
+    asked = installed.identity(config) if parent is None or config.init.any_engine else None
     return {**asked} if asked else None
 
 

@@ -41,17 +41,18 @@ class Passes:
     rows: int | None
     tokens: int = 0
     file: Path | None = None
+    limited: bool = False  # memory has ended, now or in an earlier training: tokens are what it sufficed for
 
     @classmethod
     def of(cls, micro_batch: int | Literal["auto"], device: str, file: Path | None = None) -> "Passes":
         """Return the passes of a recipe, with the tokens that the file remembers."""
         if micro_batch != "auto":
             return cls(micro_batch)
-        tokens = PASS_TOKENS[device]
+        most = tokens = PASS_TOKENS[device]
         if file is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 tokens = min(tokens, max(1, int(json.loads(file.read_text())["tokens"])))
-        return cls(None, tokens, file)
+        return cls(None, tokens, file, limited=tokens < most)
 
     @property
     def named(self) -> str:
@@ -66,6 +67,12 @@ class Passes:
     def shown(self) -> dict[str, Any]:
         """Return what a record shows of it."""
         return {"micro_batch": self.rows} if self.rows else {"micro_batch": "auto", "pass_tokens": self.tokens}
+
+    def tried_at_once(self, batch: int, length: int) -> int:
+        """Return how many texts of up to `length` tokens a test may put through the model at once: a batch, where it fits."""
+        if self.rows:
+            return self.rows
+        return max(1, min(batch, self.tokens // length)) if self.limited else batch
 
     def parts(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Divide examples, in their order, into those of each pass; by tokens, into passes of nearly the same size."""
@@ -84,7 +91,7 @@ class Passes:
         return parts
 
     def halve(self, examples: Sequence[Example] = ()) -> None:
-        """Halve the passes after memory has ended, in a pass of these examples if it was in one.
+        """Halve the passes after memory has ended, in a pass of these examples if it was in one: that is remembered.
 
         UserError if nothing can be halved.
         """
@@ -96,7 +103,8 @@ class Passes:
             self.rows = min(self.rows, len(examples) or self.rows) // 2
         else:
             self.tokens = min(self.tokens, sum(map(tokens_of, examples)) or self.tokens) // 2
-        if self.file is not None:
+        self.limited = True
+        if self.file is not None and examples:
             write_json(self.file, {"tokens": self.tokens})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

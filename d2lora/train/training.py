@@ -75,7 +75,9 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         memory = proof.Memory(proofs or folder.parent / "proofs", spec.model)
-        shown = _prove(base, trainer, layouts, texts, passes.rows or spec.batch, memory)
+        shown = _prove(
+            base, trainer, layouts, texts, passes.tried_at_once(spec.batch, max(map(longest, texts))), memory
+        )
         tokens = sum(tokens_of(row, trainer.data_collator.layout.rows == "packed") for row in rows)
         with (
             families.attention(base.model, trainer.data_collator.layout.attention),

@@ -1,5 +1,8 @@
 """What replaces a model's layers in training computes what they compute, with fewer operations and less to save."""
 
+import weakref
+from contextlib import suppress
+
 import pytest
 import torch
 from peft import PeftModel
@@ -164,3 +167,31 @@ def test_layers_that_are_not_replaced_go_on_beside_those_that_are(lora: dict[str
         ours, our_gradients = results(wrapped)
     torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-6)
     assert off(our_gradients, gradients) < 1e-4
+
+
+def test_a_pass_that_fails_half_way_holds_no_memory_when_the_next_begins() -> None:
+    """Of q, k and v, which are computed together, k and v are not taken here."""
+    wrapped, saved, held = model(), [], []
+    layer = wrapped.get_base_model().model.layers[1].self_attn
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor.detach()
+            saved.append(weakref.ref(self))
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("here")
+
+    with lean(wrapped):
+        failing = layer.k_proj.register_forward_pre_hook(fail)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(Saved, lambda kept: kept.tensor),
+            suppress(torch.OutOfMemoryError),
+        ):
+            wrapped(input_ids=IDS)
+        failing.remove()
+        embedding = wrapped.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda *_: held.append(sum(one() is not None for one in saved)))
+        wrapped(input_ids=IDS)
+    assert saved
+    assert held == [0]

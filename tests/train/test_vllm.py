@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from d2lora.base import Base, load_base
 from d2lora.errors import UserError
 from d2lora.evaluate.engine import Questions
 from d2lora.evaluate.vllm import adapters as files
-from d2lora.evaluate.vllm import installed, probe
+from d2lora.evaluate.vllm import installed, probe, sessions
 from d2lora.evaluate.vllm.client import Client, Lost, Patience
 from d2lora.evaluate.vllm.engine import InVllm
 from d2lora.evaluate.vllm.running import Facts
@@ -163,6 +164,53 @@ def test_after_two_failures_memory_is_asked_and_nothing_runs_on(opened, tmp_path
         ask(session, "one")
     assert len(logged(tmp_path, "open")) == 2
     assert all(not psutil.pid_exists(start["pid"]) for start in logged(tmp_path, "open"))
+
+
+def test_an_adapter_that_a_fresh_engine_refuses_is_left_out_and_the_others_are_answered(
+    opened, folder: Path, tmp_path: Path
+) -> None:
+    worse = tmp_path / "worse"
+    shutil.copytree(folder / "three", worse)
+    session = opened(["one", "three"], at="generate", do="die", after=8, starts=1)
+    session.add([Adapter("worse", worse)])
+    assert not session.refused
+    (worse / "expected.json").write_text((folder / "two/expected.json").read_text())
+    assert ask(session, "one", "worse", "three") == answers_of(101)
+    assert list(session.refused) == ["worse"]
+    assert ask(session, "three") == answers_of(103)
+    with pytest.raises(Unable, match="the log-probabilities of a probe are off by"):
+        ask(session, "worse")
+
+
+def make_room(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an evaluation in memory begin as on a GPU; without one, the base goes back to where it is."""
+    devices = iter(["cuda"])
+    with monkeypatch.context() as patched:
+        patched.setattr(sessions, "_current", session)
+        patched.setattr(sessions.bases, "device", lambda: next(devices, "cpu"))
+        sessions.make_room()
+        assert sessions._current is session
+
+
+def test_an_engine_that_made_room_is_started_again_and_keeps_its_answers(opened, tmp_path: Path, monkeypatch) -> None:
+    session = opened(["one", "two"])
+    assert ask(session, "one", "two") == answers_of(101)
+    first = session.pid
+    make_room(session, monkeypatch)
+    assert not psutil.pid_exists(first)
+    assert ask(session, "two") == answers_of(102)
+    assert len(logged(tmp_path, "open")) == 1, "it was answered before"
+    assert ask(session, "one") == answers_of(101)
+    assert len(logged(tmp_path, "open")) == 2
+
+
+def test_an_engine_that_failed_is_not_tried_once_more_after_it_made_room(opened, tmp_path: Path, monkeypatch) -> None:
+    session = opened(["one"], at="open", do="raise", after=0, starts=9)
+    make_room(session, monkeypatch)
+    assert session.why_not("one").startswith("the engine failed again")
+    session.close()
+    log = (tmp_path / "engine.log").read_text()
+    assert log.count("START") == 2, "of both engines"
 
 
 def test_an_engine_that_does_not_open_is_said_and_left(opened, capsys) -> None:

@@ -151,6 +151,12 @@ def test_what_an_engine_cannot_do_is_planned_in_memory_under_memory_s_key(cell, 
     assert [s.key for s in plain.stages] == [s.key for s in asked.stages]
 
 
+def test_the_base_has_one_evaluation_whatever_the_cell_would_train(cell, engine) -> None:
+    base = [cell("m=0", "n=0", f"init={init}", "recipe.engine=vllm") for init in ("lora", "dora")]
+    assert len(plan.unique(base)) == 1
+    assert base[0].chain.evaluations[0].spec.engine == ENGINE
+
+
 def test_flips_are_measured_in_memory(cell, engine) -> None:
     plain, asked = (cell("model.dtype=bfloat16", *more).chain for more in ([], ["recipe.engine=vllm"]))
     assert [s.key for s in plain.flips] == [s.key for s in asked.flips]

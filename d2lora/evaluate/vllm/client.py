@@ -118,8 +118,8 @@ class Client:
 
 
 def _started(command: Sequence[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
-    """Start a process with pipes, and the log as its standard error. Lost if its program is not there."""
-    with log.open("wb") as stderr:
+    """Start a process with pipes, and its standard error added to the log. Lost if its program is not there."""
+    with log.open("ab") as stderr:  # behind what an engine that failed has written
         try:
             return subprocess.Popen(
                 command,

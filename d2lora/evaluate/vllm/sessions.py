@@ -125,6 +125,7 @@ class Session:
         Those under the adapters in `together` are sent in the same call, and returned when it is their turn. Gone or
         Unable if they are left to the model in memory.
         """
+        self._check_able(key)
         name, count = digest([do, requests, more]), len(requests)
         if (key, name) in self._unread:
             for _ in requests:
@@ -132,36 +133,49 @@ class Session:
             return self._unread.pop((key, name))
         able = [k for k in dict.fromkeys((key, *together)) if k is None or self._can(k)]
         every = [{"key": k} | request for k in able for request in requests]
-        replies = self._ask(do, every, lambda k: done() if k == key else None, **more)
-        self._unread |= {(k, name): replies[i * count : (i + 1) * count] for i, k in enumerate(able)}
+        replies = self._ask(do, key, every, lambda k: done() if k == key else None, **more)
+        for first, k in enumerate(able):
+            if k not in self.refused:
+                self._unread[k, name] = [replies[first * count + i] for i in range(count)]
         return self._unread.pop((key, name))
 
     def close(self) -> None:
-        """End the engine, and give back its memory: on a GPU the base is moved back there."""
+        """End the engine for good. Its log is left where something went wrong."""
         self._unread.clear()
-        self._stop()
-        if not self.failures:
+        self.stop()
+        if not self.failures and not self.gone:
             self._log.unlink(missing_ok=True)
 
-    def _can(self, key: str) -> bool:
-        return key in self._adapters and key not in self.refused
-
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the engine until it is needed again, and give back its memory: on a GPU the base is moved back there."""
         if self._running:
             self._running.close()
             self._running = None
         self._base.model.to(bases.device())  # type: ignore[arg-type]  # transformers hides its argument
 
-    def _ask(self, do: str, requests: list[Request], done: Callable[[Key], None], **more: Any) -> list[Reply]:
-        """Send requests, each with its "key"; what an engine that fails had not answered goes to a fresh one."""
+    def _can(self, key: str) -> bool:
+        return key in self._adapters and key not in self.refused
+
+    def _check_able(self, key: Key) -> None:
+        """Raise Unable for an adapter that is to be evaluated in memory."""
+        if key is not None and key in self.refused:
+            raise Unable(self.refused[key])
+
+    def _ask(
+        self, do: str, key: Key, requests: list[Request], done: Callable[[Key], None], **more: Any
+    ) -> dict[int, Reply]:
+        """Send requests, each with its "key", and return the replies by index; what an engine that fails had not answered
+        goes to a fresh one.
+
+        Adapters that the fresh one refuses are left out; Unable if `key` is one of them.
+        """
         self._make_room(requests)
         replies: dict[int, Reply] = {}
         for part in _calls(requests, self._room.slots - 1):
-            while missing := [i for i in part if i not in replies]:
+            while [i for i in part if i not in replies and requests[i]["key"] not in self.refused]:
                 engine = self._ready()
-                for key in {requests[i]["key"] for i in missing}:
-                    if why := self.why_not(key):
-                        raise Unable(why)
+                self._check_able(key)
+                missing = [i for i in part if i not in replies and requests[i]["key"] not in self.refused]
                 try:
                     with contextlib.closing(engine.call(do, [requests[i] for i in missing], **more)) as answered:
                         for index, reply in answered:
@@ -170,7 +184,7 @@ class Session:
                 except Lost as lost:
                     left = sum(i not in replies for i in part)
                     self._lost(lost, f"{left} of {len(part)} requests")
-        return [replies[i] for i in range(len(requests))]
+        return replies
 
     def _make_room(self, requests: Sequence[Request]) -> None:
         """Have the engine opened for longer texts where one needs it. Unable where the model itself has no room."""
@@ -179,7 +193,7 @@ class Session:
             raise Unable(f"a text of {longest} tokens with its answer, where the model takes {self._most}")
         if longest > self._room.length:
             self._room = replace(self._room, length=min(self._most, 1 << (longest - 1).bit_length()))
-            self._stop()
+            self.stop()
 
     def _ready(self) -> Running:
         """Return a running engine that has the adapters and is checked. Gone if it can't be had in two tries."""
@@ -256,7 +270,7 @@ class Session:
         """Use no engine from here on."""
         self.gone = why
         print(f"{self._base.name} is evaluated in memory: {why} (see {self._log})", file=sys.stderr)
-        self._stop()
+        self.stop()
 
 
 def _calls(requests: Sequence[Request], adapters: int) -> list[list[int]]:
@@ -304,6 +318,9 @@ def close() -> None:
 
 
 def make_room() -> None:
-    """End the engine where it takes memory that an evaluation in this process needs: on a GPU."""
-    if bases.device() == "cuda":
-        close()
+    """End the engine where it takes memory that an evaluation in this process needs: on a GPU.
+
+    Its session stays, with what it has answered; where it failed, it is not tried once more.
+    """
+    if _current and bases.device() == "cuda":
+        _current.stop()
