@@ -31,6 +31,11 @@ from d2lora.report import manifest
 from d2lora.store import Store
 
 _OPTIMIZERS = ("OptunaSweeper", "NevergradSweeper", "AxSweeper")  # they need a value from each job
+_DIRECTIONS = (  # where Optuna's, Nevergrad's and Ax's have it, and its values that look for the worst and the best
+    ("direction", "minimize", "maximize"),
+    ("optim.maximize", "False", "true"),
+    ("ax_config.experiment.minimize", "True", "false"),
+)
 _RESULTS = "optimization_results.yaml"  # where those write what they chose
 
 _begun: list[Cell] = []  # cells of the sweep that another sweeper runs: all, or one where it makes them as it goes
@@ -101,11 +106,11 @@ def _check_objective(config: DictConfig, objective: Sequence[str]) -> None:
         raise UserError(
             f"hydra/sweeper={_choice(config)}: name what it optimizes: objective=BENCHMARK/METRIC, for example objective=lab_math/accuracy"
         )
-    direction = str(config.hydra.sweeper.get("direction")).rpartition(".")[2]  # a text, or an enum
-    if direction == "minimize":
-        raise UserError(
-            f"hydra.sweeper.direction={direction}: more of {', '.join(objective)} is better: hydra.sweeper.direction=maximize"
-        )
+    for key, smallest, largest in _DIRECTIONS:
+        value = str(OmegaConf.select(config.hydra.sweeper, key)).rpartition(".")[2]  # a text, a truth value, or an enum
+        if value == smallest:
+            told = f"more of {', '.join(objective)} is better: hydra.sweeper.{key}={largest}"
+            raise UserError(f"hydra.sweeper.{key}={value.lower()}: {told}")
 
 
 # --- a job ---------------------------------------------------------------------------------------------------------

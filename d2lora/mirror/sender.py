@@ -251,8 +251,8 @@ class Run:
         import wandb
 
         wanted, about, environment = self.whose.wandb, self.about, os.environ
-        place = folder(self.outputs).parent
-        place.mkdir(parents=True, exist_ok=True)
+        parent = folder(self.outputs).parent
+        parent.mkdir(parents=True, exist_ok=True)
         settings = _settings(wanted.patience)
         own = (wanted.project, wanted.entity)
         if about.trial:
@@ -264,7 +264,7 @@ class Run:
             entity=own[1],
             group=(wanted.group or environment.get("WANDB_RUN_GROUP") or self.whose.sweep)[:_LONGEST],
             notes=wanted.notes,
-            dir=place,
+            dir=parent,
             resume="allow",
             reinit="create_new",
             settings=settings,
