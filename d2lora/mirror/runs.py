@@ -369,7 +369,7 @@ def report(cells: list[Cell], store: Store, tables: str) -> str:
     fill = functools.partial(_fill_report, config=config, files=files, tables=tables, means=means)
     _log_once(about, content, config, outputs, fill)
     flush(config)
-    return where(outputs, about.id)
+    return "" if disabled(config) else where(outputs, about.id)
 
 
 def _means(cells: list[Cell], store: Store) -> dict[str, float]:

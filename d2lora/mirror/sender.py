@@ -33,6 +33,7 @@ class _State:
     offline: bool = False  # something went wrong: runs are kept on disk from there on
     left: bool = False  # runs were left behind, as they did not come to an end
     stuck: bool = False  # that happened again: no more runs
+    disabled: bool = False  # `wandb disabled` was said once, which is known when wandb is imported
     warned: bool = False
     addresses: dict[str, str] = field(default_factory=dict)  # of runs that are online, by their ids
 
@@ -59,7 +60,7 @@ def _fail(error: BaseException) -> None:
 
 def disabled(config: Config) -> bool:
     """Tell whether nothing is sent: because W&B is disabled, or because wandb hangs."""
-    return _wanted_mode(config) == "disabled" or _state.stuck
+    return _wanted_mode(config) == "disabled" or _state.stuck or _state.disabled
 
 
 def address(run_id: str) -> str | None:
@@ -344,6 +345,7 @@ def _mode(config: Config) -> str:
         return "online"
     if wanted == "online":  # wandb would ask for a key here
         _fail(UserError("wandb.mode=online, but no credentials (wandb login, or WANDB_API_KEY)"))
+    _state.disabled = wanted == "disabled"
     return "disabled" if wanted == "disabled" else "offline"
 
 

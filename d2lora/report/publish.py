@@ -30,6 +30,7 @@ from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.report.points import arm_name, interval_of
 from d2lora.report.results import CellResults
 from d2lora.scoring import shown_metrics, unit_of
+from d2lora.scoring.kinds import PERCENT
 from d2lora.settings import amount
 from d2lora.stages.evaluate import EvaluateSpec
 
@@ -259,9 +260,12 @@ def _verdict(c: Comparison) -> str:
 def eval_results(repository: Repository) -> dict[str, str]:
     """Return YAML by benchmark for the Hub's leaderboards (huggingface.co/docs/hub/eval-results), of benchmarks on the Hub.
 
-    The Hub shows them where it knows the data set as a benchmark, by its task: the data set's configuration.
+    The Hub shows them where it knows the data set as a benchmark, by its task: the data set's configuration. Likelihoods and
+    scores on validation rows have no place there: they would stand as the benchmark's accuracy.
     """
-    first = {score.benchmark: score for score in reversed(list(repository.scores))}
+    tests = repository.cell.config["task"]["benchmark"]
+    scores = [s for s in repository.scores if s.benchmark in tests and unit_of(s.metric) == PERCENT]
+    first = {score.benchmark: score for score in reversed(scores)}
     entries = {b: _entry(repository, s, source) for b, s in first.items() if (source := repository.source(b))}
     return {b: yaml.safe_dump(eval_result_entries_to_yaml([e]), sort_keys=False) for b, e in entries.items()}
 
@@ -275,7 +279,7 @@ def _entry(repository: Repository, score: Score95, source: dict[str, Any]) -> Ev
         value=round(100 * score.score.value, 2),
         dataset_revision=source.get("revision"),
         date=record.provenance.started if record else None,
-        notes=f"{score.metric} in {unit_of(score.metric).name}, zero-shot, {score.score.items} items, 95 % interval {interval}",
+        notes=f"{score.metric} in %, zero-shot, {score.score.items} items, 95 % interval {interval}",
     )
 
 

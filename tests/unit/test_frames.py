@@ -291,9 +291,10 @@ def test_a_published_cell_has_a_card_that_the_hub_reads_and_nothing_of_the_machi
 def test_scores_on_the_hub_s_data_are_entries_of_its_leaderboards(tmp_path: Path, monkeypatch) -> None:
     from huggingface_hub import parse_eval_result_entries
 
-    cell = grid("scale=paper", n=[1000], m=[40000])[0]
+    cell = grid("scale=paper", "+benchmark@task.benchmark=gsm8k_likelihood", n=[1000], m=[40000])[0]
     made.publish(tmp_path, [cell])
     texts = publish.eval_results(publish.find(tmp_path, cell.id))
+    assert "gsm8k_likelihood" not in texts, "it would stand as GSM8K's accuracy"
     (entry,) = parse_eval_result_entries(yaml.safe_load(texts["gsm8k"]))
     assert (entry.dataset_id, entry.task_id) == ("openai/gsm8k", "main")
     assert "95 % interval" in entry.notes
