@@ -7,6 +7,7 @@ jobs is done around the sweeper, in the process that was started.
 import contextlib
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -50,8 +52,11 @@ class OtherSweepers(Callback):
             return
         try:
             _begin(config)
-        except (UserError, OmegaConfBaseException) as error:
+        except (UserError, OmegaConfBaseException, HydraException) as error:
             raise SystemExit(refuse(error)) from None
+        except Exception:  # Hydra would only warn, and train without a plan, a manifest or a word of dry_run
+            traceback.print_exc()
+            raise SystemExit(1) from None
 
 
 def _name(config: DictConfig) -> str:
