@@ -5,7 +5,7 @@
 Both builds train with the paper's recipe at their own defaults (recipe=paper), each in processes of its own on one
 thread, in turns. The earlier one is checked out into a temporary git worktree.
 
-Time is nearly all the host's on a Llama of 32 layers, width 64 and pairs of a few tokens, in float32: CPU seconds of the
+Time is nearly all the host's on a Llama of 32 layers, width 32, r = 4 and pairs of a few tokens, in float32: CPU seconds of the
 process and ATen operations (forward, backward and optimizer, with the optimizer's `foreach` that a GPU has) per pair.
 DPO's reference is computed before the first step and is not in it.
 
@@ -49,7 +49,7 @@ def pairs_of(kind: str, count: int) -> list[dict[str, list[int]]]:
         return [rng.randrange(10, 250) for _ in range(tokens)]
 
     return [
-        {"prompt_ids": draw(PROMPT, 6), "chosen_ids": draw(STEP, 3), "rejected_ids": draw(STEP, 3)}
+        {"prompt_ids": draw(PROMPT, 3), "chosen_ids": draw(STEP, 2), "rejected_ids": draw(STEP, 2)}
         for _ in range(count)
     ]
 
@@ -60,7 +60,7 @@ def base_of(root: Path, kind: str, bf16: bool, layers: int):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(root / "d2lora/lab/base")
-    width, head = (4096 // QUARTER, 128 // QUARTER) if kind == "bytes" else (64, 16)
+    width, head = (4096 // QUARTER, 128 // QUARTER) if kind == "bytes" else (32, 8)
     shape = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 7 // 2, num_hidden_layers=layers,
         num_attention_heads=width // head, num_key_value_heads=width // head // 4, max_position_embeddings=2048,
@@ -170,7 +170,7 @@ def measured(root: Path, kind: str, method: str, bf16: bool, layers: int, steps:
     as_on_a_gpu()
     # Attention by text is one call on a GPU, and on a CPU a call a text.
     overrides = ["recipe=paper", "method.epochs=1", "recipe.attention=sdpa"]
-    overrides += [f"recipe.lora.{k}={16 // QUARTER}" for k in ("r", "alpha")] if kind == "bytes" else []
+    overrides += [f"recipe.lora.{k}={16 // QUARTER}" for k in ("r", "alpha")]
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
         build = new_build if (root / "d2lora/stages").is_dir() else old_build
         spec, recipe, adapter, train = build(method, overrides)

@@ -625,7 +625,8 @@ def test_a_likelihood_has_a_table_in_bits_where_more_is_better(tmp_path: Path) -
     made.publish(tmp_path, cells, ability=lambda cell: made.gain(cell) + 0.3 * (cell.config.m != 0))
     text = report.finish(tmp_path, "mine")
     assert "lab_math_likelihood: loglikelihood_per_byte in hundredths of a bit" in text
-    assert "a point is a hundredth of a bit per byte. More is better" in " ".join(text.split())
+    notes = " ".join(formats.footnotes(tables.build(points(tmp_path))))
+    assert "a point is a hundredth of a bit per byte. More is better" in notes
     of_likelihood = [p for p in points(tmp_path) if p.benchmark == "lab_math_likelihood"]
     assert all(p.value < 0 and p.interval[0] < p.value < p.interval[1] < 0 for p in of_likelihood)
     pairs = compare.comparisons(of_likelihood)
