@@ -11,6 +11,7 @@ from d2lora.data import overlap
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.records import Records
+from d2lora.scoring import unit_of
 from d2lora.stages import VERSIONS, Stage, evaluate, flips
 from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
@@ -141,7 +142,8 @@ def _scores(stage: Stage, store: Store) -> Iterator[str]:
         return
     for metric, score in record.scores.items():
         low, high = interval_of(records, stage.key, metric)
-        yield f"{stage.subject} {metric}: {100 * score.value:.2f} % ± {50 * (high - low):.2f} ({score.items} items)"
+        unit = unit_of(metric).name
+        yield f"{stage.subject} {metric}: {100 * score.value:.2f} {unit} ± {50 * (high - low):.2f} ({score.items} items)"
     if engine := record.engine:
         whom = f" instead of {engine.instead_of}: {engine.reason}" if engine.instead_of else ""
         yield f"{stage.subject}: answered by {engine.name}{f' {engine.version}' if engine.version else ''}{whom}"

@@ -7,6 +7,7 @@ jobs is done around the sweeper, in the process that was started.
 import contextlib
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +33,11 @@ from d2lora.report import manifest
 from d2lora.store import Store
 
 _OPTIMIZERS = ("OptunaSweeper", "NevergradSweeper", "AxSweeper")  # they need a value from each job
+_DIRECTIONS = (  # where Optuna's, Nevergrad's and Ax's have it, and its values that look for the worst and the best
+    ("direction", "minimize", "maximize"),
+    ("optim.maximize", "False", "true"),
+    ("ax_config.experiment.minimize", "True", "false"),
+)
 _RESULTS = "optimization_results.yaml"  # where those write what they chose
 
 _begun: list[Cell] = []  # cells of the sweep that another sweeper runs: all, or one where it makes them as it goes
@@ -45,8 +52,11 @@ class OtherSweepers(Callback):
             return
         try:
             _begin(config)
-        except (UserError, OmegaConfBaseException) as error:
+        except (UserError, OmegaConfBaseException, HydraException) as error:
             raise SystemExit(refuse(error)) from None
+        except Exception:  # Hydra would only warn, and train without a plan, a manifest or a word of dry_run
+            traceback.print_exc()
+            raise SystemExit(1) from None
 
 
 def _name(config: DictConfig) -> str:
@@ -101,11 +111,11 @@ def _check_objective(config: DictConfig, objective: Sequence[str]) -> None:
         raise UserError(
             f"hydra/sweeper={_choice(config)}: name what it optimizes: objective=BENCHMARK/METRIC, for example objective=lab_math/accuracy"
         )
-    direction = str(config.hydra.sweeper.get("direction")).rpartition(".")[2]  # a text, or an enum
-    if direction == "minimize":
-        raise UserError(
-            f"hydra.sweeper.direction={direction}: more of {', '.join(objective)} is better: hydra.sweeper.direction=maximize"
-        )
+    for key, smallest, largest in _DIRECTIONS:
+        value = str(OmegaConf.select(config.hydra.sweeper, key)).rpartition(".")[2]  # a text, a truth value, or an enum
+        if value == smallest:
+            told = f"more of {', '.join(objective)} is better: hydra.sweeper.{key}={largest}"
+            raise UserError(f"hydra.sweeper.{key}={value.lower()}: {told}")
 
 
 # --- a job ---------------------------------------------------------------------------------------------------------

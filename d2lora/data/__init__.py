@@ -12,7 +12,7 @@ from d2lora.data.checks import (
 from d2lora.data.choices import choices, right_choice
 from d2lora.data.harness_tasks import check_lm_eval, harness_identity, load_harness_task, quiet
 from d2lora.data.hub import hub, hub_problem
-from d2lora.data.items import Asked, asked, check_benchmark, check_items, golds, item_prompt
+from d2lora.data.items import ItemRows, check_benchmark, check_items, golds, item_prompt, item_rows
 from d2lora.data.placebo import exchanged
 from d2lora.data.room import context_of, is_too_long, item_example, room_of
 from d2lora.data.sources import (
@@ -54,16 +54,15 @@ from d2lora.settings import Data
 __all__ = [
     "REFERENCE_BLOCK",
     "ROOT",
-    "Asked",
     "Data",
     "Example",
+    "ItemRows",
     "LeftOut",
     "NotText",
     "Row",
     "Shape",
     "Subset",
     "answer_starts",
-    "asked",
     "check_benchmark",
     "check_items",
     "check_lm_eval",
@@ -90,6 +89,7 @@ __all__ = [
     "is_too_long",
     "item_example",
     "item_prompt",
+    "item_rows",
     "kind_line",
     "load_harness_task",
     "local",

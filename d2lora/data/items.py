@@ -76,14 +76,14 @@ def _is_empty(benchmark: Benchmark, row: Row) -> bool:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ItemRows:
     """Which rows of a benchmark are asked, by their indices, and how many are left out, by reason."""
 
     rows: list[int]
     left_out: dict[str, int]
 
 
-def asked(benchmark: Benchmark, all_rows: Sequence[Row], is_too_long: Callable[[Row], bool]) -> Asked:
+def item_rows(benchmark: Benchmark, all_rows: Sequence[Row], is_too_long: Callable[[Row], bool]) -> ItemRows:
     """Choose the rows to ask: the first `limit`, without those that the benchmark's settings leave out."""
 
     def reason(row: Row) -> str:
@@ -93,7 +93,7 @@ def asked(benchmark: Benchmark, all_rows: Sequence[Row], is_too_long: Callable[[
 
     reasons = [reason(row) for row in all_rows[: benchmark.limit]]
     left_out = dict(sorted(Counter(filter(None, reasons)).items()))
-    return Asked([index for index, why in enumerate(reasons) if not why], left_out)
+    return ItemRows([index for index, why in enumerate(reasons) if not why], left_out)
 
 
 def _line(problem: str, numbered: list[tuple[int, str]], total: int) -> str:

@@ -40,8 +40,8 @@ def item_example(tokenizer: "Tokenizer", benchmark: Benchmark, row: Row, room: i
     """
     if is_left_out(benchmark, row):
         raise LeftOut(EMPTY)
-    asked = item_prompt(benchmark, row)
-    prompt = rendered_prompt(tokenizer, asked) if benchmark.chat or not isinstance(asked, str) else asked
+    question = item_prompt(benchmark, row)
+    prompt = rendered_prompt(tokenizer, question) if benchmark.chat or not isinstance(question, str) else question
     if benchmark.choices:
         offered = choices(benchmark, row)
         for option in offered if benchmark.chat else ():

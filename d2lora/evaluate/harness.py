@@ -11,6 +11,7 @@ from lm_eval.evaluator import evaluate as run_harness
 
 from d2lora import data
 from d2lora.base import Base
+from d2lora.errors import UserError
 from d2lora.evaluate.engine import Evaluation, Item, Questions, Score, counts
 from d2lora.evaluate.lm import WatchedLM
 from d2lora.evaluate.prompts import AsTrained
@@ -46,15 +47,20 @@ class Test(NamedTuple):
 
 
 def as_test(questions: Questions, base: Base, limit: int | None = None) -> Test:
-    """Return the test that a benchmark is of a base; `limit` is the caller's, beside one of the task's settings."""
+    """Return the test that a benchmark is of a base; `limit` is the caller's, beside one of the task's settings.
+
+    UserError for a task that is to be asked in the chat template of a base that has none.
+    """
     template = base.tokenizer.chat_template is not None
     if benchmark := questions.benchmark:
         task = task_of(questions.name, benchmark, questions.rows, template)
         return Test(task, benchmark.chat and template, limit)
     wanted = questions.harness or HarnessTask(name=questions.name)
+    if wanted.chat and not template:
+        raise UserError(f"task.lm_eval={wanted.name}: chat=true: the base has no chat template")
     task = harness_task(wanted, questions.folder)
     first = min((each for each in (limit, wanted.limit) if each is not None), default=None)
-    return Test(task, wanted.chat and template, first, wanted.filter)
+    return Test(task, wanted.chat, first, wanted.filter)
 
 
 def evaluate(

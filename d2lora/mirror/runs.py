@@ -24,7 +24,7 @@ from d2lora.keys import digest
 from d2lora.mirror.sender import About, Run, Trial, address, disabled, fit, flush, folder, hush, is_offline, trial
 from d2lora.outputs import Outputs, cached, write_json
 from d2lora.plan import Cell
-from d2lora.records import Item, Record, Score, read_items
+from d2lora.records import CLUSTER, Item, Record, Score, read_items
 from d2lora.scoring import is_graded
 from d2lora.settings import Config, amount
 from d2lora.stages import Stage
@@ -171,12 +171,15 @@ def _results(record: Record, items: list[Item]) -> dict[str, object]:
 
 
 def _interval(metric: str, items: list[Item]) -> tuple[float, float]:
-    """Return the 95 % interval of a metric's mean over items."""
+    """Return the 95 % interval of a metric's mean over items, or over clusters of items that belong together."""
     import numpy as np  # late, as stats: planning a grid needs neither
 
     from d2lora import stats
 
-    return stats.interval(np.array([[float(item[metric]) for item in items]]), is_graded(metric))
+    clusters = None
+    if CLUSTER in items[0]:
+        clusters = np.unique([str(item[CLUSTER]) for item in items], return_inverse=True)[1]
+    return stats.interval(np.array([[float(item[metric]) for item in items]]), is_graded(metric), clusters)
 
 
 def _plain(value: object) -> str | int | float | None:
@@ -315,13 +318,16 @@ def _flat(cell: Cell) -> dict[str, object]:
     return {**named, **sizes, "cell": cell.id, "stages": stages, "config": _public(whole)}
 
 
+_PATHS = ("path", "lm_eval_path", "engine_python")  # settings that may name a file or folder of this machine
+
+
 def _public(value: Any, key: str = "") -> Any:
     """Return a config without paths of this machine: a local path becomes that below the project's folder, or its last
     name.
     """
     if isinstance(value, dict):
         return {k: _public(v, k) for k, v in value.items()}
-    return _public_path(value) if key == "path" and isinstance(value, str) else value
+    return _public_path(value) if key in _PATHS and isinstance(value, str) else value
 
 
 def _public_path(value: str) -> str:
@@ -363,7 +369,7 @@ def report(cells: list[Cell], store: Store, tables: str) -> str:
     fill = functools.partial(_fill_report, config=config, files=files, tables=tables, means=means)
     _log_once(about, content, config, outputs, fill)
     flush(config)
-    return where(outputs, about.id)
+    return "" if disabled(config) else where(outputs, about.id)
 
 
 def _means(cells: list[Cell], store: Store) -> dict[str, float]:

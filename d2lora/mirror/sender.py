@@ -33,6 +33,7 @@ class _State:
     offline: bool = False  # something went wrong: runs are kept on disk from there on
     left: bool = False  # runs were left behind, as they did not come to an end
     stuck: bool = False  # that happened again: no more runs
+    disabled: bool = False  # `wandb disabled` was said once, which is known when wandb is imported
     warned: bool = False
     addresses: dict[str, str] = field(default_factory=dict)  # of runs that are online, by their ids
 
@@ -59,7 +60,7 @@ def _fail(error: BaseException) -> None:
 
 def disabled(config: Config) -> bool:
     """Tell whether nothing is sent: because W&B is disabled, or because wandb hangs."""
-    return _wanted_mode(config) == "disabled" or _state.stuck
+    return _wanted_mode(config) == "disabled" or _state.stuck or _state.disabled
 
 
 def address(run_id: str) -> str | None:
@@ -251,8 +252,8 @@ class Run:
         import wandb
 
         wanted, about, environment = self.whose.wandb, self.about, os.environ
-        place = folder(self.outputs).parent
-        place.mkdir(parents=True, exist_ok=True)
+        parent = folder(self.outputs).parent
+        parent.mkdir(parents=True, exist_ok=True)
         settings = _settings(wanted.patience)
         own = (wanted.project, wanted.entity)
         if about.trial:
@@ -264,7 +265,7 @@ class Run:
             entity=own[1],
             group=(wanted.group or environment.get("WANDB_RUN_GROUP") or self.whose.sweep)[:_LONGEST],
             notes=wanted.notes,
-            dir=place,
+            dir=parent,
             resume="allow",
             reinit="create_new",
             settings=settings,
@@ -344,6 +345,7 @@ def _mode(config: Config) -> str:
         return "online"
     if wanted == "online":  # wandb would ask for a key here
         _fail(UserError("wandb.mode=online, but no credentials (wandb login, or WANDB_API_KEY)"))
+    _state.disabled = wanted == "disabled"
     return "disabled" if wanted == "disabled" else "offline"
 
 

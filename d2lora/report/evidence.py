@@ -58,7 +58,7 @@ def _zeros(points: Iterable[Point]) -> Iterator[str]:
     """
     for name, group in by_benchmark(p for p in points if p.scores and is_graded(p.metric)).items():
         if not any(p.table.any() for p in group):
-            yield f"{name}: no answer shares a word with its gold, in any cell, so nothing is known of differences."
+            yield f"{name}: no answer scores above 0, in any cell, so nothing is known of differences."
 
 
 def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:

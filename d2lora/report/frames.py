@@ -89,7 +89,7 @@ def items(
     else:
         points = [p for p in tuning.points(planned, records)[0] if benchmark in (None, p.benchmark)]
         parts = list(_items_of_pairs(points, records))
-    parts = [part for part in parts if benchmark is None or part.benchmark.iloc[0] == benchmark]
+    parts = [part for part in parts if benchmark is None or benchmark in set(part.benchmark)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_ITEM_COLUMNS)
 
 
@@ -127,7 +127,7 @@ def _items_of_cells(first: ManifestCell, second: ManifestCell, records: Records)
 def _side_by_side(
     keys: tuple[str, str], names: tuple[str, str], metric: str, records: Records, shape: Row
 ) -> pd.DataFrame:
-    """Return two evaluations' items, joined by their rows in the test set."""
+    """Return two evaluations' items, joined by their rows in the test set. UserError if those are of two test sets."""
     columns = {"prompt": "prompt", "gold": "gold", "answer": "answer", metric: "score"}
     one, other = (
         pd.DataFrame(read_items(records.outputs.record(EvaluateSpec.KIND, key)))
@@ -135,6 +135,9 @@ def _side_by_side(
         .rename(columns=columns)
         for key in keys
     )
+    golds = one.gold.astype(str).align(other.gold.astype(str), join="inner")
+    if not golds[0].equals(golds[1]):
+        raise UserError(f"{shape['benchmark']}: these are items of two test sets: their golds differ row by row")
     suffixes = tuple(f"_{name}" for name in names)
     joined = one.join(other.drop(columns=["prompt", "gold"]), lsuffix=suffixes[0], rsuffix=suffixes[1], how="inner")
     joined["change"] = joined[f"score{suffixes[1]}"] - joined[f"score{suffixes[0]}"]

@@ -10,6 +10,7 @@ from typing import Any
 from d2lora.outputs import Outputs, write_json
 from d2lora.records import Item, ManifestCell, Record, Records, Score, read_items
 from d2lora.report.manifest import read_manifest, sweeps
+from d2lora.scoring.likelihood import LIKELIHOOD
 from d2lora.stages.evaluate import EvaluateSpec
 
 _FILTER = "none"  # the harness names what it did to an answer before scoring; ours are scored as they are
@@ -62,7 +63,7 @@ def _results(cell: ManifestCell, evaluations: dict[str, Record], started: str) -
         "group_subtasks": {name: [] for name in evaluations},
         "configs": {name: _task(name, _settings(cell, name), metrics[name]) for name in evaluations},
         "versions": {name: record.version for name, record in evaluations.items()},
-        "n-shot": dict.fromkeys(evaluations, 0),
+        "n-shot": {name: (r.spec.get("harness") or {}).get("fewshot", 0) for name, r in evaluations.items()},
         "higher_is_better": {name: dict.fromkeys(metrics[name], True) for name in evaluations},
         "n-samples": {name: {"original": size, "effective": size} for name, size in sizes.items()},
         "config": _model(cell, newest),
@@ -106,19 +107,26 @@ def _settings(cell: ManifestCell, benchmark: str) -> JSON:
 def _task(name: str, settings: JSON, metrics: list[str]) -> JSON:
     """Return a benchmark as the harness describes a task."""
     data = settings.get("data", {})
+    path = Path(data.get("path", name))
     return {
         "task": name,
-        "dataset_path": data.get("path", name),
+        "dataset_path": path.name if path.is_absolute() else str(path),
         "dataset_name": data.get("name"),
         "test_split": data.get("split"),
         "doc_to_text": settings.get("prompt"),
         "doc_to_target": settings.get("gold"),
-        "output_type": "multiple_choice" if settings.get("choices") else "generate_until",
+        "output_type": _output_type(settings, metrics),
         "num_fewshot": 0,
         "repeats": 1,
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
         "generation_kwargs": _generation(settings),
     }
+
+
+def _output_type(settings: JSON, metrics: list[str]) -> str:
+    if LIKELIHOOD.metrics[0] in metrics:
+        return "loglikelihood"
+    return "multiple_choice" if settings.get("choices") else "generate_until"
 
 
 def _generation(settings: JSON) -> JSON:
@@ -128,7 +136,10 @@ def _generation(settings: JSON) -> JSON:
 def _sample(item: Item, record: Record, settings: JSON) -> JSON:
     """Return an item as a line of samples_*.jsonl: of a choice a request for each option, else one."""
     doc = {key: item[key] for key in ("prompt", "gold", "choices") if key in item}
-    requests = _choices(item) if "loglikelihoods" in item else _generated(item, settings)
+    if LIKELIHOOD.metrics[0] in record.scores:
+        requests = _solution(item)
+    else:
+        requests = _choices(item) if "loglikelihoods" in item else _generated(item, settings)
     target = str(item["choices"].index(item["gold"]) if item["gold"] in item.get("choices", ()) else item["gold"])
     scores = {metric: item[metric] for metric in record.scores}
     return {
@@ -150,6 +161,13 @@ def _generated(item: Item, settings: JSON) -> JSON:
     answer = str(item["answer"])
     arguments = {"gen_args_0": {"arg_0": item["prompt"], "arg_1": _generation(settings)}}
     return {"arguments": arguments, "resps": [[answer]], "filtered_resps": [answer]}
+
+
+def _solution(item: Item) -> JSON:
+    """Return the one request of a reference solution; the record has its likelihood per byte, not that of the whole."""
+    responses = [["None", "None"]]
+    arguments = {"gen_args_0": {"arg_0": item["prompt"], "arg_1": f" {item['gold']}"}}
+    return {"arguments": arguments, "resps": [responses], "filtered_resps": responses}
 
 
 def _choices(item: Item) -> JSON:

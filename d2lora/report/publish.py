@@ -4,8 +4,8 @@ Nothing of the machine is in it: no path, no host name, no hardware.
 """
 
 import json
-import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,13 @@ from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.report.points import arm_name, interval_of
 from d2lora.report.results import CellResults
 from d2lora.scoring import shown_metrics, unit_of
+from d2lora.scoring.kinds import PERCENT
 from d2lora.settings import amount
 from d2lora.stages.evaluate import EvaluateSpec
 
 _TAGS = ("lora", "transformers", "d2lora")  # the first two are PEFT's own
 _CONFIG = "adapter_config.json"
+_CARD = "README.md"
 _QUANTIZATION = "quantization_config.json"  # of an adapter that belongs on a quantized base
 
 
@@ -50,7 +52,8 @@ class Score95:
 
     @property
     def text(self) -> str:
-        return f"{formats.percent(self.score.value)} {formats.bounds((self.low, self.high))}"
+        digits, name = unit_of(self.metric).digits, unit_of(self.metric).name
+        return f"{formats.percent(self.score.value)} {formats.bounds((self.low, self.high), digits=digits)} {name}"
 
 
 @dataclass(frozen=True)
@@ -87,29 +90,36 @@ class Repository:
 
 
 def find(output: Path, id: str) -> Repository:
-    """Return the cell with this id. UserError if no sweep has it."""
-    names = sweeps(output)
+    """Return the cell with this id. UserError if no sweep has it; one that is damaged does not hide those of others."""
+    names, damaged = sweeps(output), []
     for name in names:
-        manifest = read_manifest(output, name)
+        try:
+            manifest = read_manifest(output, name)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
         for cell in (*manifest.cells, *manifest.earlier):
             if cell.id == id:
                 return Repository(cell, manifest, Records(output))
-    raise UserError(f"{id}: no cell of a sweep here ({', '.join(names) or 'none'}); results.csv lists them as cell_id")
+    told = "; ".join(["results.csv lists them as cell_id", *damaged])
+    raise UserError(f"{id}: no cell of a sweep here ({', '.join(names) or 'none'}); {told}")
 
 
 def files(repository: Repository) -> dict[str, bytes]:
     """Return the repository's files by their paths in it. UserError if one of them names this machine."""
     record, adapter = repository.adapter
-    texts = {_CONFIG: _adapter_config(adapter, record, repository), "README.md": str(card(repository))}
+    texts = {_CONFIG: _adapter_config(adapter, record, repository), _CARD: str(card(repository))}
     texts |= {f".eval_results/{name}.yaml": text for name, text in eval_results(repository).items()}
     for path, text in texts.items():
-        _check_private(path, text)
+        _check_private(path, text, repository)
     copied = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
     return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in copied}
 
 
-def _check_private(path: str, text: str) -> None:
-    for name in (str(ROOT), str(Path.home()), socket.gethostname()):
+def _check_private(path: str, text: str, repository: Repository) -> None:
+    """Raise UserError if a text has a path of this machine, one of the cell's own settings among them, or its host name."""
+    own = [value for _, value in axes.flat(repository.cell.config) if Path(value).is_absolute()]
+    for name in (str(ROOT), str(Path.home()), str(repository.records.outputs.root), *own, socket.gethostname()):
         if len(name) > 3 and name in text:  # shorter ones (/, pc) are parts of ordinary words
             raise UserError(
                 f"{path}: it would say {name}, which is of this machine: name the data or model by its Hub name"
@@ -188,7 +198,9 @@ def _text(repository: Repository, record: Record, quantized: bool) -> str:
             * quantized
         ),
         "## Scores",
-        formats.markdown_rows(["benchmark", "metric", "% [95 % interval]", "items"], scores) if scores else "None yet.",
+        formats.markdown_rows(["benchmark", "metric", "value [95 % interval]", "items"], scores)
+        if scores
+        else "None yet.",
         *_verdicts(repository),
         "## Settings",
         formats.markdown_rows([head[0] or "setting", "value"], rows),
@@ -248,9 +260,12 @@ def _verdict(c: Comparison) -> str:
 def eval_results(repository: Repository) -> dict[str, str]:
     """Return YAML by benchmark for the Hub's leaderboards (huggingface.co/docs/hub/eval-results), of benchmarks on the Hub.
 
-    The Hub shows them where it knows the data set as a benchmark, by its task: the data set's configuration.
+    The Hub shows them where it knows the data set as a benchmark, by its task: the data set's configuration. Likelihoods and
+    scores on validation rows have no place there: they would stand as the benchmark's accuracy.
     """
-    first = {score.benchmark: score for score in reversed(list(repository.scores))}
+    tests = repository.cell.config["task"]["benchmark"]
+    scores = [s for s in repository.scores if s.benchmark in tests and unit_of(s.metric) == PERCENT]
+    first = {score.benchmark: score for score in reversed(scores)}
     entries = {b: _entry(repository, s, source) for b, s in first.items() if (source := repository.source(b))}
     return {b: yaml.safe_dump(eval_result_entries_to_yaml([e]), sort_keys=False) for b, e in entries.items()}
 
@@ -272,14 +287,39 @@ def _entry(repository: Repository, score: Score95, source: dict[str, Any]) -> Ev
 
 
 def write(content: dict[str, bytes], folder: Path) -> None:
-    """Write a repository's files into a new folder, or one that an earlier call wrote. UserError for another folder."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
+    """Write a repository's files into a new folder, or over those that an earlier call wrote. UserError for another folder.
+
+    The folder is whole at each moment, or not there: nothing of it is half an upload.
+    """
+    if folder.exists() and not _is_ours(folder):
         raise UserError(f"{folder}: not a published cell's folder: name a new one")
-    shutil.rmtree(folder, ignore_errors=True)
-    for path, data in content.items():
-        file = folder / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+        whole = Path(temporary) / "new"
+        for path, data in content.items():
+            file = whole / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        whole.rename(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Tell whether a folder is empty, or has nothing but what `write` writes, its card among it.
+
+    PEFT's own folders, the store's adapters among them, have no such card, and a clone of a repository has more.
+    """
+    if not folder.is_dir():
+        return False
+    paths = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
+    if not paths:
+        return True
+    known = all(
+        path in (_CONFIG, _QUANTIZATION, _CARD) or path.endswith(".safetensors") or path.startswith(".eval_results/")
+        for path in paths
+    )
+    return known and _CARD in paths and f"- {_TAGS[-1]}\n" in (folder / _CARD).read_text()
 
 
 def upload(folder: Path, to: str, public: bool) -> str:
@@ -307,7 +347,7 @@ def publish(output: Path, id: str, folder: Path | None, to: str | None, public: 
     lines = [f"{len(data):>10,} bytes  {path}" for path, data in sorted(content.items())]
     target = folder or output / "hub" / id
     if not folder and not to:
-        shown = content["README.md"].decode()
+        shown = content[_CARD].decode()
         advice = "dry run: nothing is written or uploaded; --folder FOLDER writes it, --to OWNER/NAME uploads it too"
         return "\n".join([*lines, "", shown, advice])
     write(content, target)

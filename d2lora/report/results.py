@@ -12,7 +12,7 @@ from d2lora.records import Manifest, ManifestCell, Record, Records, Score
 from d2lora.report import axes, tuning
 from d2lora.report.axes import Axes, general
 from d2lora.report.manifest import read_manifest, sweeps
-from d2lora.report.points import arm_name
+from d2lora.report.points import arm_name, interval_of
 from d2lora.report.rows import Row, frame
 from d2lora.scoring import is_graded
 from d2lora.stages.adapt import AdaptSpec
@@ -65,7 +65,18 @@ class CellResults:
             flips = self.records.get(FlipsSpec.KIND, self.cell.stages.flips.get(benchmark))
             measured = common | self._measured(benchmark, key, record) | self._axes(benchmark, keys)
             for metric, score in (record.scores if record else {"": None}).items():
-                yield measured | {"metric": metric} | _score(metric, score) | _batch(flips, metric)
+                interval = self._interval(key, record, metric, score)
+                yield measured | {"metric": metric} | _score(score, interval) | _batch(flips, metric)
+
+    def _interval(
+        self, key: str, record: Record | None, metric: str, score: Score | None
+    ) -> tuple[float, float] | None:
+        """Return a score's 95 % interval: from its standard error, or, of items that belong together, from the items."""
+        if record is None or score is None:
+            return None
+        if (record.spec.get("benchmark") or {}).get("cluster"):
+            return interval_of(self.records, key, metric)
+        return stats.interval_of_mean(score.value, score.stderr, score.items, is_graded(metric))
 
     def _shape(self) -> Row:
         """Return what the cell is: the names of its parts, its sizes, its arm."""
@@ -138,11 +149,11 @@ def _typed(text: str) -> str | float | None:
     return text if number is None else int(number) if number.is_integer() else number
 
 
-def _score(metric: str, score: Score | None) -> Row:
+def _score(score: Score | None, interval: tuple[float, float] | None) -> Row:
     """Return a score with the ends of its 95 % interval; nothing where there is none."""
     if score is None:
         return {}
-    low, high = stats.interval_of_mean(score.value, score.stderr, score.items, is_graded(metric)) or (None, None)
+    low, high = interval or (None, None)
     return score.as_read() | {"low": low, "high": high}
 
 

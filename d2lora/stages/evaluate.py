@@ -228,8 +228,8 @@ def _numbered_as_rows(run: Run[Any], evaluation: "Evaluation") -> "Evaluation":
     benchmark = run.config.benchmarks.get(run.stage.subject)
     if run.stage.spec.lm_eval or benchmark is None:
         return evaluation
-    asked = rows.items(run, benchmark).rows
-    return evaluation._replace(items=[item | {"index": asked[item["index"]]} for item in evaluation.items])
+    numbers = rows.items(run, benchmark).rows
+    return evaluation._replace(items=[item | {"index": numbers[item["index"]]} for item in evaluation.items])
 
 
 def _questions(run: Run[Any]) -> "Questions":
@@ -240,7 +240,7 @@ def _questions(run: Run[Any]) -> "Questions":
     benchmark = None if run.stage.spec.lm_eval else run.config.benchmarks[name]
     if benchmark is None:
         task = run.config.task
-        asked = next(each for each in task.harness_tasks if each.name == name)
-        return Questions(name, harness=asked, folder=task.lm_eval_path)
+        own = next(each for each in task.harness_tasks if each.name == name)
+        return Questions(name, harness=own, folder=task.lm_eval_path)
     every = run.rows(benchmark.data)
     return Questions(name, benchmark, [every[index] for index in rows.items(run, benchmark).rows])

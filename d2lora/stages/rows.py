@@ -82,14 +82,14 @@ def task(run: Run[Spec], amount: int | str, max_length: int, preference: bool, a
     return data.subset(run.rows(config.task.data), make, amount, max_length, f"task/{config.data_seed}", at_most)
 
 
-def items(run: Run[Spec], benchmark: Benchmark) -> data.Asked:
+def items(run: Run[Spec], benchmark: Benchmark) -> data.ItemRows:
     """Choose the rows of a benchmark that the cell's base is asked. UserError if none is left."""
 
     def is_too_long(row: data.Row) -> bool:
         context = data.context_of(run.base.model.config.to_dict())
         return data.is_too_long(run.base.tokenizer, benchmark, row, context)
 
-    asked = data.asked(benchmark, run.rows(benchmark.data), is_too_long)
-    if not asked.rows:
-        raise UserError(f"benchmark {run.stage.subject}: all its items are left out ({', '.join(asked.left_out)})")
-    return asked
+    chosen = data.item_rows(benchmark, run.rows(benchmark.data), is_too_long)
+    if not chosen.rows:
+        raise UserError(f"benchmark {run.stage.subject}: all its items are left out ({', '.join(chosen.left_out)})")
+    return chosen

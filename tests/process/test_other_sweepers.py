@@ -70,3 +70,11 @@ def test_the_basic_sweeper_s_failures_are_listed_and_callbacks_are_called(
     single = run("n=0", *given).stdout
     assert "callback: job ended with 0\ncallback: run ended" in single
     assert "callback: job ended with 2" in run("n=-1", *given, code=2).stdout
+
+
+def test_what_can_t_be_composed_ends_a_study_before_its_first_trial(run: Callable) -> None:
+    # Stands in for a sweeper that is not installed: the plan comes before it is looked for.
+    optimizer = ["hydra.sweeper._target_=hydra_plugins.x.OptunaSweeper", "objective=lab_math/accuracy"]
+    done = run("-m", "hydra/sweeper=basic", *optimizer, "method=nosuch,sft", "dry_run=true", code=2)
+    assert done.stderr.startswith("error: In 'config': Could not find 'method/nosuch'")
+    assert len(done.stderr.splitlines()) == 1

@@ -495,6 +495,12 @@ def test_disabled_writes_nothing(tmp_path: Path, environment: dict, cell) -> Non
     assert not (tmp_path / "out" / "wandb").exists()
 
 
+def test_a_cell_of_who_has_disabled_wandb_is_not_said_to_be_online(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = disabled\n")  # as `wandb disabled` leaves it
+    assert "W&B" not in typed(tmp_path, "n=0", "m=0").out
+
+
 def test_what_the_environment_and_the_settings_say_of_runs_is_heeded(tmp_path: Path, cell) -> None:
     said = {"WANDB_TAGS": "mine, other", "WANDB_RUN_GROUP": "ours", "WANDB_DIR": str(tmp_path / "kept")}
     typed(tmp_path, *check_of(cell), "wandb.mode=offline", "wandb.tags=[third]", "wandb.notes=why", environment=said)

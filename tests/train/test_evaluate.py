@@ -252,6 +252,12 @@ def test_a_task_in_a_folder_of_the_user_s_with_filter_limit_and_examples(base, o
     assert examples.count("user") == 3, "examples are turns of their own"
 
 
+def test_a_chat_template_that_a_base_has_not_is_not_left_out_silently(base, own: Path) -> None:
+    questions = harness.Questions("sums", harness=HarnessTask(name="sums", chat=True), folder=str(own))
+    with pytest.raises(UserError, match="chat=true: the base has no chat template"):
+        harness.as_test(questions, base(template=False))
+
+
 def test_what_does_not_fit_a_task_of_the_harness_shows_before_training(own: Path) -> None:
     for settings, told in (
         ({"name": "sums", "filter": "exact"}, "filter=exact: strict, loose"),

@@ -1,6 +1,7 @@
 """Results as data: frames, the notebook, the harness' files and a model repository, from made-up records and real ones."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from d2lora import stats
 from d2lora.__main__ import main
 from d2lora.command import summary
 from d2lora.errors import UserError
+from d2lora.mirror import runs
 from d2lora.records import Records
 from d2lora.report import compare, evidence, formats, harness_files, manifest, publish, results, tables
 from d2lora.report.content import Sweep
@@ -289,9 +291,10 @@ def test_a_published_cell_has_a_card_that_the_hub_reads_and_nothing_of_the_machi
 def test_scores_on_the_hub_s_data_are_entries_of_its_leaderboards(tmp_path: Path, monkeypatch) -> None:
     from huggingface_hub import parse_eval_result_entries
 
-    cell = grid("scale=paper", n=[1000], m=[40000])[0]
+    cell = grid("scale=paper", "+benchmark@task.benchmark=gsm8k_likelihood", n=[1000], m=[40000])[0]
     made.publish(tmp_path, [cell])
     texts = publish.eval_results(publish.find(tmp_path, cell.id))
+    assert "gsm8k_likelihood" not in texts, "it would stand as GSM8K's accuracy"
     (entry,) = parse_eval_result_entries(yaml.safe_load(texts["gsm8k"]))
     assert (entry.dataset_id, entry.task_id) == ("openai/gsm8k", "main")
     assert "95 % interval" in entry.notes
@@ -326,3 +329,81 @@ def test_publishing_is_a_dry_run_unless_told_and_says_in_one_line_what_is_wrong(
     assert code == 2, "no network in tests"
     assert "nothing more is uploaded" in text
     assert (tmp_path / "new" / "README.md").exists()
+
+
+def test_publishing_replaces_nothing_but_what_it_has_written(tmp_path: Path) -> None:
+    stored = tmp_path / "adapter"  # as the store has it: PEFT's files, without a card
+    stored.mkdir()
+    clone = tmp_path / "clone"
+    publish.publish(REAL, WARMED, clone, None, public=False)
+    (clone / "notes.md").write_text("mine")
+    (stored / "adapter_config.json").write_text("{}")
+    for folder in (stored, clone):
+        before = {f: f.read_bytes() for f in folder.iterdir()}
+        with pytest.raises(UserError, match="not a published cell's folder"):
+            publish.publish(REAL, WARMED, folder, None, public=False)
+        assert {f: f.read_bytes() for f in folder.iterdir()} == before
+    assert {f.name for f in tmp_path.iterdir()} == {"adapter", "clone"}, "no temporary folder is left"
+
+
+def test_a_damaged_sweep_hides_no_cell_of_another(tmp_path: Path) -> None:
+    (cell,) = grid(n=[100], m=[0])
+    made.publish(tmp_path, [cell])
+    (tmp_path / "manifests" / "damaged.json").write_text("{")
+    assert publish.find(tmp_path, cell.id).manifest.sweep == "mine"
+    with pytest.raises(UserError, match=r"nosuch: no cell of a sweep here.*damaged"):
+        publish.find(tmp_path, "nosuch")
+
+
+def test_a_path_of_the_cell_s_own_is_refused_in_what_is_published(tmp_path: Path) -> None:
+    rows, output = tmp_path / "rows", tmp_path / "output"
+    shutil.copytree(ROOT / "d2lora" / "lab" / "data" / "math", rows)
+    (cell,) = grid(f"task.data.path={rows}", n=[100], m=[0])
+    made.publish(output, [cell])
+    with pytest.raises(UserError, match=r"/rows, which is of this machine"):
+        publish._check_private("README.md", f"trained on {rows}", publish.find(output, cell.id))
+
+
+def test_items_that_belong_together_have_the_tables_interval(tmp_path: Path) -> None:
+    cells = grid("+task.benchmark.lab_math.cluster=passage", n=[100], m=[0])
+    made.publish(tmp_path, cells, items=200)
+    file = tmp_path / "store" / "evaluate" / cells[0].chain.evaluations[0].key / "items.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    items = [line | {"cluster": f"passage {line['index'] % 20}"} for line in lines]
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    (point,) = [
+        p for p in points_of(manifest.read_manifest(tmp_path, "mine"), Records(tmp_path)) if p.benchmark == "lab_math"
+    ]
+    (row,) = d2lora.results(output=tmp_path).query("benchmark == 'lab_math'").to_dict("records")
+    assert (row["low"], row["high"]) == point.interval
+    assert runs._interval("accuracy", items) == point.interval
+    assert point.interval != stats.interval(point.table)
+
+
+def test_items_of_two_test_sets_are_not_joined(tmp_path: Path) -> None:
+    cells = grid(n=[100], m=[0, 4000])
+    made.publish(tmp_path, cells)
+    file = tmp_path / "store" / "evaluate" / cells[0].chain.evaluations[0].key / "items.jsonl"
+    file.write_text(file.read_text().replace('"gold": "', '"gold": "not '))
+    with pytest.raises(UserError, match="lab_math: these are items of two test sets"):
+        d2lora.items("mine", cells=(cells[0].id, cells[1].id), output=tmp_path)
+
+
+def test_a_likelihood_is_no_percentage_and_no_answer(tmp_path: Path) -> None:
+    cells = grid("+benchmark@task.benchmark=lab_math_likelihood", n=[100], m=[0])
+    made.publish(tmp_path, cells)
+    lines = summary.cell_text(cells[0], Store(tmp_path)).splitlines()
+    (line,) = [line for line in lines if "per_byte" in line]
+    assert " hundredths of a bit ± " in line
+    assert "%" not in line
+    folder = harness_files.export(tmp_path, ["mine"]) / cells[0].id
+    (file,) = folder.glob("results_*.json")
+    assert json.loads(file.read_text())["configs"]["lab_math_likelihood"]["output_type"] == "loglikelihood"
+    (file,) = folder.glob("samples_lab_math_likelihood_*.jsonl")
+    sample = json.loads(file.read_text().splitlines()[0])
+    assert sample["arguments"]["gen_args_0"]["arg_1"] == f" {sample['doc']['gold']}"
+
+
+def test_no_path_of_a_setting_is_uploaded() -> None:
+    config = {"task": {"lm_eval_path": "/scratch/me/tasks"}, "recipe": {"engine_python": "/scratch/me/bin/python"}}
+    assert "scratch" not in json.dumps(runs._public(config))

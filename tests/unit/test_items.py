@@ -111,8 +111,8 @@ def test_items_without_a_prompt_or_gold_are_refused_or_left_out_and_counted(tmp_
         data.check_benchmark(Benchmark(data=Data(path=str(file)), **given), 0)
     lenient = Benchmark(data=Data(path=str(file), empty="leave_out"), **given)
     data.check_benchmark(lenient, 0)
-    asked = data.asked(lenient, data.rows(lenient.data), lambda row: False)
-    assert (asked.rows, asked.left_out) == ([0, 2], {"empty": 1})
+    chosen = data.item_rows(lenient, data.rows(lenient.data), lambda row: False)
+    assert (chosen.rows, chosen.left_out) == ([0, 2], {"empty": 1})
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=r"all 1 items are left out \(empty\)"):
         data.check_benchmark(lenient, 0)

@@ -31,6 +31,12 @@ def test_a_trial_is_judged_on_the_validation_benchmark_and_does_not_meet_the_tes
         ({"_target_": "x.OptunaSweeper"}, [], "name what it optimizes: objective=BENCHMARK/METRIC"),
         ({"_target_": "x.OptunaSweeper", "direction": "minimize"}, ["lab_math/accuracy"], "direction=maximize"),
         ({"_target_": "x.OptunaSweeper", "direction": "maximize"}, ["lab_math/accuracy"], None),
+        ({"_target_": "x.NevergradSweeper", "optim": {"maximize": False}}, ["lab_math/accuracy"], "maximize=true"),
+        (
+            {"_target_": "x.AxSweeper", "ax_config": {"experiment": {"minimize": True}}},
+            ["lab_math/accuracy"],
+            "minimize=false",
+        ),
         ({"_target_": "x.BasicSweeper"}, [], None),
     ],
 )
