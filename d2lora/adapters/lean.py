@@ -59,6 +59,25 @@ def lean(wrapped: PeftModel) -> Iterator[None]:
             del module.forward
 
 
+_suspended = False
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Have every module compute by PEFT's and transformers' own code inside the `with` block, replaced or not."""
+    global _suspended
+    before, _suspended = _suspended, True
+    try:
+        yield
+    finally:
+        _suspended = before
+
+
+def _usual() -> bool:
+    """Tell whether a module must compute by its family's own code: a compiler fuses operations better."""
+    return _suspended or torch.compiler.is_compiling()
+
+
 def _replace(module: nn.Module, forward: Callable[..., Any], replaced: list[nn.Module]) -> None:
     module.forward = forward
     replaced.append(module)
@@ -120,9 +139,9 @@ class _Adapted:
 def _computes_in(members: list[_Adapted], x: torch.Tensor) -> torch.dtype | None:
     """Return the dtype that layers compute in together: autocast's, or that of everything.
 
-    None if dtypes are mixed, an adapter is disabled or merged, or a compiler fuses operations better.
+    None if dtypes are mixed, an adapter is disabled or merged, or PEFT's own code must run.
     """
-    if torch.compiler.is_compiling() or not all(one.applies() for one in members):
+    if _usual() or not all(one.applies() for one in members):
         return None
     kind, W, A = x.device.type, members[0].base.weight, matrices(members[0].layer)[0]
     if torch.is_autocast_enabled(kind):
@@ -188,7 +207,7 @@ def _mlp(module: nn.Module, members: list[_Adapted], x: torch.Tensor) -> torch.T
 
 
 def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling() or module.weight.requires_grad:
+    if _usual() or module.weight.requires_grad:
         return type(module).forward(module, x)
     return RmsNorm.apply(x, module.weight, module.variance_epsilon)
 
@@ -244,7 +263,7 @@ class _Rotate:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling() or unsqueeze_dim != 1 or cos.requires_grad or q.dtype != cos.dtype:
+        if _usual() or unsqueeze_dim != 1 or cos.requires_grad or q.dtype != cos.dtype:
             return self.of_family(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         if self.given[0] is not cos or self.given[1] is not sin:
             first, second = sin.chunk(2, -1)

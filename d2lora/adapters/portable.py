@@ -30,11 +30,14 @@ def write(folder: Path, copy: Path) -> int:
     config, tensors = LoraConfig.from_pretrained(str(folder)), load_file(folder / _WEIGHTS)
     assert isinstance(config, LoraConfig), "ours"
     changed = _rescale(tensors, config, folder)
-    shutil.copytree(folder, copy)
+    part = copy.with_name(f"{copy.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(folder, part)
     if changed:
-        save_file(tensors, copy / _WEIGHTS, {"format": "pt"})
+        save_file(tensors, part / _WEIGHTS, {"format": "pt"})
         content = json.loads((folder / _CONFIG).read_text()) | {"alpha_pattern": {}, "use_rslora": False}
-        (copy / _CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True))
+        (part / _CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True))
+    part.rename(copy)  # whole or not at all: scaled weights beside the old configuration would be scaled twice
     return changed
 
 

@@ -125,7 +125,7 @@ def candidates(model: PreTrainedModel, packed: bool, attention: str, examples: S
     sizes = [_tokens(e) for e in examples]
     shape = (sum(sizes) / len(sizes), "prompt_ids" in examples[0], sum(p.numel() for p in model.parameters()))
     kinds = _attentions(attention, own, *shape)
-    if BY_TEXT in kinds and not families.whole(reaches, max(map(longest, examples))):
+    if BY_TEXT in kinds and not families.whole(reaches, _longest_text(examples)):
         kinds = [kind for kind in kinds if kind != BY_TEXT] or [own]
     reached = reaches or {"": families.Reach()}
     layouts: list[Layout] = []
@@ -151,6 +151,14 @@ def _attentions(asked: str, own: str, tokens: float, pairs: bool, parameters: in
     if parameters < _COMPILED:
         return [BY_TEXT, own]
     return [FLEX, BY_TEXT, own] if pairs else [BY_TEXT, FLEX, own]
+
+
+def _longest_text(examples: Sequence[Example]) -> int:
+    """Return a length that no text exceeds, in tokens. KTO pairs a prompt with another row's answer."""
+    if "prompt_ids" not in examples[0]:
+        return max(map(longest, examples))
+    answers = max(len(e[kind]) for e in examples for kind in ("chosen_ids", "rejected_ids") if kind in e)
+    return max(len(e["prompt_ids"]) for e in examples) + answers
 
 
 def _tokens(example: Example) -> int:

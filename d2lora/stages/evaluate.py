@@ -198,7 +198,7 @@ def _quantizes(stage: Stage[Spec]) -> bool:
 
 def _clustered(run: Run[EvaluateSpec], items: Sequence[Item]) -> list[Item]:
     """Give items what their rows have in the benchmark's `cluster` column, if it names one; a row without a value stands alone."""
-    benchmark = run.config.task.benchmark.get(run.stage.subject)
+    benchmark = run.config.benchmarks.get(run.stage.subject)
     if run.stage.spec.lm_eval or benchmark is None or benchmark.cluster is None:
         return list(items)
     every = run.rows(benchmark.data)

@@ -1,16 +1,18 @@
 """Train for both phases and all methods: TRL's arguments, checkpoints to resume from, the record's metrics."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback
 
-from d2lora.adapters import attach
+from d2lora.adapters import attach, lean
 from d2lora.base import Base, device
 from d2lora.data import Subset, longest, sequences
 from d2lora.errors import UserError
@@ -80,6 +82,7 @@ def train(
         )
         tokens = sum(tokens_of(row, trainer.data_collator.layout.rows == "packed") for row in rows)
         with (
+            _lean_if_exact(base, trainer, texts, shown),
             families.attention(base.model, trainer.data_collator.layout.attention),
             _faster(base, trainer, machine, texts, shown),
         ):
@@ -151,6 +154,28 @@ def _prove(
     how = (texts, collator.prompt_loss, at_once, memory, autocast)
     collator.layout, shown = proof.choose(base.name, wrapped, base.model, layouts, *how)
     return shown
+
+
+@contextlib.contextmanager
+def _lean_if_exact(base: Base, trainer: PackedTrainer, texts: list[Example], shown: proof.Proof) -> Iterator[None]:
+    """Train with the layers of `adapters.lean` inside if they give what PEFT's and transformers' own give on a text.
+
+    Otherwise say so and train with the latter.
+    """
+    some = sorted(texts, key=longest)[len(texts) // 2 :][:1]
+    with torch.no_grad(), trainer.accelerator.autocast():
+        computed = proof.plain(trainer.model, some)
+        with lean.suspended():
+            off = proof.difference(computed, proof.plain(trainer.model, some))
+    if off <= shown.tolerance:
+        yield
+        return
+    print(
+        f"{base.name}: trained by PEFT's own layers (in ours a token's log-probability is off by {off:.2g})",
+        file=sys.stderr,
+    )
+    with lean.suspended():
+        yield
 
 
 @contextlib.contextmanager

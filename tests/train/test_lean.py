@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from doing import alone, do
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.autograd import gradcheck
@@ -195,3 +196,16 @@ def test_a_pass_that_fails_half_way_holds_no_memory_when_the_next_begins() -> No
         wrapped(input_ids=IDS)
     assert saved
     assert held == [0]
+
+
+def test_layers_that_are_wrong_are_not_trained_with(cell, tiny, tmp_path, monkeypatch, capsys) -> None:
+    def losses(folder: str) -> list[float]:
+        trained = alone(cell(f"model.path={tiny}", "method=sft", "n=8", "m=0", f"output={tmp_path / folder}"))
+        metrics = do(trained).record(trained.chain.adapt).metrics
+        return [metrics["first_loss"], metrics["last_loss"]]
+
+    right = losses("right")
+    assert "PEFT's own layers" not in capsys.readouterr().err
+    monkeypatch.setattr(RmsNorm, "apply", staticmethod(lambda x, weight, eps: 1.5 * weight * x))
+    assert losses("wrong") == pytest.approx(right, abs=1e-5)
+    assert "trained by PEFT's own layers" in capsys.readouterr().err
