@@ -220,7 +220,9 @@ CHOICE = {"kind": "choice", "prompt": "{q}", "gold": "{key}", "choices": "choice
     ],
 )  # fmt: skip
 def test_items_that_can_not_be_scored_are_refused_before_anything_is_trained(tmp_path, row, more, told) -> None:
-    good = row if told is None else {"q": "?", "a": "1", "key": "A", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}
+    good = (
+        row if told is None else {"q": "?", "a": "1", "key": "A", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}
+    )
     given = {"kind": "number", "prompt": "{q}", "gold": "{a}"} | more
     if "[" in given["prompt"]:
         good = {"q": {"text": "?"}, "a": "1"}
