@@ -141,18 +141,20 @@ class PackedTrainer(_Trainer):
         examples, passes = inputs["rows"].examples, self.data_collator.passes
         self.before_step(examples)
         reached = _Reached(self)
-        sizes: list[int] = []
+        parts: list[list[Example]] = []
 
         def part(some: list[Example]) -> torch.Tensor:
             reached.mark()
             loss = super(PackedTrainer, self).training_step(model, self.data_collator.lay(some), num_items_in_batch)
-            sizes.append(len(some))
+            parts.append(some)
             return loss
 
-        loss = torch.stack(passes.each(passes.parts(examples), part, reached.undo)).sum()
-        reached.average(sizes)
+        losses = passes.each(passes.parts(examples), part, reached.undo)
+        loss = torch.stack(losses).sum()
+        reached.average(list(map(len, parts)))
         if not torch.isfinite(loss):
-            rows = ", ".join(str(e["row"]) for e in examples if "row" in e)
+            bad = next((some for some, its in zip(parts, losses, strict=True) if not torch.isfinite(its)), examples)
+            rows = ", ".join(str(e["row"]) for e in bad if "row" in e)
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of the data set: lower the "
                 "learning rate or look at them"

@@ -659,7 +659,7 @@ def refused_item(told: dict, row: dict, asked: str | None) -> bool:
     if told["kind"] == "choice":
         offered, labels, gold = [plain(t) for t in row["offered"]], [plain(t) for t in row["labels"]], plain(row["a"])
         whole = all(t and seen(t) for t in offered) and len({t.strip() for t in offered}) == len(offered)
-        return not (whole and offered and len(offered) == len(labels) == len(set(labels)) and gold in labels)
+        return not (whole and len(offered) > 1 and len(offered) == len(labels) == len(set(labels)) and gold in labels)
     golds = golds_of(told["gold"], row["a"])
     if not golds or not all(seen(gold) for gold in golds):
         return True
@@ -668,8 +668,10 @@ def refused_item(told: dict, row: dict, asked: str | None) -> bool:
 
 
 def latin(text: str) -> str | None:
-    """What ROUGE sees of a text."""
-    return re.sub(r"[^a-z0-9]+", "", text.lower()) or None
+    """What ROUGE sees of a text; None for one that is mostly in another script."""
+    read = re.sub(r"[^a-z0-9]+", "", text.lower())
+    other = [letter for letter in text.lower() if letter.isalpha() and not letter.isascii()]
+    return None if other else read or None
 
 
 # --- what the fuzz found -------------------------------------------------------------------------------------------------
@@ -763,7 +765,7 @@ def test_a_gold_that_rouge_can_not_read_is_refused(gold: object) -> None:
     """The identical answer would get 0."""
     rows = [{"q": "?", "a": "apples"}, {"q": "?", "a": gold}]
     benchmark = Benchmark.model_validate({"data": {"path": "x"}, "kind": "rouge", "prompt": "{q}", "gold": "{a}"})
-    with pytest.raises(UserError, match=r"row 2: the gold answer .* has no Latin letter and no digit"):
+    with pytest.raises(UserError, match=r"row 2: the gold answer .* (is in another script than Latin|has no word)"):
         data.check_items(benchmark, rows)
     data.check_items(benchmark.model_copy(update={"kind": "exact"}), rows[:1] if gold == "!!!" else rows)
 
@@ -774,7 +776,7 @@ def test_a_gold_that_rouge_can_not_read_is_refused(gold: object) -> None:
         ({"q": None}, {"prompt": "Q: {q}\nA:"}, r"row 1: prompt='Q: {q}\nA:': None is no text"),
         ({"q": True}, {"prompt": "{q} \\boxed{{}}"}, r"row 1: prompt={q} \boxed{{}}: True is no text"),
         ({"a": ["18", "20"]}, {"gold": "{a:d}"}, "row 1: gold={a:d} can't be filled in (ValueError: "),
-        ({"a": "C", "offered": ["x"], "labels": ["A\nB"]}, {"kind": "choice", "gold": "{a}", "choices": "offered", "labels": "labels"}, r"row 1: the gold label 'C' is none of 'A\nB'"),
+        ({"a": "C", "offered": ["x", "y"], "labels": ["A\nB", "D"]}, {"kind": "choice", "gold": "{a}", "choices": "offered", "labels": "labels"}, r"row 1: the gold label 'C' is none of 'A\nB', D"),
     ],
 )  # fmt: skip
 def test_a_problem_of_a_test_item_is_one_line_that_says_it(row: dict, more: dict, told: str) -> None:

@@ -1,5 +1,6 @@
 """Evaluations by an engine in a process of its own, held against a small worker that misbehaves (small_vllm.py)."""
 
+import functools
 import json
 import os
 import shutil
@@ -325,6 +326,9 @@ def test_nothing_is_left_running_when_the_process_that_asks_is_ended(tmp_path: P
         stderr=subprocess.DEVNULL,
         text=True,
         cwd=Path(__file__).parents[2],
+        preexec_fn=functools.partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
     )
     assert parent.stdout
     worker = psutil.Process(int(parent.stdout.readline()))
