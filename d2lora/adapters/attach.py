@@ -144,13 +144,6 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
     raise RuntimeError("the adapter has non-zero weights and is not applied")
 
 
-def covered(model: Model, target_modules: str | list[str]) -> dict[str, Any]:
-    """Return the layers and the share of weights that an adapter covers (coverage.of), from the model's config: no
-    weights are loaded.
-    """
-    return _covered(_empty(model), target_modules)
-
-
 def _covered(empty: PreTrainedModel, target_modules: str | list[str]) -> dict[str, Any]:
     with torch.device("meta"):
         return coverage.of(fresh(empty, Start(Lora(r=1, alpha=1, target_modules=target_modules), PlainInit())))

@@ -134,6 +134,7 @@ def test_a_tuned_sweep_meets_the_test_after_its_choice_and_is_not_done_twice(run
     assert "add -m" in one_line(run("tune=[recipe.lr]", "n=4", code=2).stderr)
 
 
+@pytest.mark.slow
 def test_joblib_s_workers_make_the_same_adapters(run, tmp_path: Path) -> None:
     grid = ["-m", "method=sft,dpo", "n=8", "m=0,8", *SHORT]
     assert "Warning" not in run(*grid).stderr

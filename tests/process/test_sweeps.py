@@ -214,7 +214,13 @@ def test_a_sweep_of_the_hub_s_data_sets_is_planned_offline(run) -> None:
     assert run("-cn", "figure4", "dry_run=true").stdout.startswith("sweep figure4: 8 cells, ")
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local", "submitit_slurm"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param("basic", marks=SLOW), "joblib", "submitit_local", pytest.param("submitit_slurm", marks=SLOW)],
+)
 def test_a_sweep_that_names_its_workers_takes_any_launcher(launcher: str, run) -> None:
     if launcher.startswith("submitit"):
         pytest.importorskip("submitit")
