@@ -10,7 +10,7 @@ lab: .venv/ready ## run the lab's grid and print its table (what `make` alone do
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quick: .venv/ready-dev lint ## lint and the tests that need no torch and start nothing: under a minute
+quick: .venv/ready-dev lint ## lint and the tests that need no torch and start nothing: about a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not thorough" tests/unit
 
 # Two workers on two cores; each test's stages set their own threads.
