@@ -167,6 +167,7 @@ def test_a_single_cell_prints_its_results_and_no_token_is_in_anything_that_is_wr
         assert not [f for f in files if value.encode() in f.read_bytes()]
 
 
+@pytest.mark.slow
 def test_the_lab_sweep_is_table_3_at_a_tenth(run) -> None:
     text = run("-cn", "lab", "dry_run=true").stdout
     assert "30 cells" in text
@@ -236,7 +237,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(run, grid: list[str]) -> No
     assert "n=20000: task=lab-math has 11,000 rows" in one_line(run(*grid, "n=20000", "dry_run=true", code=2).stderr)
 
 
-@pytest.mark.parametrize("grid", [[], ["-m"]])
+@pytest.mark.parametrize("grid", [[], pytest.param(["-m"], marks=pytest.mark.slow)])
 def test_data_of_a_phase_that_a_cell_has_not_may_be_missing(run, grid: list[str]) -> None:
     run(*grid, "n=1", "m=0", "warmup.data.path=nowhere", "dry_run=true")
     assert "nowhere" in one_line(run(*grid, "n=1", "m=1", "warmup.data.path=nowhere", "dry_run=true", code=2).stderr)

@@ -218,8 +218,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "launcher",
-    [pytest.param("basic", marks=SLOW), "joblib", "submitit_local", pytest.param("submitit_slurm", marks=SLOW)],
+    "launcher", ["submitit_local", *(pytest.param(name, marks=SLOW) for name in ("basic", "joblib", "submitit_slurm"))]
 )
 def test_a_sweep_that_names_its_workers_takes_any_launcher(launcher: str, run) -> None:
     if launcher.startswith("submitit"):

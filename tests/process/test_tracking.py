@@ -432,7 +432,9 @@ def down() -> str:
     return f"http://127.0.0.1:{port}"
 
 
-@pytest.mark.parametrize("kind", ["silent", "refusing", pytest.param("down", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["refusing", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("silent", "down"))]
+)
 def test_a_server_that_does_not_work_costs_one_warning(kind: str, tmp_path: Path, request) -> None:
     url = request.getfixturevalue(kind)
     done = typed(tmp_path, "n=4", "wandb.patience=3", environment={"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY})

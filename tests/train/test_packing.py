@@ -189,7 +189,11 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m.values())))
 @pytest.mark.parametrize(
     ("packed", "warm"),
-    [pytest.param("prefix_shared", False, marks=pytest.mark.slow), ("prefix_shared", True), ("padded", True)],
+    [
+        pytest.param("prefix_shared", False, marks=pytest.mark.slow),
+        ("prefix_shared", True),
+        pytest.param("padded", True, marks=pytest.mark.slow),
+    ],
     ids=["packed m=0", "packed m>0", "padded m>0"],
 )
 def test_after_50_steps_the_adapter_is_trl_s(cell, tiny, tmp_path, pairs, method, warm, packed) -> None:
