@@ -353,23 +353,20 @@ def test_a_prompt_or_gold_that_is_no_text_is_refused_before_anything_is_asked() 
             harness.task_of("t", numbers(), [ROWS[0], row], template=True)
 
 
-def test_items_keep_the_cluster_that_their_benchmark_names(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("task.benchmark.lab_math", []), ("task.validation.lab_math_validation", ["tune=[recipe.lr]"])],
+    ids=["benchmark", "validation"],
+)
+def test_items_keep_the_cluster_that_their_benchmark_names(name: str, more: list[str], tiny, tmp_path: Path) -> None:
     file = tmp_path / "passages.jsonl"
     rows = [row | {"passage": passage} for row, passage in zip(ROWS, ("a", "a", "b", None), strict=True)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    test_set = [
-        f"model.path={tiny}",
-        f"task.benchmark.lab_math.data.path={file}",
-        "~task.benchmark.lab_math.data.split",
-    ]
-    more = [
-        "+task.benchmark.lab_math.cluster=passage",
-        "~task.benchmark.lab_facts",
-        "task.benchmark.lab_math.max_new_tokens=3",
-    ]
-    cell = composing.cell("n=0", *test_set, *more, f"output={tmp_path / 'out'}")
+    test_set = [f"model.path={tiny}", f"{name}.data.path={file}", f"~{name}.data.split", f"+{name}.cluster=passage"]
+    short = [f"{name}.max_new_tokens=3", "~task.benchmark.lab_facts", "task.benchmark.lab_math.limit=4"]
+    cell = composing.cell("n=0", *test_set, *short, *more, f"output={tmp_path / 'out'}")
     do(cell)
-    key = cell.chain.evaluations[0].key
+    key = (cell.chain.validations or cell.chain.evaluations)[0].key
     records = Records(tmp_path / "out")
     records.get("evaluate", key)
     assert [item["cluster"] for item in records.texts(key, [0, 1, 2, 3])] == ["a", "a", "b", "row 3"]

@@ -20,6 +20,7 @@ from d2lora.layouts import by_text, packing
 from d2lora.layouts.families import Reach
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.records import Record
 from d2lora.settings import METHOD_NAMES
 from d2lora.store import Store
 
@@ -159,19 +160,24 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def trained_in_less(cell: Cell, peak_mb: float) -> Record:
+    """Return the record of an adaptation with 60 % of the memory that it took, beyond the base's, for a peak of `peak_mb`."""
+    base_mb = memory_mb()
+    torch.cuda.empty_cache()
+    room = (base_mb + 0.6 * (peak_mb - base_mb)) * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        return do(alone(cell)).record(cell.chain.adapt)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_memory_that_ends_halves_the_micro_batch(make, wide: Path, method: str, capsys) -> None:
     settings = [f"model.path={wide}", f"method={method}", "n=128", "m=0", "recipe.batch=64", "recipe.micro_batch=64"]
     calm, tight = make("calm", *settings), make("tight", *settings)
     wanted = do(alone(calm)).record(calm.chain.adapt)
-    base_mb = memory_mb()
-    torch.cuda.empty_cache()
-    room = (base_mb + 0.6 * (wanted.peak_memory_mb - base_mb)) * 2**20
-    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
-    try:
-        found = do(alone(tight)).record(tight.chain.adapt)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    found = trained_in_less(tight, wanted.peak_memory_mb)
     assert "again with recipe.micro_batch=32" in capsys.readouterr().err
     assert found.metrics["micro_batch"] in (16, 32)
     assert found.metrics["steps"] == wanted.metrics["steps"] == 2
@@ -233,14 +239,7 @@ def test_memory_that_ends_divides_a_pass_in_its_step(make, wide: Path, capsys) -
     settings = [f"model.path={wide}", "method=dpo", "n=128", "m=0", "recipe.batch=64", "recipe.micro_batch=auto"]
     calm, tight = make("calm", *settings), make("tight", *settings)
     wanted = do(alone(calm)).record(calm.chain.adapt)
-    base_mb = memory_mb()
-    torch.cuda.empty_cache()
-    room = (base_mb + 0.6 * (wanted.peak_memory_mb - base_mb)) * 2**20
-    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
-    try:
-        found = do(alone(tight)).record(tight.chain.adapt)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    found = trained_in_less(tight, wanted.peak_memory_mb)
     assert "again with recipe.micro_batch=auto" in capsys.readouterr().err
     assert found.metrics["pass_tokens"] < wanted.metrics["pass_tokens"] == 8192
     assert apart(adapter(tight), adapter(calm)) < 0.02
