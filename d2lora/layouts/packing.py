@@ -3,8 +3,8 @@
 Packed, a pair is one stretch of a row, [prompt | chosen | rejected]. Positions restart after the prompt for each
 answer, and an answer attends to its prompt and itself, so every token gets what it would get in a sequence of its own
 (the idea of arXiv 2410.20305). That holds where masks by position describe a model's layers completely. Layers that
-carry a state need each text in a row of its own: padded, or in passes of single texts. `proof.py` tests on the model
-which layouts are exact.
+carry a state need each text in a row of its own: padded, or in passes of single texts. `check.py` tests on the
+model which layouts are exact.
 """
 
 from collections.abc import Sequence
