@@ -14,7 +14,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from d2lora.keys import digest
 from d2lora.mirror.sender import About, Run, Trial, address, disabled, fit, flush, folder, hush, is_offline, trial
 from d2lora.outputs import Outputs, cached, write_json
 from d2lora.plan import Cell
+from d2lora.progress import logged_by
 from d2lora.records import CLUSTER, Item, Record, Score, read_items
 from d2lora.scoring import is_graded
 from d2lora.settings import Config, amount
@@ -37,8 +37,6 @@ from d2lora.stages.training import TrainingSpec
 from d2lora.stages.warmup import WarmupSpec
 from d2lora.store import Store
 
-_at_work: ContextVar[Run | None] = ContextVar("at_work", default=None)  # the run of the stage at work
-
 # --- stages --------------------------------------------------------------------------------------------------------
 
 
@@ -50,9 +48,9 @@ def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
         return
     run = Run(config, store.outputs, _about(config, stage))
     run.do(_define_axes)
-    token = _at_work.set(run)
     try:
-        yield
+        with logged_by(functools.partial(_log, run)):
+            yield
         record, folder = store.record(stage), store.folder(stage)
         assert record is not None, "the caller published it"
         run.do(lambda r: _mirror(r, record, folder))
@@ -64,15 +62,13 @@ def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             hush()
         raise
-    finally:
-        _at_work.reset(token)
 
 
-def log(values: dict[str, float], samples_seen: int) -> None:
-    """Log a training's current values to the current stage's run, if it has one."""
-    if run := _at_work.get():
-        shown = {f"train/{k}": v for k, v in values.items()} | {"samples_seen": samples_seen, "_timestamp": time.time()}
-        run.do(lambda r: r.log(shown))
+def _log(run: Run, values: dict[str, float], samples_seen: int) -> None:
+    """Log a training's current values to its stage's run."""
+    named = {f"train/{name}": value for name, value in values.items()}
+    logged = named | {"samples_seen": samples_seen, "_timestamp": time.time()}
+    run.do(lambda r: r.log(logged))
 
 
 def _about(config: Config, stage: Stage) -> About:

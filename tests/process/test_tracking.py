@@ -26,6 +26,7 @@ import pytest
 from d2lora import mirror as mirrored
 from d2lora.data import overlap
 from d2lora.mirror import sender
+from d2lora.progress import log
 from d2lora.records import Record
 from d2lora.stages import Stage, flips
 from d2lora.store import Store
@@ -312,7 +313,7 @@ def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: 
 
     def attempt(fail: bool) -> None:
         with mirrored.stage(this.config, adapt, store):
-            mirrored.log({"loss": 1.0}, 8)
+            log({"loss": 1.0}, 8)
             if fail:
                 raise RuntimeError("no memory")
             store.ensure(adapt, lambda folder: made.record(adapt, metrics={"last_loss": 1.0}))
