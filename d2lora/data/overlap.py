@@ -138,8 +138,8 @@ class Template:
 
     def read(self, values: Group) -> tuple[list[Group], list[Group]]:
         """Return what the template makes of the fields' values: its questions, and its runs of values."""
-        named = dict(zip(self.fields, values, strict=True))
-        return list(self.questions(named)), list(self.runs(named))
+        by_field = dict(zip(self.fields, values, strict=True))
+        return list(self.questions(by_field)), list(self.runs(by_field))
 
     def questions(self, values: dict[str, str]) -> Iterator[Group]:
         """Yield the filled template, and its filled core if that differs."""
@@ -206,7 +206,7 @@ def template(text: str) -> Template:
         pieces += [(fixed, ""), ("", field)]
     core = [piece for sentence in sentences if any(field for _, field in sentence) for piece in sentence]
     is_core = all(any(field for _, field in sentence) for sentence in sentences)
-    pieces, core = ([piece for piece in some if any(piece)] for some in (pieces, core))
+    pieces, core = ([piece for piece in part if any(piece)] for part in (pieces, core))
     return Template(tuple(pieces), tuple(pieces if is_core else core))
 
 
@@ -245,9 +245,9 @@ class _Index(NamedTuple):
     13-gram.
     """
 
-    whole: dict[Words, list[int]]
+    questions: dict[Words, list[int]]
     runs: dict[Words, list[int]]
-    some: set[Words]
+    samples: set[Words]
 
 
 def overlap(
@@ -269,7 +269,7 @@ def overlap(
     """
     index = _index(tests, question, answer, prompt, gold)
     hits = _search(index, rows, columns, tuple(trained), progress)
-    return [_hit(item, _shown(tests[item], question, prompt), hits[item]) for item in sorted(hits)]
+    return [_hit(item, _question(tests[item], question, prompt), hits[item]) for item in sorted(hits)]
 
 
 def _hit(item: int, question: str, first: _First) -> Hit:
@@ -293,12 +293,12 @@ def _search(
         raw = [(text,) for text in texts(row, columns)]
         questions, groups = _new_texts(row, trained, filled)
         for group in _new([*raw, *questions], met_questions):
-            for item in index.whole.get(_as_one(group), ()):
+            for item in index.questions.get(_as_one(group), ()):
                 if hits[item].exact is None:
                     hits[item].exact = number
         borders = (border for group in groups for border in _borders(group))
         for text_words in [*map(_as_one, _new(raw, met_texts)), *_new(borders, met_texts)]:
-            if not index.some.isdisjoint(_some(text_words)):
+            if not index.samples.isdisjoint(_samples(text_words)):
                 _note(hits, index.runs, number, text_words)
         if number % 1000 == 0 or number == len(rows) - 1:
             progress(number + 1, len(rows))
@@ -341,7 +341,7 @@ def _new(groups: Iterable[Group], before: set[Group]) -> Iterator[Group]:
             yield group
 
 
-def _shown(row: Row, question: list[str], prompt: str) -> str:
+def _question(row: Row, question: list[str], prompt: str) -> str:
     """Return an item's question for the report."""
     values = template(prompt).values(row)
     return fill(prompt, row) if prompt and values is not None else " ".join(texts(row, question))
@@ -351,7 +351,7 @@ def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str
     """Index the items of a test set."""
     by_question: dict[Words, list[int]] = defaultdict(list)
     by_ngram: dict[Words, list[int]] = defaultdict(list)
-    some: set[Words] = set()
+    samples: set[Words] = set()
     for item, row in enumerate(tests):
         questions, groups = _filled(row, prompt)
         for form in {_as_one(group) for group in ((" ".join(texts(row, question)),), *questions)} - {()}:
@@ -359,13 +359,13 @@ def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str
         raw = {(text,) for text in texts(row, [*question, *answer])}
         texts_words = [_as_one(group) for group in raw.union(groups, _filled(row, gold)[1])]
         for text_words in texts_words:
-            some.update(_some(text_words))
+            samples.update(_samples(text_words))
             for run in ngrams(text_words):
                 by_ngram[run].append(item)
-    return _Index(dict(by_question), dict(by_ngram), some)
+    return _Index(dict(by_question), dict(by_ngram), samples)
 
 
-def _some(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _samples(text_words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Yield five words of each 13-gram. Most texts share none of these, and they are faster to look up than all 13."""
     return zip(text_words, text_words[3:], text_words[6:], text_words[9:], text_words[NGRAM - 1 :], strict=False)
 

@@ -241,16 +241,16 @@ def _where(rows: list[Row], data: Data, column: str, values: list) -> list[Row]:
     UserError for a value that no row has, since it is probably mistyped.
     """
     require_columns(rows, data, column, empty=True)
-    present = {_named(row[column]) for row in rows}
-    if absent := [str(value) for value in values if _named(value) not in present]:
+    present = {_spelled(row[column]) for row in rows}
+    if absent := [str(value) for value in values if _spelled(value) not in present]:
         raise UserError(
             f"data.where.{column}={', '.join(absent)}: no row has it; there are {', '.join(sorted(present)[:40])}"
         )
-    selected = set(map(_named, values))
-    return [row for row in rows if _named(row[column]) in selected]
+    selected = set(map(_spelled, values))
+    return [row for row in rows if _spelled(row[column]) in selected]
 
 
-def _named(value: Any) -> str:
+def _spelled(value: Any) -> str:
     """Spell a value as `where` compares it: the numbers 1 and 1.0 and the text 1 are equal.
 
     A null equals the text null.

@@ -201,21 +201,21 @@ def shape(tokenizer: "Tokenizer") -> Shape:
 @functools.lru_cache(16)
 def _shape(tokenizer: "Tokenizer", template: str | None) -> Shape:
     if template is None:
-        return Shape("", "", *_named_end(tokenizer), ended=False, follows=True)
+        return Shape("", "", *_eos(tokenizer), ended=False, follows=True)
     try:
         prompt, turn = (render(tokenizer, _PROBE[:n], n == 1, template) for n in (1, 2))
     except UserError:  # the same error will be raised for a row, and name it
         prompt = turn = ""
     start = turn.rfind(_ANSWER)
     if start < 0:  # a template that renders prompts only
-        return Shape("", "", *_named_end(tokenizer), ended=False, follows=True)
+        return Shape("", "", *_eos(tokenizer), ended=False, follows=True)
     if follows := turn.startswith(prompt):
         opening = turn[len(prompt) : start]
     else:  # DeepSeek R1's prompt opens a thought, its turns have none: an answer without a thought closes it first
         opening = "\n</think>\n\n" if prompt.rstrip().endswith("<think>") else ""
     match = re.match(rf"(\s*)({_any_of(_added(tokenizer))})", turn[start + len(_ANSWER) :])
     if not match:
-        return Shape(opening, "", *_named_end(tokenizer), ended=False, follows=follows)
+        return Shape(opening, "", *_eos(tokenizer), ended=False, follows=follows)
     return Shape(
         opening, match[1], match[2], cast(int, tokenizer.convert_tokens_to_ids(match[2])), ended=True, follows=follows
     )
@@ -229,7 +229,7 @@ def answer_starts(tokenizer: "Tokenizer") -> list[int]:
     return added[-1:] + ([] if thoughts is None else [thoughts])
 
 
-def _named_end(tokenizer: "Tokenizer") -> tuple[str, int]:
+def _eos(tokenizer: "Tokenizer") -> tuple[str, int]:
     """Return the tokenizer's EOS as text and id. UserError if it has none."""
     if tokenizer.eos_token is None:
         raise UserError("the model's chat template ends no turn with a token, and its tokenizer has no eos_token")
@@ -353,13 +353,13 @@ def lost(text: str, messages: list[Message], tools: list | None = None) -> str |
 def _pieces(message: Message, last: bool) -> list[str]:
     """Return the texts of a message that a rendering must contain, in order."""
     content, name = message["content"] or "", message.get("name")
-    named = [name] if name and message["role"] not in ("tool", name) else []
+    names = [name] if name and message["role"] not in ("tool", name) else []
     if message["role"] != "assistant":
-        return [*named, *([content.strip()] if content.strip() else [])]
+        return [*names, *([content.strip()] if content.strip() else [])]
     parts = [part.strip() for part in re.split("|".join(_THOUGHTS), content)]
     answers = parts if last else parts[-1:]
     thoughts = [message["reasoning_content"].strip()] if last and message.get("reasoning_content") else []
-    return named + [part for part in thoughts + answers if part]
+    return names + [part for part in thoughts + answers if part]
 
 
 def _forms(text: str) -> set[str]:

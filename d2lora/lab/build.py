@@ -288,14 +288,14 @@ def write_pairs(count: int, batch: int = 256) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE).eval(), AutoTokenizer.from_pretrained(BASE)
     problems = world.distinct(world.problem, "train", 200_000, SEED)
     rows: list[dict[str, str]] = []
-    tried = 0
+    sampled = 0
     while len(rows) < count:
         chunk = [next(problems) for _ in range(batch)]
         solutions = sample(model, tokenizer, [world.PROMPT.format(question=p.text) for p in chunk], temperature=1.0)
         rows += [row for p, s in zip(chunk, solutions, strict=True) if (row := pair(p, s))]
-        tried += batch
-        if tried % (10 * batch) == 0:
-            print(f"{len(rows):,} pairs of {tried:,} problems", flush=True)
+        sampled += batch
+        if sampled % (10 * batch) == 0:
+            print(f"{len(rows):,} pairs of {sampled:,} problems", flush=True)
     write(DATA / "math" / "train.jsonl.xz", rows[:count])
 
 

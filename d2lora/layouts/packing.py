@@ -151,7 +151,7 @@ def _lay(texts: list[_Text], starts: list[tuple[int, int]], length: int) -> tupl
 def _passes(sizes: list[int], layout: Layout, hidden: int) -> list[tuple[list[int], list[tuple[int, int]], int]]:
     """Return (texts, (row, start) of each, the rows' length) of each forward pass."""
     if layout.rows == "packed":
-        return [(list(range(len(sizes))), *_places(sizes, layout, hidden))]
+        return [(list(range(len(sizes))), *_positions(sizes, layout, hidden))]
     groups = _of_one_length(sizes, layout.filled) if layout.rows == "padded" else [[i] for i in range(len(sizes))]
     return [(group, [(row, 0) for row in range(len(group))], max(sizes[i] for i in group)) for group in groups]
 
@@ -168,7 +168,7 @@ def _of_one_length(sizes: list[int], filled: float) -> list[list[int]]:
     return groups
 
 
-def _places(sizes: list[int], layout: Layout, hidden: int) -> tuple[list[tuple[int, int]], int]:
+def _positions(sizes: list[int], layout: Layout, hidden: int) -> tuple[list[tuple[int, int]], int]:
     """Return (row, start) of each example, and the rows' length: one row where attention skips what a mask would hide,
     else among several lengths the cheapest.
 

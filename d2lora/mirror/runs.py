@@ -305,13 +305,13 @@ def _fill_cell(run: Any, cell: Cell, results: dict[str, object]) -> None:
 def _flat(cell: Cell) -> dict[str, object]:
     """Return a cell's config for W&B: values to filter and group by at the top, and the ids of its stages' runs."""
     c = cell.config
-    named = {k: getattr(c, k).name for k in ("method", "task", "model", "init", "warmup", "recipe")}
+    names = {k: getattr(c, k).name for k in ("method", "task", "model", "init", "warmup", "recipe")}
     sizes = {"m": c.m, "n": c.n, "seed": c.seed, "arm": _arm(c.m), "lr": c.recipe.rate(c.method.name)}
     evaluations = {s.subject: s.key for s in cell.chain.evaluations}
     trained = {s.kind: s.key for s in (cell.chain.warmup, cell.chain.adapt) if s}
-    whole = c.model_dump(exclude={"output", "data_root", "dry_run", "skip_invalid", "job"})
+    settings = c.model_dump(exclude={"output", "data_root", "dry_run", "skip_invalid", "job"})
     stages = {**trained, EvaluateSpec.KIND: evaluations}
-    return {**named, **sizes, "cell": cell.id, "stages": stages, "config": _public(whole)}
+    return {**names, **sizes, "cell": cell.id, "stages": stages, "config": _public(settings)}
 
 
 _PATHS = ("path", "lm_eval_path", "engine_python")  # settings that may name a file or folder of this machine
@@ -383,8 +383,8 @@ def _fill_report(run: Any, config: Config, files: list[Path], tables: str, means
 
     run.summary.update(means)
 
-    shown = "\n".join(line for line in tables.splitlines() if not re.match(r"(report|curves): ", line))
-    run.log({"tables": wandb.Html(f"<pre>{html.escape(shown.strip())}</pre>")})
+    text = "\n".join(line for line in tables.splitlines() if not re.match(r"(report|curves): ", line))
+    run.log({"tables": wandb.Html(f"<pre>{html.escape(text.strip())}</pre>")})
     for file in files:
         if file.suffix == ".png":
             run.log({file.stem: wandb.Image(str(file))})
@@ -417,8 +417,8 @@ def _number(text: str) -> float | str:
 def where(outputs: Outputs, run_id: str) -> str:
     """Say where the runs are; online the address of the one that sums them up."""
     if is_offline() or any(folder(outputs).glob("offline-run-*")):
-        shown = os.path.relpath(folder(outputs))
-        return f"W&B: runs in {shown}; to upload them: wandb sync --include-online {shown}/*run-*"
+        path = os.path.relpath(folder(outputs))
+        return f"W&B: runs in {path}; to upload them: wandb sync --include-online {path}/*run-*"
     url = address(run_id)
     return "W&B: the runs are online" + (f": {url}" if url else "")
 

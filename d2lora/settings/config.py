@@ -21,7 +21,7 @@ from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
 from d2lora.settings.recipe import RATE, Recipe
 from d2lora.settings.tasks import Benchmark, Model, Task, Warmup
-from d2lora.settings.values import Amount, PathText, Seed, Strict, Text, shown
+from d2lora.settings.values import Amount, PathText, Seed, Strict, Text, as_given
 
 OF_VALIDATION = "_validation"  # ends the name of the validation benchmark of another
 
@@ -264,4 +264,4 @@ def _line(problem: Any) -> str:
         return f"{key}.name={problem['ctx']['tag']}: one of {', '.join(classes)}"
     if isinstance(problem["input"], BaseModel | dict):
         return f"{key}: {text}" if key else text
-    return f"{key}={shown(problem['input'])}: {text[0].lower() + text[1:]}"
+    return f"{key}={as_given(problem['input'])}: {text[0].lower() + text[1:]}"

@@ -62,8 +62,7 @@ def train(
     rows = method.examples(drawn)
     texts = [text for row in rows for text in sequences(row)]
     epochs = spec.epochs if epochs is None else epochs
-    steps = spec.steps(len(rows), epochs)
-    log_every = max(1, steps // _LOGGED)
+    log_every, record_every = _intervals(spec.steps(len(rows), epochs))
     start = checkpoint(folder)
     passes = passes or Passes.of(machine.micro_batch, device())
     layouts = choice.candidates(base.model, machine.packing == "prefix_shared", machine.attention, texts)
@@ -86,8 +85,13 @@ def train(
             trainer.add_callback(Curves(len(rows), spec.batch, tokens / len(rows)))
             _run(trainer, wrapped, start)
     counts = {"samples_seen": round(len(rows) * epochs), "tokens_seen": round(tokens * epochs)}
-    losses, log = _losses(trainer, max(1, steps // _RECORDED // log_every) * log_every)
-    return losses | counts | trainer.counted() | _conditions(trainer, start, layout_proof) | {"log": log}
+    return _metrics(trainer, start, counts, layout_proof, record_every)
+
+
+def _intervals(steps: int) -> tuple[int, int]:
+    """Return after how many steps each an entry is logged, and one is in the record: a multiple of the former."""
+    logged = max(1, steps // _LOGGED)
+    return logged, max(1, steps // _RECORDED // logged) * logged
 
 
 def _watch(progress: Progress, machine: Machine, start: Checkpoint | None) -> Watch:
@@ -248,18 +252,20 @@ def _listed_once(wrapped: PeftModel) -> Iterator[None]:
         del wrapped.parameters
 
 
-def _conditions(trainer: PackedTrainer, start: Checkpoint | None, layout_proof: proof.Proof) -> dict[str, Any]:
-    """Return what the record says of how the training ran: its checkpoint, its passes, its layout."""
+def _metrics(
+    trainer: PackedTrainer,
+    start: Checkpoint | None,
+    counts: dict[str, int],
+    layout_proof: proof.Proof,
+    record_every: int,
+) -> dict[str, Any]:
+    """Return the record's metrics: losses, what was counted, how the training ran, and its thinned log."""
     collator = trainer.data_collator
+    log = thin([entry for entry in trainer.state.log_history if "loss" in entry], record_every)
+    losses = {"first_loss": log[0]["loss"], "last_loss": log[-1]["loss"], "steps": trainer.state.global_step}
     resumed = {"resumed": start.mark} if start else {}
     layout = {"attention": collator.layout.attention, "layout": asdict(layout_proof)}
-    return resumed | collator.passes.metrics | layout
-
-
-def _losses(trainer: PackedTrainer, every: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return first and last loss with the number of steps, and the log for the record: an entry every `every` steps."""
-    log = thin([e for e in trainer.state.log_history if "loss" in e], every)
-    return {"first_loss": log[0]["loss"], "last_loss": log[-1]["loss"], "steps": trainer.state.global_step}, log
+    return losses | counts | trainer.counted() | resumed | collator.passes.metrics | layout | {"log": log}
 
 
 def thin(log: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
