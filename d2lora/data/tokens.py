@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from d2lora.data import templates
+from d2lora.data import renderings, templates
 from d2lora.data.conversations import Message, conversation, tools_of
 from d2lora.data.files import Row
 from d2lora.data.pairs import EMPTY, EQUAL, Messages, pair_texts
@@ -159,7 +159,7 @@ def rendered_prompt(tokenizer: "Tokenizer", prompt: str | list[Message], prefix:
     if tokenizer.chat_template is None and isinstance(prompt, str):
         return f"{prompt}\n{prefix}"
     text = templates.render(tokenizer, messages, generate=True)
-    if problem := templates.lost(text, messages):
+    if problem := renderings.lost(text, messages):
         raise UserError(problem)
     return text + templates.shape(tokenizer).opening + prefix if prefix else text
 
@@ -239,7 +239,7 @@ def conversation_example(tokenizer: "Tokenizer", messages: Any, tools: Any = Non
     for message in read.messages:
         for text in _texts_of(message):
             templates.refuse_tokens(tokenizer, text, f"a turn ({message['role']})")
-    messages = templates.renderable_calls(tokenizer, read.messages, offered)
+    messages = renderings.renderable_calls(tokenizer, read.messages, offered)
     training = templates.training_template(tokenizer)
     try:
         turns = [_turn(tokenizer, messages, offered, None, index) for index in read.learned]
@@ -299,7 +299,7 @@ def _turn(
             f"turn {index + 1} does not follow the prompt that the model's chat template gives for it"
             + ("" if plain else ": with thoughts it may need model.thinking=true")
         )
-    if problem := templates.lost(before + turn, messages[: index + 1], tools):
+    if problem := renderings.lost(before + turn, messages[: index + 1], tools):
         raise UserError(problem)
     end = templates.turn_end(tokenizer, turn, message)
     if end is None and shape.ended:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from d2lora import data
-from d2lora.data import overlap
+from d2lora.data import overlap, wording
 from d2lora.records import Result
 from d2lora.settings import Benchmark, Config, Data, Task, fields
 from d2lora.stages import prepare
@@ -18,7 +18,7 @@ class ContaminationSpec(Spec):
 
     test: Identity
     train: Identity
-    ngram: int = overlap.NGRAM
+    ngram: int = wording.NGRAM
 
     KIND: ClassVar[str] = "contamination"
     VERSION: ClassVar[int] = 2
