@@ -390,7 +390,7 @@ def test_a_cell_s_run_that_could_not_be_filled_is_sent_again(tmp_path: Path, cel
         return ["lab_math/accuracy" in run["summary"] for run in runs(tmp_path)]
 
     with monkeypatch.context() as patched:
-        patched.setattr("d2lora.mirror.runs._fill_cell", lambda run, cell, results: results["nosuch"])
+        patched.setattr("d2lora.mirror.cells._fill_cell", lambda run, cell, results: results["nosuch"])
         assert sent() == [False]
     assert "nosuch" in capsys.readouterr().err
     assert True in sent()
