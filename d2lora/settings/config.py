@@ -86,7 +86,7 @@ class Config(Strict):
 
     @property
     def benchmarks(self) -> dict[str, Benchmark]:
-        """The task's benchmarks, and where settings are chosen by them its validation benchmarks."""
+        """Return the task's benchmarks, and where settings are chosen by them its validation benchmarks."""
         return self.task.benchmark | (self.task.validation if self.is_validated else {})
 
     @property
