@@ -55,7 +55,7 @@ def conversation(value: Any) -> Conversation:
 def is_silent(message: Message) -> bool:
     """Tell whether a user's or assistant's turn is empty.
 
-    Training on it would teach an answer to nothing, or an end alone.
+    Training on it would teach to answer nothing, or to end at once.
     """
     silent = is_blank(message["content"] or "") and not message.get("tool_calls")
     return silent and message["role"] in ("user", "assistant")

@@ -77,14 +77,14 @@ def _is_empty(benchmark: Benchmark, row: Row) -> bool:
 
 @dataclass(frozen=True)
 class ItemRows:
-    """Which rows of a benchmark are asked, by their indices, and how many are left out, by reason."""
+    """The rows of a benchmark that are evaluated, by their indices, and how many are left out, by reason."""
 
     rows: list[int]
     left_out: dict[str, int]
 
 
 def item_rows(benchmark: Benchmark, all_rows: Sequence[Row], is_too_long: Callable[[Row], bool]) -> ItemRows:
-    """Choose the rows to ask: the first `limit`, without those that the benchmark's settings leave out."""
+    """Choose the rows to evaluate: the first `limit`, without those that the benchmark's settings leave out."""
 
     def reason(row: Row) -> str:
         if is_left_out(benchmark, row):

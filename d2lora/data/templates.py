@@ -240,7 +240,7 @@ def _added(tokenizer: "Tokenizer") -> list[str]:
 
 
 def _any_of(texts: list[str]) -> str:
-    """Return a pattern that matches any of the texts, the longest first; it matches nothing if there are none."""
+    """Return a pattern that matches any of the texts, the longest first; it matches nothing without any."""
     return "|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or r"(?!)"
 
 

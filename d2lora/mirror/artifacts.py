@@ -36,7 +36,7 @@ def lineage(run: Any, config: Config, stage: Stage, store: Store) -> None:
 def _adapter(stage: Stage, store: Store) -> Any:
     """Return a training's adapter, or None. Its files are those of the record, which never change, so they are not copied.
 
-    But for its config, which names a local base by its path.
+    Its config is copied: it names a local base by its path.
     """
     import wandb
 

@@ -51,7 +51,7 @@ def stage(config: Config, parent: Stage[Spec] | None, warmed: bool) -> Stage[Ada
 
 
 def _control(config: Config) -> Identity | None:
-    """Return what of a control arm without a warm-up is in the key: the rows and epochs of the warm-up that it does not have."""
+    """Return what the key says of a control arm without a warm-up: the rows and epochs of the warm-up that it does not have."""
     control, warmup = config.effective_control, config.warmup
     if control.warms_up:
         return None

@@ -32,7 +32,7 @@ def samples(config: Config, source: Data, amount: int | str, epochs: int) -> int
 
 
 def seed_text(config: Config) -> str:
-    """Return what labels say of a seed: nothing of seed 0."""
+    """Return a seed for labels; empty for seed 0."""
     return f" s{config.seed}" if config.seed else ""
 
 

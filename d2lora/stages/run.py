@@ -57,7 +57,7 @@ class Run(Generic[S]):
 
     @property
     def others(self) -> list[Path]:
-        """Return the folders of the records of the other stages that it waits for."""
+        """Return the folders of the records that the stage needs beside its parent's."""
         return [self.outputs.record(other.kind, other.key) for other in self.stage.others]
 
     @functools.cached_property
