@@ -100,6 +100,7 @@ def _train(config: DictConfig, launcher: Launcher, cells: list[Cell], store: Sto
     output, this = Outputs.of(cells[0].config).root, launcher_of(config)
     new = any(not store.done(s) for s in plan.stages(cells))
     text, at_work = (functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work))
+    this.begin(launcher)
     with terminal.board(text, at_work, output):  # type: ignore[arg-type] # joined, the two types are lost
         launch_batches(functools.partial(launch_once, launcher, config), cells, store, this)
     this.dismiss()

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class AfterOthers(Exception):
+    """The stage is to be done after those beside it: an engine that they ask has the memory that it needs."""
+
+
 @dataclass
 class Run(Generic[S]):
     """A stage that is being done: `folder` is where its files go. The base is loaded when it is first used.
