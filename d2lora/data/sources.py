@@ -13,6 +13,7 @@ from typing import Any
 from d2lora.data.files import FORMATS, Row, listed, read_rows
 from d2lora.data.hub import hub, hub_problem
 from d2lora.errors import UserError
+from d2lora.keys import Identity
 from d2lora.settings import Data, Model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -114,7 +115,7 @@ def fingerprint(rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def identity(data: Data, split_seed: int) -> dict:
+def identity(data: Data, split_seed: int) -> Identity:
     """Return what of a data set can change a result, for keys: the content's hash, or the Hub name and revision.
 
     UserError for a Hub name without a revision.
@@ -169,7 +170,7 @@ def model_files(model: Model) -> Path | None:
 _MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
 
 
-def model_identity(model: Model) -> dict:
+def model_identity(model: Model) -> Identity:
     """Return what of a model can change a result: the hashes of its files, or its Hub name and revision.
 
     UserError without a revision.
@@ -235,7 +236,7 @@ def _read(files: tuple[Path, ...], _content: str) -> list[Row]:
     return _number([row for file in files for row in read_rows(file)])
 
 
-def _where(rows: list[Row], data: Data, column: str, values: list) -> list[Row]:
+def _where(rows: list[Row], data: Data, column: str, values: list[Any]) -> list[Row]:
     """Keep the rows whose column has one of the values.
 
     UserError for a value that no row has, since it is probably mistyped.
