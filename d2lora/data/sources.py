@@ -69,9 +69,11 @@ def _files(data: Data) -> list[Path]:
             return [folder / name]
     if not data.file and (parts := _parts(data, folder) or _parts(data, folder / "data")):
         return parts
-    tried = ", ".join([*names[::3], *([] if data.file else _PARTS)]).replace("SPLIT", split)  # none of the compressed
+    candidates = ", ".join([*names[::3], *([] if data.file else _PARTS)]).replace(
+        "SPLIT", split
+    )  # none of the compressed
     raise UserError(
-        f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {split} (looked for {tried})"
+        f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {split} (looked for {candidates})"
     )
 
 
