@@ -234,7 +234,7 @@ def _number(plain: list[Row]) -> list[Row]:
 
 @functools.cache
 def _read(files: tuple[Path, ...], _content: str) -> list[Row]:
-    """Read the rows of local files, once a process; `_content`, their hash, is an argument for the cache only."""
+    """Read the rows of local files, once a process: `_content`, their hash, is there for the cache."""
     return _number([row for file in files for row in read_rows(file)])
 
 
