@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from d2lora.collection import uncollected
 from d2lora.data.files import FORMATS, Row, listed, read_rows
 from d2lora.data.hub import hub, hub_problem
 from d2lora.errors import UserError
@@ -232,7 +233,8 @@ def _number(plain: list[Row]) -> list[Row]:
 @functools.cache
 def _read(files: tuple[Path, ...], _content: str) -> list[Row]:
     """Read the rows of local files, once a process: `_content`, their hash, is there for the cache."""
-    return _number([row for file in files for row in read_rows(file)])
+    with uncollected():
+        return _number([row for file in files for row in read_rows(file)])
 
 
 def _where(rows: list[Row], data: Data, column: str, values: list) -> list[Row]:
