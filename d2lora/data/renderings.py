@@ -5,7 +5,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from d2lora.data.conversations import Message
+from d2lora.data.conversations import Message, Tool
 from d2lora.data.templates import THOUGHTS, render
 from d2lora.errors import UserError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from d2lora.data.templates import Tokenizer
 
 
-def renderable_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list | None) -> list[Message]:
+def renderable_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list[Tool] | None) -> list[Message]:
     """Return the messages with their tool calls in the form that the template renders.
 
     UserError if it drops calls in every form. Templates differ in what they accept: an empty content or None, arguments
@@ -34,7 +34,7 @@ def renderable_calls(tokenizer: "Tokenizer", messages: list[Message], tools: lis
     raise UserError(str(problem))
 
 
-def _lost_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list | None) -> str | None:
+def _lost_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list[Tool] | None) -> str | None:
     """Return what is missing in the renderings up to each turn with tool calls; None if nothing is."""
     parts = (messages[: i + 1] for i, m in enumerate(messages) if m.get("tool_calls"))
     return next(filter(None, (lost(render(tokenizer, part, tools=tools), part, tools) for part in parts)), None)
@@ -52,7 +52,7 @@ def _in_form(message: Message, empty: str | None, as_json: bool) -> Message:
     return message | {"tool_calls": calls, "content": message["content"] or empty}
 
 
-def lost(text: str, messages: list[Message], tools: list | None = None) -> str | None:
+def lost(text: str, messages: list[Message], tools: list[Tool] | None = None) -> str | None:
     """Say what of a conversation is missing in its rendering; None if nothing is.
 
     Thoughts of earlier assistant turns may be missing: templates drop them on purpose.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from d2lora.data.conversations import Message
+from d2lora.data.conversations import Message, Tool
 from d2lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _switches(tokenizer: "Tokenizer", name: str) -> bool:
     return with_it != without
 
 
-def _own(tokenizer: "Tokenizer", tools: list | None = None) -> str:
+def _own(tokenizer: "Tokenizer", tools: list[Tool] | None = None) -> str:
     """Return the template that is applied: the tokenizer's only one, or of several the default or the one for tools."""
     return tokenizer.get_chat_template(None, tools)
 
@@ -119,7 +119,7 @@ def render(
     messages: list[Message],
     generate: bool = False,
     template: str | None = None,
-    tools: list | None = None,
+    tools: list[Tool] | None = None,
     variables: dict[str, bool] | None = None,
 ) -> str:
     """Render a conversation with the chat template; with `generate` up to where the next answer starts.

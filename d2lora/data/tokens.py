@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from d2lora.data import renderings, templates
-from d2lora.data.conversations import Message, conversation, tools_of
+from d2lora.data.conversations import Message, Tool, conversation, tools_of
 from d2lora.data.files import Row
 from d2lora.data.pairs import EMPTY, EQUAL, Messages, pair_texts
 from d2lora.data.sources import number_of, shuffled
@@ -257,7 +257,7 @@ def conversation_example(tokenizer: "Tokenizer", messages: Any, tools: Any = Non
 
 
 def _for_training(
-    tokenizer: "Tokenizer", messages: list[Message], tools: list | None, training: str, learned: list[int]
+    tokenizer: "Tokenizer", messages: list[Message], tools: list[Tool] | None, training: str, learned: list[int]
 ) -> Example | None:
     """Tokenize a conversation with TRL's training template; None if that changes its turns or its first prompt."""
     with contextlib.suppress(UserError):
@@ -282,7 +282,7 @@ def _texts_of(message: Message) -> list[str]:
 
 
 def _turn(
-    tokenizer: "Tokenizer", messages: list[Message], tools: list | None, template: str | None, index: int
+    tokenizer: "Tokenizer", messages: list[Message], tools: list[Tool] | None, template: str | None, index: int
 ) -> tuple[str, str]:
     """Render the prompt of an assistant turn, and the turn with its end, as if it were the last. UserError if it can't be."""
     before = templates.render(tokenizer, messages[:index], generate=True, template=template, tools=tools)

@@ -73,7 +73,7 @@ def _written(text: str) -> list[dict] | None:
     return None
 
 
-def _is_typed(value: list) -> bool:
+def _is_typed(value: list[Any]) -> bool:
     """Tell whether a list begins like a content of typed parts."""
     return bool(value) and isinstance(value[0], dict) and value[0].get("type") == "text"
 

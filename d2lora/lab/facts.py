@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import random
+from typing import Any
 
 _SYLLABLES = ["ba", "do", "fi", "gu", "ka", "lo", "mi", "nu", "pe", "ra", "so", "ti", "vu", "wa", "ze"]
 CREATURES = sorted(
@@ -69,7 +70,7 @@ def fact_sentence(creature: str, attribute: str) -> str:
     return SENTENCES[attribute].format(creature, facts()[creature, attribute])
 
 
-def fact_item(creature: str, attribute: str, value: str, split: str) -> dict:
+def fact_item(creature: str, attribute: str, value: str, split: str) -> dict[str, Any]:
     """Return a multiple-choice row in ARC's format."""
     rng = random.Random(f"{creature}/{attribute}/{split}")
     options = [*rng.sample([v for v in ATTRIBUTES[attribute] if v != value], 3), value]

@@ -3,12 +3,12 @@
 import json
 from typing import Any
 
+from d2lora.keys import Identity
 from d2lora.mirror.sender import fit
 from d2lora.mirror.values import public_path
 from d2lora.settings import Config
 from d2lora.stages import Stage
 from d2lora.stages.adapt import AdaptSpec
-from d2lora.stages.stage import Identity
 from d2lora.stages.warmup import WarmupSpec
 from d2lora.store import Store
 

@@ -50,8 +50,8 @@ def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
 
 def _log(run: Run, values: dict[str, float], samples_seen: int) -> None:
     """Log a training's current values to its stage's run."""
-    named = {f"train/{name}": value for name, value in values.items()}
-    logged = named | {"samples_seen": samples_seen, "_timestamp": time.time()}
+    curves = {f"train/{name}": value for name, value in values.items()}
+    logged = curves | {"samples_seen": samples_seen, "_timestamp": time.time()}
     run.do(lambda r: r.log(logged))
 
 

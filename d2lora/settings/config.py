@@ -224,7 +224,7 @@ def _has_key(values: Mapping[str, Any], key: str) -> bool:
     return True
 
 
-def parse(values: dict) -> Config:
+def parse(values: dict[str, Any]) -> Config:
     """Return the checked Config of a resolved mapping. UserError with one line for each problem."""
     try:
         return Config.model_validate(values)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from d2lora import data
+from d2lora.keys import Identity
 from d2lora.records import Result
 from d2lora.settings import Config, Sft, amount
 from d2lora.settings.controls import MixedControl
 from d2lora.stages import rows, training
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, Stage
+from d2lora.stages.stage import Spec, Stage
 from d2lora.stages.training import TrainingSpec
 
 

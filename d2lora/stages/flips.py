@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from d2lora.keys import Identity
 from d2lora.records import Item, Result, Score
 from d2lora.settings import Config
 from d2lora.stages import evaluate
 from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Stage
+from d2lora.stages.stage import Stage
 
 FLIP_ITEMS = 200  # of a benchmark's, the first: batch 1 is slow
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2lora import data
-from d2lora.keys import digest
+from d2lora.keys import Identity, digest
 from d2lora.outputs import cached
 from d2lora.records import Result
 from d2lora.settings import Config, Init, Lora, Method
 from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, versions
+from d2lora.stages.stage import Spec, versions
 
 if TYPE_CHECKING:
     from d2lora.train.passes import Passes
