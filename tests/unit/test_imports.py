@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 # Files and folders of d2lora/, in an order in which each imports earlier ones only.
 ORDER = [
-    *("errors", "progress", "keys", "stats", "scoring", "settings", "outputs", "records", "provenance"),
+    *("errors", "progress", "collection", "keys", "stats", "scoring", "settings", "outputs", "records", "provenance"),
     *("data", "layouts", "base", "adapters", "train", "evaluate"),
     *("stages", "plan", "store", "report", "mirror", "worker", "command", "lab"),
 ]
