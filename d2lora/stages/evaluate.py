@@ -178,15 +178,16 @@ def _adapters(run: Run[EvaluateSpec]) -> "list[Adapter]":
 
 def _in_memory(run: Run[EvaluateSpec], instead: str | None) -> _Outcome:
     """Evaluate the base, or the base with the adapter, in this process; `instead` is why the engine that was asked did not."""
-    from d2lora.adapters import attach
-
     if run.config.recipe.engine == installed.NAME:
         from d2lora.evaluate.vllm import sessions
 
         sessions.make_room()
+    base = run.base  # before what imports torch: loading a process's libraries is not its first stage's time
+    from d2lora.adapters import attach
+
     adapter = run.parent / "adapter" if run.parent else None
     engine = Engine(name=MEMORY, instead_of=engine_text(run.stage), reason=instead) if instead else None
-    with attach.trained(run.base, adapter, _quantizes(run.stage)) as (tested, changes):
+    with attach.trained(base, adapter, _quantizes(run.stage)) as (tested, changes):
         return _Outcome(*scored(run, tested, run.config.recipe.eval_batch, run.progress), changes, engine)
 
 
