@@ -39,6 +39,7 @@ def fault(do: str, answers: int) -> bool:
     if wanted["do"] == "die":
         os._exit(7)
     if wanted["do"] == "hang":
+        (folder / "hanging").touch()
         time.sleep(600)
     if wanted["do"] == "raise":
         raise RuntimeError(wanted.get("error", "the engine broke"))
@@ -101,7 +102,8 @@ class Engine:
         tag, log_probs = read(self.folders[number or last] if number or last else self.base)
         if do == "loglikelihood":
             values = log_probs if len(ids) == 40 else [-tag / 1000.0 - i / 100 for i in range(len(ids) - 1)]
-            scored = [{i: types.SimpleNamespace(logprob=v, rank=1)} for i, v in zip(ids[1:], values, strict=True)]
+            rank = 1 if parameters.prompt_logprobs else 2  # as vLLM, of a token that ties with the likeliest
+            scored = [{i: types.SimpleNamespace(logprob=v, rank=rank)} for i, v in zip(ids[1:], values, strict=True)]
             return [types.SimpleNamespace(request_id=name, finished=True, prompt_logprobs=[None, *scored])]
         answer = types.SimpleNamespace(token_ids=[tag, len(ids), *parameters.stop_token_ids[:1]])
         return [types.SimpleNamespace(request_id=name, finished=True, outputs=[answer])]

@@ -72,14 +72,15 @@ def test_what_an_engine_can_t_do_is_done_after_the_rest_and_starts_no_engine_aga
     python.chmod(0o755)
     write_tasks(tmp_path / "tasks")
     cell = composing.cell(
-        "n=0", "task.benchmark={}", f"model.path={tiny}", f"output={tmp_path / 'out'}", "recipe.engine=vllm",
+        "n=0", f"model.path={tiny}", f"output={tmp_path / 'out'}", "recipe.engine=vllm",
         f"recipe.engine_python={python}", "+task.lm_eval=[drawn,greedy]", f"+task.lm_eval_path={tmp_path / 'tasks'}",
     )  # fmt: skip
-    store = do(cell)
-    first, second = (store.record(stage) for stage in cell.chain.evaluations)
+    stages = [next(s for s in cell.chain.evaluations if s.subject == name) for name in ("drawn", "greedy")]
+    store = do(only(cell, *stages))
+    first, second = (store.record(stage) for stage in stages)
     assert (first.engine.name, first.engine.reason) == ("memory", "the task samples answers")
     assert second.engine.name == "vllm"
-    drawn, greedy = ((store.folder(stage) / "record.json").stat().st_mtime_ns for stage in cell.chain.evaluations)
+    drawn, greedy = ((store.folder(stage) / "record.json").stat().st_mtime_ns for stage in stages)
     assert greedy < drawn, "memory is needed when the engine has no more to do"
     asked = [json.loads(line)["do"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert asked.count("open") == 1

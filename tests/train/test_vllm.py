@@ -16,6 +16,7 @@ import composing
 import psutil
 import pytest
 import torch
+from doing import alone, do
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -111,6 +112,13 @@ def test_several_adapters_and_the_base_are_each_answered_by_their_own(opened, tm
     (start,) = logged(tmp_path, "open")
     assert (start["slots"], start["rank"]) == (4, 16), "one more than adapters; rank 9 rounded up"
     assert session.changes == {None: False, "one": True, "two": True, "three": True}
+
+
+def test_a_token_that_ties_with_the_likeliest_is_the_likeliest(opened) -> None:
+    texts = [{"ids": [1, 5, 6, 7], "start": 2}]
+    (reply,) = opened(["one"]).answers("loglikelihood", "one", [], texts, lambda: None)
+    assert reply["logprobs"] == pytest.approx([-0.111, -0.121])
+    assert reply["greedy"]
 
 
 def test_an_adapter_that_comes_later_gets_an_id_that_was_never_used(opened, folder: Path, tmp_path: Path) -> None:
@@ -281,6 +289,18 @@ def test_on_a_gpu_the_base_leaves_it_for_the_engine_and_comes_back_when_it_is_co
     assert moves == ["cuda"]
 
 
+def test_an_engine_is_ended_before_a_training_needs_its_memory(opened, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    session, alive = opened(["one"]), []
+    engine = session.pid
+    monkeypatch.setattr(sessions, "_current", session)
+    training = composing.cell(
+        "method=sft", "n=4", "method.epochs=1", f"model.path={tiny}", f"output={tmp_path / 'out'}"
+    )
+    do(alone(training), lambda done, total: alive.append(psutil.pid_exists(engine)))
+    assert alive
+    assert not any(alive)
+
+
 def test_an_engine_that_does_not_open_is_said_and_left(opened, capsys) -> None:
     session = opened(["one"], at="open", do="raise", after=0, starts=9)
     assert session.gone
@@ -408,8 +428,13 @@ list(client.ask("open", base="x", revision=None, dtype="float32", length=9, memo
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_nothing_is_left_running_when_the_process_that_asks_is_ended(tmp_path: Path, end: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("end", "frozen"),
+    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False), (signal.SIGTERM, False)],
+)
+def test_nothing_is_left_running_when_the_process_that_asks_is_ended(
+    tmp_path: Path, end: signal.Signals, frozen: bool
+) -> None:
     (tmp_path / "fault.json").write_text(json.dumps({"at": "open", "do": "hang", "after": 0, "starts": 1}))
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(SMALL), str(tmp_path)],
@@ -423,8 +448,10 @@ def test_nothing_is_left_running_when_the_process_that_asks_is_ended(tmp_path: P
     )
     assert parent.stdout
     worker = psutil.Process(int(parent.stdout.readline()))
-    while not (tmp_path / "starts").exists():
+    while not (tmp_path / "hanging").exists():
         time.sleep(0.05)
+    if frozen:
+        worker.suspend()  # it can't see that its standard input ends
     os.kill(parent.pid, end)
     parent.wait(30)
     worker.wait(30)
