@@ -158,37 +158,43 @@ class _Weights:
         self.begun = False
         self._dtype: torch.dtype | None = None
         self._casts = False
+        self._copies: list[torch.Tensor] = []
+        self._of: list[Any] = []  # what the copies were made for
 
     def ready(self, x: torch.Tensor) -> bool:
         """Tell whether layers compute x by the functions of `products` now, and not by PEFT's and transformers' code."""
         if _usual() or not self.members:
             return False
         if not self.begun:
-            self.begun, self._dtype = True, self._common_dtype()
-            if self._dtype is not None:
-                self._copy(self._dtype)
+            self._begin()
         return self._dtype is not None and (self._casts or x.dtype == self._dtype)
 
-    def _common_dtype(self) -> torch.dtype | None:
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Find the dtype of a pass, and copy A and B; the copies themselves are made anew where anything else changed."""
+        self.begun = True
+        weights, matrices = [one.W for one in self.members], [m for one in self.members for m in one.matrices()]
+        self._dtype = self._common_dtype(weights, matrices)
+        if self._dtype is None:
+            return
+        of = [self._dtype, *(W.data_ptr() for W in weights), *(m.shape for m in matrices)]
+        if of != self._of:
+            self._of, self._copies = of, [copy for group in self.groups for copy in group.set_up(self._dtype)]
+        torch._foreach_copy_(self._copies, matrices)
+
+    def _common_dtype(self, weights: list[nn.Parameter], matrices: list[torch.Tensor]) -> torch.dtype | None:
         """Return the dtype that all layers compute in, autocast's or that of everything.
 
         None if dtypes are mixed, or an adapter is disabled or merged.
         """
         if not all(one.applies() for one in self.members):
             return None
-        kind, stored = self.members[0].W.device.type, {one.W.dtype for one in self.members}
+        kind, dtype = weights[0].device.type, weights[0].dtype
         self._casts = torch.is_autocast_enabled(kind)
-        if self._casts:
-            dtype = torch.get_autocast_dtype(kind)
-        else:
-            dtype = self.members[0].W.dtype
-            stored |= {one.A.dtype for one in self.members} | {one.B.dtype for one in self.members}
-        return dtype if stored == {dtype} else None
-
-    @torch.no_grad()
-    def _copy(self, dtype: torch.dtype) -> None:
-        copies = [pair for group in self.groups for pair in group.copies(dtype)]
-        torch._foreach_copy_([copy for copy, _ in copies], [original for _, original in copies])
+        dtypes = {W.dtype for W in weights} | ({torch.get_autocast_dtype(kind)} if self._casts else set())
+        if not self._casts:
+            dtypes |= {matrix.dtype for matrix in matrices}
+        return dtype if dtypes == {dtype} else None
 
 
 class _Outputs:
@@ -347,9 +353,8 @@ class _DecoderLayer:
 
     def _ready(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
         """Tell whether the layer computes x by the functions of `products` now."""
-        replaced = any(
-            child.__dict__.get("forward") is not own for child, own in zip(self.children, self.forwards, strict=True)
-        )  # by a kernel from the Hub, say
+        own = [child.__dict__.get("forward") for child in self.children]
+        replaced = own != self.forwards  # by a kernel from the Hub, say
         one_dtype = x.dtype == cos.dtype == self.qkv.members[0].W.dtype and not cos.requires_grad
         return one_dtype and not replaced and not self.attention.training and self.weights.ready(x)
 

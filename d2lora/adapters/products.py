@@ -32,7 +32,7 @@ class Adapted:
     def __init__(self, layer: Linear) -> None:
         self.layer, self.base = layer, cast(nn.Linear, layer.get_base_layer())
         self.scale = layer.scaling[ADAPTER]
-        self._plain = isinstance(layer.lora_variant.get(ADAPTER), Plain)
+        self.plain = isinstance(layer.lora_variant.get(ADAPTER), Plain)
         modules = self.base, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         self._of_W, self._of_A, self._of_B = (module._parameters for module in modules)
 
@@ -57,11 +57,11 @@ class Adapted:
 
     def matrices(self) -> Matrices:
         """Return A and B of the plain adapter with the layer's output."""
-        return (self.A, self.B) if self._plain else plain_matrices(self.layer)
+        return (self.A, self.B) if self.plain else plain_matrices(self.layer)
 
     def learn(self, of_A: torch.Tensor, of_B: torch.Tensor) -> None:
         """Add gradients of what `matrices` returns to those of the layer's parameters."""
-        if self._plain:
+        if self.plain:
             _add_gradient(self.A, of_A)
             _add_gradient(self.B, of_B)
             return
@@ -71,10 +71,11 @@ class Adapted:
 
 
 def _add_gradient(weight: nn.Parameter, gradient: torch.Tensor) -> None:
-    if weight.grad is None:
-        weight.grad = gradient.to(weight.dtype)
+    so_far = weight.grad
+    if so_far is None:
+        weight.grad = gradient if gradient.dtype == weight.dtype else gradient.to(weight.dtype)
     else:
-        weight.grad.add_(gradient)
+        so_far.add_(gradient)
 
 
 class Weights(NamedTuple):
@@ -96,44 +97,27 @@ class SharedInput:
         self.weights: list[Weights] = []
         self.A = self.A_t = torch.empty(0)
         self._ranks: list[int] = []
-        self._parts: Sequence[torch.Tensor] = ()
 
     @property
     def anchor(self) -> nn.Parameter:
         """Return a parameter that is trained."""
         return self.members[0].A
 
-    def copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return pairs of tensors, the second of which is to be copied into the first before a pass in this dtype."""
+    def set_up(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Make copies of A and B in a dtype, and views of W. Return the copies, A and B of one layer after the other."""
         matrices = [member.matrices() for member in self.members]
-        sizes = [len(A) for A, _ in matrices]
-        if not self._up_to_date(sizes, dtype):
-            self._set_up(matrices, dtype)
-        own = [copy for part, one in zip(self._parts, self.weights, strict=True) for copy in (part, one.B)]
-        return list(zip(own, (matrix for pair in matrices for matrix in pair), strict=True))
-
-    def _up_to_date(self, ranks: list[int], dtype: torch.dtype) -> bool:
-        """Tell whether copies are of this shape and dtype, and the views are of the base's weights as they now are."""
-        return (
-            self._ranks == ranks
-            and self.A.dtype == dtype
-            and all(
-                one.W.data_ptr() == member.W.data_ptr() for one, member in zip(self.weights, self.members, strict=True)
-            )
-        )
-
-    def _set_up(self, matrices: list[Matrices], dtype: torch.dtype) -> None:
         self._ranks = [len(A) for A, _ in matrices]
         self.A = torch.cat([A.detach() for A, _ in matrices]).to(dtype)
-        self.A_t, self._parts = self.A.t(), self.A.split(self._ranks)
-        self.weights = []
+        self.A_t, self.weights = self.A.t(), []
         for member, (_, B) in zip(self.members, matrices, strict=True):
             W, own_B = member.W.detach(), B.detach().to(dtype, copy=True)
             self.weights.append(Weights(W, W.t(), member.base.bias, own_B, own_B.t(), member.scale))
+        parts = self.A.split(self._ranks)
+        return [copy for part, one in zip(parts, self.weights, strict=True) for copy in (part, one.B)]
 
     def _each(self, stacked: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return each layer's columns of what has the ranks of all."""
-        return (stacked,) if len(self._ranks) == 1 else stacked.split(self._ranks, 1)
+        return (stacked,) if len(self._ranks) == 1 else stacked.split_with_sizes(self._ranks, 1)
 
     def forward(
         self, x: torch.Tensor, added: torch.Tensor | None = None, into: Sequence[torch.Tensor | None] = ()
@@ -164,7 +148,7 @@ class SharedInput:
             of_inner.append(through if one.scale == 1 else through.mul_(one.scale))
         through = of_inner[0] if len(of_inner) == 1 else torch.cat(of_inner, 1)
         all_A = torch.mm(through.t(), x)
-        of_A = (all_A,) if len(of_inner) == 1 else all_A.split(self._ranks)
+        of_A = (all_A,) if len(of_inner) == 1 else all_A.split_with_sizes(self._ranks)
         for member, its_A, its_B in zip(self.members, of_A, of_B, strict=True):
             member.learn(its_A, its_B)
         return self._of_input(gradients, through) if of_input else None
@@ -354,9 +338,9 @@ class BeforeAttention(torch.autograd.Function):
         normed, inverse = norm.forward(flat)
         sizes = [len(one.W) for one in qkv.weights]
         both = flat.new_empty(len(flat), sizes[0] + sizes[1])  # queries and keys side by side, to be rotated at once
-        (_, _, v), inner = qkv.forward(normed, into=both.split(sizes[:2], 1))
+        (_, _, v), inner = qkv.forward(normed, into=both.split_with_sizes(sizes[:2], 1))
         shape, heads = (rows, length, -1, cos.shape[-1]), [size // cos.shape[-1] for size in sizes]
-        q, k = _rotated(both.view(shape), cos, sin).transpose(1, 2).split(heads[:2], 1)
+        q, k = _rotated(both.view(shape), cos, sin).transpose(1, 2).split_with_sizes(heads[:2], 1)
         ctx.save_for_backward(flat, inverse, inner, cos, sin)
         ctx.norm, ctx.qkv, ctx.shape, ctx.sizes = norm, qkv, x.shape, sizes
         return q, k, v.view(shape).transpose(1, 2)
@@ -366,7 +350,7 @@ class BeforeAttention(torch.autograd.Function):
     def backward(ctx: Any, of_q: torch.Tensor, of_k: torch.Tensor, of_v: torch.Tensor) -> tuple[Gradient, ...]:
         x, inverse, inner, cos, sin = ctx.saved_tensors
         both = torch.cat([of_q.transpose(1, 2), of_k.transpose(1, 2)], 2)
-        back = _rotated_back(both, cos, sin).reshape(len(x), -1).split(ctx.sizes[:2], 1)
+        back = _rotated_back(both, cos, sin).reshape(len(x), -1).split_with_sizes(ctx.sizes[:2], 1)
         gradients = [*back, of_v.transpose(1, 2).reshape(len(x), -1)]
         output, normed = ctx.norm.again(x, inverse)
         of_output = ctx.qkv.backward(gradients, output, inner, ctx.needs_input_grad[0])

@@ -29,8 +29,9 @@ from d2lora.stages.training import TrainingSpec
 from d2lora.stages.warmup import WarmupSpec
 from d2lora.store import Store
 
-_FIXED = 0.3  # seconds of a stage with a model beside its tokens: attach, prove, save, check
-_CHECK = 2.0  # seconds of an overlap check
+_FIXED = 0.6  # seconds of a training beside its tokens: attach, prove, save, check
+_FIXED_EVALUATION = 0.1  # and of an evaluation
+_CHECK = 1.0  # seconds of an overlap check: the lab's
 _CHOICES = 4  # of a multiple-choice item
 _ENGINE_BATCH = 256  # sequences that an engine has at a time, as evaluate/vllm opens it
 _LM_EVAL = 1_000, 64  # items of a harness task and tokens of its answers, which a plan does not read
@@ -39,9 +40,8 @@ _BETWEEN, _END = (
     0.015,
     0.5,
 )  # of a process's start: between stages (checks of the base, the disk), and report and mirror
-_PER_LAYER = (
-    34  # bytes of activations a token, layer and width in 16 bit, without attention's scores (Korthikanti et al. 2022)
-)
+# Bytes that autograd saves of a token, for each layer and unit of width, in 16 bit: counted by benchmarks/host_cost.py. Checkpointing keeps the input.
+_PER_LAYER, _INPUT = 33, 2
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,10 @@ class _Work:
         if isinstance(spec, TrainingSpec):
             return _FIXED + self._training_seconds(spec, size)
         if isinstance(spec, FlipsSpec):
-            return _FIXED + sum(self._evaluation_seconds(size, batch) for batch in spec.batches)
+            return _FIXED_EVALUATION + sum(self._evaluation_seconds(size, batch) for batch in spec.batches)
         if isinstance(spec, EvaluateSpec):
-            return _FIXED + self._evaluation_seconds(
-                size, _ENGINE_BATCH if spec.engine else self.config.recipe.eval_batch
-            )
+            batch = _ENGINE_BATCH if spec.engine else self.config.recipe.eval_batch
+            return _FIXED_EVALUATION + self._evaluation_seconds(size, batch)
         return _FIXED + self._preparation_seconds(spec) if isinstance(spec, PrepareSpec) else _CHECK
 
     @property
@@ -238,16 +237,19 @@ class _Work:
     def _training_seconds(self, spec: TrainingSpec, tokens: float) -> float:
         method = spec.method
         passes = 4 + 2 * method.extra_forwards + (2 / method.epochs if isinstance(method, Referenced) else 0)
-        seconds = passes * self.shape.parameters * tokens / self.device.flops
+        shape, device = self.shape, self.device
+        seconds = passes * tokens * (shape.parameters / device.flops + shape.layers * shape.hidden * device.width / 4)
         rows = tokens / self._row.count
-        return seconds + self.device.step * self.shape.layers * rows / max(1, self._pass_tokens(spec) / self._row.count)
+        return seconds + device.step * shape.layers * rows / max(1, self._pass_tokens(spec) / self._row.count)
 
     def _training_bytes(self, spec: TrainingSpec) -> float:
         """Return the weights, the adapter with its gradient and Adam's two moments in float32, and activations."""
         shape, recipe = self.shape, self.config.recipe
         adapter = 16 * 2 * spec.lora.r * shape.hidden * 7 * shape.layers * 2
-        layers = 1 + shape.layers / 17 if recipe.gradient_checkpointing else shape.layers  # kept: 2 of 34 bytes a layer
-        token = layers * shape.hidden * _PER_LAYER * _bytes(self.config) / 2
+        saved = shape.layers * _PER_LAYER
+        if recipe.gradient_checkpointing:
+            saved = _PER_LAYER + shape.layers * _INPUT  # one layer at a time is computed again
+        token = saved * shape.hidden * _bytes(self.config) / 2
         tokens, row = self._pass_tokens(spec), min(_LONGEST * self._row.count, spec.max_length)
         if recipe.micro_batch != "auto":
             return adapter + recipe.micro_batch * row * token

@@ -186,12 +186,13 @@ def _adapters(run: Run[EvaluateSpec]) -> "list[Adapter]":
 
 def _in_memory(run: Run[EvaluateSpec], instead: str | None) -> _Outcome:
     """Evaluate the base, or the base with the adapter, in this process; `instead` is why the engine that was asked did not."""
+    vllm.make_room()
+    base = run.base  # before what imports torch: loading a process's libraries is not its first stage's time
     from d2lora.adapters import attach
 
-    vllm.make_room()
     adapter = run.parent / "adapter" if run.parent else None
     engine = Engine(name=MEMORY, instead_of=engine_text(run.stage), reason=instead) if instead else None
-    with attach.trained(run.base, adapter, _quantizes(run.stage)) as (tested, changes):
+    with attach.trained(base, adapter, _quantizes(run.stage)) as (tested, changes):
         return _Outcome(*scored(run, tested, run.config.recipe.eval_batch, run.progress), changes, engine)
 
 
