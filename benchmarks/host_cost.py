@@ -5,8 +5,9 @@
 Both builds train with the paper's recipe at their own defaults (recipe=paper), each in processes of its own on one
 thread, in turns. The earlier one is checked out into a temporary git worktree.
 
-Time is nearly all the host's on a Llama of 32 layers, width 32, r = 4 and pairs of a few tokens, in float32: CPU seconds of the
-process and ATen operations (forward, backward and optimizer, with the optimizer's `foreach` that a GPU has) per pair.
+Time is nearly all the host's on a Llama of 32 layers, width 16, r = 4 and pairs of a few tokens, in float32 (at width 32 a
+fifth of this build's samples in `perf` were kernels): CPU seconds of the process and ATen operations (forward, backward and
+optimizer, with the optimizer's `foreach` that a GPU has) per pair.
 DPO's reference is computed before the first step and is not in it.
 
 Memory is of the real dtype and proportions: bfloat16 under autocast, width 1024, r = 4 and rows of real lengths / 4 (so
@@ -60,7 +61,7 @@ def base_of(root: Path, kind: str, bf16: bool, layers: int):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(root / "d2lora/lab/base")
-    width, head = (4096 // QUARTER, 128 // QUARTER) if kind == "bytes" else (32, 8)
+    width, head = (4096 // QUARTER, 128 // QUARTER) if kind == "bytes" else (16, 4)
     shape = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 7 // 2, num_hidden_layers=layers,
         num_attention_heads=width // head, num_key_value_heads=width // head // 4, max_position_embeddings=2048,

@@ -393,7 +393,8 @@ class AfterAttention(torch.autograd.Function):
         flat = gradient.reshape(middle.shape)
         output, normed = ctx.norm.again(middle, inverse)
         of_output = ctx.mlp.backward(flat, output, saved)
+        assert of_output is not None, "wanted"
         of_middle = _of_norm(of_output, normed, inverse, ctx.norm.weight).add_(flat).to(middle.dtype)
         of_read = ctx.o.backward([of_middle], read, inner, ctx.needs_input_grad[0])
         attended, x = ctx.shapes
-        return of_read.view(attended), of_middle.view(x), *(None,) * 4
+        return None if of_read is None else of_read.view(attended), of_middle.view(x), *(None,) * 4

@@ -8,7 +8,7 @@ from doing import alone, do
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.autograd import gradcheck
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
 from d2lora.adapters.coverage import layers
@@ -131,6 +131,35 @@ def test_a_training_s_gradients_are_peft_s(init: str) -> None:
         assert torch.equal(wrapped(input_ids=IDS).logits, base)
     assert not any("forward" in vars(module) for module in wrapped.modules()), "the model is as it was"
     assert llama.apply_rotary_pos_emb.__module__ == llama.__name__
+
+
+@pytest.mark.parametrize(
+    ("family", "whole"), [("mistral", True), ("qwen2", True), ("qwen3", False), ("gemma", False), ("granite", False)]
+)
+def test_layers_of_other_families_are_whole_where_their_code_is_llama_s(family: str, whole: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, vocab_size=64, num_hidden_layers=2, num_key_value_heads=2, **sizes)
+    net = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+    wrapped = fresh(net, Start(Lora(r=4, alpha=4), init_of("lora")())).eval()
+    for layer in layers(wrapped).values():
+        torch.nn.init.normal_(matrices(layer)[1], std=0.05)
+    logits, gradients = results(wrapped)
+    with lean(wrapped):
+        assert all(("forward" in vars(layer)) is whole for layer in net.model.layers)
+        ours, our_gradients = results(wrapped)
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5)
+    assert off(our_gradients, gradients) < 1e-4
+
+
+def test_a_model_of_mixed_dtypes_computes_by_its_own_code() -> None:
+    wrapped = model()
+    wrapped.get_base_model().model.layers[1].self_attn.v_proj.get_base_layer().to(torch.bfloat16)
+    logits, gradients = results(wrapped, autocast=True)
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped, autocast=True)
+    assert torch.equal(ours, logits)
+    assert off(our_gradients, gradients) < 0.1  # of rounding in bfloat16
 
 
 def saved(wrapped: PeftModel) -> int:
