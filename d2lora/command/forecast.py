@@ -89,7 +89,7 @@ class Forecast:
         memory = f", peak {peak / 1e9:.1f} GB" if peak else ""
         if self.device.memory and peak > self.device.memory:
             memory += f" (more than the {self.device.memory / 1e9:.0f} GB there are)"
-        return f"  {kind:<13} {amount}{memory}: {_how(estimates)}"
+        return f"  {kind:<13} {amount}{memory}: {_origin(estimates)}"
 
     def _total(self) -> str:
         text = span(self.seconds) + (f" with {self.workers} workers" if self.workers > 1 else "")
@@ -149,8 +149,8 @@ class _Work:
 
     def at(self, pace: Pace) -> Estimate:
         """Return the estimate at the pace of records like this stage."""
-        size, how = self._size
-        return Estimate(pace.seconds(size, self._theory), pace.memory_mb * 2**20, "", (how,), pace.keys)
+        size, origin = self._size
+        return Estimate(pace.seconds(size, self._theory), pace.memory_mb * 2**20, "", (origin,), pace.keys)
 
     @property
     def _size(self) -> tuple[float, str]:
@@ -184,7 +184,7 @@ class _Work:
             return Estimate(seconds, 0, "assumed")
         beside = self._evaluation_bytes if isinstance(spec, EvaluateSpec) else 4 * 14 * shape.hidden**2
         beside = self._training_bytes(spec) if isinstance(spec, TrainingSpec) else beside
-        prompts = self._prompt.how if isinstance(spec, EvaluateSpec) else ""
+        prompts = self._prompt.origin if isinstance(spec, EvaluateSpec) else ""
         of_model = shape.assumed or f"{sizes.size_text(shape.parameters)} parameters"
         memory = self.device.process + shape.parameters * _bytes(self.config) + beside
         return Estimate(seconds, memory, f"from {self.device.label}", (of_model, words, prompts))
@@ -215,7 +215,7 @@ class _Work:
         tokens = max(rows - general, 0) * self._row.count
         if general:  # the warm-up's data of a cell without one need not be there
             tokens += general * self._general_row.count
-        return tokens, _joined(words, self._row.how)
+        return tokens, _joined(words, self._row.origin)
 
     @cached_property
     def _rows(self) -> tuple[float, str]:
@@ -226,7 +226,7 @@ class _Work:
             return self.stage.samples, ""
         source = self.config.warmup.data if isinstance(spec, WarmupSpec) else self.config.task.data
         known = sizes.trained_rows(self.config, source)
-        return known.count * spec.epochs, known.how
+        return known.count * spec.epochs, known.origin
 
     @property
     def _general_samples(self) -> float:
@@ -307,12 +307,12 @@ class _Work:
 
     def _evaluation_seconds(self, items: float, batch: int) -> float:
         shape = self.shape
-        asked = items * _CHOICES if self._chooses else items
-        passes = -(-asked // batch)
-        seconds = asked * self._prompt.count * 2 * shape.parameters / self.device.flops
+        requests = items * _CHOICES if self._chooses else items
+        passes = -(-requests // batch)
+        seconds = requests * self._prompt.count * 2 * shape.parameters / self.device.flops
         if not self._generates:
             return seconds + passes * self.device.token * shape.layers
-        seconds += asked * self._answer * 2 * shape.parameters / self.device.flops
+        seconds += requests * self._answer * 2 * shape.parameters / self.device.flops
         return seconds + passes * self._answer * self.device.decode(shape, shape.parameters * _bytes(self.config))
 
     @property
@@ -340,7 +340,7 @@ def _joined(*words: str) -> str:
     return ", ".join(filter(None, words))
 
 
-def _how(estimates: Sequence[Estimate]) -> str:
+def _origin(estimates: Sequence[Estimate]) -> str:
     """Say how the estimates of one kind are known: on how many records, or from which rates, and what is assumed."""
     measured_ones = [e for e in estimates if e.keys]
     computed = [e for e in estimates if not e.keys]
@@ -349,8 +349,8 @@ def _how(estimates: Sequence[Estimate]) -> str:
     if keys:
         parts.append(_joined(f"measured here on {len(keys)} record{'s'[: len(keys) != 1]}", *_assumed(measured_ones)))
     if computed:
-        some = f"{len(computed)} of {len(estimates)} " if keys else ""
-        parts.append(_joined(*dict.fromkeys(f"{some}{e.rate}" for e in computed), *_assumed(computed)))
+        share = f"{len(computed)} of {len(estimates)} " if keys else ""
+        parts.append(_joined(*dict.fromkeys(f"{share}{e.rate}" for e in computed), *_assumed(computed)))
     return "; ".join(parts)
 
 

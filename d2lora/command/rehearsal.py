@@ -27,11 +27,10 @@ from d2lora.data.files import Row, listed
 from d2lora.data.pairs import EQUAL
 from d2lora.data.tokens import BAD, FITS, LONG
 from d2lora.errors import UserError
-from d2lora.keys import digest
+from d2lora.keys import Identity, digest
 from d2lora.outputs import cached
 from d2lora.settings import Benchmark, Config, Data, Model, Task, Warmup
 from d2lora.stages import prepare
-from d2lora.stages.stage import Identity
 
 Make = Callable[[Any, Row], data.Example]  # tokenizer, row -> example
 

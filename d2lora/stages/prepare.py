@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from d2lora import data
+from d2lora.keys import Identity
 from d2lora.outputs import cached
 from d2lora.records import Result
 from d2lora.settings import Config, Data, Init, Lora
 from d2lora.settings.inits import FromRowsInit
 from d2lora.stages import rows
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, Stage, versions
+from d2lora.stages.stage import Spec, Stage, versions
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class AfterOthers(Exception):
+    """The stage is to be done after those beside it: an engine that they ask has the memory that it needs."""
+
+
 @dataclass
 class Run(Generic[S]):
     """A stage that is being done: `folder` is where its files go. The base is loaded when it is first used.
@@ -56,7 +60,7 @@ class Run(Generic[S]):
 
     @property
     def others(self) -> list[Path]:
-        """The folders of the records of the other stages that it waits for."""
+        """Return the folders of the records that the stage needs beside its parent's."""
         return [self.outputs.record(other.kind, other.key) for other in self.stage.others]
 
     @functools.cached_property
