@@ -4,6 +4,7 @@ The tokenizer runs in a process of its own without torch, because importing torc
 Results are cached in <output>/fingerprints.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -351,6 +352,7 @@ def _worker() -> subprocess.Popen:
         command = [sys.executable, "-c", "from d2lora.command.rehearsal import serve; serve()"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         _at_work.append(subprocess.Popen(command, env=environment, **pipes))  # type: ignore[call-overload]
+        atexit.register(_at_work[0].kill)  # a command that refuses its input need not wait until this one has imported
     return _at_work[0]
 
 

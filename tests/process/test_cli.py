@@ -377,13 +377,13 @@ def test_a_check_is_remembered_by_all_that_it_reads(cell, monkeypatch, tmp_path:
     asked: list[str] = []
     for module, name in [(data, "check_task"), (data, "check_warmup"), (data, "check_benchmark")]:
         monkeypatch.setattr(module, name, lambda *given, name=name: asked.append(name))
-    for name in ("check", "check_items"):
+    for name in ("begin", "check", "check_items"):
         monkeypatch.setattr(preflight.rehearsal, name, lambda *given, name=name: asked.append(name))
     passed: preflight.Passed = set()
     first = ["n=8", "m=8", "init=eva", "init.data=general", f"output={tmp_path}"]
     preflight.check(cell(*first).config, passed)
     once = Counter(asked)
-    assert once == {"check_task": 1, "check_warmup": 2, "check_benchmark": 2, "check": 1, "check_items": 1}
+    assert once == {"check_task": 1, "check_warmup": 2, "check_benchmark": 2, "begin": 1, "check": 1, "check_items": 1}
     preflight.check(cell(*first, "seed=1", "recipe.lr.sft=1").config, passed)
     assert Counter(asked) == once, "nothing that is read differs"
     preflight.check(cell(*first, "split_seed=1").config, passed)
