@@ -24,7 +24,7 @@ from d2lora.keys import digest
 from d2lora.mirror.sender import About, Run, Trial, address, disabled, fit, flush, folder, hush, is_offline, trial
 from d2lora.outputs import Outputs, cached, write_json
 from d2lora.plan import Cell
-from d2lora.records import CLUSTER, Item, Record, Score, read_items
+from d2lora.records import Item, Record, Score, clusters_of, read_items
 from d2lora.scoring import is_graded
 from d2lora.settings import Config, amount
 from d2lora.stages import Stage
@@ -55,7 +55,8 @@ def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
         yield
         record, folder = store.record(stage), store.folder(stage)
         assert record is not None, "the caller published it"
-        run.do(lambda r: _mirror(r, record, folder))
+        benchmark = config.benchmarks.get(stage.subject)
+        run.do(lambda r: _mirror(r, record, folder, benchmark.varies if benchmark else None))
         if config.wandb.artifacts:
             run.do(lambda r: _lineage(r, config, stage, store))
         run.end()
@@ -139,14 +140,14 @@ def _define_axes(run: Any) -> None:
     run.define_metric("train/*", step_metric="samples_seen")
 
 
-def _mirror(run: Any, record: Record, folder: Path) -> None:
+def _mirror(run: Any, record: Record, folder: Path, varies: str | None) -> None:
     """Show a record's provenance as config, its metrics as summary, its items as a Table."""
     import wandb
 
     content = record.as_read()
     run.config.update({k: content[k] for k in ("provenance", "data") if k in content}, allow_val_change=True)
     items = read_items(folder)
-    run.summary.update(_results(record, items))
+    run.summary.update(_results(record, items, varies))
     run.summary.update({"seconds": record.seconds, "peak_memory_mb": record.peak_memory_mb})
     if items:  # last, for it asks the server
         columns = list(dict.fromkeys(k for item in items for k in item))
@@ -154,7 +155,7 @@ def _mirror(run: Any, record: Record, folder: Path) -> None:
         run.log({"items": wandb.Table([*columns], rows, allow_mixed_types=True)})
 
 
-def _results(record: Record, items: list[Item]) -> dict[str, object]:
+def _results(record: Record, items: list[Item], varies: str | None) -> dict[str, object]:
     """Return metrics by flat names: a benchmark's with its number of items and the 95 % interval that the report has."""
     name = record.benchmark or record.pair or record.stage
     flat: dict[str, object] = {}
@@ -163,22 +164,20 @@ def _results(record: Record, items: list[Item]) -> dict[str, object]:
             flat |= {f"{name}/{metric}": value.value, f"{name}/{metric}_items": value.items}
             # A check's items are no scores, but hits.
             if record.stage == EvaluateSpec.KIND and len(items) == value.items:
-                low, high = _interval(metric, items)
+                low, high = _interval(metric, items, varies)
                 flat |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
         elif metric != "log":
             flat[metric] = value
     return flat
 
 
-def _interval(metric: str, items: list[Item]) -> tuple[float, float]:
-    """Return the 95 % interval of a metric's mean over items, or over clusters of items that belong together."""
+def _interval(metric: str, items: list[Item], varies: str | None = None) -> tuple[float, float]:
+    """Return the 95 % interval of a metric's mean over items, or over clusters of items that belong together (clusters_of)."""
     import numpy as np  # late, as stats: planning a grid needs neither
 
     from d2lora import stats
 
-    clusters = None
-    if CLUSTER in items[0]:
-        clusters = np.unique([str(item[CLUSTER]) for item in items], return_inverse=True)[1]
+    clusters = clusters_of(items, varies)
     return stats.interval(np.array([[float(item[metric]) for item in items]]), is_graded(metric), clusters)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2lora.errors import UserError
-from d2lora.outputs import Outputs
+from d2lora.outputs import Outputs, write_text
 from d2lora.records import Records
 from d2lora.report import (
     controls,
@@ -40,7 +40,7 @@ def _fixed(sweep: Sweep) -> Content | None:
     """Return a tuned sweep's table and curves at the recipe's own values; None if these are not among the candidates."""
     if not (sweep.fixed and sweep.tuning):
         return None
-    built = tables.build(sweep.fixed, sweep.columns, sweep.margin)
+    built = tables.build(sweep.fixed, sweep.columns, sweep.settings)
     return _all(built, sweep, tuning.fixed_notes(sweep.tuning))
 
 
@@ -58,14 +58,14 @@ def _paper_table(selection: paper.Artefact, sweep: Sweep) -> Content | None:
     points = paper.select(selection, sweep.points)
     if not points:
         return None
-    return Content(tables=tables.build(points, "n", sweep.margin), notes=evidence.notes(points, sweep.records))
+    return Content(tables=tables.build(points, "n", sweep.settings), notes=evidence.notes(points, sweep.records))
 
 
 def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
     points = paper.select(selection, sweep.points)
     if not points:
         return None
-    built = tables.build(points, "n", sweep.margin)
+    built = tables.build(points, "n", sweep.settings)
     told = {point for table in paper.TABLES for point in paper.select(table, sweep.points)}
     untold = [table for table in built if not told.issuperset(table.points)]
     return Content(panels=figures.of(selection, built), notes=evidence.notes(points, sweep.records), verdicts=untold)
@@ -92,6 +92,7 @@ FIXED = Artefact(
 )
 
 CONTROLS = Artefact("controls", controls.CAPTION, controls.content)
+INITS_FIXED = Artefact("inits_fixed", inits.FIXED_CAPTION, inits.fixed_content, folded="yes")
 HALVES = Artefact("halves", halves.CAPTION, halves.content, folded="yes")
 
 # In the order of the page.
@@ -103,8 +104,9 @@ ARTEFACTS: tuple[Artefact, ...] = (
     CONTROLS,
     HALVES,
     FIXED,
-    Artefact("candidates", "Candidates: validation score in %, mean over seeds", _candidates),
+    Artefact("candidates", "Candidates: validation score, mean over seeds", _candidates),
     Artefact("inits", inits.CAPTION, inits.content),
+    INITS_FIXED,
     Artefact("costs", "What each arm cost to train", costs.content, folded="yes"),
     Artefact("contamination", "Test items found in a training set", evidence.contamination_content, files=False),
     Artefact(
@@ -165,9 +167,9 @@ def text(loaded: Loaded) -> str:
     if tuned := loaded.sweep.tuning:
         fixed = loaded.content(FIXED.name)
         parts = ["== tuned ==", *parts, *(["== fixed ==", *_texts(fixed)] if fixed else []), tuning.text(tuned)]
-    for name in (CONTROLS.name, HALVES.name):
-        if told := loaded.content(name):
-            parts += told.notes
+    for each in loaded.shown:
+        where = "at the recipe's own values: " if each.artefact is INITS_FIXED else ""
+        parts += [f"{where}{sentence}" for sentence in each.content.sentences]
     shares = evidence.contamination(loaded.sweep.cells, loaded.sweep.records)
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(shares)]))
 
@@ -193,9 +195,9 @@ def _write(folder: Path, artefact: Artefact, content: Content, sweep: str) -> No
         texts["tex"] = formats.latex(caption, content.tables, content.notes)
         texts["csv"] = formats.csv_text(content.tables)
     if content.rows:
-        texts |= _rows_texts(caption, content.rows, content.notes)
+        texts |= _rows_texts(caption, content.rows, [*content.sentences, *content.notes])
     for suffix, written in texts.items():
-        (folder / f"{artefact.name}.{suffix}").write_text(written)
+        write_text(folder / f"{artefact.name}.{suffix}", written)
     stem = folder / (artefact.figure or artefact.name)
     figures.draw(content.panels, stem)
     if content.differences:

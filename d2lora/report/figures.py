@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from d2lora.outputs import whole_file
 from d2lora.report import paper
 from d2lora.report.axes import RATE, compatible, number, short_name
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
@@ -171,7 +172,8 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
         files = [stem.with_suffix(suffix) for suffix in (".png", ".svg", ".pdf")]
         for file in files:
             dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix, {})
-            figure.savefig(file, dpi=200, metadata=dated)  # no dates: the same records give the same files
+            with whole_file(file) as temporary:
+                figure.savefig(temporary, dpi=200, metadata=dated)  # no dates: the same records give the same files
             figure.set_layout_engine("none")  # the first file's layout serves all: it takes as long as the drawing
         pyplot.close(figure)
     return files

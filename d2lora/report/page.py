@@ -23,6 +23,7 @@ from d2lora.report.figures import Curve, Panel
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point, size
 from d2lora.report.tables import Table, column_name
+from d2lora.scoring import unit_of
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
 from d2lora.stages.evaluate import EvaluateSpec
@@ -69,6 +70,7 @@ class _Data:
             "environments": [json.loads(e) for e in self.environments],
             "markers": self.markers,
             "arms": {"lora": figures.LORA, "d2lora": figures.D2LORA},
+            "units": {p.metric: dataclasses.asdict(unit_of(p.metric)) for p in self.points},
             "methods": [{"name": name, "label": NAMES[name]} for name in METHODS],  # in the order of tables
         } | samples
 
@@ -97,7 +99,7 @@ class _Data:
             "files": sorted(f"{sweep}/{file.name}" for file in folder.glob("*.*") if file.stem in stems),
             "folded": artefact.folded,
             "notes": [*(formats.footnotes(content.tables) if content.tables else []), *content.notes],
-            "verdicts": [table.verdict for table in content.verdicts if table.pairs],
+            "verdicts": [*content.sentences, *(table.verdict for table in content.verdicts if table.pairs)],
             "tables": [self._table(table) for table in content.tables],
             "panels": [*map(self._panel, content.panels), *map(self._differences, content.differences)],
             "rows": _rows(content.rows) if content.rows else None,
@@ -108,6 +110,7 @@ class _Data:
         return {
             "pair_head": [*formats.PAIR_HEAD, *([_COUNTS] if counted else [])],
             "title": table.title,
+            "unit": table.unit.several,
             "columns": [column_name(table, n) for n in table.columns],
             "verdict": table.verdict,
             "remarks": table.remarks,

@@ -1,6 +1,6 @@
 """What a user may say: one typed, checked configuration. docs/extending.md says how to add a choice."""
 
-from d2lora.settings.config import Config, Wandb, parse
+from d2lora.settings.config import Config, Report, Wandb, parse
 from d2lora.settings.inits import INIT_NAMES, INITS, PLAIN, QUANTIZING, Init, PlainInit, init_of
 from d2lora.settings.methods import METHOD_NAMES, METHODS, Dpo, Method, Orpo, Sft, method_of
 from d2lora.settings.recipe import RATE, Epochs, Lora, Machine, Rates, Recipe, Training
@@ -35,6 +35,7 @@ __all__ = [
     "Rate",
     "Rates",
     "Recipe",
+    "Report",
     "Seed",
     "Sft",
     "Task",

@@ -408,6 +408,11 @@ def test_initializations_are_compared_each_with_its_own_rate(tmp_path: Path) -> 
     assert typed.arm("SFT LoRA n=16 milora").chosen.values == {"recipe.lr": "0.004"}
     report.write(tmp_path, ["tuned"])
     with (tmp_path / "report" / "tuned" / "inits.csv").open() as file:
-        rows = list(csv.reader(file))
-    assert [row[0] for row in rows[1:]] == ["lora", "milora"], "a row each, of the chosen cells"
+        rows = [row for row in csv.DictReader(file) if row["benchmark"] == "lab_math accuracy"]
+    assert [row["initialization"] for row in rows] == ["lora", "milora"], "a row each, of the chosen cells"
+    assert [row["lr"] for row in rows] == ["0.002", "0.004"]
     assert "missing" not in str(rows)
+    fixed = (tmp_path / "report" / "tuned" / "inits_fixed.md").read_text()
+    assert "1 comparisons with init=lora at the same m and n an initialization is better" in fixed
+    text = report.finish(tmp_path, "tuned", draw=False)
+    assert "at the recipe's own values: lab_math accuracy: of 1 comparison" in text
