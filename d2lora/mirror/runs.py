@@ -55,8 +55,7 @@ def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
         yield
         record, folder = store.record(stage), store.folder(stage)
         assert record is not None, "the caller published it"
-        benchmark = config.benchmarks.get(stage.subject)
-        run.do(lambda r: _mirror(r, record, folder, benchmark.varies if benchmark else None))
+        run.do(lambda r: _mirror(r, record, folder, _varies(config, stage)))
         if config.wandb.artifacts:
             run.do(lambda r: _lineage(r, config, stage, store))
         run.end()
@@ -138,6 +137,12 @@ def _arm(m: int | str) -> str:
 def _define_axes(run: Any) -> None:
     run.define_metric("samples_seen", hidden=True)
     run.define_metric("train/*", step_metric="samples_seen")
+
+
+def _varies(config: Config, stage: Stage) -> str | None:
+    """Return what differs between items of one template, as the benchmark of an evaluation says."""
+    benchmark = config.benchmarks.get(stage.subject)
+    return benchmark.varies if benchmark else None
 
 
 def _mirror(run: Any, record: Record, folder: Path, varies: str | None) -> None:
@@ -282,7 +287,7 @@ def _cell(cell: Cell, store: Store, this: Trial | None = None) -> None:
     for stage, record in records.items():
         seconds[f"{stage.kind}_seconds"] += record.seconds
         if stage in (*cell.chain.validations, *cell.chain.evaluations):
-            results |= _results(record, read_items(store.folder(stage)))
+            results |= _results(record, read_items(store.folder(stage)), _varies(cell.config, stage))
     results |= seconds
     c = cell.config
     about = About(

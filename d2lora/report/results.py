@@ -65,18 +65,18 @@ class CellResults:
             flips = self.records.get(FlipsSpec.KIND, self.cell.stages.flips.get(benchmark))
             measured = common | self._measured(benchmark, key, record) | self._axes(benchmark, keys)
             for metric, score in (record.scores if record else {"": None}).items():
-                interval = self._interval(key, record, metric, score)
+                interval = self._interval(benchmark, record, metric, score)
                 yield measured | {"metric": metric} | _score(score, interval) | _batch(flips, metric)
 
     def _interval(
-        self, key: str, record: Record | None, metric: str, score: Score | None
+        self, benchmark: str, record: Record | None, metric: str, score: Score | None
     ) -> tuple[float, float] | None:
         """Return a score's 95 % interval: from its standard error, or, of items that belong together, from the items."""
         if record is None or score is None:
             return None
-        varies = varies_of(self.cell.config, record.benchmark or "")
+        varies = varies_of(self.cell.config, benchmark)
         if varies or (record.spec.get("benchmark") or {}).get("cluster"):
-            return interval_of(self.records, key, metric, varies)
+            return interval_of(self.records, record.key, metric, varies)
         return stats.interval_of_mean(score.value, score.stderr, score.items, is_graded(metric))
 
     def _shape(self) -> Row:

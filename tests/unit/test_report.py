@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from made import grid
 
-from d2lora import records, report
+from d2lora import records, report, stats
 from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.evaluate.vllm import installed
@@ -1017,35 +1017,36 @@ def test_problems_of_one_template_are_drawn_together_and_no_key_knows(tmp_path: 
     """Forty questions of eight templates, with other numbers and names: the report reads them from the records that there are."""
     people = ("Ann", "Ben", "Kim", "Vic", "Leo")
     words = lambda i: f"{people[i // 8]} has {i} of {'abcdefgh'[i % 8]}"  # noqa: E731
-    cells = grid(n=[100, 200], m=[0, 4000], seed=range(3))
-    made.publish(tmp_path, cells, text=words)
-    found = points(tmp_path)
-    math = [p for p in found if p.benchmark == "lab_math"]
-    assert {p.clusters.max() + 1 for p in math} == {8}
-    assert {p.clusters is None for p in found if p.benchmark == "lab_facts"} == {True}
-    assert {c.test for c in compare.comparisons(math).values()} == {"two-level bootstrap of clusters"}
-    assert (
-        "its 40 items are in 8 clusters"
-        in report.finish(tmp_path, "mine", draw=True) + (tmp_path / "report/mine/table.md").read_text()
-    )
-    apart = grid("~task.benchmark.lab_math.varies", n=[100, 200], m=[0, 4000], seed=range(3))
-    assert [c.id for c in apart] == [c.id for c in cells]
-    assert [s.key for c in apart for s in c.chain.stages] == [s.key for c in cells for s in c.chain.stages]
-    made.publish(tmp_path, apart)
-    plain = points(tmp_path)
-    assert {p.clusters is None for p in plain} == {True}, "the manifest of an earlier sweep does not name them"
-    assert [p.value for p in plain] == [p.value for p in found]
-    row = next(r for r in read_csv(tmp_path / "report" / "results.csv") if r["benchmark"] == "lab_math")
-    assert "task.benchmark.lab_math.varies" not in row
+    shape = {"n": [100, 200], "m": [0, 4000], "seed": range(3)}
+    made.publish(tmp_path, earlier := grid("sweep=before", **shape), text=words)
+    cells = grid("+benchmark@task.benchmark=lab_math_by_template", **shape)
+    assert {s.key for c in cells for s in c.chain.stages} == {s.key for c in earlier for s in c.chain.stages}
+    made.publish(tmp_path, cells)
+    found = {
+        name: [p for p in points(tmp_path) if p.benchmark == name] for name in ("lab_math", "lab_math_by_template")
+    }
+    plain, clustered = found.values()
+    assert {p.clusters is None for p in plain} == {True}
+    assert {p.clusters.max() + 1 for p in clustered} == {8}
+    assert [p.value for p in plain] == [p.value for p in clustered]
+    assert {c.test for c in compare.comparisons(clustered).values()} == {"two-level bootstrap of clusters"}
+    report.write(tmp_path, ["mine"])
+    note = "lab_math_by_template: its 40 items are in 8 clusters"
+    assert note in (tmp_path / "report" / "mine" / "table.md").read_text()
+    rows = read_csv(tmp_path / "report" / "results.csv")
+    (one,) = [r for r in rows if r["benchmark"] == "lab_math_by_template" and r["cell_id"] == cells[0].id]
+    low, high = stats.interval(clustered[0].table[:1], clusters=clustered[0].clusters)
+    assert (float(one["low"]), float(one["high"])) == pytest.approx((low, high))
+    assert not any("varies" in column for column in rows[0])
 
 
 def test_the_lab_s_templates_leave_open_what_its_problems_are_drawn_with(cell) -> None:
-    for name in ("lab_math", "lab_math_validation"):
-        pattern = cell("tune=[recipe.lr]").config.benchmarks[name].varies
-        for word in ("17", *world.NAMES, *world.THINGS):
-            assert re.fullmatch(pattern, word), word
+    given = "benchmark@task.benchmark=[lab_math_by_template]"
+    pattern = cell(given).config.benchmarks["lab_math_by_template"].varies
+    for word in ("17", *world.NAMES, *world.THINGS):
+        assert re.fullmatch(pattern, word), word
     with pytest.raises(UserError, match=r"varies=\(: not a regular expression"):
-        cell("task.benchmark.lab_math.varies='('")
+        cell(given, "task.benchmark.lab_math_by_template.varies='('")
 
 
 def test_a_cluster_column_is_in_the_key_only_where_it_is_named() -> None:
