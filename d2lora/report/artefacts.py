@@ -15,6 +15,7 @@ from d2lora.report import (
     differences,
     evidence,
     figures,
+    forest,
     formats,
     halves,
     inits,
@@ -40,8 +41,7 @@ def _fixed(sweep: Sweep) -> Content | None:
     """Return a tuned sweep's table and curves at the recipe's own values; None if these are not among the candidates."""
     if not (sweep.fixed and sweep.tuning):
         return None
-    built = tables.build(sweep.fixed, sweep.columns, sweep.settings)
-    return _all(built, sweep, tuning.fixed_notes(sweep.tuning))
+    return _all(sweep.fixed_tables, sweep, tuning.fixed_notes(sweep.tuning))
 
 
 def _all(built: list[Table], sweep: Sweep, told: list[str]) -> Content:
@@ -72,9 +72,21 @@ def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
 
 
 def _differences(sweep: Sweep) -> Content | None:
-    """Return how D2LoRA differs from LoRA in the sweep's own tables; None where no pair is finished."""
-    panels = [panel for table in sweep.own_tables for panel in differences.panels(table)]
-    return Content(differences=panels) if panels else None
+    return _differences_in(sweep.own_tables)
+
+
+def _fixed_differences(sweep: Sweep) -> Content | None:
+    return _differences_in(sweep.fixed_tables)
+
+
+def _differences_in(built: list[Table]) -> Content | None:
+    """Return how D2LoRA differs from LoRA in tables; None where no pair is finished. Many arms are rows of a forest."""
+    panels = {table.title: differences.panels(table) for table in built}
+    if max(map(len, panels.values()), default=0) > figures.TALLEST:
+        rows = [differences.forest_panels(table) for table in built if panels[table.title]]
+        return Content(draw=functools.partial(forest.draw, rows, "LoRA"))
+    every = [panel for own in panels.values() for panel in own]
+    return Content(differences=every) if every else None
 
 
 def _settings(sweep: Sweep) -> Content | None:
@@ -104,6 +116,11 @@ ARTEFACTS: tuple[Artefact, ...] = (
     CONTROLS,
     HALVES,
     FIXED,
+    Artefact(
+        "differences_fixed",
+        "D2LoRA minus LoRA at the recipe's own values, on the same items, with 95 % intervals",
+        _fixed_differences,
+    ),
     Artefact("candidates", "Candidates: validation score, mean over seeds", _candidates),
     Artefact("inits", inits.CAPTION, inits.content),
     INITS_FIXED,

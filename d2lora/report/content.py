@@ -40,6 +40,11 @@ class Sweep:
         return scores.build(self.points, self.columns, self.settings)
 
     @cached_property
+    def fixed_tables(self) -> list[Table]:
+        """Return the tables of a tuned sweep's cells at the recipe's own values; none of others."""
+        return scores.build(self.fixed, self.columns, self.settings)
+
+    @cached_property
     def settings(self) -> Report:
         """Return what the user wants of its tables; older manifests say nothing, or less."""
         return Report.model_validate(self.cells[0].config.get("report", {}) if self.cells else {})
@@ -59,7 +64,7 @@ class Content:
     """What an artefact shows of a sweep, in any of these shapes; each is written to files and shown on the page.
 
     `tables` have a score a point, with comparisons; `rows` are any other table. `panels` are curves, `differences` those of pairs;
-    `draw` draws any other figure, given matplotlib's pyplot. The page shows panels, and of figures that `draw` draws it says nothing.
+    `draw` draws any other figure, given matplotlib's pyplot. The page shows panels with what is at the pointer, and figures that `draw` draws as pictures.
     `sentences` sum up what `rows` say: the page has them above, and the terminal has them too.
     """
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2lora.report import figures
-from d2lora.report.axes import LABELS
+from d2lora.report import figures, forest
+from d2lora.report.axes import LABELS, short_name
 from d2lora.report.compare import Comparison
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts
@@ -60,6 +60,27 @@ def panels(table: Table) -> list[Panel]:
         Panel(_title(head, keys, several), f"{head.metric}: D2LoRA - LoRA in {table.unit.several}", _ordered(curves), table.unit, table.margin, table.column)
         for head, curves in zip(heads, groups.values(), strict=True)
     ]  # fmt: skip
+
+
+def forest_panels(table: Table) -> list[forest.Panel]:
+    """Return a table's comparisons as rows of a forest, a panel for each column: more arms than can stand below each other."""
+    own = panels(table)
+    names = [panel.title.partition(", ")[2] or panel.title for panel in own]
+    at_x = {x: figures.tick(x) for panel in own for x in panel.xs}
+    head = f"{table.points[0].benchmark}, {short_name(table.column)}="
+    return [
+        forest.Panel(
+            f"{head}{at_x[x]}",
+            [
+                forest.Entry(name, curve.label, c)
+                for name, panel in zip(names, own, strict=True)
+                for curve in panel.curves
+                for at, _, c in curve.points
+                if at == x
+            ],
+        )
+        for x in sorted(at_x)
+    ]
 
 
 def _curve(line: Line, table: Table) -> Curve:

@@ -24,7 +24,7 @@ LORA, D2LORA = "#e69f00", "#00468b"
 _SHARED = ("model", "task", "init", "recipe")  # by a D2LoRA and the LoRA that it is compared with
 _AXIS_LABELS = {"n": "task samples n", "m": "general samples m", RATE: "learning rate"}
 _WIDE = 4  # from a fourfold range on, a setting other than n has a logarithmic axis
-_TALLEST = 6  # panels in a column of a figure
+TALLEST = 6  # panels in a column of a figure
 
 
 @dataclass
@@ -185,7 +185,7 @@ def _figure(drawn: list[Panel], pyplot: Any) -> Any:
 
 def stacked(drawn: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
     """Return a figure of panels, one below the other, with one legend for all; draw_panel(axis, panel) draws their curves."""
-    columns = -(-len(drawn) // _TALLEST)
+    columns = -(-len(drawn) // TALLEST)
     rows = -(-len(drawn) // columns)
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict = {}
@@ -224,7 +224,7 @@ def _dress(axis: Any, panel: Placed) -> None:
         axis.set_xscale("log")
         axis.minorticks_off()
     crowded = _crowded([math.log(x) for x in ticks] if spread else ticks)
-    axis.set_xticks(ticks, [_tick(x) for x in panel.xs], rotation=45 if crowded else 0)
+    axis.set_xticks(ticks, [tick(x) for x in panel.xs], rotation=45 if crowded else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
 
 
@@ -243,7 +243,8 @@ def is_logarithmic(panel: Placed) -> bool:
     return not panel.even and panel.x != "n" and panel.xs[0] > 0 and panel.xs[-1] >= _WIDE * panel.xs[0]
 
 
-def _tick(x: float) -> str:
+def tick(x: float) -> str:
+    """Return a value of the x axis as its tick has it."""
     return amount(int(x)) if x == int(x) else f"{x:g}"
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import textwrap
 
-from d2lora.report import paper
+from d2lora.report import axes, paper
 from d2lora.report.axes import LABELS
 from d2lora.report.compare import Comparison, Outcomes, draws_of, seeds_text
 from d2lora.report.points import Point
@@ -39,6 +39,11 @@ def _mark(table: Table, point: Point) -> str:
 
 def _seeds_missing(point: Point) -> str:
     return f" ({len(point.scores)} of {len(point.runs)} seeds)" if len(point.scores) < len(point.runs) else ""
+
+
+def chosen(point: Point) -> str:
+    """Return the settings that were chosen for a point: lr=0.0005."""
+    return ", ".join(axes.text(key, value) for key, value in point.tuned.items())
 
 
 def p_text(value: float) -> str:
@@ -105,6 +110,8 @@ def _value_rows(table: Table) -> list[list[list[str]]]:
             ],
             ["95 % interval", *(table.unit.bounds(p.interval) if p and p.interval else "" for p in points)],
         ]
+        if any(p.tuned for p in points if p):
+            rows.append(["chosen", *(chosen(p) if p else "" for p in points)])
         theirs = [paper.value(p) if p else None for p in points]
         if any(v is not None for v in theirs):
             ours = [p.value if p else None for p in points]

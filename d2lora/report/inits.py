@@ -2,13 +2,13 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
 from d2lora.records import Records
-from d2lora.report import figures, formats
+from d2lora.report import forest, formats
 from d2lora.report.axes import LABELS, order_of, short_name
 from d2lora.report.compare import (
     ALPHA,
@@ -22,7 +22,7 @@ from d2lora.report.compare import (
     seeds_text,
 )
 from d2lora.report.content import Content, Rows, Sweep
-from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, PLAIN
+from d2lora.report.looks import METHODS, NAMES, PLAIN
 from d2lora.report.points import Point, by_benchmark, differing, label_texts, size
 from d2lora.scoring import unit_of
 from d2lora.settings import Report, amount
@@ -34,7 +34,6 @@ from d2lora.stages.warmup import WarmupSpec
 CAPTION = f"Initializations against init={PLAIN} at the same m and n, on the same items"
 FIXED_CAPTION = f"{CAPTION}, at the recipe's own values"
 _HEAD = ("value", "95 % interval", f"- {PLAIN}", "95 % interval", "p", "p (Holm)", "it is", "preparation (s)", "peak memory (MB)")  # fmt: skip
-_ROW, _BETWEEN = 0.1, 0.08  # inches: a marker's row in the figure, and what parts initializations
 
 
 @dataclass
@@ -226,71 +225,28 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def _figure(drawn: list[list[Row]], pyplot: Any) -> Any:
-    """Draw differences to init=lora with 95 % intervals: a row for each initialization, a panel for each benchmark and n.
+    """Draw differences to init=lora: a row for each initialization, a panel for each benchmark and n.
 
     Several models, tasks, recipes or warm-ups have panels of their own. Of a tuned sweep the right column has the differences
     at the recipe's own values. Filled markers have a warm-up.
     """
-    rows = [row for each in drawn for row in each if row.against]
-    inits = list(dict.fromkeys(row.init for row in rows))
-    series = list(dict.fromkeys((row.point.method, row.point.m) for row in rows))
-    panels = list(dict.fromkeys(_panel(row, _labels(rows)) for row in rows))
-    height = len(inits) * (len(series) * _ROW + _BETWEEN) + 0.45
-    figure, axes = pyplot.subplots(
-        len(panels), len(drawn), squeeze=False, sharey=True, sharex="row", layout="constrained",
-        figsize=((1 + len(drawn)) * figures.WIDTH * 0.8, height * len(panels) + 0.5),
-    )  # fmt: skip
-    for axis, (place, panel) in zip(axes.flat, ((each, panel) for panel in panels for each in drawn), strict=True):
-        own = [row for row in place if row.against and _panel(row, _labels(rows)) == panel]
-        _draw_panel(axis, own, inits, series)
-        column = " at the recipe's values" if place is not drawn[0] else " tuned" if len(drawn) > 1 else ""
-        axis.set_title(f"{panel[0]}, {panel[1]}{column}".replace(", tuned", " tuned"))
-    for axis in axes[-1]:
-        axis.set_xlabel(f"difference to init={PLAIN}")
-    handles: dict = {}
-    for axis in axes.flat:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    where = [" tuned", " at the recipe's own values"] if len(drawn) > 1 else [""]
+    columns = [_panels(rows) for rows in drawn]
+    titles = dict.fromkeys(title for column in columns for title in column)
+    lines = [
+        [forest.Panel(title + place, column.get(title, [])) for place, column in zip(where, columns, strict=True)]
+        for title in titles
+    ]
+    return forest.draw(lines, f"init={PLAIN}", pyplot)
 
 
-def _panel(row: Row, labels: list[str]) -> tuple[str, str]:
-    """Return the benchmark of a row's panel, and what else it is of."""
-    p = row.point
-    return p.benchmark, " ".join([f"n={amount(p.n)}", *label_texts(p, labels)])
-
-
-def _draw_panel(axis: Any, rows: list[Row], inits: list[str], series: list[tuple[str, int | str]]) -> None:
-    for c in [row.against for row in rows if row.against][:1]:
-        axis.axvspan(-100 * c.margin, 100 * c.margin, color="#888888", alpha=0.18, linewidth=0, label=f"within ± {c.unit.text(round(100 * c.margin, 9))}")  # fmt: skip
-    axis.axvline(0, color="black", linewidth=0.8)
-    for number, (method, m) in enumerate(series):
-        own = [row for row in rows if (row.point.method, row.point.m) == (method, m)]
-        shift = (number - (len(series) - 1) / 2) * _ROW / (len(series) * _ROW + _BETWEEN)
-        _draw(axis, own, {init: inits.index(init) + shift for init in inits})
-    axis.set_yticks(range(len(inits)), inits)
-    axis.set_ylim(len(inits) - 0.4, -0.6)
-    axis.grid(axis="x", alpha=0.3, linewidth=0.5)
-    for between in range(1, len(inits)):
-        axis.axhline(between - 0.5, color="#888888", linewidth=0.3, alpha=0.5)
-
-
-def _draw(axis: Any, rows: list[Row], places: dict[str, float]) -> None:
-    """Draw one method and m: a marker with its interval for each initialization."""
-    compared = list(_spans(rows, places))
-    if not compared:
-        return
-    point = rows[0].point
-    x, y, below, above = zip(*compared, strict=True)
-    axis.errorbar(
-        x, y, xerr=[below, above], label=f"{NAMES[point.method]} {point.arm}", color=COLOURS[point.method], marker=MARKS[point.method],
-        markerfacecolor="white" if point.m == 0 else None, linestyle="none", markersize=3.5, elinewidth=0.8,
-    )  # fmt: skip
-
-
-def _spans(rows: list[Row], places: dict[str, float]) -> Iterator[tuple[float, float, float, float]]:
-    """Yield each difference with its place on the y axis, and how far its interval goes to the left and to the right."""
+def _panels(rows: list[Row]) -> dict[str, list[forest.Entry]]:
+    """Return the comparisons of rows by the title of their panel."""
+    panels: dict[str, list[forest.Entry]] = {}
+    labels = _labels(rows)
     for row in rows:
-        if c := row.against:
-            low, high = c.interval
-            yield 100 * c.difference, places[row.init], 100 * (c.difference - low), 100 * (high - c.difference)
+        if row.against:
+            p = row.point
+            title = f"{p.benchmark}, {' '.join([f'n={amount(p.n)}', *label_texts(p, labels)])}"
+            panels.setdefault(title, []).append(forest.Entry(row.init, f"{NAMES[p.method]} {p.arm}", row.against))
+    return panels

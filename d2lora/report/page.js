@@ -100,7 +100,8 @@ function cell(c) {
     h("small", {}, interval(p)),
     lost && p.value !== null ? h("small", { class: "missing" }, `${lost} of ${p.runs.length} seeds missing`) : null,
     p.paper !== null ? h("small", {}, `paper ${score(p.metric, p.paper)}` + (p.value === null ? "" : `, ${gain(p.metric, p.value - p.paper)}`)) : null,
-    d ? h("small", {}, `${gain(p.metric, d.difference)} against LoRA`) : null));
+    d ? h("small", {}, `${gain(p.metric, d.difference)} against LoRA`) : null,
+    p.chosen ? h("small", {}, p.chosen) : null));
 }
 
 const plain = (head, rows, label) => sortable(head, rows.map((row) => ({ keys: row.map((t) => key(String(t))), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), label);
@@ -286,6 +287,7 @@ function content(x) {
   const panels = left(x.panels), hidden = x.panels.some((f) => f.curves.some((c) => c.points.length && !kept(data.points[end(c)])));
   const rows = x.rows ? x.rows.rows.filter((_, i) => !x.rows.shows.length || kept(x.rows.shows[i])) : [];
   const parts = [x.tables.map(grid), panels.length ? h("div", { class: "figure" }, panels.map(panel)) : null,
+    x.image ? h("img", { src: x.image, alt: x.title, class: "drawn" }) : null,
     rows.length ? plain(x.rows.head, rows, x.title) : null].flat().filter(Boolean);
   const note = (n) => h("p", { class: /^[\d,]+ of |^Records/.test(n) ? "warning" : "note" }, n);
   const links = x.files.length ? h("p", { class: "note" }, "Files: ", x.files.map((f, i) => [i ? ", " : "", h("a", { href: f }, f.split("/").pop())])) : null;
@@ -297,7 +299,7 @@ function sweep(w) {
     const parts = content(x);
     if (!parts) return null;
     const folded = x.folded === "yes" || (x.folded === "below others" && above);
-    above ||= x.panels.some((f) => f.margin === undefined) || !x.panels.length; // differences take no table's place
+    above ||= x.panels.some((f) => f.margin === undefined) || !(x.panels.length || x.image && !x.rows); // differences take no table's place
     return folded ? h("details", {}, h("summary", {}, x.title), h("section", {}, parts))
       : h("section", {}, x.folded === "no" ? h("h3", {}, x.title) : null, parts); // else the sweep's heading names it
   });

@@ -4,11 +4,13 @@ Texts of records (prompts, answers) are not trusted: they are JSON that can't cl
 ever sets them as text.
 """
 
+import base64
 import dataclasses
 import json
 import random
 from collections.abc import Iterable
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +104,7 @@ class _Data:
             "verdicts": [*content.sentences, *(table.verdict for table in content.verdicts if table.pairs)],
             "tables": [self._table(table) for table in content.tables],
             "panels": [*map(self._panel, content.panels), *map(self._differences, content.differences)],
+            "image": _image(folder / f"{artefact.figure or artefact.name}.svg") if content.draw else None,
             "rows": _rows(content.rows) if content.rows else None,
         }
 
@@ -193,6 +196,11 @@ class _Data:
         }
 
 
+def _image(file: Path) -> str | None:
+    """Return a drawn figure as an address that has all of it; None where it is not written."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}" if file.exists() else None
+
+
 def _placed(panel: figures.Placed) -> JSON:
     x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel), "even": panel.even}
     return {"title": panel.title, "unit": panel.unit, "x": x}
@@ -211,6 +219,7 @@ def _point(p: Point) -> JSON:
         "low": low,
         "high": high,
         "paper": paper.value(p),
+        "chosen": formats.chosen(p),
         "items": p.table.shape[1] if p.scores else 0,
         "runs": [{"seed": seed, "done": seed in p.scores, **vars(run)} for seed, run in sorted(p.runs.items())],
     }

@@ -20,6 +20,7 @@ from d2lora.outputs import whole_file, write_text
 from d2lora.plan import Cell
 from d2lora.records import Records
 from d2lora.report import artefacts, compare, controls, differences, evidence, figures, formats, paper, tables, verdict
+from d2lora.report import inits as inits_table
 from d2lora.report.axes import MACHINE
 from d2lora.report.points import Point, points_of
 from d2lora.store import Store
@@ -1152,3 +1153,42 @@ def test_a_file_of_the_report_is_whole_or_as_it_was(tmp_path: Path) -> None:
         fail()
     assert file.read_bytes() == b"before\r\n"
     assert [f.name for f in file.parent.iterdir()] == ["table.md"]
+
+
+def test_many_arms_are_rows_of_one_figure_of_differences(tmp_path: Path) -> None:
+    """Seven initializations: a panel each, with scales of their own, could not be compared by eye."""
+    inits = ("lora", "gaussian", "orthogonal", "pissa", "olora", "milora", "rslora")
+    made.publish(tmp_path, [c for i in inits for c in grid(f"init={i}", methods=("sft", "dpo"), n=[8, 16], m=[0, 8])])
+    report.write(tmp_path, ["mine"])
+    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("differences")
+    assert shown.differences == []
+    table = next(t for t in tables.build(points(tmp_path)) if t.points[0].benchmark == "lab_math")
+    panels = differences.forest_panels(table)
+    assert [panel.title for panel in panels] == ["lab_math, n=8", "lab_math, n=16"]
+    for panel in panels:
+        assert sorted({entry.row for entry in panel.entries}) == sorted(inits)
+        assert {entry.label for entry in panel.entries} == {"SFT", "DPO"}
+        assert len({entry.comparison for entry in panel.entries}) == 14
+    page_ = (tmp_path / "report" / "index.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*)</script>', page_)[1])
+    images = {x["title"]: x["image"] for x in data["sweeps"][0]["shown"] if x["image"]}
+    assert list(images) == [artefacts.ARTEFACTS[0].caption, inits_table.CAPTION], "the page has both figures in it"
+    assert all(image.startswith("data:image/svg+xml;base64,") for image in images.values())
+
+
+def test_a_drawn_forest_has_each_difference_in_its_row(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    made.publish(tmp_path, [c for i in ("lora", "pissa", "eva") for c in grid(f"init={i}", n=[100], m=[0, 8])])
+    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("inits")
+    figure = shown.draw(pyplot)
+    axis = next(a for a in figure.axes if a.get_title().startswith("lab_math"))
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    assert names == ["pissa", "eva"]
+    rows_ = {(r[0], r[2]): r for r in shown.rows.rows if r[4] == "lab_math accuracy"}
+    column = shown.rows.head.index("- lora")
+    for bars, m in zip(axis.containers, ("0", "8"), strict=True):
+        line = bars.lines[0]
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
+            assert x == pytest.approx(float(rows_[names[round(y)], m][column].rstrip("*")), abs=0.006)
+    pyplot.close(figure)
