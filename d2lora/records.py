@@ -8,6 +8,7 @@ store.py writes it.
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -146,7 +147,7 @@ class Record(Result, _Header):
 
 
 class StageKeys(_Read):
-    """The keys of a cell's stages; of evaluations by benchmark, of overlap checks by pair."""
+    """The keys of a cell's stages by their kinds; of evaluations by benchmark, of overlap checks by pair."""
 
     prepare: str | None = None
     warmup: str | None = None
@@ -160,6 +161,13 @@ class StageKeys(_Read):
     def trained(self) -> dict[str, str | None]:
         """Return the keys of preparation, warm-up and adaptation by stage."""
         return {"prepare": self.prepare, "warmup": self.warmup, "adapt": self.adapt, "merge": self.merge}
+
+    def every(self) -> Iterator[tuple[str, str]]:
+        """Yield the kind and key of each stage."""
+        yield from ((kind, key) for kind, key in self.trained().items() if key)
+        yield from (("evaluate", key) for key in (self.evaluate | self.validation).values())
+        yield from (("contamination", key) for key in self.contamination.values())
+        yield from (("flips", key) for key in self.flips.values())
 
 
 class ManifestCell(_Read):
@@ -264,11 +272,11 @@ def read_items(folder: Path) -> list[Item]:
 
 
 class Records:
-    """Records by stage name and key, and the items of evaluations, each read once."""
+    """The records of a store, each read once; and the items of evaluations whose records were read."""
 
     def __init__(self, output: Path) -> None:
         self.outputs = Outputs(output)
-        self._records: dict[tuple[str, str], Record] = {}
+        self._records: dict[str, Record] = {}
         self._scores: dict[str, dict[str, np.ndarray]] = {}
         self._prompts: dict[str, list[str]] = {}  # of an evaluation's items, by their digest: most share them
         self._prompts_of: dict[str, str] = {}  # the digest of each evaluation's
@@ -278,12 +286,12 @@ class Records:
         """Return the record, None if the stage is not finished. UserError if it is damaged."""
         if key is None:
             return None
-        if (stage, key) not in self._records:
+        if key not in self._records:
             record = read(self.outputs.record(stage, key))
             if record is None:
                 return None
-            self._records[stage, key] = record
-        return self._records[stage, key]
+            self._records[key] = record
+        return self._records[key]
 
     def scores(self, key: str, metric: str) -> "np.ndarray":
         """Return the metric of each item (items,) of a finished evaluation; metric "index" is the items' rows in their set.
@@ -306,7 +314,7 @@ class Records:
 
     def _columns(self, key: str) -> dict[str, "np.ndarray"]:
         if key not in self._scores:
-            record = self._records["evaluate", key]
+            record = self._records[key]
             self._scores[key], prompts = _read_scores(self._file(key), record.scores)
             self._prompts_of[key] = hashlib.sha256("\0".join(prompts).encode(errors="surrogatepass")).hexdigest()
             self._prompts.setdefault(self._prompts_of[key], prompts)
@@ -320,7 +328,7 @@ class Records:
         return [items[i] for i in lines]
 
     def _file(self, key: str) -> Path:
-        return self.outputs.record("evaluate", key) / ITEMS
+        return self.outputs.record(self._records[key].stage, key) / ITEMS
 
 
 def clusters_of(items: list[Item], varies: str | None) -> "np.ndarray | None":
@@ -340,7 +348,7 @@ def _templates(prompts: list[str], varies: str) -> "np.ndarray | None":
 
 
 def _numbered(texts: list[str]) -> "np.ndarray | None":
-    """Number texts, equal ones alike; None where all are equal."""
+    """Return a number for each text, equal ones alike; None where all are equal."""
     import numpy as np
 
     numbers = np.unique(texts, return_inverse=True)[1]

@@ -44,6 +44,9 @@ def check_inputs(config: Config, passed: Passed) -> None:
         _check(passed, data.check_names, config.task.harness_tasks, config.task.lm_eval_path)
     if _asks_others(config):
         return
+    output = Outputs.of(config).root
+    drawn = (_drawn(config), output)
+    _once(passed, lambda: rehearsal.begin(config, output), "tokenizer", drawn)
     _check_training_rows(config, passed)
     extra = config.init.extra
     if extra and find_spec(extra.package) is None:
@@ -54,8 +57,7 @@ def check_inputs(config: Config, passed: Passed) -> None:
     if tasks := _harness_tasks(config):
         _check(passed, data.check_lm_eval, tasks, config.task.lm_eval_path, config.objectives)
     _check(passed, data.check_model, config.model)
-    output = Outputs.of(config).root
-    _once(passed, lambda: rehearsal.check(config, output), "rows", (_drawn(config), output))
+    _once(passed, lambda: rehearsal.check(config, output), "rows", drawn)
 
 
 def _check_training_rows(config: Config, passed: Passed) -> None:

@@ -30,7 +30,7 @@ class Sweep:
 
     @property
     def columns(self) -> str | None:
-        """The setting that the user wants as columns of the sweep's own table; None lets the report choose."""
+        """Return the setting that the user wants as columns of the sweep's own table; None lets the report choose."""
         columns = self.settings.columns
         return None if self.tuning and columns in self.tuning.keys else columns  # each arm has one value of it
 
