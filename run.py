@@ -13,7 +13,7 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises errors, a
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from d2lora.command.guard import guard  # noqa: E402
+from d2lora.command.guard import guard, overrides_last  # noqa: E402
 from d2lora.command.job import job  # noqa: E402
 from d2lora.command.sweepers import reported  # noqa: E402
 
@@ -24,4 +24,5 @@ def main(config: DictConfig) -> object:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = overrides_last(sys.argv[1:])
     guard(reported()(main))

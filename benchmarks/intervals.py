@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
@@ -30,6 +31,7 @@ from d2lora import stats
 RESAMPLES = 2000  # a fifth of a report's: it moves a coverage by less than a tenth of a point
 SIZES = 4  # of n in a grid
 EFFECT = 0.03
+LAB_TEMPLATES = (85, 80, 61, 37, 28, 27, 16, 11, 11, 10, 8, 6, 5, 5, 5, *[3] * 10, *[1] * 75)  # lab-math's test, about
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Spreads:
     run_sd: float = 0.015
     between_runs: float = 0.15  # share of items on which two trainings of an arm disagree
     between_arms: float = 0.20
+    templates: tuple[
+        int, ...
+    ] = ()  # sizes, of shares, of groups of items that have difficulty, and an arm's gain, in common
+    shared: float = 0.5  # the group's share of an item's difficulty and of what an arm has of its own on it
 
     def deviations(self, items: int) -> tuple[float, float, float, float]:
         """Return the standard deviations of difficulty, an arm's own, a training's luck and noise; their squares add up to 1."""
@@ -70,10 +76,26 @@ def scores(spreads: Spreads, arms: np.ndarray, runs: int, items: int, generator:
     """Simulate right and wrong (arms, runs, items) of arms with the true accuracies `arms` (arms,)."""
     difficulty, own, luck, noise = spreads.deviations(items)
     normal = lambda *shape: generator.standard_normal(shape, np.float32)  # noqa: E731
-    ability = difficulty * normal(1, 1, items) + own * normal(len(arms), 1, items)
+    groups = clusters_of(spreads, items)
+
+    def of_items(count: int) -> np.ndarray:
+        if groups is None:
+            return normal(count, 1, items)
+        of_groups = normal(count, 1, int(groups.max()) + 1)[:, :, groups]
+        return spreads.shared**0.5 * of_groups + (1 - spreads.shared) ** 0.5 * normal(count, 1, items)
+
+    ability = difficulty * of_items(1) + own * of_items(len(arms))
     ability = ability + luck * normal(len(arms), runs, 1) + noise * normal(len(arms), runs, items)
     thresholds = np.array([NormalDist().inv_cdf(a) for a in arms])
     return (ability > -thresholds[:, None, None]).astype(np.float32)
+
+
+def clusters_of(spreads: Spreads, items: int) -> np.ndarray | None:
+    """Return the group of each item (items,), of sizes in proportion to `templates`; None where items are independent."""
+    if not spreads.templates:
+        return None
+    ends = np.cumsum(spreads.templates) / sum(spreads.templates) * items
+    return np.searchsorted(ends, np.arange(items), side="right")
 
 
 @dataclass
@@ -100,14 +122,14 @@ def measure(spreads: Spreads, grids: int, runs: int, items: int, sizes: int = SI
 def _grid(spreads: Spreads, runs: int, items: int, sizes: int, generator: np.random.Generator) -> tuple[float, ...]:
     truth = np.repeat(spreads.accuracy, 2 * sizes)
     arms = scores(spreads, truth, runs, items, generator)
-    differences = arms[sizes:] - arms[:sizes]
-    values = [_holds(stats.bootstrap(a, RESAMPLES), spreads.accuracy) for a in arms]
-    drawn = [stats.bootstrap(d, RESAMPLES) for d in differences]
+    differences, draw = arms[sizes:] - arms[:sizes], partial(stats.bootstrap, clusters=clusters_of(spreads, items))
+    values = [_holds(draw(a, RESAMPLES), spreads.accuracy) for a in arms]
+    drawn = [draw(d, RESAMPLES) for d in differences]
     p = [stats.bootstrap_p(d) for d in drawn]
-    far = [stats.bootstrap_p(stats.bootstrap(d, RESAMPLES, wide=True)) for d in differences]
-    pooled = stats.bootstrap(differences.mean(axis=0), RESAMPLES)
+    far = [stats.bootstrap_p(draw(d, RESAMPLES, wide=True)) for d in differences]
+    pooled = draw(differences.mean(axis=0), RESAMPLES)
     effect = scores(spreads, np.array([spreads.accuracy, spreads.accuracy + EFFECT]), runs, items, generator)
-    found = stats.bootstrap_p(stats.bootstrap(effect[1] - effect[0], RESAMPLES)) <= 0.05
+    found = stats.bootstrap_p(draw(effect[1] - effect[0], RESAMPLES)) <= 0.05
     widths = [np.subtract(*stats.percentiles(d)[::-1]) / 2 for d in drawn]
     return (
         np.mean(values), np.mean([_holds(d, 0.0) for d in drawn]), _holds(pooled, 0.0), np.mean(np.array(p) <= 0.05),
@@ -160,6 +182,8 @@ def conditions(lab: Spreads, replicates: int) -> Iterator[tuple[str, Spreads, in
     yield "trainings spread by 5 points", replace(lab, run_sd=0.05), replicates, 1
     yield "an arm's trainings agree (2 % of items differ)", replace(lab, between_runs=0.02), replicates, 1
     yield "arms differ by noise alone", replace(lab, between_runs=lab.between_arms), replicates, 1
+    yield "50 passages of 10 items", replace(lab, templates=(10,) * 50), replicates, 1
+    yield "templates as lab-math's", replace(lab, templates=LAB_TEMPLATES), replicates, 1
     yield "accuracy 95 %", Spreads(0.95, lab.run_sd / 2, 0.03, 0.04), replicates, 1
 
 
@@ -168,6 +192,7 @@ def main() -> None:
     parser.add_argument("--grids", type=int, default=1000)
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--replicates", type=int, default=3)
+    parser.add_argument("--only", default="", help="conditions whose name has this")
     parser.add_argument("--output", type=Path, help="an output folder whose evaluations give the spreads")
     args = parser.parse_args()
     lab, clock = spreads_of(args.output) if args.output else Spreads(), time.monotonic()
@@ -177,6 +202,8 @@ def main() -> None:
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, spreads, runs, sizes in conditions(lab, args.replicates):
+        if args.only not in name:
+            continue
         m = measure(spreads, args.grids, runs, args.items, sizes)
         shares = (m.value, m.difference, m.pooled, m.false, m.false_holm, m.found)
         print(f"| {name} | {' | '.join(f'{100 * x:.1f}' for x in shares)} | {m.half_width:.1f} |", flush=True)

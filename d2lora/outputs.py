@@ -190,12 +190,29 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a hidden file to write into, which takes the place of `path` when it is whole: nobody reads a part of it.
+
+    If writing fails, `path` stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    with temporary.open("x") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}{path.suffix}")  # what is drawn goes by its suffix
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, line ends as they are. It may not outlive a power cut, as what can be made again need not."""
+    with whole_file(path) as temporary, temporary.open("x", newline="") as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically, and to the disk."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+        sync(temporary)

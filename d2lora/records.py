@@ -5,7 +5,9 @@ stages. Unknown keys are kept, and fields that older records lack have defaults.
 store.py writes it.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -276,6 +278,9 @@ class Records:
         self.outputs = Outputs(output)
         self._records: dict[str, Record] = {}
         self._scores: dict[str, dict[str, np.ndarray]] = {}
+        self._prompts: dict[str, list[str]] = {}  # of an evaluation's items, by their digest: most share them
+        self._prompts_of: dict[str, str] = {}  # the digest of each evaluation's
+        self._templates: dict[tuple[str, str], np.ndarray | None] = {}  # clusters by digest and pattern
 
     def get(self, stage: str, key: str | None) -> Record | None:
         """Return the record, None if the stage is not finished. UserError if it is damaged."""
@@ -295,14 +300,24 @@ class Records:
         """
         return self._columns(key)[metric]
 
-    def clusters(self, key: str) -> "np.ndarray | None":
-        """Return a number for each item (items,), the same for those that belong together; None where no column says so."""
-        return self._columns(key).get(CLUSTER)
+    def clusters(self, key: str, varies: str | None = None) -> "np.ndarray | None":
+        """Return a number for each item (items,), the same for those that belong together; None where nothing says so.
+
+        As of clusters_of, and each pattern is looked for once in the same prompts.
+        """
+        if (column := self._columns(key).get(CLUSTER)) is not None:
+            return column
+        prompts = self._prompts_of[key]
+        if varies and (prompts, varies) not in self._templates:
+            self._templates[prompts, varies] = _templates(self._prompts[prompts], varies)
+        return self._templates.get((prompts, varies or ""))
 
     def _columns(self, key: str) -> dict[str, "np.ndarray"]:
         if key not in self._scores:
             record = self._records[key]
-            self._scores[key] = _read_scores(self._file(key), record.scores)
+            self._scores[key], prompts = _read_scores(self._file(key), record.scores)
+            self._prompts_of[key] = hashlib.sha256("\0".join(prompts).encode(errors="surrogatepass")).hexdigest()
+            self._prompts.setdefault(self._prompts_of[key], prompts)
         return self._scores[key]
 
     def texts(self, key: str, lines: list[int]) -> list[Item]:
@@ -316,7 +331,32 @@ class Records:
         return self.outputs.record(self._records[key].stage, key) / ITEMS
 
 
-def _read_scores(file: Path, metrics: dict[str, Score]) -> dict[str, "np.ndarray"]:
+def clusters_of(items: list[Item], varies: str | None) -> "np.ndarray | None":
+    """Return a number for each item (items,), the same for those that belong together; None where nothing says so.
+
+    Their cluster column says it, or the pattern `varies`: prompts that are equal but for it are of one template. Where all items
+    would be one cluster, nothing is said.
+    """
+    if items and CLUSTER in items[0]:
+        return _numbered([str(item[CLUSTER]) for item in items])
+    return _templates([str(item["prompt"]) for item in items], varies) if varies else None
+
+
+def _templates(prompts: list[str], varies: str) -> "np.ndarray | None":
+    pattern = re.compile(varies)
+    return _numbered([pattern.sub("\0", prompt) for prompt in prompts])
+
+
+def _numbered(texts: list[str]) -> "np.ndarray | None":
+    """Return a number for each text, equal ones alike; None where all are equal."""
+    import numpy as np
+
+    numbers = np.unique(texts, return_inverse=True)[1]
+    return numbers if numbers.max() > 0 else None
+
+
+def _read_scores(file: Path, metrics: dict[str, Score]) -> tuple[dict[str, "np.ndarray"], list[str]]:
+    """Return the columns of numbers of an evaluation's items, and their prompts."""
     import numpy as np  # late: manifests are typed here too, and planning a grid needs no numpy
 
     columns = ["index", *metrics]
@@ -324,7 +364,8 @@ def _read_scores(file: Path, metrics: dict[str, Score]) -> dict[str, "np.ndarray
         text = file.read_text().strip().replace("\n", ",")  # one call of the decoder a file: a third of the time
         items = json.loads(f"[{text}]")
         table = np.array([[item[c] for c in columns] for item in items], float)
-        clusters = [str(item[CLUSTER]) for item in items] if CLUSTER in items[0] else None
+        clusters = clusters_of(items, None)
+        prompts = [str(item["prompt"]) for item in items]
         table = table.reshape(-1, len(columns))
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{file}: not readable ({error!r}); move its folder away to have it done again") from None
@@ -332,6 +373,6 @@ def _read_scores(file: Path, metrics: dict[str, Score]) -> dict[str, "np.ndarray
     for metric, score in metrics.items():
         if len(table) != score.items or abs(float(table[:, columns.index(metric)].mean()) - score.value) > 1e-6:
             raise UserError(f"{file}: its items do not give the record's {metric}; move its folder away")
-    if clusters:
-        scores[CLUSTER] = np.unique(clusters, return_inverse=True)[1]
-    return scores
+    if clusters is not None:
+        scores[CLUSTER] = clusters
+    return scores, prompts

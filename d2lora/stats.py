@@ -6,6 +6,7 @@ difference of two such arrays item by item, because both were measured on the sa
 """
 
 import functools
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -24,7 +25,7 @@ def interval(scores: np.ndarray, graded: bool = False, clusters: np.ndarray | No
     not right or wrong even where all are 0. `clusters` (items,) are drawn instead of items.
     """
     if clusters is not None:
-        return clipped(percentiles(bootstrap(by_cluster(scores, clusters))), 0.0, scores)
+        return clipped(percentiles(bootstrap(scores, clusters=clusters)), 0.0, scores)
     if len(scores) == 1 and not graded and is_binary(scores):
         return wilson(int(scores.sum()), scores.shape[1])
     return clipped(percentiles(bootstrap(scores)), 0.0, scores)
@@ -97,7 +98,12 @@ def newcombe(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> tup
 
 
 def bootstrap(
-    scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, wide: bool = False, luck: int = 0
+    scores: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    wide: bool = False,
+    luck: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
 
@@ -113,20 +119,89 @@ def bootstrap(
     1935), which errs to the wide side only, far out too (Holm's correction asks for p of 5 % / cells, where the other calls
     3 runs' luck significant up to three times as often as it should). Two runs always get it: 95 % intervals hold in 95 to
     98.6 %, where the other would in 90.6 %. benchmarks/intervals.py measures all of it on simulated grids.
+
+    `clusters` (items,) number what is drawn together instead of items. Of few or unequal ones resampling shows too little, so
+    their part is widened, and stretched to t with as many degrees of freedom as they are worth (`few_clusters`). It is never
+    less than that of independent items: where a cluster's items seem to cancel out, that is the luck of few clusters.
     """
-    runs, items = scores.shape
-    drawn = _draws(items, resamples, seed) @ scores.mean(axis=0, dtype=float).astype(np.float32) / items
-    if runs == 1:
-        return drawn.astype(float)
-    mean = scores.mean(dtype=float)
-    of_items = _own_share(scores) ** 0.5 * (drawn - mean)
-    # Right and wrong are counted in whole items, so runs with equal counts need not be equal: Sheppard's correction.
-    variance = (scores.mean(axis=1, dtype=float).var(ddof=1) + 1 / (12 * items**2)) / runs
-    if wide or runs == 2:
-        return mean + of_items + variance**0.5 * _t(runs - 1, resamples, seed + 1 + luck)
-    share = variance / (variance + of_items.var())
+    few = few_clusters(scores, clusters) if clusters is not None and clusters.max() > 0 else None
+    runs, mean = len(scores), scores.mean(dtype=float)
+    of_items = _of_items(scores, resamples, seed)
+    if few is None and runs == 1:
+        return mean + of_items
     normal, levels = _normal(resamples, seed + 1 + luck)
-    return mean + (of_items + variance**0.5 * normal) * _stretch((runs - 1) / share)[levels]
+    if few and clusters is not None:
+        of_clusters = few.widening * _of_items(by_cluster(scores, clusters), resamples, seed)
+        of_items = max(of_items, of_clusters, key=np.std)
+    if runs == 1 and few:
+        return mean + of_items * _stretch(few.freedom)[levels]
+    variance = (scores.mean(axis=1, dtype=float).var(ddof=1) + _step(scores) ** 2 / 12) / runs
+    if wide or runs == 2:
+        if few:
+            of_items = of_items * _stretch(few.freedom)[_normal(resamples, seed)[1]]
+        return mean + of_items + variance**0.5 * _t(runs - 1, resamples, seed + 1 + luck)
+    share = variance / (variance + of_items.var()) if variance else 0.0
+    lost = share / (runs - 1) + ((1 - share) / few.freedom if few else 0.0)  # one over the degrees of freedom
+    stretched = _stretch(1 / lost)[levels] if lost else 1.0
+    return mean + (of_items + variance**0.5 * normal) * stretched
+
+
+def _of_items(scores: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return by how much the mean of scores (runs, units) changes where other units are drawn (resamples,), without single runs' noise."""
+    units, means = scores.shape[1], scores.mean(axis=0, dtype=float)
+    drawn = (_draws(units, resamples, seed) @ means.astype(np.float32) / units).astype(float)
+    return _own_share(scores) ** 0.5 * (drawn - means.mean())
+
+
+def _step(scores: np.ndarray) -> float:
+    """Return the step in which runs' means are counted: 1 / items of right or wrong answers and their differences, else 0.
+
+    Runs whose counts are equal need not be equal: Sheppard's correction of their variance is a twelfth of its square.
+    """
+    return 1 / scores.shape[1] if np.isin(scores, (-1, 0, 1)).all() else 0.0
+
+
+@dataclass(frozen=True)
+class FewClusters:
+    """What clusters are worth: degrees of freedom of their variance, and by what a resampled deviation is too small."""
+
+    freedom: float
+    widening: float
+
+
+def few_clusters(scores: np.ndarray, clusters: np.ndarray) -> FewClusters:
+    """Return the degrees of freedom of a clustered mean of scores (runs, items), and the correction of its bias.
+
+    Bell and McCaffrey's (Survey Methodology 28:169, 2002) for clusters whose sums vary by size, as Imbens and Kolesár propose
+    (Rev Econ Stat 98:701, 2016): with an effect of the cluster and one of the item, told apart by an analysis of variance.
+    """
+    sizes = np.bincount(clusters).astype(float)
+    own, shared = _within_and_between(scores.mean(axis=0, dtype=float), clusters, sizes)
+    variances, weights = sizes * own + sizes**2 * shared, sizes / sizes.sum()  # of the clusters' sums
+    if not variances.any():
+        variances = sizes
+    total, w2 = variances.sum(), weights @ weights
+    # Residuals are e = S - w sum(S); their covariance is diag(V) + B with B of rank two. Traces of it and of its square.
+    cross, inner = variances @ weights, -2 * variances * weights + total * weights**2
+    trace = total + inner.sum()
+    square = variances @ variances + 2 * (variances @ inner)
+    square += 2 * (variances @ variances) * w2 + total**2 * w2**2 + 2 * cross**2 - 4 * total * cross * w2
+    return FewClusters(float(trace**2 / square), float((total / trace) ** 0.5))
+
+
+def _within_and_between(means: np.ndarray, clusters: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Return the variance of items within clusters and that of clusters, from items' means (items,); unequal sizes allowed.
+
+    Estimates of a one-way analysis of variance (Searle, Casella and McCulloch 1992, Variance Components, section 3.6).
+    """
+    items, count = len(means), len(sizes)
+    of_clusters = np.bincount(clusters, means) / sizes
+    within = float(((means - of_clusters[clusters]) ** 2).sum()) / max(items - count, 1)
+    between = float(sizes @ (of_clusters - means.mean()) ** 2) / (count - 1)
+    if items == count:
+        return between, 0.0
+    usual_size = (items - float(sizes @ sizes) / items) / (count - 1)
+    return within, max((between - within) / usual_size, 0.0)
 
 
 def by_cluster(scores: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -148,6 +223,8 @@ def _own_share(scores: np.ndarray) -> float:
     two-way analysis of variance (items, runs).
     """
     means = scores.mean(axis=0, dtype=float)
+    if len(scores) == 1:
+        return 1.0
     rest = scores - means - (scores.mean(axis=1, keepdims=True, dtype=float) - means.mean())
     return max(0.0, 1 - rest.var() / ((len(scores) - 1) * means.var())) if means.var() else 0.0
 

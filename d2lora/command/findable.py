@@ -12,7 +12,7 @@ from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.records import Manifest, Records
 from d2lora.report import manifest
-from d2lora.scoring import Kind, Likelihood
+from d2lora.scoring import Likelihood
 from d2lora.settings import Benchmark, Config
 from d2lora.store import Store
 
@@ -70,29 +70,30 @@ def _line(config: Config, benchmark: Benchmark, replicates: int, spreads: Spread
     known = sizes.items_of(config, benchmark)
     items = known or _UNREAD
     whose = f"{items:,} items" if known else f"{items:,} items (its own number is not known here yet)"
-    margin = config.report.margin
+    margin = config.report.margin_of(benchmark.scoring.unit)
     needed = stats.replicates_needed(margin / 100, items, spreads.item_sd, spreads.run_of(items))
     more = f"{needed} replicates" if needed else "more items, however many replicates"
-    found = _found(whose, items, replicates, spreads, benchmark.scoring)
+    found = _found(whose, items, replicates, spreads, benchmark)
     return f"{found}, four times in five; for {benchmark.scoring.unit.text(margin)}: {more} ({spreads.how})"
 
 
-def _found(whose: str, items: int, replicates: int, spreads: Spreads, kind: Kind) -> str:
+def _found(whose: str, items: int, replicates: int, spreads: Spreads, benchmark: Benchmark) -> str:
     """Say from which difference on the design shows it; of one or two replicates, that three are needed to tell."""
     from d2lora import stats
 
     effect = stats.smallest_effect(items, max(replicates, _LEAST), spreads.item_sd, spreads.run_of(items))
-    points = lambda fraction: kind.unit.rounded(100 * fraction)  # noqa: E731
+    kind, clustered = benchmark.scoring, bool(benchmark.cluster or benchmark.varies)
+    rounded = kind.unit.rounded
     if replicates >= _LEAST:
-        return f"with {whose} and {replicates} replicates differences from {points(effect)} on"
-    exact = _EXACT / items if kind.right_or_wrong else 0.0
+        return f"with {whose} and {replicates} replicates differences from {rounded(effect)} on"
+    exact = _EXACT / items if kind.right_or_wrong and not clustered else 0.0
     single = max(stats.smallest_effect(items, 1, spreads.single_sd, 0.0), exact)
     alone = f"with {whose} and {replicates} replicate{'s'[: replicates > 1]}"
     if replicates == 1:
-        alone += f" differences from {points(single)} on, between these trainings only"
+        alone += f" differences from {rounded(single)} on, between these trainings only"
     else:
         alone += " hardly any"
-    return f"{alone}; with {_LEAST} replicates from {points(effect)} on"
+    return f"{alone}; with {_LEAST} replicates from {rounded(effect)} on"
 
 
 def _assumed(benchmark: Benchmark) -> Spreads:
@@ -106,12 +107,12 @@ def _measured(outputs: Outputs, model: str, task: str, benchmark: str, assumed: 
     pairs = [c for c in _comparisons(outputs, model, task) if c.lora.benchmark == benchmark]
     if not pairs:
         return assumed
-    single = _root(float(row.var(ddof=1)) * _items_a_unit(c) for c in pairs for row in c.differences)
+    single = _root(float(row.var(ddof=1)) * _items_a_unit(c) for c in pairs for row in c.units)
     several = [c for c in pairs if len(c.differences) > 1]
     if not several:
         how = f"{assumed.how}; one replicate's measured here on {_count(pairs)}"
         return Spreads(assumed.item_sd, assumed.run_sd, single, how)
-    both = [(*stats.spreads(c.differences), _items_a_unit(c)) for c in several]
+    both = [(*stats.spreads(c.units), _items_a_unit(c)) for c in several]
     item_sd = _root(item**2 * scale for item, _, scale in both)
     return Spreads(item_sd, _root(run**2 for _, run, _ in both), single, f"spreads measured here on {_count(several)}")
 
@@ -134,7 +135,7 @@ def _comparisons(outputs: Outputs, model: str, task: str) -> Iterator["Compariso
 
 def _items_a_unit(comparison: "Comparison") -> float:
     """Return what a variance of units is to be multiplied by to be that of items: clusters are fewer."""
-    return comparison.lora.table.shape[1] / comparison.differences.shape[1]
+    return comparison.lora.table.shape[1] / comparison.units.shape[1]
 
 
 def _root(variances: Iterable[float]) -> float:

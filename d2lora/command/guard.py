@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from hydra.errors import HydraException
@@ -26,6 +26,21 @@ def end_with(code: int) -> None:
     Not by sys.exit: Hydra's callbacks are called at the end of a job and of a run only if the task function returns.
     """
     _ended.append(code)
+
+
+def overrides_last(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with its overrides after its options: Hydra's parser takes them in one place only.
+
+    `n=8 -m m=0,8` is meant as `-m n=8 m=0,8`, and ended in a usage text.
+    """
+    overrides = [_is_override(word) for word in arguments]
+    options = [word for word, own in zip(arguments, overrides, strict=True) if not own]
+    return options + [word for word, own in zip(arguments, overrides, strict=True) if own]
+
+
+def _is_override(word: str) -> bool:
+    """Tell whether a word sets, adds or deletes a key; a value of an option (-cn table3) does not look so."""
+    return re.match(r"~|\+{0,2}[\w./@:-]+=", word) is not None and not word.startswith("-")
 
 
 def guard(main: Callable[[], object]) -> NoReturn:

@@ -40,6 +40,8 @@ def check_inputs(config: Config, passed: Passed) -> None:
 
     `passed` saves repeating checks. A dry run checks only what is on this machine, and does not use the network.
     """
+    if config.dry_run and config.task.lm_eval:
+        _check(passed, data.check_names, config.task.harness_tasks, config.task.lm_eval_path)
     if _asks_others(config):
         return
     output = Outputs.of(config).root
@@ -53,7 +55,7 @@ def check_inputs(config: Config, passed: Passed) -> None:
     for benchmark in config.benchmarks.values():
         _check(passed, data.check_benchmark, benchmark, config.split_seed)
     if tasks := _harness_tasks(config):
-        _check(passed, data.check_lm_eval, tasks, config.task.lm_eval_path)
+        _check(passed, data.check_lm_eval, tasks, config.task.lm_eval_path, config.objectives)
     _check(passed, data.check_model, config.model)
     _once(passed, lambda: rehearsal.check(config, output), "rows", drawn)
 
@@ -90,7 +92,7 @@ def _once(passed: Passed, check: Callable[[], None], name: str, arguments: objec
 def _harness_tasks(config: Config) -> list[HarnessTask]:
     """Return the harness's tasks that still have to be evaluated.
 
-    Importing the harness takes many seconds, so others are not checked.
+    Importing the harness takes many seconds, so others are not checked; of a dry run only names are.
     """
     if config.dry_run or not config.task.lm_eval:
         return []

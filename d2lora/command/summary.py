@@ -12,6 +12,7 @@ from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.records import Records
 from d2lora.scoring import unit_of
+from d2lora.settings import Config
 from d2lora.stages import VERSIONS, Stage, evaluate, flips
 from d2lora.stages.training import TrainingSpec
 from d2lora.store import Store
@@ -121,7 +122,11 @@ def _failed(stage: Stage, store: Store) -> bool:
 def cell_text(cell: Cell, store: Store) -> str:
     """Return a single cell's results, with notes."""
     lines = [
-        *(line for stage in (*cell.chain.validations, *cell.chain.evaluations) for line in _scores(stage, store)),
+        *(
+            line
+            for stage in (*cell.chain.validations, *cell.chain.evaluations)
+            for line in _scores(stage, cell.config, store)
+        ),
         *(_batch_line(stage, store) for stage in cell.chain.flips),
         *(_overlap_line(stage, store) for stage in cell.chain.contamination),
         *_passed_over(cell, store),
@@ -129,7 +134,7 @@ def cell_text(cell: Cell, store: Store) -> str:
     return "\n".join([cell.id, *(f"  {line}" for line in lines)])
 
 
-def _scores(stage: Stage, store: Store) -> Iterator[str]:
+def _scores(stage: Stage, config: Config, store: Store) -> Iterator[str]:
     """Yield an evaluation's metrics, each ± half of its 95 % interval as tables have it, how many answers were cut or empty, and
     how many items were left out.
     """
@@ -140,10 +145,12 @@ def _scores(stage: Stage, store: Store) -> Iterator[str]:
     if record is None:
         yield f"{stage.subject}: missing"
         return
+    benchmark = config.benchmarks.get(stage.subject)
     for metric, score in record.scores.items():
-        low, high = interval_of(records, stage.key, metric)
-        unit = unit_of(metric).name
-        yield f"{stage.subject} {metric}: {100 * score.value:.2f} {unit} ± {50 * (high - low):.2f} ({score.items} items)"
+        low, high = interval_of(records, stage.key, metric, benchmark.varies if benchmark else None)
+        unit = unit_of(metric)
+        shown = f"{unit.value(score.value)} {unit.name} ± {unit.value((high - low) / 2)}"
+        yield f"{stage.subject} {metric}: {shown} ({score.items} items)"
     if engine := record.engine:
         whom = f" instead of {engine.instead_of}: {engine.reason}" if engine.instead_of else ""
         yield f"{stage.subject}: answered by {engine.name}{f' {engine.version}' if engine.version else ''}{whom}"

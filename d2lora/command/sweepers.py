@@ -29,6 +29,7 @@ from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
 from d2lora.report import manifest
+from d2lora.settings import Config
 from d2lora.store import Store
 
 _OPTIMIZERS = ("OptunaSweeper", "NevergradSweeper", "AxSweeper")  # they need a value from each job
@@ -170,6 +171,10 @@ def reported() -> Iterator[None]:
     """Write the report of another sweeper's cells after the last, and let the exit code say whether all are done."""
     try:
         yield
+    except KeyboardInterrupt:  # the same command would begin another study, so what this one has is shown now
+        if _begun:
+            print(_report(_begun[0].config))
+        raise
     except Exception as error:
         if not _begun or not _finish():
             raise
@@ -185,7 +190,7 @@ def _finish() -> bool:
     store, sweep = Store(Outputs.of(cell.config).root), cell.config.sweep
     keys = [key for entry in manifest.read_manifest(store.outputs.root, sweep).cells for key in entry.stages.every()]
     lost = [(kind, key) for kind, key in dict.fromkeys(keys) if not store.outputs.record(kind, key).is_dir()]
-    print(tables := report.finish(store.outputs.root, sweep))
+    print(tables := _report(cell.config))
     if chosen := _chosen(store.outputs.root):
         print(chosen)
     if mirrored := mirror.report(_begun, store, tables):
@@ -193,6 +198,11 @@ def _finish() -> bool:
     print("".join(f"{line}\n" for line in _failures(store.outputs, lost)), end="", file=sys.stderr)
     end_with(1 if lost else 0)
     return bool(lost)
+
+
+def _report(first: Config) -> str:
+    """Write the report of the sweep and return its tables."""
+    return report.finish(Outputs.of(first).root, first.sweep)
 
 
 def _chosen(output: Path) -> str:

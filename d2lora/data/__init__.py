@@ -10,7 +10,7 @@ from d2lora.data.checks import (
     kind_line,
 )
 from d2lora.data.choices import choices, right_choice
-from d2lora.data.harness_tasks import check_lm_eval, harness_identity, load_harness_task, quiet
+from d2lora.data.harness_tasks import check_lm_eval, check_names, harness_identity, load_harness_task, quiet
 from d2lora.data.hub import hub, hub_problem
 from d2lora.data.items import ItemRows, check_benchmark, check_items, golds, item_prompt, item_rows
 from d2lora.data.placebo import exchanged
@@ -63,6 +63,7 @@ __all__ = [
     "check_items",
     "check_lm_eval",
     "check_model",
+    "check_names",
     "check_task",
     "check_warmup",
     "choices",

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,18 @@ def load_harness_task(name: str, folder: str | None = None) -> Any:
         raise UserError(told.replace("the Hub's answer was", "can't be loaded:")) from None
 
 
-def check_lm_eval(tasks: Sequence[HarnessTask], folder: str | None = None) -> None:
+def check_lm_eval(
+    tasks: Sequence[HarnessTask], folder: str | None = None, objectives: Sequence[tuple[str, str]] = ()
+) -> None:
     """Check before training that each task exists, that its data can be had, and that its settings fit it.
+
+    `objectives` are names of benchmarks, these tasks among them, with the metric that a sweeper optimizes.
 
     UserError if not. Prints which filter counts where a task reads answers in several ways and none was chosen.
     """
     for task in tasks:
         loaded = load_harness_task(task.name, folder)
+        _check_metrics(loaded, task.name, [metric for name, metric in objectives if name == task.name])
         config = loaded.config
         _refuse_dates(task.name, loaded)
         filters = [each["name"] for each in config.filter_list or []]
@@ -63,6 +70,41 @@ def check_lm_eval(tasks: Sequence[HarnessTask], folder: str | None = None) -> No
             )
         if task.fewshot and config.num_fewshot == 0:
             raise UserError(f"task.lm_eval={task.name}: fewshot={task.fewshot}: the task is defined without examples")
+
+
+def _check_metrics(loaded: Any, name: str, wanted: Sequence[str]) -> None:
+    """Raise UserError for a metric that a loaded task does not have."""
+    known = loaded.aggregation()
+    for metric in wanted:
+        if metric not in known:
+            raise UserError(f"objective={name}/{metric}: {name} has {', '.join(known)}")
+
+
+def check_names(tasks: Sequence[HarnessTask], folder: str | None = None) -> None:
+    """Check that each task exists, and load none. UserError if one does not.
+
+    The harness's own index takes many seconds and imports torch, so it is asked only for a name that is in no file of tasks.
+    """
+    for task in tasks:
+        if not any(_is_written(task.name, path) for path in _task_folders(task.name, folder)):
+            _require_single(task.name, folder)
+
+
+def _task_folders(name: str, folder: str | None) -> Iterator[Path]:
+    """Yield the user's folder of tasks and those of the harness, first the ones that are named like the task."""
+    with contextlib.suppress(UserError):  # _require_single refuses a folder that is none
+        if folder and (own := local(folder)):
+            yield own
+    package = find_spec("lm_eval")
+    roots = package.submodule_search_locations if package else None
+    folders = [path for root in roots or [] for path in Path(root, "tasks").glob("*/")]
+    yield from sorted(folders, key=lambda path: not name.startswith(path.name))
+
+
+def _is_written(name: str, folder: Path) -> bool:
+    """Tell whether a YAML file below a folder defines a task of this name."""
+    defined = re.compile(rf"^\s*(?:- )?task:\s*[\"']?{re.escape(name)}[\"']?\s*(?:#.*)?$", re.MULTILINE)
+    return any(defined.search(file.read_text(errors="replace")) for file in sorted(folder.glob("**/*.y*ml")))
 
 
 def harness_identity(task: HarnessTask, folder: str | None = None) -> dict[str, Any] | None:

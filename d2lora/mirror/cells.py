@@ -12,7 +12,7 @@ from typing import Any
 
 from d2lora.keys import digest
 from d2lora.mirror.sender import About, Run, Trial, address, disabled, fit, flush, folder, is_offline, trial
-from d2lora.mirror.values import arm, flat_results, public
+from d2lora.mirror.values import arm, flat_results, public, varies_of
 from d2lora.outputs import Outputs, cached, write_json
 from d2lora.plan import Cell
 from d2lora.records import read_items
@@ -54,7 +54,7 @@ def _cell(cell: Cell, store: Store, this: Trial | None = None) -> None:
     for stage, record in records.items():
         seconds[f"{stage.kind}_seconds"] += record.seconds
         if stage in (*cell.chain.validations, *cell.chain.evaluations):
-            results |= flat_results(record, read_items(store.folder(stage)))
+            results |= flat_results(record, read_items(store.folder(stage)), varies_of(cell.config, stage))
     results |= seconds
     c = cell.config
     about = About(

@@ -10,7 +10,7 @@ from typing import Any
 
 from d2lora.mirror.artifacts import lineage
 from d2lora.mirror.sender import About, Run, disabled, hush
-from d2lora.mirror.values import arm, flat_results
+from d2lora.mirror.values import arm, flat_results, varies_of
 from d2lora.progress import logged_by
 from d2lora.records import Record, read_items
 from d2lora.settings import Config, amount
@@ -37,7 +37,7 @@ def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
             yield
         record, folder = store.record(stage), store.folder(stage)
         assert record is not None, "the caller published it"
-        run.do(lambda r: _mirror(r, record, folder))
+        run.do(lambda r: _mirror(r, record, folder, varies_of(config, stage)))
         if config.wandb.artifacts:
             run.do(lambda r: lineage(r, config, stage, store))
         run.end()
@@ -115,14 +115,14 @@ def _define_axes(run: Any) -> None:
     run.define_metric("train/*", step_metric="samples_seen")
 
 
-def _mirror(run: Any, record: Record, folder: Path) -> None:
+def _mirror(run: Any, record: Record, folder: Path, varies: str | None) -> None:
     """Show a record's provenance as config, its metrics as summary, its items as a Table."""
     import wandb
 
     content = record.as_read()
     run.config.update({k: content[k] for k in ("provenance", "data") if k in content}, allow_val_change=True)
     items = read_items(folder)
-    run.summary.update(flat_results(record, items))
+    run.summary.update(flat_results(record, items, varies))
     run.summary.update({"seconds": record.seconds, "peak_memory_mb": record.peak_memory_mb})
     if items:  # last, for it asks the server
         columns = list(dict.fromkeys(k for item in items for k in item))

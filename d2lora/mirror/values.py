@@ -5,8 +5,10 @@ from typing import Any
 
 from d2lora import data
 from d2lora.errors import UserError
-from d2lora.records import CLUSTER, Item, Record, Score
+from d2lora.records import Item, Record, Score, clusters_of
 from d2lora.scoring import is_graded
+from d2lora.settings import Config
+from d2lora.stages import Stage
 from d2lora.stages.evaluate import EvaluateSpec
 
 
@@ -15,7 +17,7 @@ def arm(m: int | str) -> str:
     return "LoRA" if m == 0 else "D2LoRA"
 
 
-def flat_results(record: Record, items: list[Item]) -> dict[str, object]:
+def flat_results(record: Record, items: list[Item], varies: str | None) -> dict[str, object]:
     """Return metrics by flat names: a benchmark's with its number of items and the 95 % interval that the report has."""
     name = record.benchmark or record.pair or record.stage
     flat: dict[str, object] = {}
@@ -24,23 +26,27 @@ def flat_results(record: Record, items: list[Item]) -> dict[str, object]:
             flat |= {f"{name}/{metric}": value.value, f"{name}/{metric}_items": value.items}
             # A check's items are no scores, but hits.
             if record.stage == EvaluateSpec.KIND and len(items) == value.items:
-                low, high = _interval(metric, items)
+                low, high = _interval(metric, items, varies)
                 flat |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
         elif metric != "log":
             flat[metric] = value
     return flat
 
 
-def _interval(metric: str, items: list[Item]) -> tuple[float, float]:
-    """Return the 95 % interval of a metric's mean over items, or over clusters of items that belong together."""
+def varies_of(config: Config, stage: Stage) -> str | None:
+    """Return what differs between items of one template, as the benchmark of an evaluation says; None of other stages."""
+    benchmark = config.benchmarks.get(stage.subject)
+    return benchmark.varies if benchmark else None
+
+
+def _interval(metric: str, items: list[Item], varies: str | None = None) -> tuple[float, float]:
+    """Return the 95 % interval of a metric's mean over items, or over clusters of items that belong together (clusters_of)."""
     import numpy as np  # late, as stats: planning a grid needs neither
 
     from d2lora import stats
 
-    clusters = None
-    if CLUSTER in items[0]:
-        clusters = np.unique([str(item[CLUSTER]) for item in items], return_inverse=True)[1]
-    return stats.interval(np.array([[float(item[metric]) for item in items]]), is_graded(metric), clusters)
+    scores = np.array([[float(item[metric]) for item in items]])
+    return stats.interval(scores, is_graded(metric), clusters_of(items, varies))
 
 
 _PATHS = ("path", "lm_eval_path", "engine_python")  # settings that may name a file or folder of this machine

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2lora.errors import UserError
-from d2lora.outputs import Outputs
+from d2lora.outputs import Outputs, write_text
 from d2lora.records import Records
 from d2lora.report import manifest
 
@@ -47,7 +47,7 @@ def write(output: Path, sweeps: Iterable[str]) -> str:
             artefacts.write(output, loaded[name])
         parts.append(f"{name}\n{artefacts.text(loaded[name])}")
     file = Outputs(output).page
-    file.write_text(page.page(list(loaded.values()), records))
+    write_text(file, page.page(list(loaded.values()), records))
     return "\n\n".join([*parts, *damaged, f"report: {file}"])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2lora.errors import UserError
-from d2lora.outputs import Outputs
+from d2lora.outputs import Outputs, write_text
 from d2lora.records import Records
 from d2lora.report import (
     controls,
@@ -15,6 +15,7 @@ from d2lora.report import (
     differences,
     evidence,
     figures,
+    forest,
     formats,
     halves,
     inits,
@@ -40,8 +41,7 @@ def _fixed(sweep: Sweep) -> Content | None:
     """Return a tuned sweep's table and curves at the recipe's own values; None if these are not among the candidates."""
     if not (sweep.fixed and sweep.tuning):
         return None
-    built = tables.build(sweep.fixed, sweep.columns, sweep.margin)
-    return _all(built, sweep, tuning.fixed_notes(sweep.tuning))
+    return _all(sweep.fixed_tables, sweep, tuning.fixed_notes(sweep.tuning))
 
 
 def _all(built: list[Table], sweep: Sweep, told: list[str]) -> Content:
@@ -58,23 +58,35 @@ def _paper_table(selection: paper.Artefact, sweep: Sweep) -> Content | None:
     points = paper.select(selection, sweep.points)
     if not points:
         return None
-    return Content(tables=tables.build(points, "n", sweep.margin), notes=evidence.notes(points, sweep.records))
+    return Content(tables=tables.build(points, "n", sweep.settings), notes=evidence.notes(points, sweep.records))
 
 
 def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
     points = paper.select(selection, sweep.points)
     if not points:
         return None
-    built = tables.build(points, "n", sweep.margin)
+    built = tables.build(points, "n", sweep.settings)
     told = {point for table in paper.TABLES for point in paper.select(table, sweep.points)}
     untold = [table for table in built if not told.issuperset(table.points)]
     return Content(panels=figures.of(selection, built), notes=evidence.notes(points, sweep.records), verdicts=untold)
 
 
 def _differences(sweep: Sweep) -> Content | None:
-    """Return how D2LoRA differs from LoRA in the sweep's own tables; None where no pair is finished."""
-    panels = [panel for table in sweep.own_tables for panel in differences.panels(table)]
-    return Content(differences=panels) if panels else None
+    return _differences_in(sweep.own_tables)
+
+
+def _fixed_differences(sweep: Sweep) -> Content | None:
+    return _differences_in(sweep.fixed_tables)
+
+
+def _differences_in(built: list[Table]) -> Content | None:
+    """Return how D2LoRA differs from LoRA in tables; None where no pair is finished. Many arms are rows of a forest."""
+    panels = {table.title: differences.panels(table) for table in built}
+    if max(map(len, panels.values()), default=0) > figures.TALLEST:
+        rows = [differences.forest_panels(table) for table in built if panels[table.title]]
+        return Content(draw=functools.partial(forest.draw, rows, "LoRA"))
+    every = [panel for own in panels.values() for panel in own]
+    return Content(differences=every) if every else None
 
 
 def _settings(sweep: Sweep) -> Content | None:
@@ -92,6 +104,7 @@ FIXED = Artefact(
 )
 
 CONTROLS = Artefact("controls", controls.CAPTION, controls.content)
+INITS_FIXED = Artefact("inits_fixed", inits.FIXED_CAPTION, inits.fixed_content, folded="yes")
 HALVES = Artefact("halves", halves.CAPTION, halves.content, folded="yes")
 
 # In the order of the page.
@@ -103,8 +116,14 @@ ARTEFACTS: tuple[Artefact, ...] = (
     CONTROLS,
     HALVES,
     FIXED,
-    Artefact("candidates", "Candidates: validation score in %, mean over seeds", _candidates),
+    Artefact(
+        "differences_fixed",
+        "D2LoRA minus LoRA at the recipe's own values, on the same items, with 95 % intervals",
+        _fixed_differences,
+    ),
+    Artefact("candidates", "Candidates: validation score, mean over seeds", _candidates),
     Artefact("inits", inits.CAPTION, inits.content),
+    INITS_FIXED,
     Artefact("costs", "What each arm cost to train", costs.content, folded="yes"),
     Artefact("contamination", "Test items found in a training set", evidence.contamination_content, files=False),
     Artefact(
@@ -165,9 +184,9 @@ def text(loaded: Loaded) -> str:
     if tuned := loaded.sweep.tuning:
         fixed = loaded.content(FIXED.name)
         parts = ["== tuned ==", *parts, *(["== fixed ==", *_texts(fixed)] if fixed else []), tuning.text(tuned)]
-    for name in (CONTROLS.name, HALVES.name):
-        if told := loaded.content(name):
-            parts += told.notes
+    for each in loaded.shown:
+        where = "at the recipe's own values: " if each.artefact is INITS_FIXED else ""
+        parts += [f"{where}{sentence}" for sentence in each.content.sentences]
     shares = evidence.contamination(loaded.sweep.cells, loaded.sweep.records)
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(shares)]))
 
@@ -193,9 +212,9 @@ def _write(folder: Path, artefact: Artefact, content: Content, sweep: str) -> No
         texts["tex"] = formats.latex(caption, content.tables, content.notes)
         texts["csv"] = formats.csv_text(content.tables)
     if content.rows:
-        texts |= _rows_texts(caption, content.rows, content.notes)
+        texts |= _rows_texts(caption, content.rows, [*content.sentences, *content.notes])
     for suffix, written in texts.items():
-        (folder / f"{artefact.name}.{suffix}").write_text(written)
+        write_text(folder / f"{artefact.name}.{suffix}", written)
     stem = folder / (artefact.figure or artefact.name)
     figures.draw(content.panels, stem)
     if content.differences:

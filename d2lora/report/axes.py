@@ -85,6 +85,8 @@ def _matters(key: str, cell: _Parts) -> bool:
         return cell.trained and cell.dropout
     if key in MACHINE or part in _NOT_SETTINGS or key.startswith(("recipe.epochs", "task.validation")):
         return False
+    if key.startswith("task.benchmark") and key.endswith(".varies"):  # read by the report alone
+        return False
     if key == RATE or key.startswith(f"{RATE}."):
         return {RATE: cell.adapted, f"{RATE}.warmup": cell.warmed}.get(key, False)
     if part == "control":

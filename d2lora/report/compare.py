@@ -10,12 +10,12 @@ from d2lora import stats
 from d2lora.report.axes import compatible
 from d2lora.report.looks import NAMES, QUANTIZING
 from d2lora.report.points import Point, differing, label_texts
-from d2lora.scoring import is_graded
+from d2lora.scoring import Unit, is_graded, unit_of
+from d2lora.scoring.kinds import PERCENT
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
 
 ALPHA = 0.05
-MARGIN = 1.0  # points within which arms are called equivalent where a manifest, an older one, does not say
 Decision = Literal["better", "worse", "equivalent", "undecided"]
 _LEAST_HALVED = 4  # replicates: two pairs
 _BASE = ("", "", "")
@@ -35,7 +35,7 @@ class Outcomes:
 class Comparison:
     """D2LoRA minus LoRA in one entry of a table, as fractions. `adjusted` is Holm's p over the table.
 
-    `differences` (runs, units) are those of the items' scores, or of clusters of items; `equivalence` is the 90 % interval of their mean.
+    `differences` (runs, items) are those of the items' scores; `equivalence` is the 90 % interval of their mean.
     """
 
     lora: Point
@@ -50,10 +50,25 @@ class Comparison:
     equivalence: tuple[float, float]
     far_p: float  # p on the safe side far out in the tails, where Holm's correction looks: stats.bootstrap
     outcomes: Outcomes | None = None  # of the exact McNemar test alone
-    margin: float = MARGIN / 100
+    margin: float = PERCENT.margin / 100
     adjusted: float = 1.0
     methods: list[str] = field(default_factory=list)  # several at n = 0, where no method has done anything yet
     where: str = ""  # the labels that tell it from others of its table
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """Return the cluster of each item (items,), where the benchmark says which belong together."""
+        return self.d2lora.clusters
+
+    @property
+    def units(self) -> np.ndarray:
+        """Return the differences by what may be drawn by itself (runs, units): items, or clusters."""
+        return self.d2lora.units_of(self.differences)
+
+    @property
+    def unit(self) -> Unit:
+        """Return the unit of its metric."""
+        return unit_of(self.lora.metric)
 
     @property
     def beyond_chance(self) -> bool:
@@ -80,9 +95,10 @@ class Comparison:
         return f"{names} m={amount(self.d2lora.m)} n={amount(self.d2lora.n)} {self.where}".strip()
 
 
-def comparisons(points: Iterable[Point], margin: float = MARGIN) -> dict[Point, Comparison]:
+def comparisons(points: Iterable[Point], margin: float = PERCENT.margin) -> dict[Point, Comparison]:
     """Return the comparison of each D2LoRA point with its LoRA point, if both have results on the same items.
 
+    `margin` is that of equivalence, in the metric's unit (a point).
     Points with the same evaluations (at n = 0) share one comparison, so that it counts once in Holm's correction too.
     """
     points = list(points)
@@ -121,12 +137,15 @@ def adjust(family: list[Comparison]) -> None:
         comparison.adjusted = adjusted
 
 
-def compared(first: Point, second: Point) -> Comparison | None:
+def compared(first: Point, second: Point, margin: float = PERCENT.margin) -> Comparison | None:
     """Compare two points on the items and seeds that both have: second minus first. None if they have none. p is not
-    adjusted yet.
+    adjusted yet; `margin` is that of equivalence, in the metric's unit.
     """
     pair = _paired(first, second)
-    return _compare(first, second, *pair) if pair else None
+    comparison = _compare(first, second, *pair) if pair else None
+    if comparison:
+        comparison.margin = margin / 100
+    return comparison
 
 
 def halved(point: Point) -> Comparison | None:
@@ -192,9 +211,8 @@ def _paired(lora: Point, d2lora: Point) -> tuple[tuple[int, ...], np.ndarray, np
 
 
 def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarray, second: np.ndarray) -> Comparison:
-    difference = d2lora.units_of(second - first)
-    drawn = stats.bootstrap(difference)
-    clustered = d2lora.clusters is not None
+    difference, clusters = second - first, d2lora.clusters
+    drawn, clustered = stats.bootstrap(difference, clusters=clusters), clusters is not None
     right_or_wrong = not is_graded(lora.metric) and stats.is_binary(first) and stats.is_binary(second)
     exact = right_or_wrong and len(seeds) == 1 and not clustered
     if exact:
@@ -204,7 +222,7 @@ def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarr
     else:
         p, test = stats.bootstrap_p(drawn), "paired bootstrap" if len(seeds) == 1 else "two-level bootstrap"
         test += " of clusters" * clustered
-        far_p = stats.bootstrap_p(stats.bootstrap(difference, wide=True)) if len(seeds) > 2 else p
+        far_p = stats.bootstrap_p(stats.bootstrap(difference, wide=True, clusters=clusters)) if len(seeds) > 2 else p
         interval = stats.clipped(stats.percentiles(drawn), -1.0, first, second)
         equivalence = stats.percentiles(drawn, 1 - 2 * ALPHA)
     return Comparison(

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from d2lora.records import ManifestCell, Records, Tuning
 from d2lora.report import differences as paired
 from d2lora.report import tables as scores
-from d2lora.report.compare import MARGIN
 from d2lora.report.figures import Panel
 from d2lora.report.points import Point
 from d2lora.report.tables import Table
+from d2lora.settings import Report
 
 
 @dataclass
@@ -31,22 +31,23 @@ class Sweep:
     @property
     def columns(self) -> str | None:
         """Return the setting that the user wants as columns of the sweep's own table; None lets the report choose."""
-        columns = self._layout.get("columns")
+        columns = self.settings.columns
         return None if self.tuning and columns in self.tuning.keys else columns  # each arm has one value of it
-
-    @property
-    def margin(self) -> float:
-        """Return the points within which the user calls two arms equivalent."""
-        return self._layout.get("margin", MARGIN)
 
     @cached_property
     def own_tables(self) -> list[Table]:
         """Return the tables of all its cells, whose comparisons are made once for all artefacts."""
-        return scores.build(self.points, self.columns, self.margin)
+        return scores.build(self.points, self.columns, self.settings)
 
-    @property
-    def _layout(self) -> dict[str, Any]:
-        return self.cells[0].config.get("report", {}) if self.cells else {}  # older manifests have none
+    @cached_property
+    def fixed_tables(self) -> list[Table]:
+        """Return the tables of a tuned sweep's cells at the recipe's own values; none of others."""
+        return scores.build(self.fixed, self.columns, self.settings)
+
+    @cached_property
+    def settings(self) -> Report:
+        """Return what the user wants of its tables; older manifests say nothing, or less."""
+        return Report.model_validate(self.cells[0].config.get("report", {}) if self.cells else {})
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Content:
     """What an artefact shows of a sweep, in any of these shapes; each is written to files and shown on the page.
 
     `tables` have a score a point, with comparisons; `rows` are any other table. `panels` are curves, `differences` those of pairs;
-    `draw` draws any other figure, given matplotlib's pyplot. The page shows panels, and of figures that `draw` draws it says nothing.
+    `draw` draws any other figure, given matplotlib's pyplot. The page shows panels with what is at the pointer, and figures that `draw` draws as pictures.
+    `sentences` sum up what `rows` say: the page has them above, and the terminal has them too.
     """
 
     tables: list[Table] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Content:
     panels: list[Panel] = field(default_factory=list)
     differences: list[paired.Panel] = field(default_factory=list)
     draw: Callable[[Any], Any] | None = None
+    sentences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     verdicts: list[Table] = field(default_factory=list)  # of a figure: tables whose verdict is told nowhere else
 

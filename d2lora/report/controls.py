@@ -8,10 +8,12 @@ from d2lora.report.compare import ALPHA, Comparison, adjust, compared, counterpa
 from d2lora.report.content import Content, Rows, Sweep
 from d2lora.report.looks import NAMES
 from d2lora.report.points import Point, by_benchmark, differing, label_texts
+from d2lora.scoring import unit_of
+from d2lora.scoring.kinds import PERCENT
 from d2lora.settings import amount
 from d2lora.settings.controls import CONTROL_NAMES, NO_CONTROL, control_of
 
-CAPTION = "D2LoRA against its control arms: differences in points on the same items"
+CAPTION = "D2LoRA against its control arms: differences on the same items"
 _HEAD = ["D2LoRA - control", "rules out", "benchmark", "difference", "95 % interval", "p", "p (Holm)", "decision"]
 
 
@@ -28,8 +30,11 @@ class Against:
         return max(self.comparisons.values(), key=lambda c: c.lora.value or 0.0)
 
 
-def against(points: Iterable[Point]) -> list[Against]:
-    """Return what is compared, of one benchmark and metric; Holm's correction is over all of it."""
+def against(points: Iterable[Point], margin: float = PERCENT.margin) -> list[Against]:
+    """Return what is compared, of one benchmark and metric; Holm's correction is over all of it.
+
+    `margin` is that of equivalence, in the metric's unit.
+    """
     points = list(points)
     by_identity = points_by_identity(points)
     names = [name for name in CONTROL_NAMES if name != NO_CONTROL]
@@ -38,7 +43,7 @@ def against(points: Iterable[Point]) -> list[Against]:
         if point.m == 0 or point.control != NO_CONTROL:
             continue
         others = {name: counterpart(by_identity, point, point.init, point.m, name) for name in names}
-        own = {name: c for name, other in others.items() if other and (c := compared(other, point))}
+        own = {name: c for name, other in others.items() if other and (c := compared(other, point, margin))}
         if own:
             all_against.append(Against(point, own))
     adjust([c for each in all_against for c in each.comparisons.values()])
@@ -66,22 +71,29 @@ def content(sweep: Sweep) -> Content | None:
     labels = differing(sweep.points)
     rows: list[list[str]] = []
     shows: list[dict[str, int | str]] = []
-    notes = []
+    sentences = []
     for benchmark, points in by_benchmark(sweep.points).items():
-        all_against = against(points)
+        all_against = against(points, sweep.settings.margin_of(unit_of(points[0].metric)))
         if sentence := verdict(all_against):
-            notes.append(f"{benchmark}: {sentence}")
+            sentences.append(f"{benchmark}: {sentence}")
         for each in all_against:
             rows += [_row(each.point, name, c, benchmark, labels) for name, c in each.comparisons.items()]
             filtered = {k: getattr(each.point, k) for k in ("model", "task", "method", "m")}
             shows += [filtered] * len(each.comparisons)
-    return Content(rows=Rows(_HEAD, rows, shows), notes=notes) if rows else None
+    return Content(rows=Rows(_HEAD, rows, shows), sentences=sentences) if rows else None
 
 
 def _row(point: Point, name: str, c: Comparison, benchmark: str, labels: list[str]) -> list[str]:
     control = control_of(name)
     sizes = control.label.format(m=amount(point.m), n=amount(point.n))
     label = " ".join([NAMES[point.method], "-", sizes, *label_texts(point, labels)])
-    difference = formats.percent(c.difference, sign="+") + "*" * c.beyond_chance
     p = [formats.p_text(value) for value in (c.p, c.adjusted)]
-    return [label, control.rules_out, benchmark, difference, formats.bounds(c.interval, "+"), *p, c.decision]
+    return [
+        label,
+        control.rules_out,
+        benchmark,
+        formats.difference_text(c),
+        c.unit.bounds(c.interval, "+"),
+        *p,
+        c.decision,
+    ]

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2lora.report import figures
-from d2lora.report.axes import LABELS
+from d2lora.report import figures, forest
+from d2lora.report.axes import LABELS, short_name
 from d2lora.report.compare import Comparison
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts
 from d2lora.report.tables import Line, Table
+from d2lora.scoring import Unit
 from d2lora.settings import amount
 
 _APART = 3.0  # points between the markers of methods at one x
@@ -29,11 +30,12 @@ class Curve:
 
 @dataclass
 class Panel:
-    """One benchmark, metric and D2LoRA arm; `margin` is in points."""
+    """One benchmark, metric and D2LoRA arm; `margin` is in the metric's unit."""
 
     title: str
     unit: str
     curves: list[Curve]
+    measure: Unit
     margin: float
     x: str  # the setting on the x axis
     even: bool = True  # values of x one apart: at 100, 200 and 10,000 samples differences are to be read equally well
@@ -55,9 +57,30 @@ def panels(table: Table) -> list[Panel]:
     keys = [key for key in differing(heads) if key != table.column]
     several = {key for key in ("m", "n") if key != table.column and len({getattr(p, key) for p in heads}) > 1}
     return [
-        Panel(_title(head, keys, several), f"{head.metric}: D2LoRA - LoRA in points", _ordered(curves), table.margin, table.column)
+        Panel(_title(head, keys, several), f"{head.metric}: D2LoRA - LoRA in {table.unit.several}", _ordered(curves), table.unit, table.margin, table.column)
         for head, curves in zip(heads, groups.values(), strict=True)
     ]  # fmt: skip
+
+
+def forest_panels(table: Table) -> list[forest.Panel]:
+    """Return a table's comparisons as rows of a forest, a panel for each column: more arms than can stand below each other."""
+    own = panels(table)
+    names = [panel.title.partition(", ")[2] or panel.title for panel in own]
+    at_x = {x: figures.tick(x) for panel in own for x in panel.xs}
+    head = f"{table.points[0].benchmark}, {short_name(table.column)}="
+    return [
+        forest.Panel(
+            f"{head}{at_x[x]}",
+            [
+                forest.Entry(name, curve.label, c)
+                for name, panel in zip(names, own, strict=True)
+                for curve in panel.curves
+                for at, _, c in curve.points
+                if at == x
+            ],
+        )
+        for x in sorted(at_x)
+    ]
 
 
 def _curve(line: Line, table: Table) -> Curve:
@@ -93,7 +116,7 @@ def draw_panel(axis: Any, panel: Panel) -> None:
 
 def margin_label(panel: Panel) -> str:
     """Return what the shaded band is."""
-    return f"within ± {panel.margin:g} point{'s'[: panel.margin != 1]}"
+    return f"within ± {panel.measure.text(panel.margin)}"
 
 
 def shifts(curves: Sequence[Curve], apart: float) -> list[float]:

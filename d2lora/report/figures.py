@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from d2lora.outputs import whole_file
 from d2lora.report import paper
 from d2lora.report.axes import RATE, compatible, number, short_name
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES
@@ -23,7 +24,7 @@ LORA, D2LORA = "#e69f00", "#00468b"
 _SHARED = ("model", "task", "init", "recipe")  # by a D2LoRA and the LoRA that it is compared with
 _AXIS_LABELS = {"n": "task samples n", "m": "general samples m", RATE: "learning rate"}
 _WIDE = 4  # from a fourfold range on, a setting other than n has a logarithmic axis
-_TALLEST = 6  # panels in a column of a figure
+TALLEST = 6  # panels in a column of a figure
 
 
 @dataclass
@@ -171,7 +172,8 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
         files = [stem.with_suffix(suffix) for suffix in (".png", ".svg", ".pdf")]
         for file in files:
             dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix, {})
-            figure.savefig(file, dpi=200, metadata=dated)  # no dates: the same records give the same files
+            with whole_file(file) as temporary:
+                figure.savefig(temporary, dpi=200, metadata=dated)  # no dates: the same records give the same files
             figure.set_layout_engine("none")  # the first file's layout serves all: it takes as long as the drawing
         pyplot.close(figure)
     return files
@@ -183,7 +185,7 @@ def _figure(drawn: list[Panel], pyplot: Any) -> Any:
 
 def stacked(drawn: Sequence[_P], draw_panel: Callable[[Any, _P], None], pyplot: Any) -> Any:
     """Return a figure of panels, one below the other, with one legend for all; draw_panel(axis, panel) draws their curves."""
-    columns = -(-len(drawn) // _TALLEST)
+    columns = -(-len(drawn) // TALLEST)
     rows = -(-len(drawn) // columns)
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict = {}
@@ -222,7 +224,7 @@ def _dress(axis: Any, panel: Placed) -> None:
         axis.set_xscale("log")
         axis.minorticks_off()
     crowded = _crowded([math.log(x) for x in ticks] if spread else ticks)
-    axis.set_xticks(ticks, [_tick(x) for x in panel.xs], rotation=45 if crowded else 0)
+    axis.set_xticks(ticks, [tick(x) for x in panel.xs], rotation=45 if crowded else 0)
     axis.grid(alpha=0.3, linewidth=0.5)
 
 
@@ -241,7 +243,8 @@ def is_logarithmic(panel: Placed) -> bool:
     return not panel.even and panel.x != "n" and panel.xs[0] > 0 and panel.xs[-1] >= _WIDE * panel.xs[0]
 
 
-def _tick(x: float) -> str:
+def tick(x: float) -> str:
+    """Return a value of the x axis as its tick has it."""
     return amount(int(x)) if x == int(x) else f"{x:g}"
 
 

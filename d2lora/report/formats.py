@@ -3,9 +3,9 @@
 import dataclasses
 import textwrap
 
-from d2lora.report import paper
+from d2lora.report import axes, paper
 from d2lora.report.axes import LABELS
-from d2lora.report.compare import Outcomes, draws_of, seeds_text
+from d2lora.report.compare import Comparison, Outcomes, draws_of, seeds_text
 from d2lora.report.points import Point
 from d2lora.report.rows import Row, frame
 from d2lora.report.tables import Table, column_name
@@ -33,25 +33,17 @@ TABLE_COLUMNS = [
 ]
 
 
-def percent(value: float | None, digits: int = 2, sign: str = "") -> str:
-    return "" if value is None else f"{100 * value:{sign}.{digits}f}"
-
-
-def bounds(interval: tuple[float, float], sign: str = "", digits: int = 1) -> str:
-    return f"[{percent(interval[0], digits, sign)}, {percent(interval[1], digits, sign)}]"
-
-
-def _digits(point: Point) -> int:
-    """Return the digits of its metric's intervals and detectable differences."""
-    return unit_of(point.metric).digits
-
-
 def _mark(table: Table, point: Point) -> str:
     return "*" if point in table.pairs and table.pairs[point].beyond_chance else ""
 
 
 def _seeds_missing(point: Point) -> str:
     return f" ({len(point.scores)} of {len(point.runs)} seeds)" if len(point.scores) < len(point.runs) else ""
+
+
+def chosen(point: Point) -> str:
+    """Return the settings that were chosen for a point: lr=0.0005."""
+    return ", ".join(axes.text(key, value) for key, value in point.tuned.items())
 
 
 def p_text(value: float) -> str:
@@ -80,7 +72,7 @@ def _text_entry(table: Table, point: Point | None) -> str:
         return "missing"
     low, high = point.interval
     mark = (_mark(table, point) or " ") if table.marked else ""
-    return f"{percent(point.value)} ± {percent((high - low) / 2)}{_seeds_missing(point)}{mark}"
+    return f"{table.unit.value(point.value)} ± {table.unit.value((high - low) / 2)}{_seeds_missing(point)}{mark}"
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -110,33 +102,43 @@ def _value_rows(table: Table) -> list[list[list[str]]]:
                 *(
                     "-"
                     if p is None
-                    else percent(p.value) + _mark(table, p) + _seeds_missing(p)
+                    else table.unit.value(p.value) + _mark(table, p) + _seeds_missing(p)
                     if p.scores
                     else "missing"
                     for p in points
                 ),
             ],
-            ["95 % interval", *(bounds(p.interval, digits=_digits(p)) if p and p.interval else "" for p in points)],
+            ["95 % interval", *(table.unit.bounds(p.interval) if p and p.interval else "" for p in points)],
         ]
+        if any(p.tuned for p in points if p):
+            rows.append(["chosen", *(chosen(p) if p else "" for p in points)])
         theirs = [paper.value(p) if p else None for p in points]
         if any(v is not None for v in theirs):
             ours = [p.value if p else None for p in points]
             apart = [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
-            rows += [["paper", *map(percent, theirs)], ["ours - paper", *(percent(d, sign="+") for d in apart)]]
+            rows += [
+                ["paper", *map(table.unit.value, theirs)],
+                ["ours - paper", *(table.unit.value(d, "+") for d in apart)],
+            ]
         groups.append(rows)
     return groups
 
 
+def difference_text(c: Comparison) -> str:
+    """Return a difference, with a star where it is beyond chance."""
+    return c.unit.value(c.difference, "+") + "*" * c.beyond_chance
+
+
 def pair_rows(table: Table) -> list[list[str]]:
-    """Return the comparisons of a table as rows of texts, in percentage points."""
+    """Return the comparisons of a table as rows of texts, in its metric's unit of differences."""
     return [
         [
             c.label,
-            percent(c.difference, sign="+") + "*" * c.beyond_chance,
-            bounds(c.interval, "+", _digits(c.lora)),
+            difference_text(c),
+            c.unit.bounds(c.interval, "+"),
             p_text(c.p),
             p_text(c.adjusted),
-            percent(c.detectable, _digits(c.lora)) if c.detectable else "no item differs",
+            f"{100 * c.detectable:.{c.unit.digits}f}" if c.detectable else "no item differs",
             c.test,
             ", ".join(map(str, c.seeds)),
             c.decision,
@@ -153,8 +155,7 @@ def footnotes(tables: list[Table]) -> list[str]:
         "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
     ]
     lines += [
-        f"{metric}: 100 times its value in bits is shown, so a point is a {unit_of(metric).one} per byte. More is better: "
-        "lm-evaluation-harness's bits_per_byte is its negative."
+        f"{metric} is shown in {unit_of(metric).several} per byte. More is better: lm-evaluation-harness's bits_per_byte is its negative."
         for metric in dict.fromkeys(p.metric for p in points)
         if unit_of(metric) == BITS
     ]
@@ -233,7 +234,7 @@ def latex(caption: str, tables: list[Table], notes: list[str]) -> str:
         parts.append(latex_rows(title, _head(table), body))
         if table.pairs:
             pairs = [[latex_text(c) for c in row] for row in pair_rows(table)]
-            parts.append(latex_rows(f"D2LoRA minus LoRA, in points ({table.title})", PAIR_HEAD, pairs))
+            parts.append(latex_rows(f"D2LoRA minus LoRA, in {table.unit.several} ({table.title})", PAIR_HEAD, pairs))
     return "\n\n".join(parts) + "\n"
 
 

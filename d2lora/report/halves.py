@@ -9,7 +9,7 @@ from d2lora.report.looks import NAMES
 from d2lora.report.points import Point, by_benchmark, differing, label_texts
 from d2lora.settings import amount
 
-CAPTION = "A/A: one half of an arm's replicates against the other, in points on the same items"
+CAPTION = "A/A: one half of an arm's replicates against the other, on the same items"
 _HEAD = ["arm", "halves", "benchmark", "difference", "95 % interval", "p", "p (Holm)"]
 
 Halves = list[tuple[Point, Comparison]]
@@ -42,14 +42,14 @@ def content(sweep: Sweep) -> Content | None:
     labels = differing(sweep.points)
     rows: list[list[str]] = []
     shows: list[dict[str, int | str]] = []
-    notes = []
+    sentences = []
     for benchmark, points in by_benchmark(sweep.points).items():
         compared = halves(points)
         if sentence := verdict(compared):
-            notes.append(f"{benchmark}: {sentence}")
+            sentences.append(f"{benchmark}: {sentence}")
         rows += [_row(point, comparison, benchmark, labels) for point, comparison in compared]
         shows += [{k: getattr(p, k) for k in ("model", "task", "method", "m")} for p, _ in compared]
-    return Content(rows=Rows(_HEAD, rows, shows), notes=notes) if rows else None
+    return Content(rows=Rows(_HEAD, rows, shows), sentences=sentences) if rows else None
 
 
 def _row(point: Point, c: Comparison, benchmark: str, labels: list[str]) -> list[str]:
@@ -57,6 +57,5 @@ def _row(point: Point, c: Comparison, benchmark: str, labels: list[str]) -> list
     sizes = point.arm_label.format(m=amount(point.m), n=n) if point.m else f"LoRA n={n}"
     arm = " ".join([NAMES[point.method], sizes, *label_texts(point, labels)])
     first, second = (", ".join(map(str, seeds)) for seeds in (c.seeds[::2], c.seeds[1::2]))
-    difference = formats.percent(c.difference, sign="+") + "*" * c.beyond_chance
     p = [formats.p_text(value) for value in (c.p, c.adjusted)]
-    return [arm, f"{second} - {first}", benchmark, difference, formats.bounds(c.interval, "+"), *p]
+    return [arm, f"{second} - {first}", benchmark, formats.difference_text(c), c.unit.bounds(c.interval, "+"), *p]

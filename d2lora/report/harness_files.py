@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from d2lora.outputs import Outputs, write_json
+from d2lora.outputs import Outputs, write_json, write_text
 from d2lora.records import Item, ManifestCell, Record, Records, Score, read_items
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.scoring.likelihood import LIKELIHOOD
@@ -49,7 +49,7 @@ def _write_cell(folder: Path, cell: ManifestCell, evaluations: dict[str, Record]
         ]
         hashes[name] = _hash("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        (folder / f"samples_{name}_{date}.jsonl").write_text("".join(lines))
+        write_text(folder / f"samples_{name}_{date}.jsonl", "".join(lines))
     write_json(folder / f"results_{date}.json", _results(cell, evaluations, started) | {"task_hashes": hashes})
 
 

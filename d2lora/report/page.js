@@ -24,14 +24,17 @@ function fixed(value, digits) {
   const below = Math.floor(size * scale);
   return (value < 0 ? "-" : "") + ((below % 2 ? below + 1 : below) / scale).toFixed(digits);
 }
-const percent = (value, digits = 2) => (value === null ? "missing" : fixed(100 * value, digits));
-const signed = (value, digits = 2) => (value >= 0 ? "+" : "−") + fixed(Math.abs(100 * value), digits);
+// Scores and differences of a metric, in its unit: "%" has intervals with one digit, and values with two.
+const unit = (metric) => data.units[metric];
+const score = (metric, value) => (value === null ? "missing" : fixed(100 * value, unit(metric).digits + 1));
+const signed = (value, digits) => (value >= 0 ? "+" : "−") + fixed(Math.abs(100 * value), digits);
+const gain = (metric, value) => signed(value, unit(metric).digits + 1);
 const amount = (n) => (typeof n === "number" && n >= 1000 && n % 1000 === 0 ? n / 1000 + "k" : String(n));
 const size = (n) => (n === "all" ? Infinity : n);
-const p3 = (p) => (p < 0.001 ? "<0.001" : p.toFixed(3));
+const p3 = (p) => (p < 0.001 ? "<0.001" : fixed(p, 3));
 const label = Object.fromEntries(data.methods.map((x) => [x.name, x.label]));
 const name = (p) => `${label[p.method]} ${p.arm}, n=${amount(p.n)}`;
-const interval = (p) => (p.value === null ? "" : `[${percent(p.low, 1)}, ${percent(p.high, 1)}]`);
+const interval = (p) => (p.value === null ? "" : `[${[p.low, p.high].map((end) => fixed(100 * end, unit(p.metric).digits)).join(", ")}]`);
 
 // A D2LoRA filter keeps LoRA too: it is what D2LoRA is compared with.
 const kept = (point) => ["model", "task", "method"].every((k) => !chosen[k] || point[k] === undefined || point[k] === chosen[k]) && (!chosen.m || String(point.m) === chosen.m || (point.m === 0 && chosen.m !== "0"));
@@ -79,7 +82,7 @@ function grid(table) {
   return h("div", {}, h("h4", {}, table.title), verdict(table.verdict, lines.length < table.lines.length),
     table.remarks.map((text) => h("p", { class: "remark" }, text)),
     sortable(["", ...table.columns], rows, table.title),
-    pairs.length ? h("details", {}, h("summary", {}, "each comparison, in points"),
+    pairs.length ? h("details", {}, h("summary", {}, `each comparison, in ${table.unit}`),
       sortable(table.pair_head, pairs.map((row) => ({ keys: row.map(key), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), "comparisons")) : null);
 }
 const verdict = (text, hidden) => h("p", { class: "verdict" }, hidden ? "Of the whole table, with the rows that the filters hide: " : null, text);
@@ -93,11 +96,12 @@ function cell(c) {
   const p = data.points[c.p], d = c.c === null ? null : data.comparisons[c.c];
   const lost = p.runs.filter((r) => !r.done).length;
   return h("td", { class: "open" }, h("button", { type: "button", "aria-label": `${name(p)}: details`, onclick: () => detail(p, d) },
-    p.value === null ? h("span", { class: "missing" }, "missing") : percent(p.value) + (d && d.beyond ? "*" : ""),
+    p.value === null ? h("span", { class: "missing" }, "missing") : score(p.metric, p.value) + (d && d.beyond ? "*" : ""),
     h("small", {}, interval(p)),
     lost && p.value !== null ? h("small", { class: "missing" }, `${lost} of ${p.runs.length} seeds missing`) : null,
-    p.paper !== null ? h("small", {}, `paper ${percent(p.paper)}` + (p.value === null ? "" : `, ${signed(p.value - p.paper)}`)) : null,
-    d ? h("small", {}, `${signed(d.difference)} against LoRA`) : null));
+    p.paper !== null ? h("small", {}, `paper ${score(p.metric, p.paper)}` + (p.value === null ? "" : `, ${gain(p.metric, p.value - p.paper)}`)) : null,
+    d ? h("small", {}, `${gain(p.metric, d.difference)} against LoRA`) : null,
+    p.chosen ? h("small", {}, p.chosen) : null));
 }
 
 const plain = (head, rows, label) => sortable(head, rows.map((row) => ({ keys: row.map((t) => key(String(t))), row: h("tr", {}, row.map((t) => h("td", {}, t))) })), label);
@@ -172,10 +176,10 @@ function curve(c, x, y) {
     s("path", { class: "curve", d: path(points.map(([n, p]) => [x(n), y(p.value)])) }),
     points.map(([n, p]) => dot(c, p, x(n), y(p.value))));
 }
-const apart = (d) => `D2LoRA − LoRA: ${signed(d.difference)} points [${signed(d.interval[0], 1)}, ${signed(d.interval[1], 1)}]`;
+const apart = (p, d) => `D2LoRA − LoRA: ${gain(p.metric, d.difference)} ${unit(p.metric).several} [${d.interval.map((end) => signed(end, unit(p.metric).digits)).join(", ")}]`;
 function dot(c, p, x, y, d) {
   const show = (e) => hint(p, e.currentTarget.getBoundingClientRect(), d);
-  const hit = s("circle", { class: "hit", cx: x, cy: y, r: 9, tabindex: 0, role: "button", "aria-label": `${name(p)}: ${d ? apart(d) : `${percent(p.value)} ${interval(p)}`}`,
+  const hit = s("circle", { class: "hit", cx: x, cy: y, r: 9, tabindex: 0, role: "button", "aria-label": `${name(p)}: ${d ? apart(p, d) : `${score(p.metric, p.value)} ${interval(p)}`}`,
     onpointerenter: show, onfocus: show, onpointerleave: hide, onblur: hide, onclick: () => detail(p, d), onkeydown: (e) => { if (e.key === "Enter") detail(p, d); } });
   return s("g", {}, mark(c, x, y), hit);
 }
@@ -187,7 +191,7 @@ function legend(c) {
 function hint(p, box, d) {
   const seeds = (done) => p.runs.filter((r) => r.done === done).map((r) => r.seed).join(", ");
   const keys = p.runs.filter((r) => r.done).map((r) => r.evaluate).filter((k, i, all) => all.indexOf(k) === i);
-  tip.textContent = `${name(p)}\n` + (d ? `${apart(d)}, ${d.decision}\n` : "") + `${p.metric} ${percent(p.value)} ${interval(p)}` + (p.paper === null ? "" : `\npaper ${percent(p.paper)}`) + `\n${p.items} items, seed ${seeds(true)}` + (seeds(false) && `; missing: seed ${seeds(false)}`) + `\nrecord ${keys.join(", ")}`;
+  tip.textContent = `${name(p)}\n` + (d ? `${apart(p, d)}, ${d.decision}\n` : "") + `${p.metric} ${score(p.metric, p.value)} ${interval(p)}` + (p.paper === null ? "" : `\npaper ${score(p.metric, p.paper)}`) + `\n${p.items} items, seed ${seeds(true)}` + (seeds(false) && `; missing: seed ${seeds(false)}`) + `\nrecord ${keys.join(", ")}`;
   tip.hidden = false;
   const left = Math.min(box.right + 8, innerWidth - tip.offsetWidth - 6);
   tip.style.left = `${Math.max(6, left)}px`;
@@ -208,9 +212,9 @@ function detail(p, d) {
   const pick = (label, values, show, set) => (values.length > 1 ? h("label", {}, ` ${label} `, h("select", { onchange: (e) => { set(values[e.target.selectedIndex]); fill(); } }, values.map((v) => h("option", {}, show(v))))) : null);
   dialog.replaceChildren(
     h("header", {}, h("h3", {}, `${name(p)} on ${p.benchmark}`), h("button", { type: "button", onclick: () => dialog.close() }, "close")),
-    h("p", {}, p.value === null ? "No record yet: this cell is missing." : `${p.metric} ${percent(p.value)} %, 95 % interval ${interval(p)}, ${p.items} items.` + (p.paper === null ? "" : ` The paper has ${percent(p.paper)}.`)),
+    h("p", {}, p.value === null ? "No record yet: this cell is missing." : `${p.metric} ${score(p.metric, p.value)} ${unit(p.metric).name}, 95 % interval ${interval(p)}, ${p.items} items.` + (p.paper === null ? "" : ` The paper has ${score(p.metric, p.paper)}.`)),
     d && d.outcomes ? h("p", {}, counts(d.outcomes)) : "",
-    d ? h("p", {}, `${apart(d)}, p ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}; D2LoRA is ${d.decision}.`) : "",
+    d ? h("p", {}, `${apart(p, d)}, p ${p3(d.p)} (${d.test}), ${p3(d.adjusted)} after Holm: ${d.beyond ? "beyond chance" : "not beyond chance"}; D2LoRA is ${d.decision}.`) : "",
     h("p", {}, pick("seed", seeds, String, (seed) => { state.seed = seed; }), pick("beside", partners, (o) => o.arm + (o.warmup ? ` ${o.warmup}` : ""), (o) => { state.other = o; })),
     body);
   fill();
@@ -272,8 +276,8 @@ function items(pair, state, fill) {
       h("div", { class: "answers" }, pair.map((x, j) => answers[j] && answers[j].set === answers[0].set ? answer(x.point, answers[j].items[i]) : null)))))];
 }
 function answer(p, [text, scores]) {
-  const score = scores[p.metric];
-  const verdict = score === 1 ? h("span", { class: "right" }, "✓ right") : score === 0 ? h("span", { class: "wrong" }, "✗ wrong") : `${p.metric} ${percent(score, 1)}`;
+  const own = scores[p.metric];
+  const verdict = own === 1 ? h("span", { class: "right" }, "✓ right") : own === 0 ? h("span", { class: "wrong" }, "✗ wrong") : `${p.metric} ${score(p.metric, own)}`;
   return h("div", {}, h("div", { class: "small" }, `${p.arm}: `, verdict), h("pre", {}, text));
 }
 
@@ -283,6 +287,7 @@ function content(x) {
   const panels = left(x.panels), hidden = x.panels.some((f) => f.curves.some((c) => c.points.length && !kept(data.points[end(c)])));
   const rows = x.rows ? x.rows.rows.filter((_, i) => !x.rows.shows.length || kept(x.rows.shows[i])) : [];
   const parts = [x.tables.map(grid), panels.length ? h("div", { class: "figure" }, panels.map(panel)) : null,
+    x.image ? h("img", { src: x.image, alt: x.title, class: "drawn" }) : null,
     rows.length ? plain(x.rows.head, rows, x.title) : null].flat().filter(Boolean);
   const note = (n) => h("p", { class: /^[\d,]+ of |^Records/.test(n) ? "warning" : "note" }, n);
   const links = x.files.length ? h("p", { class: "note" }, "Files: ", x.files.map((f, i) => [i ? ", " : "", h("a", { href: f }, f.split("/").pop())])) : null;
@@ -294,7 +299,7 @@ function sweep(w) {
     const parts = content(x);
     if (!parts) return null;
     const folded = x.folded === "yes" || (x.folded === "below others" && above);
-    above ||= x.panels.some((f) => f.margin === undefined) || !x.panels.length; // differences take no table's place
+    above ||= x.panels.some((f) => f.margin === undefined) || !(x.panels.length || x.image && !x.rows); // differences take no table's place
     return folded ? h("details", {}, h("summary", {}, x.title), h("section", {}, parts))
       : h("section", {}, x.folded === "no" ? h("h3", {}, x.title) : null, parts); // else the sweep's heading names it
   });

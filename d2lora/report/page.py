@@ -4,11 +4,13 @@ Texts of records (prompts, answers) are not trusted: they are JSON that can't cl
 ever sets them as text.
 """
 
+import base64
 import dataclasses
 import json
 import random
 from collections.abc import Iterable
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from d2lora.report.figures import Curve, Panel
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point, size
 from d2lora.report.tables import Table, column_name
+from d2lora.scoring import unit_of
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
 from d2lora.stages.evaluate import EvaluateSpec
@@ -69,6 +72,7 @@ class _Data:
             "environments": [json.loads(e) for e in self.environments],
             "markers": self.markers,
             "arms": {"lora": figures.LORA, "d2lora": figures.D2LORA},
+            "units": {p.metric: dataclasses.asdict(unit_of(p.metric)) for p in self.points},
             "methods": [{"name": name, "label": NAMES[name]} for name in METHODS],  # in the order of tables
         } | samples
 
@@ -97,9 +101,10 @@ class _Data:
             "files": sorted(f"{sweep}/{file.name}" for file in folder.glob("*.*") if file.stem in stems),
             "folded": artefact.folded,
             "notes": [*(formats.footnotes(content.tables) if content.tables else []), *content.notes],
-            "verdicts": [table.verdict for table in content.verdicts if table.pairs],
+            "verdicts": [*content.sentences, *(table.verdict for table in content.verdicts if table.pairs)],
             "tables": [self._table(table) for table in content.tables],
             "panels": [*map(self._panel, content.panels), *map(self._differences, content.differences)],
+            "image": _image(folder / f"{artefact.figure or artefact.name}.svg") if content.draw else None,
             "rows": _rows(content.rows) if content.rows else None,
         }
 
@@ -108,6 +113,7 @@ class _Data:
         return {
             "pair_head": [*formats.PAIR_HEAD, *([_COUNTS] if counted else [])],
             "title": table.title,
+            "unit": table.unit.several,
             "columns": [column_name(table, n) for n in table.columns],
             "verdict": table.verdict,
             "remarks": table.remarks,
@@ -190,6 +196,11 @@ class _Data:
         }
 
 
+def _image(file: Path) -> str | None:
+    """Return a drawn figure as an address that has all of it; None where it is not written."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}" if file.exists() else None
+
+
 def _placed(panel: figures.Placed) -> JSON:
     x = {"label": figures.x_label(panel), "logarithmic": figures.is_logarithmic(panel), "even": panel.even}
     return {"title": panel.title, "unit": panel.unit, "x": x}
@@ -208,6 +219,7 @@ def _point(p: Point) -> JSON:
         "low": low,
         "high": high,
         "paper": paper.value(p),
+        "chosen": formats.chosen(p),
         "items": p.table.shape[1] if p.scores else 0,
         "runs": [{"seed": seed, "done": seed in p.scores, **vars(run)} for seed, run in sorted(p.runs.items())],
     }

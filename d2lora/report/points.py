@@ -82,7 +82,7 @@ class Point:
     )  # other settings that the sweep's cells differ in, where they matter for it
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by seed, of finished evaluations: (items,)
-    clusters: np.ndarray | None = None  # of its items (items,), where the benchmark names a column
+    clusters: np.ndarray | None = None  # of its items (items,), where the benchmark says which belong together
     draws: set[int] = field(default_factory=set)  # its cells' data_seed
     samples: int | None = None  # task samples trained on, where a record says so
     tuned: Axes = field(default_factory=dict)  # settings that were chosen for it on validation, each arm's its own
@@ -142,10 +142,19 @@ class Point:
         return stats.interval(self.table, is_graded(self.metric), self.clusters) if self.scores else None
 
 
-def interval_of(records: Records, key: str, metric: str) -> tuple[float, float]:
-    """Return the 95 % interval of a finished evaluation's metric, as tables have it for one training."""
+def interval_of(records: Records, key: str, metric: str, varies: str | None) -> tuple[float, float]:
+    """Return the 95 % interval of a finished evaluation's metric, as tables have it for one training.
+
+    `varies` is the benchmark's pattern of what differs between items of one template.
+    """
     records.get(EvaluateSpec.KIND, key)
-    return stats.interval(records.scores(key, metric)[None], is_graded(metric), records.clusters(key))
+    return stats.interval(records.scores(key, metric)[None], is_graded(metric), records.clusters(key, varies))
+
+
+def varies_of(config: dict[str, Any], benchmark: str) -> str | None:
+    """Return a benchmark's pattern of what differs between items of one template, from a manifest's cell; older ones have none."""
+    task = config["task"]
+    return (task["benchmark"].get(benchmark) or (task.get("validation") or {}).get(benchmark) or {}).get("varies")
 
 
 def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()) -> list[Point]:
@@ -173,18 +182,18 @@ def points_of(manifest: Manifest, records: Records, folded: Collection[str] = ()
                         tuned=axes.axes_of(cell, benchmark, folded),
                     )  # fmt: skip
                 points[identity].draws.add(c["data_seed"])
-                _add(points[identity], c["seed"], run, records)
+                _add(points[identity], c["seed"], run, records, varies_of(c, benchmark))
     return list(points.values())
 
 
-def _add(point: Point, seed: int, run: Run, records: Records) -> None:
+def _add(point: Point, seed: int, run: Run, records: Records, varies: str | None) -> None:
     before = point.runs.setdefault(seed, run)
     if before.evaluate != run.evaluate:  # promise 10: two results under one seed are an axis that was not told apart
         raise UserError(f"a table would hide what tells {before.cell} from {run.cell}: give each its own sweep=NAME")
     record = records.get(EvaluateSpec.KIND, run.evaluate)
     if record and point.metric in record.scores:
         point.scores[seed] = records.scores(run.evaluate, point.metric)
-        point.clusters = records.clusters(run.evaluate)
+        point.clusters = records.clusters(run.evaluate, varies)
         spec = record.spec
         point.tested.add(canonical(spec.get("benchmark") or [spec.get("lm_eval"), spec.get("harness")]))
         if len(point.tested) > 1:

@@ -4,6 +4,7 @@ Nothing of the machine is in it: no path, no host name, no hardware.
 """
 
 import json
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from d2lora.report import axes, formats, settings, tuning
 from d2lora.report.compare import Comparison
 from d2lora.report.content import Sweep
 from d2lora.report.manifest import read_manifest, sweeps
-from d2lora.report.points import arm_name, interval_of
+from d2lora.report.points import arm_name, interval_of, varies_of
 from d2lora.report.results import CellResults
 from d2lora.scoring import shown_metrics, unit_of
 from d2lora.scoring.kinds import PERCENT
@@ -52,8 +53,8 @@ class Score95:
 
     @property
     def text(self) -> str:
-        digits, name = unit_of(self.metric).digits, unit_of(self.metric).name
-        return f"{formats.percent(self.score.value)} {formats.bounds((self.low, self.high), digits=digits)} {name}"
+        unit = unit_of(self.metric)
+        return f"{unit.value(self.score.value)} {unit.bounds((self.low, self.high))} {unit.name}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,11 @@ class Repository:
         """Yield the scores of finished evaluations, in the metrics that tables show."""
         for benchmark, key in self.cell.stages.evaluate.items():
             if record := self.records.get(EvaluateSpec.KIND, key):
+                varies = varies_of(self.cell.config, benchmark)
                 for metric in shown_metrics(list(record.scores)):
-                    yield Score95(benchmark, metric, record.scores[metric], *interval_of(self.records, key, metric))
+                    yield Score95(
+                        benchmark, metric, record.scores[metric], *interval_of(self.records, key, metric, varies)
+                    )
 
     def source(self, benchmark: str) -> dict[str, Any]:
         """Return where a benchmark's rows are from, as its record says; empty of a local file or a task of the harness."""
@@ -118,12 +122,28 @@ def files(repository: Repository) -> dict[str, bytes]:
 
 def _check_private(path: str, text: str, repository: Repository) -> None:
     """Raise UserError if a text has a path of this machine, one of the cell's own settings among them, or its host name."""
-    own = [value for _, value in axes.flat(repository.cell.config) if Path(value).is_absolute()]
-    for name in (str(ROOT), str(Path.home()), str(repository.records.outputs.root), *own, socket.gethostname()):
-        if len(name) > 3 and name in text:  # shorter ones (/, pc) are parts of ordinary words
-            raise UserError(
-                f"{path}: it would say {name}, which is of this machine: name the data or model by its Hub name"
-            )
+    values = [value for _, value in axes.flat(repository.cell.config)]
+    paths = (ROOT, Path.home(), repository.records.outputs.root, *(Path(v) for v in values if Path(v).is_absolute()))
+    host = socket.gethostname()
+    named = next((str(folder) for folder in paths if _has_path(text, folder)), None)
+    if named is None and _has_host(text, host, is_word=host.isalpha() or host in values):
+        named = host
+    if named:
+        raise UserError(
+            f"{path}: it would say {named}, which is of this machine: name the data or model by its Hub name"
+        )
+
+
+def _has_path(text: str, folder: Path) -> bool:
+    """Tell whether a text has this path, or one below it, and not only its letters: of /root not in a Hub name's owner/root."""
+    whole = rf"(?<![\w.~/-]){re.escape(str(folder))}(?![\w-])"
+    return folder != Path(folder.anchor) and re.search(whole, text) is not None
+
+
+def _has_host(text: str, host: str, is_word: bool) -> bool:
+    """Tell whether a text has this host name. One that is an ordinary word or a setting's value (lab) must stand as a host: after // or @."""
+    before = r"(?://|\\\\|@)" if is_word else r"(?<![\w.-])"
+    return bool(host) and re.search(rf"{before}{re.escape(host)}(?![\w-])", text) is not None
 
 
 def _hub_base(record: Record) -> dict[str, Any]:
@@ -169,7 +189,7 @@ def _datasets(repository: Repository) -> list[str]:
 
 
 def _eval_result(repository: Repository, score: Score95) -> EvalResult:
-    source = repository.source(score.benchmark)
+    source, unit = repository.source(score.benchmark), unit_of(score.metric)
     return EvalResult(
         task_type="text-generation",
         dataset_type=source.get("path", score.benchmark),
@@ -178,8 +198,8 @@ def _eval_result(repository: Repository, score: Score95) -> EvalResult:
         dataset_split=source.get("split"),
         dataset_revision=source.get("revision"),
         metric_type=score.metric,
-        metric_name=f"{score.metric} in {unit_of(score.metric).name}, 95 % interval {formats.bounds((score.low, score.high))}",
-        metric_value=round(100 * score.score.value, 2),
+        metric_name=f"{score.metric} in {unit.name}, 95 % interval {unit.bounds((score.low, score.high))}",
+        metric_value=float(unit.value(score.score.value)),
     )
 
 
@@ -237,10 +257,11 @@ def _verdicts(repository: Repository) -> list[str]:
     sweep = Sweep(planned.sweep, planned.cells, points, repository.records, planned.tuning, fixed)
     lines = []
     for table in sweep.own_tables:
+        unit = f" in {table.unit.name}"
         for comparison in table.unique_pairs:
             sides = (comparison.lora, comparison.d2lora)
             if any(run.cell == repository.cell.id for point in sides for run in point.runs.values()):
-                lines.append(f"- {table.title.removesuffix(' in %')}: {_verdict(comparison)}")
+                lines.append(f"- {table.title.removesuffix(unit)}: {_verdict(comparison)}")
     return (
         ["D2LoRA minus LoRA on the same items, in the sweep that this adapter is from:", "\n".join(lines)]
         if lines
@@ -250,7 +271,7 @@ def _verdicts(repository: Repository) -> list[str]:
 
 def _verdict(c: Comparison) -> str:
     seeds = ", ".join(map(str, c.seeds))
-    difference = f"{formats.percent(c.difference, sign='+')} points {formats.bounds(c.interval, '+')}"
+    difference = f"{c.unit.value(c.difference, '+')} {c.unit.several} {c.unit.bounds(c.interval, '+')}"
     return f"{c.label}: {difference}, p {formats.p_text(c.adjusted)} (Holm), seeds {seeds}: D2LoRA is {c.decision}"
 
 
@@ -272,11 +293,11 @@ def eval_results(repository: Repository) -> dict[str, str]:
 
 def _entry(repository: Repository, score: Score95, source: dict[str, Any]) -> EvalResultEntry:
     record = repository.records.get(EvaluateSpec.KIND, repository.cell.stages.evaluate[score.benchmark])
-    interval = formats.bounds((score.low, score.high))
+    interval = PERCENT.bounds((score.low, score.high))
     return EvalResultEntry(
         dataset_id=source["path"],
         task_id=source.get("name") or "default",
-        value=round(100 * score.score.value, 2),
+        value=float(PERCENT.value(score.score.value)),
         dataset_revision=source.get("revision"),
         date=record.provenance.started if record else None,
         notes=f"{score.metric} in %, zero-shot, {score.score.items} items, 95 % interval {interval}",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from d2lora import stats
 from d2lora.errors import UserError
-from d2lora.outputs import Outputs
+from d2lora.outputs import Outputs, write_text
 from d2lora.records import Manifest, ManifestCell, Record, Records, Score
 from d2lora.report import axes, tuning
 from d2lora.report.axes import Axes, general
 from d2lora.report.manifest import read_manifest, sweeps
-from d2lora.report.points import arm_name, interval_of
+from d2lora.report.points import arm_name, interval_of, varies_of
 from d2lora.report.rows import Row, frame
 from d2lora.scoring import is_graded
 from d2lora.stages.adapt import AdaptSpec
@@ -65,17 +65,18 @@ class CellResults:
             flips = self.records.get(FlipsSpec.KIND, self.cell.stages.flips.get(benchmark))
             measured = common | self._measured(benchmark, key, record) | self._axes(benchmark, keys)
             for metric, score in (record.scores if record else {"": None}).items():
-                interval = self._interval(key, record, metric, score)
+                interval = self._interval(benchmark, record, metric, score)
                 yield measured | {"metric": metric} | _score(score, interval) | _batch(flips, metric)
 
     def _interval(
-        self, key: str, record: Record | None, metric: str, score: Score | None
+        self, benchmark: str, record: Record | None, metric: str, score: Score | None
     ) -> tuple[float, float] | None:
         """Return a score's 95 % interval: from its standard error, or, of items that belong together, from the items."""
         if record is None or score is None:
             return None
-        if (record.spec.get("benchmark") or {}).get("cluster"):
-            return interval_of(self.records, key, metric)
+        varies = varies_of(self.cell.config, benchmark)
+        if varies or (record.spec.get("benchmark") or {}).get("cluster"):
+            return interval_of(self.records, record.key, metric, varies)
         return stats.interval_of_mean(score.value, score.stderr, score.items, is_graded(metric))
 
     def _shape(self) -> Row:
@@ -193,7 +194,6 @@ def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
     as damaged.
     """
     file = Outputs(output).results
-    file.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     damaged = []
     for sweep in sweeps(output):
@@ -201,5 +201,5 @@ def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
             rows += list(result_rows(read_manifest(output, sweep), records))
         except UserError as error:
             damaged.append(f"sweep {sweep} is not in results.csv: {error}")
-    frame(rows, COLUMNS, as_typed=True).to_csv(file, index=False, lineterminator="\r\n")
+    write_text(file, frame(rows, COLUMNS, as_typed=True).to_csv(index=False, lineterminator="\r\n"))
     return file, damaged

@@ -10,12 +10,13 @@ import numpy as np
 
 from d2lora.report import axes, variances, worth
 from d2lora.report.axes import LABELS, order_of
-from d2lora.report.compare import MARGIN, Comparison, comparisons
+from d2lora.report.compare import Comparison, comparisons
 from d2lora.report.looks import METHODS, NAMES
 from d2lora.report.points import Point, differing, label_texts
 from d2lora.report.verdict import verdict
-from d2lora.scoring import unit_of
-from d2lora.settings import amount
+from d2lora.scoring import Unit, unit_of
+from d2lora.scoring.kinds import PERCENT
+from d2lora.settings import Report, amount
 from d2lora.settings.controls import CONTROL_NAMES
 
 # Which rows are drawn and how hold-outs are made have numbers without an order: never columns unless asked for.
@@ -43,7 +44,7 @@ class Line:
 
 @dataclass
 class Table:
-    """One benchmark with one metric; `column` is the setting in the columns.
+    """One benchmark with one metric; `column` is the setting in the columns, `margin` that of equivalence in the metric's unit.
 
     `equal` are the tables of other metrics with the same score on every item, as ROUGE-L and ROUGE-Lsum have of a single line.
     """
@@ -53,8 +54,13 @@ class Table:
     columns: list[Value]
     lines: list[Line]
     column: str = "n"
-    margin: float = MARGIN
+    margin: float = PERCENT.margin
     equal: list["Table"] = field(default_factory=list)
+
+    @property
+    def unit(self) -> Unit:
+        """Return the unit of its metric."""
+        return unit_of(self.points[0].metric)
 
     @cached_property
     def pairs(self) -> dict[Point, Comparison]:
@@ -79,16 +85,18 @@ class Table:
         return list(dict.fromkeys(self.pairs.values()))
 
 
-def build(points: Iterable[Point], column: str | None = None, margin: float = MARGIN) -> list[Table]:
+def build(points: Iterable[Point], column: str | None = None, settings: Report | None = None) -> list[Table]:
     """Return a table for each benchmark and metric; metrics that are equal on every item share one.
 
-    `column` names the setting of the columns (column_of without one); `margin`, in points, is that of equivalence.
+    `column` names the setting of the columns (column_of without one); `settings` have the margins of equivalence.
     """
+    margins = settings or Report()
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.benchmark, point.metric), []).append(point)
     distinct: list[Table] = []
     for (benchmark, metric), group in groups.items():
+        margin = margins.margin_of(unit_of(metric))
         table = _table(benchmark, metric, group, column or column_of(group), margin)
         if same := next((other for other in distinct if _have_equal_scores(other.points, group)), None):
             same.equal.append(table)
@@ -111,7 +119,7 @@ def _have_equal_scores(points: list[Point], others: list[Point]) -> bool:
 def _shared_title(table: Table) -> str:
     """Return the title of a table that stands for several metrics."""
     metrics = [each.points[0].metric for each in (table, *table.equal)]
-    return f"{table.points[0].benchmark}: {' and '.join(metrics)} (equal on every item) in %"
+    return f"{table.points[0].benchmark}: {' and '.join(metrics)} (equal on every item) in {table.unit.name}"
 
 
 def column_of(points: list[Point]) -> str:

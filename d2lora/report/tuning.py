@@ -8,6 +8,7 @@ from d2lora.report import formats
 from d2lora.report.axes import short_name
 from d2lora.report.choice import edges, tied
 from d2lora.report.points import Point, points_of
+from d2lora.scoring import Unit, unit_of
 
 
 def points(manifest: Manifest, records: Records) -> tuple[list[Point], list[Point]]:
@@ -102,13 +103,21 @@ def _values(candidate: Candidate) -> str:
 def text(tuning: Tuning) -> str:
     """Return a line an arm for the terminal: each candidate's values and mean, the chosen one in brackets."""
     tried = max((len(arm.candidates) for arm in tuning.arms), default=0)
-    rows = [[arm.label, *map(_short, arm.candidates), *[""] * (tried - len(arm.candidates))] for arm in tuning.arms]
-    head = f"candidates for {' and '.join(tuning.keys)}, validation score in %, mean over seeds: [chosen]"
+    rows = [
+        [arm.label, *(_short(arm, c) for c in arm.candidates), *[""] * (tried - len(arm.candidates))]
+        for arm in tuning.arms
+    ]
+    units = ", ".join(dict.fromkeys(_unit(arm).name for arm in tuning.arms))
+    head = f"candidates for {' and '.join(tuning.keys)}, validation score in {units}, mean over seeds: [chosen]"
     return "\n".join([head, *formats.aligned(rows)]) if rows else ""
 
 
-def _short(candidate: Candidate) -> str:
-    text = f"{_values(candidate)}: {formats.percent(candidate.mean) or 'missing'}"
+def _unit(arm: TunedArm) -> Unit:
+    return unit_of(arm.metric or "")
+
+
+def _short(arm: TunedArm, candidate: Candidate) -> str:
+    text = f"{_values(candidate)}: {_unit(arm).value(candidate.mean) or 'missing'}"
     return f"[{text}]" if candidate.chosen else f" {text} "
 
 
@@ -120,12 +129,12 @@ def table(tuning: Tuning) -> tuple[list[str], list[list[str]]]:
 
 def _row(tuning: Tuning, arm: TunedArm, candidate: Candidate) -> list[str]:
     scored = [score for score in candidate.scores.values() if score is not None]
-    span = f"{formats.percent(min(scored), 1)} to {formats.percent(max(scored), 1)}" if len(scored) > 1 else ""
+    span = f"{_unit(arm).value(min(scored))} to {_unit(arm).value(max(scored))}" if len(scored) > 1 else ""
     return [
         arm.label,
         f"{arm.benchmark} {arm.metric or ''}".strip(),
         *(candidate.values.get(key, "-") for key in tuning.keys),
-        formats.percent(candidate.mean) or "missing",
+        _unit(arm).value(candidate.mean) or "missing",
         f"{len(scored)}" + (f": {span}" if span else ""),
         ", ".join(_role(candidate)),
     ]

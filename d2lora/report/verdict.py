@@ -33,7 +33,7 @@ def pooled(comparisons: Iterable[Comparison]) -> Pooled | None:
     if len(largest) < 2:
         return None
     differences = np.mean([c.differences for c in largest], axis=0)
-    interval = stats.percentiles(stats.bootstrap(differences))
+    interval = stats.percentiles(stats.bootstrap(differences, clusters=largest[0].clusters))
     return Pooled(float(differences.mean(dtype=float)), interval, len(largest), len(unique) - len(largest))
 
 
@@ -59,8 +59,8 @@ def _chance(comparisons: list[Comparison]) -> int:
 
 def _equivalence(unique: list[Comparison]) -> str:
     equivalent, undecided = (sum(c.decision == d for c in unique) for d in ("equivalent", "undecided"))
-    margin = f"{100 * unique[0].margin:g}"
-    within = f"Equivalent within {margin} point{'s'[: margin != '1']} (two one-sided tests, {100 * ALPHA:.0f} %)"
+    margin = unique[0].unit.text(round(100 * unique[0].margin, 9))
+    within = f"Equivalent within {margin} (two one-sided tests, {100 * ALPHA:.0f} %)"
     return f"{within} in {equivalent}, undecided in {undecided}."
 
 
@@ -68,18 +68,21 @@ def _pooled(unique: list[Comparison]) -> str:
     effect = pooled(unique)
     if effect is None:
         return ""
-    low, high = effect.interval
-    text = f"Pooled over {_cells(effect.cells)}: {100 * effect.difference:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] (95 %)"
+    unit = unique[0].unit
+    difference, low, high = (unit.value(x, "+") for x in (effect.difference, *effect.interval))
+    text = f"Pooled over {_cells(effect.cells)}: {difference} {unit.several} [{low}, {high}] (95 %)"
     left_out = f", without {_cells(effect.left_out)} of other items or seeds" if effect.left_out else ""
     return f"{text}{left_out}."
 
 
 def _mean(unique: list[Comparison]) -> str:
-    text = f"The mean difference is {100 * sum(c.difference for c in unique) / len(unique):+.2f} points"
-    detectable = [100 * c.detectable for c in unique if c.detectable]
+    unit = unique[0].unit
+    text = f"The mean difference is {unit.value(sum(c.difference for c in unique) / len(unique), '+')} {unit.several}"
+    detectable = [c.detectable for c in unique if c.detectable]
     if detectable:
-        sizes = sorted({f"{min(detectable):.1f}", f"{max(detectable):.1f}"}, key=float)
-        text += f"; before Holm's correction a cell shows differences from {' to '.join(sizes)} points on, four times in five"
+        sizes = dict.fromkeys(unit.rounded(size) for size in (min(detectable), max(detectable)))
+        span = " to ".join(size.removesuffix(f" {unit.several}") for size in sizes)
+        text += f"; before Holm's correction a cell shows differences from {span} {unit.several} on, four times in five"
     return f"{text}."
 
 

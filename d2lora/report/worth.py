@@ -46,7 +46,10 @@ class Curve:
     @cached_property
     def drawn(self) -> list[np.ndarray]:
         """Return the fit of each resample: the same items for all points, another luck of trainings for each."""
-        drawn = [stats.bootstrap(p.units, RESAMPLES, luck=i) for i, p in enumerate(self.points.values(), 1)]
+        drawn = [
+            stats.bootstrap(p.table, RESAMPLES, luck=i, clusters=p.clusters)
+            for i, p in enumerate(self.points.values(), 1)
+        ]
         return [_monotone(values) for values in np.column_stack(drawn)]
 
 
@@ -117,7 +120,7 @@ def worth(point: Point, curve: Curve) -> Worth | None:
     value, levels = float(point.value or 0.0), curve.levels
     if not levels[0] <= value <= levels[-1] or np.isclose(levels, value, rtol=0, atol=1e-9).sum() > 1:
         return None
-    drawn = zip(stats.bootstrap(point.units, RESAMPLES), curve.drawn, strict=True)
+    drawn = zip(stats.bootstrap(point.table, RESAMPLES, clusters=point.clusters), curve.drawn, strict=True)
     reached = np.array([_reach(fit, curve.sizes, other) for other, fit in drawn]) - own
     low, high = np.percentile(reached, (2.5, 97.5), method="nearest")
     if np.isinf(low) and np.isinf(high):

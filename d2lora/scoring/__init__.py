@@ -18,6 +18,7 @@ __all__ = [
     "Kind",
     "Likelihood",
     "MultipleChoice",
+    "Unit",
     "is_graded",
     "kind_named",
     "shown_metrics",

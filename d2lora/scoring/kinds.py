@@ -11,24 +11,46 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Unit:
-    """The unit of 100 times a metric, which is what a report shows, and of a difference of it by one."""
+    """The unit of 100 times a metric, which is what a report shows, and how it is rounded. Its methods take fractions.
+
+    `margin`, in the unit, is that within which two arms are called equivalent unless `report.<margin_setting>` says another.
+    """
 
     name: str
-    one: str
+    one: str  # of differences
     several: str
-    digits: int  # of detectable differences and of intervals' ends
+    digits: int  # of intervals' ends and detectable differences; values and differences have one more
+    margin: float
+    margin_setting: str
 
     def text(self, amount: float) -> str:
-        """Return an amount with the unit of differences: 1 point, 1.5 points."""
+        """Return an amount, in the unit, with the unit of differences: 1 point, 1.5 points."""
         return f"{amount:g} {self.one if amount == 1 else self.several}"
 
-    def rounded(self, amount: float) -> str:
-        """Return a measured amount with the unit: 1.9 points, 0.23 hundredths of a bit."""
-        return f"{amount:.{self.digits}f} {self.several}"
+    def rounded(self, fraction: float, sign: str = "") -> str:
+        """Return a measured size with the unit: 1.9 points, 0.23 hundredths of a bit."""
+        return f"{100 * fraction:{sign}.{self.digits}f} {self.several}"
+
+    def value(self, fraction: float | None, sign: str = "") -> str:
+        """Return a score, or with sign="+" a difference: 45.93, -51.204. Nothing for None."""
+        return "" if fraction is None else f"{100 * fraction:{sign}.{self.digits + 1}f}"
+
+    def bounds(self, interval: tuple[float, float], sign: str = "") -> str:
+        """Return an interval: [41.2, 50.6]."""
+        low, high = (f"{100 * end:{sign}.{self.digits}f}" for end in interval)
+        return f"[{low}, {high}]"
 
 
-PERCENT = Unit("%", "point", "points", 1)
-BITS = Unit("hundredths of a bit", "hundredth of a bit", "hundredths of a bit", 2)
+PERCENT = Unit("%", "point", "points", digits=1, margin=1.0, margin_setting="margin")
+# A tenth of a hundredth of a bit goes with about one point of accuracy: five times the samples give SFT in the lab 0.8 and 7.1.
+BITS = Unit(
+    "hundredths of a bit",
+    "hundredth of a bit",
+    "hundredths of a bit",
+    digits=2,
+    margin=0.1,
+    margin_setting="likelihood_margin",
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a user may say: one typed, checked configuration. docs/extending.md says how to add a choice."""
 
-from d2lora.settings.config import Config, parse
+from d2lora.settings.config import Config, Report, parse
 from d2lora.settings.inits import INIT_NAMES, INITS, PLAIN, QUANTIZING, Init, PlainInit, init_of
 from d2lora.settings.methods import METHOD_NAMES, METHODS, Method, Orpo, Sft, method_of
 from d2lora.settings.recipe import RATE, Lora, Machine, Recipe, Training
@@ -27,6 +27,7 @@ __all__ = [
     "Orpo",
     "PlainInit",
     "Recipe",
+    "Report",
     "Sft",
     "Task",
     "Training",

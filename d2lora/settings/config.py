@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 
 from d2lora.errors import UserError
+from d2lora.scoring import Unit
+from d2lora.scoring.kinds import BITS, PERCENT
 from d2lora.settings.controls import (
     CONTROL_NAMES,
     Control,
@@ -49,7 +51,13 @@ class Report(Strict):
     columns: Text | None = (
         None  # the setting of the columns and the x axis, by its key; the one with the most values without it
     )
-    margin: Annotated[float, Field(gt=0)] = 1.0  # points within which two arms are called equivalent
+    # Within which two arms are called equivalent: points, and of a benchmark of kind likelihood hundredths of a bit per byte.
+    margin: Annotated[float, Field(gt=0)] = PERCENT.margin
+    likelihood_margin: Annotated[float, Field(gt=0)] = BITS.margin
+
+    def margin_of(self, unit: Unit) -> float:
+        """Return the margin of scores in this unit, in the unit."""
+        return getattr(self, unit.margin_setting)
 
 
 class Config(Strict):

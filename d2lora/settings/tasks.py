@@ -1,8 +1,9 @@
 """Define data sets, the base model, benchmarks, the task of phase 2 and the warm-up of phase 1."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
 
 from d2lora.scoring import KINDS, Kind, kind_named
 from d2lora.settings.values import PathText, Positive, Strict, Template, Text, Value
@@ -109,6 +110,17 @@ Labels = Annotated[
 ]
 
 
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return value
+
+
+Pattern = Annotated[Text, AfterValidator(_pattern)]
+
+
 class Benchmark(Strict):
     """A test: rows, a prompt, and how an answer is scored."""
 
@@ -126,6 +138,9 @@ class Benchmark(Strict):
     limit: Positive | None = None  # the first rows only
     # The column that says which rows belong together, as those of one passage or template: they are not independent.
     cluster: Text | None = None
+    # What differs between items of one template (numbers, names), as a pattern: items whose prompts are equal but for it belong
+    # together too. The report reads it, so it is in no key.
+    varies: Pattern | None = None
     script: Literal["latin", "any"] = "latin"  # rouge: which letters words are made of
     too_long: Literal["refuse", "leave_out"] = "refuse"  # items that the model can't take
 
@@ -133,7 +148,7 @@ class Benchmark(Strict):
         """Return the benchmark's part of a key, without its data; settings that came later are in it only where they are set."""
         later = {"cluster", "script", "too_long"}
         unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
-        return self.model_dump(exclude={"data"} | unset)
+        return self.model_dump(exclude={"data", "varies"} | unset)
 
     @property
     def scoring(self) -> Kind:

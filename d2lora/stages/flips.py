@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from d2lora.keys import Identity
 from d2lora.records import Item, Result, Score
+from d2lora.scoring import unit_of
 from d2lora.settings import Config
 from d2lora.stages import evaluate
 from d2lora.stages.evaluate import EvaluateSpec
@@ -94,7 +95,7 @@ def text(record: Result, metrics: Iterable[str] | None = None) -> str:
     answers = scores["answers_flipped"]
     parts = [f"{_percent(answers)} % of {answers.items} answers differ"]
     parts += [
-        f"{name} by {100 * scores[f'{name}_difference'].value:+.1f} points (in {_percent(scores[f'{name}_flipped'])} % of items)"
+        f"{name} by {unit_of(name).rounded(scores[f'{name}_difference'].value, '+')} (in {_percent(scores[f'{name}_flipped'])} % of items)"
         for name in (every if metrics is None else metrics)
         if name in every
     ]

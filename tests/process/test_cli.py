@@ -415,7 +415,7 @@ def test_fetch_reads_what_the_cells_of_the_command_line_read(run, tmp_path: Path
 
 def test_the_harness_is_asked_for_the_names_of_what_is_still_to_do_only(cell, tmp_path: Path, monkeypatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(data, "check_lm_eval", lambda tasks, folder: asked.extend(task.name for task in tasks))
+    monkeypatch.setattr(data, "check_lm_eval", lambda tasks, *more: asked.extend(task.name for task in tasks))
     given = ["n=8", "+task.lm_eval=[hellaswag,piqa]", f"output={tmp_path}"]
     preflight.check_inputs(cell(*given, "dry_run=true").config, set())
     assert asked == []

@@ -258,6 +258,12 @@ def test_a_chat_template_that_a_base_has_not_is_not_left_out_silently(base, own:
         harness.as_test(questions, base(template=False))
 
 
+def test_a_metric_that_a_sweeper_is_to_optimize_is_looked_for_before_the_first_trial(own: Path) -> None:
+    data.check_lm_eval([HarnessTask(name="sums")], str(own), [("sums", "exact_match"), ("other", "acc")])
+    with pytest.raises(UserError, match=r"objective=sums/acc: sums has exact_match"):
+        data.check_lm_eval([HarnessTask(name="sums")], str(own), [("sums", "acc")])
+
+
 def test_what_does_not_fit_a_task_of_the_harness_shows_before_training(own: Path) -> None:
     for settings, told in (
         ({"name": "sums", "filter": "exact"}, "filter=exact: strict, loose"),

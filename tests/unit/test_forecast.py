@@ -259,12 +259,15 @@ def test_a_damaged_record_does_not_stop_a_plan(cell, tmp_path: Path) -> None:
 
 
 def test_a_likelihood_s_detectable_difference_stands_beside_accuracy_s(cell, tmp_path: Path) -> None:
-    base = cell(f"output={tmp_path}", "+benchmark@task.benchmark=lab_math_likelihood", "report.margin=0.5").config
+    base = cell(
+        f"output={tmp_path}", "+benchmark@task.benchmark=lab_math_likelihood", "report.likelihood_margin=0.5"
+    ).config
     grid = [c for seed in range(3) for c in made.cells(base.model_copy(update={"seed": seed}), m=[0, 40], n=[10])]
     lines = {line.split(":")[0].strip(): line for line in found(tmp_path, grid)}
     assert list(lines) == ["lab_math", "lab_facts", "lab_math_likelihood"]
     line = lines["lab_math_likelihood"]
     assert re.search(r"with 500 items and 3 replicates differences from 0\.\d\d hundredths of a bit on", line)
+    assert "; for 1 point: " in lines["lab_math"], "its margin is another"
     assert "; for 0.5 hundredths of a bit: 3 replicates (spreads assumed as the lab's" in line
     made.publish(tmp_path, grid)
     assert "spreads measured here" in found(tmp_path, grid)[2]

@@ -24,6 +24,7 @@ from d2lora.records import Records
 from d2lora.report import compare, evidence, formats, harness_files, manifest, publish, results, tables
 from d2lora.report.content import Sweep
 from d2lora.report.points import Point, Run, points_of
+from d2lora.scoring.kinds import PERCENT
 from d2lora.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ def test_a_single_cell_prints_the_interval_of_the_table(output: Path) -> None:
     entry = next(p for p in table.points if (p.m, p.n) == (0, 100))
     low, high = entry.interval
     printed = summary.cell_text(cells[0], Store(output))
-    assert f"lab_math accuracy: {formats.percent(entry.value)} % ± {formats.percent((high - low) / 2)} (" in printed
+    assert f"lab_math accuracy: {PERCENT.value(entry.value)} % ± {PERCENT.value((high - low) / 2)} (" in printed
 
 
 def test_an_interval_from_a_standard_error_is_wilson_s_of_right_and_wrong_alone() -> None:
@@ -362,6 +363,43 @@ def test_a_path_of_the_cell_s_own_is_refused_in_what_is_published(tmp_path: Path
     made.publish(output, [cell])
     with pytest.raises(UserError, match=r"/rows, which is of this machine"):
         publish._check_private("README.md", f"trained on {rows}", publish.find(output, cell.id))
+
+
+@pytest.mark.parametrize(
+    ("host", "text", "refused"),
+    [
+        ("lab", "D2LoRA of lab on lab-math, one of the lab's", False),
+        ("adapter", "A LoRA adapter of lab", False),
+        ("lab", "rows from //lab/share", True),
+        ("lab", "user@lab:data", True),
+        ("gpu-17", "trained on gpu-17", True),
+        ("gpu-17", "trained on gpu-170", False),
+        ("lab-math", "D2LoRA on lab-math", False),
+    ],
+)
+def test_a_host_s_name_is_refused_where_it_is_one_and_not_as_an_ordinary_word(
+    tmp_path: Path, monkeypatch, host: str, text: str, refused: bool
+) -> None:
+    (cell,) = grid(n=[100], m=[0])
+    made.publish(tmp_path, [cell])
+    monkeypatch.setattr(publish.socket, "gethostname", lambda: host)
+    check = lambda: publish._check_private("README.md", text, publish.find(tmp_path, cell.id))  # noqa: E731
+    if refused:
+        with pytest.raises(UserError, match=f"it would say {host}, which is of this machine"):
+            check()
+    else:
+        check()
+
+
+def test_a_path_of_this_machine_is_one_as_a_whole(tmp_path: Path, monkeypatch) -> None:
+    (cell,) = grid(n=[100], m=[0])
+    made.publish(tmp_path, [cell])
+    monkeypatch.setattr(publish.Path, "home", lambda: Path("/me"))
+    repository = publish.find(tmp_path, cell.id)
+    publish._check_private("README.md", "huggingface.co/me/adapter and /media, a menu", repository)
+    for text in ("/me", "read from /me/rows", '"/me"'):
+        with pytest.raises(UserError, match="it would say /me, which"):
+            publish._check_private("README.md", text, repository)
 
 
 def test_items_that_belong_together_have_the_tables_interval(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from d2lora.command import preflight
+from d2lora.data import harness_tasks
 from d2lora.errors import UserError
 
 
@@ -59,3 +61,16 @@ def test_settings_of_a_task_are_checked(cell, given: str, told: str) -> None:
     with pytest.raises(UserError) as refused:
         cell("n=8", f"+task.lm_eval={given}")
     assert told in str(refused.value)
+
+
+def test_a_dry_run_looks_for_the_names_of_tasks_and_loads_none(cell, tmp_path: Path, monkeypatch) -> None:
+    """The harness's own index, which takes many seconds, is asked for a name that is in no file only."""
+    asked: list[str] = []
+    monkeypatch.setattr(harness_tasks, "_require_single", lambda name, folder: asked.append(name))
+    (tmp_path / "mine.yaml").write_text("task: 'mine'  # my own\ndataset_path: json\n")
+    given = ["n=8", "dry_run=true", f"output={tmp_path / 'out'}", f"+task.lm_eval_path={tmp_path}"]
+    config = cell(*given, "+task.lm_eval=[gsm8k,mine]").config
+    preflight.check_inputs(config, set())
+    assert asked == []
+    harness_tasks.check_names(cell(*given, "+task.lm_eval=[mine_too]").config.task.harness_tasks, str(tmp_path))
+    assert asked == ["mine_too"]

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from made import grid
 
-from d2lora import records, report
+from d2lora import records, report, stats
 from d2lora.command import summary
 from d2lora.errors import UserError
 from d2lora.evaluate.vllm import installed
+from d2lora.lab import world
+from d2lora.outputs import whole_file, write_text
 from d2lora.plan import Cell
 from d2lora.records import Records
 from d2lora.report import artefacts, compare, controls, differences, evidence, figures, formats, paper, tables, verdict
+from d2lora.report import inits as inits_table
 from d2lora.report.axes import MACHINE
 from d2lora.report.points import Point, points_of
 from d2lora.store import Store
@@ -501,7 +504,9 @@ def test_sweeps_over_models_and_recipes_keep_their_rows_and_comparisons_apart(tm
     made.publish(tmp_path, cells)
     report.write(tmp_path, ["mine"])
     body = read_csv(tmp_path / "report" / "mine" / "inits.csv")
-    rows_ = [(r["initialization"], r["model"], r["recipe"], r["m"]) for r in body]
+    rows_ = [
+        (r["initialization"], r["model"], r["recipe"], r["m"]) for r in body if r["benchmark"] == "lab_math accuracy"
+    ]
     assert len(rows_) == len(set(rows_)) == 16
     table = next(t for t in tables.build(points(tmp_path)) if t.title.startswith("lab_math"))
     labels = [row[0] for row in formats.pair_rows(table)]
@@ -550,7 +555,8 @@ def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) 
     folder = tmp_path / "report" / "mine"
     with (folder / "inits.csv").open() as lines:
         head, *body = csv.reader(lines)
-    assert head[:6] == ["initialization", "method", "m", "n", "lab_math accuracy", "95 % interval"]
+    assert head[:7] == ["initialization", "method", "m", "n", "benchmark", "value", "95 % interval"]
+    body = [row for row in body if row[4] == "lab_math accuracy"]
     assert [row[0] for row in body] == ["lora", "milora", "eva"] * 4
     assert {row[0]: row[-2] for row in body} == {"lora": "-", "milora": "1.0", "eva": "1.0"}, "seconds of preparation"
     difference = head.index("- lora")
@@ -558,6 +564,10 @@ def test_initializations_stand_side_by_side_with_what_they_cost(tmp_path: Path) 
     assert all("*" not in row[difference] for row in body if row[0] != "milora")
     assert (folder / "inits.png").stat().st_size > 1000
     assert "4 training seeds (0, 1, 2, 3)" in (folder / "inits.md").read_text()
+    said = "lab_math accuracy: of 8 comparisons with init=lora at the same m and n an initialization is better beyond chance in 4 (milora 4), worse beyond chance in 0"
+    assert said in (folder / "inits.md").read_text()
+    assert said in report.finish(tmp_path, "mine", draw=False)
+    assert said in (tmp_path / "report" / "index.html").read_text()
 
 
 @pytest.mark.thorough
@@ -626,7 +636,14 @@ def test_a_likelihood_has_a_table_in_bits_where_more_is_better(tmp_path: Path) -
     text = report.finish(tmp_path, "mine")
     assert "lab_math_likelihood: loglikelihood_per_byte in hundredths of a bit" in text
     notes = " ".join(formats.footnotes(tables.build(points(tmp_path))))
-    assert "a point is a hundredth of a bit per byte. More is better" in notes
+    assert "loglikelihood_per_byte is shown in hundredths of a bit per byte. More is better" in notes
+    said = next(t for t in tables.build(points(tmp_path)) if t.points[0].benchmark == "lab_math_likelihood").verdict
+    assert "Equivalent within 0.1 hundredths of a bit (two one-sided tests, 5 %) in 0" in said
+    assert re.search(r"Pooled over 2 cells: \+\d+\.\d{3} hundredths of a bit \[", said)
+    assert re.search(r"differences from \d\.\d\d( to \d\.\d\d)? hundredths of a bit on", said)
+    assert "point" not in said
+    (panel,) = [p for p in difference_panels(tmp_path) if p.title == "lab_math_likelihood"]
+    assert (panel.margin, differences.margin_label(panel)) == (0.1, "within ± 0.1 hundredths of a bit")
     of_likelihood = [p for p in points(tmp_path) if p.benchmark == "lab_math_likelihood"]
     assert all(p.value < 0 and p.interval[0] < p.value < p.interval[1] < 0 for p in of_likelihood)
     pairs = compare.comparisons(of_likelihood)
@@ -987,7 +1004,7 @@ def test_items_that_belong_together_are_drawn_together(tmp_path: Path) -> None:
     text = report.finish(tmp_path / "clusters", "mine")
     table, plain = (tables.build(points(tmp_path / name))[0] for name in ("clusters", "items"))
     assert {c.test for c in table.unique_pairs} == {"two-level bootstrap of clusters"}
-    assert all(c.differences.shape == (3, 20) for c in table.unique_pairs)
+    assert all(c.units.shape == (3, 20) for c in table.unique_pairs)
     assert [p.value for p in table.points] == pytest.approx([float(p.table.mean()) for p in table.points])
     assert "Pooled over 2 cells" in table.verdict
     note = "lab_math: its 200 items are in 20 clusters, which intervals and tests draw instead of items."
@@ -995,6 +1012,42 @@ def test_items_that_belong_together_are_drawn_together(tmp_path: Path) -> None:
     assert note not in formats.footnotes([plain])
     assert note in (tmp_path / "clusters" / "report" / "mine" / "table.md").read_text()
     assert "lab_facts" in text
+
+
+def test_problems_of_one_template_are_drawn_together_and_no_key_knows(tmp_path: Path) -> None:
+    """Forty questions of eight templates, with other numbers and names: the report reads them from the records that there are."""
+    people = ("Ann", "Ben", "Kim", "Vic", "Leo")
+    words = lambda i: f"{people[i // 8]} has {i} of {'abcdefgh'[i % 8]}"  # noqa: E731
+    shape = {"n": [100, 200], "m": [0, 4000], "seed": range(3)}
+    made.publish(tmp_path, earlier := grid("sweep=before", **shape), text=words)
+    cells = grid("+benchmark@task.benchmark=lab_math_by_template", **shape)
+    assert {s.key for c in cells for s in c.chain.stages} == {s.key for c in earlier for s in c.chain.stages}
+    made.publish(tmp_path, cells)
+    found = {
+        name: [p for p in points(tmp_path) if p.benchmark == name] for name in ("lab_math", "lab_math_by_template")
+    }
+    plain, clustered = found.values()
+    assert {p.clusters is None for p in plain} == {True}
+    assert {p.clusters.max() + 1 for p in clustered} == {8}
+    assert [p.value for p in plain] == [p.value for p in clustered]
+    assert {c.test for c in compare.comparisons(clustered).values()} == {"two-level bootstrap of clusters"}
+    report.write(tmp_path, ["mine"])
+    note = "lab_math_by_template: its 40 items are in 8 clusters"
+    assert note in (tmp_path / "report" / "mine" / "table.md").read_text()
+    rows = read_csv(tmp_path / "report" / "results.csv")
+    (one,) = [r for r in rows if r["benchmark"] == "lab_math_by_template" and r["cell_id"] == cells[0].id]
+    low, high = stats.interval(clustered[0].table[:1], clusters=clustered[0].clusters)
+    assert (float(one["low"]), float(one["high"])) == pytest.approx((low, high))
+    assert not any("varies" in column for column in rows[0])
+
+
+def test_the_lab_s_templates_leave_open_what_its_problems_are_drawn_with(cell) -> None:
+    given = "benchmark@task.benchmark=[lab_math_by_template]"
+    pattern = cell(given).config.benchmarks["lab_math_by_template"].varies
+    for word in ("17", *world.NAMES, *world.THINGS):
+        assert re.fullmatch(pattern, word), word
+    with pytest.raises(UserError, match=r"varies=\(: not a regular expression"):
+        cell(given, "task.benchmark.lab_math_by_template.varies='('")
 
 
 def test_a_cluster_column_is_in_the_key_only_where_it_is_named() -> None:
@@ -1020,11 +1073,11 @@ def test_halves_of_an_arm_s_replicates_are_compared_and_nothing_is_found_that_is
         "DPO D2LoRA(4k, 100)",
     ], "the base has one evaluation, a warm-up's at n=0 is the same under both methods"
     assert {row[1] for row in math} == {"1, 3, 5 - 0, 2, 4"}, "the seventh has no partner"
-    assert shown.notes == [
+    assert shown.sentences == [
         f"{b}: A/A: of 5 arms halves differ beyond chance in 0 (Holm, alpha 5 %)."
         for b in ("lab_math accuracy", "lab_facts acc")
     ]
-    assert shown.notes[0] in report.write(tmp_path, ["mine"])
+    assert shown.sentences[0] in report.write(tmp_path, ["mine"])
     assert len(read_csv(tmp_path / "report" / "mine" / "halves.csv")) == 10
 
 
@@ -1033,7 +1086,7 @@ def test_halves_that_do_differ_are_found(tmp_path: Path) -> None:
     cells = grid("m=0", n=[100, 500], seed=range(6))
     made.publish(tmp_path, cells, items=200, ability=lambda cell: 0.4 + 0.25 * (cell.config.seed % 2))
     shown = halves_of(tmp_path)
-    assert "halves differ beyond chance in 2" in shown.notes[0]
+    assert "halves differ beyond chance in 2" in shown.sentences[0]
     assert all(row[3].startswith("+") and row[3].endswith("*") for row in shown.rows.rows[:2])
 
 
@@ -1083,3 +1136,59 @@ def test_two_results_that_nothing_tells_apart_are_never_folded(tmp_path: Path) -
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match="a table would hide what tells lab-math-sft-"):
         points(tmp_path)
+
+
+def test_a_file_of_the_report_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "report" / "table.md"
+    write_text(file, "before\r\n")
+    assert file.read_bytes() == b"before\r\n"
+
+    def fail() -> None:
+        with whole_file(file) as part:
+            part.write_text("half of")
+            assert file.read_bytes() == b"before\r\n"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert file.read_bytes() == b"before\r\n"
+    assert [f.name for f in file.parent.iterdir()] == ["table.md"]
+
+
+def test_many_arms_are_rows_of_one_figure_of_differences(tmp_path: Path) -> None:
+    """Seven initializations: a panel each, with scales of their own, could not be compared by eye."""
+    inits = ("lora", "gaussian", "orthogonal", "pissa", "olora", "milora", "rslora")
+    made.publish(tmp_path, [c for i in inits for c in grid(f"init={i}", methods=("sft", "dpo"), n=[8, 16], m=[0, 8])])
+    report.write(tmp_path, ["mine"])
+    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("differences")
+    assert shown.differences == []
+    table = next(t for t in tables.build(points(tmp_path)) if t.points[0].benchmark == "lab_math")
+    panels = differences.forest_panels(table)
+    assert [panel.title for panel in panels] == ["lab_math, n=8", "lab_math, n=16"]
+    for panel in panels:
+        assert sorted({entry.row for entry in panel.entries}) == sorted(inits)
+        assert {entry.label for entry in panel.entries} == {"SFT", "DPO"}
+        assert len({entry.comparison for entry in panel.entries}) == 14
+    page_ = (tmp_path / "report" / "index.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*)</script>', page_)[1])
+    images = {x["title"]: x["image"] for x in data["sweeps"][0]["shown"] if x["image"]}
+    assert list(images) == [artefacts.ARTEFACTS[0].caption, inits_table.CAPTION], "the page has both figures in it"
+    assert all(image.startswith("data:image/svg+xml;base64,") for image in images.values())
+
+
+def test_a_drawn_forest_has_each_difference_in_its_row(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    made.publish(tmp_path, [c for i in ("lora", "pissa", "eva") for c in grid(f"init={i}", n=[100], m=[0, 8])])
+    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("inits")
+    figure = shown.draw(pyplot)
+    axis = next(a for a in figure.axes if a.get_title().startswith("lab_math"))
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    assert names == ["pissa", "eva"]
+    rows_ = {(r[0], r[2]): r for r in shown.rows.rows if r[4] == "lab_math accuracy"}
+    column = shown.rows.head.index("- lora")
+    for bars, m in zip(axis.containers, ("0", "8"), strict=True):
+        line = bars.lines[0]
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
+            assert x == pytest.approx(float(rows_[names[round(y)], m][column].rstrip("*")), abs=0.006)
+    pyplot.close(figure)

@@ -1,13 +1,17 @@
 """Sweepers other than d2lora's own, and what is said of keys that a launcher does not have."""
 
+from pathlib import Path
+
+import made
 import pytest
 from composing import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
+from made import grid as made_grid
 from omegaconf import OmegaConf
 
 from d2lora.command import grid, sweepers
-from d2lora.command.guard import one_line
+from d2lora.command.guard import one_line, overrides_last
 from d2lora.errors import UserError
 from d2lora.report import manifest
 
@@ -83,3 +87,30 @@ def test_no_advice_is_given_that_then_fails(hydra: str, told: str) -> None:
 def test_run_py_registers_what_is_done_around_other_sweepers() -> None:
     config = OmegaConf.load(ROOT / "conf" / "config.yaml")
     assert config.hydra.callbacks.d2lora._target_ == f"{sweepers.__name__}.OtherSweepers"
+
+
+def test_ctrl_c_in_a_study_shows_the_trials_that_it_has(tmp_path: Path, monkeypatch, capsys) -> None:
+    cells = made_grid(f"output={tmp_path}", n=[100], m=[0])
+    made.publish(tmp_path, cells)
+    monkeypatch.setattr(sweepers, "_begun", cells)
+    with pytest.raises(KeyboardInterrupt), sweepers.reported():
+        raise KeyboardInterrupt
+    assert "lab_math: accuracy in %" in capsys.readouterr().out
+    assert (tmp_path / "report" / "mine" / "table.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("n=8 -m m=0,8", "-m n=8 m=0,8"),
+        ("-cn table3 n=8 --multirun", "-cn table3 --multirun n=8"),
+        (
+            "~task.benchmark.lab_facts +task.lm_eval=[a,b] -m ++n=1,2",
+            "-m ~task.benchmark.lab_facts +task.lm_eval=[a,b] ++n=1,2",
+        ),
+        ("+benchmark@task.benchmark=lab_facts --cfg job", "--cfg job +benchmark@task.benchmark=lab_facts"),
+        ("--config-dir=/a=b -m n=1,2", "--config-dir=/a=b -m n=1,2"),
+    ],
+)
+def test_overrides_may_stand_before_and_after_options(typed: str, meant: str) -> None:
+    assert overrides_last(typed.split()) == meant.split()

@@ -254,6 +254,7 @@ def test_a_candidate_that_failed_is_left_out_and_said(tmp_path: Path) -> None:
     )
     lost = [s for s in plan.stages(typed.after) if not typed.store.done(s)]
     assert [s.kind for s in lost] == ["adapt", "evaluate"], "it is missing, and its validation"
+    assert "| chosen | lr=0.002 |" in (tmp_path / "report" / "tuned" / "table.md").read_text()
     text = report.finish(tmp_path, "tuned", draw=False)
     assert "SFT D2LoRA(8, 16), lr=0.004: not among the candidates: no result on lab_math_validation of seed 1." in text
 
@@ -275,6 +276,7 @@ def test_a_candidate_more_may_move_the_choice(tmp_path: Path) -> None:
     assert all(entries[id].stages.evaluate for id in arm.candidates[1].scores), (
         "it had met the test, and still names it"
     )
+    assert "| chosen | lr=0.002 |" in (tmp_path / "report" / "tuned" / "table.md").read_text()
     text = report.finish(tmp_path, "tuned", draw=False)
     assert "SFT D2LoRA(8, 16): lr=0.0015 was chosen before, with fewer candidates or results; now lr=0.004 is." in text
     assert "== fixed ==" not in text
@@ -287,6 +289,7 @@ def test_of_equal_means_the_smaller_value_is_taken_and_both_are_named(tmp_path: 
 
     typed = Typed(tmp_path, *GRID, more=level).run()
     assert typed.arm("DPO LoRA n=16").chosen.values == {"recipe.lr": "5e-05"}
+    assert "| chosen | lr=0.002 |" in (tmp_path / "report" / "tuned" / "table.md").read_text()
     text = report.finish(tmp_path, "tuned", draw=False)
     assert "DPO LoRA n=16: lr=5e-05, lr=0.0001, lr=0.0002 tie on lab_math_validation; the smaller is taken." in text
     assert "The best recipe.lr is the smallest tried: widen, in 4 of 4 arms" in text
@@ -408,6 +411,12 @@ def test_initializations_are_compared_each_with_its_own_rate(tmp_path: Path) -> 
     assert typed.arm("SFT LoRA n=16 milora").chosen.values == {"recipe.lr": "0.004"}
     report.write(tmp_path, ["tuned"])
     with (tmp_path / "report" / "tuned" / "inits.csv").open() as file:
-        rows = list(csv.reader(file))
-    assert [row[0] for row in rows[1:]] == ["lora", "milora"], "a row each, of the chosen cells"
+        rows = [row for row in csv.DictReader(file) if row["benchmark"] == "lab_math accuracy"]
+    assert [row["initialization"] for row in rows] == ["lora", "milora"], "a row each, of the chosen cells"
+    assert [row["lr"] for row in rows] == ["0.002", "0.004"]
     assert "missing" not in str(rows)
+    fixed = (tmp_path / "report" / "tuned" / "inits_fixed.md").read_text()
+    assert "1 comparisons with init=lora at the same m and n an initialization is better" in fixed
+    assert "| chosen | lr=0.002 |" in (tmp_path / "report" / "tuned" / "table.md").read_text()
+    text = report.finish(tmp_path, "tuned", draw=False)
+    assert "at the recipe's own values: lab_math accuracy: of 1 comparison" in text
