@@ -66,7 +66,7 @@ def check_lm_eval(tasks: Sequence[HarnessTask], folder: str | None = None) -> No
 
 
 def harness_identity(task: HarnessTask, folder: str | None = None) -> dict[str, Any] | None:
-    """Return what a key has of a task beside its name and the harness's version: None for one of the harness as it is.
+    """Return a task's part of a key, without its name and the harness's version: None for a task of the harness as it is.
 
     That is the settings that differ, and of a task in the user's `folder` its definition, the files beside it and its
     local data, by their content.

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from d2lora import data
 from d2lora.base import Base, device
 from d2lora.evaluate.prompts import AsTrained, Tokens
-from d2lora.layouts import decoding, proof
+from d2lora.layouts import batches, decoding, proof
 from d2lora.progress import Progress
 
 _GREEDY = {"attention_mask", "do_sample", "temperature"}  # of generate's settings: those of a greedy answer
@@ -70,7 +70,7 @@ class WatchedLM(AsTrained, HFLM):
         """Tell whether `decoding` gives what `generate` gives, tested once for a model and length."""
         if not texts or not decoding.suits(self.base.model):
             return False
-        return proof.batch(self.model, self.base.model, texts, "leaving", self.proofs).exact
+        return batches.check(self.model, self.base.model, texts, "leaving", self.proofs).exact
 
     def _prove(self, texts: list[Tokens], side: Literal["left", "right"]) -> None:
         """Test padding on this side, once for a model and length.
@@ -79,10 +79,10 @@ class WatchedLM(AsTrained, HFLM):
         """
         if self.batch_size == 1 or not texts:
             return
-        padded = proof.batch(self.model, self.base.model, texts, side, self.proofs)
+        padded = batches.check(self.model, self.base.model, texts, side, self.proofs)
         if not padded.exact:
             self.batch_size_per_gpu = 1
-            print(f"{self.base.name}: evaluated one by one ({proof.miss(padded)} in a batch)", file=sys.stderr)
+            print(f"{self.base.name}: evaluated one by one ({padded.miss} in a batch)", file=sys.stderr)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = super()._model_call(inps, *args, **kwargs)
