@@ -128,10 +128,10 @@ def _refuse_dates(name: str, task: Any) -> None:
         return
     templates = [task.config.doc_to_text, task.config.doc_to_target, task.config.doc_to_choice]
     shown = " ".join(template for template in templates if isinstance(template, str))
-    columns = {column: str(kind) for part in task.dataset.values() for column, kind in (part.features or {}).items()}
-    if times := [column for column, kind in columns.items() if "timestamp" in kind and column in shown]:
+    columns = {(column, str(kind)) for part in task.dataset.values() for column, kind in (part.features or {}).items()}
+    if times := {column for column, kind in columns if "timestamp" in kind and column in shown}:
         raise UserError(
-            f"task.lm_eval={name}: the harness reads {', '.join(times)} in its JSON data as times and would show "
+            f"task.lm_eval={name}: the harness reads {', '.join(sorted(times))} in its JSON data as times and would show "
             '"2021-03-04" as "2021-03-04 00:00:00": save the data as .csv (dataset_path: csv)'
         )
 
