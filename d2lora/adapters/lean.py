@@ -78,7 +78,7 @@ def lean(wrapped: PeftModel) -> Iterator[None]:
 def _entries(wrapped: PeftModel) -> set[nn.Module]:
     """Return the modules that a pass may begin with: PEFT's, the model with its head, and without it."""
     model = wrapped.get_base_model()
-    return {wrapped, wrapped.base_model, model, model.base_model}
+    return {wrapped, wrapped.base_model, model, cast(nn.Module, model.base_model)}
 
 
 _suspended = False
