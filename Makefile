@@ -25,7 +25,7 @@ test-gpu: .venv/ready-dev ## the tests for a machine with a GPU, and torch for i
 
 engine: .engine/ready ## vLLM in an environment of its own, .engine (3.4 GB): for recipe.engine=vllm
 
-test-engine: .venv/ready-dev .engine/ready ## the tests that ask vLLM: a minute after its installation
+test-engine: .venv/ready-dev .engine/ready ## the tests that ask vLLM: a minute of processor time after its installation
 	$(BIN)/python -m pytest -m engine tests/train/test_engine.py
 
 fix: .venv/ready-dev ## format, and mend what ruff can mend

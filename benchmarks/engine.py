@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ GSM8K = {"lab": "lab_math", "smollm2": "gsm8k"}
 class Side:
     """A build in a process of its own, which answers requests: {adapter, count} -> {seconds, operations, answers}."""
 
-    def __init__(self, root: Path, arguments: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--side", *sys.argv[1:]]
+    def __init__(self, root: Path, arguments: Sequence[str]) -> None:
+        command = [sys.executable, __file__, "--side", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
@@ -90,9 +90,10 @@ def _evaluation(arguments: argparse.Namespace):
     import yaml
 
     cache = Path(tempfile.gettempdir()) / "d2lora-benchmark"
-    model = yaml.safe_load(Path(f"conf/model/{arguments.model}.yaml").read_text())
+    model = yaml.safe_load((Path("conf/model") / f"{arguments.model}.yaml").read_text())
     name = arguments.benchmark or GSM8K.get(arguments.model, "lab_math")
-    benchmark = yaml.safe_load(Path(f"conf/benchmark/{name}.yaml").read_text())[name] | {"limit": arguments.limit}
+    file = Path("conf/benchmark") / f"{name}.yaml"  # an absolute name is a file elsewhere
+    benchmark = yaml.safe_load(file.read_text())[file.stem] | {"limit": arguments.limit}
     if arguments.tokens:
         benchmark["max_new_tokens"] = arguments.tokens
     if arguments.rows:
@@ -119,7 +120,7 @@ def _current(name: str, model: dict, benchmark: dict, cache: Path, batch: int):
         with attach.trained(base, Path(adapter) if adapter else None) as (tested, _):
             engine = harness.InMemory(base, tested, proofs)
             metrics, items, _ = engine.evaluate(questions, batch, lambda done, total: None)
-        return [item["answer"] for item in items], metrics["accuracy"]["value"]
+        return [item["answer"] for item in items], next(iter(metrics.values()))["value"]
 
     return run
 
@@ -141,7 +142,7 @@ def _before_stages(name: str, model: dict, benchmark: dict, cache: Path, batch: 
         with models.trained(base, Path(adapter) if adapter else None) as (tested, _):
             chat = test.chat and template
             metrics, items = evaluate.evaluate(base, tested, task, chat, batch, lambda done, total: None)
-        return [item["answer"] for item in items], metrics["accuracy"]["value"]
+        return [item["answer"] for item in items], next(iter(metrics.values()))["value"]
 
     return run
 
@@ -220,7 +221,7 @@ def main() -> None:
         return
     tested = adapters(arguments)
     with checkout(arguments.commit) as tree:
-        sides = {arguments.commit: Side(tree, arguments), "this code": Side(ROOT, arguments)}
+        sides = {arguments.commit: Side(tree, sys.argv[1:]), "this code": Side(ROOT, sys.argv[1:])}
         for one in sides.values():
             one.evaluate(tested[0], False)  # imports, proofs
         results = compare(sides, tested, arguments.repeats)

@@ -44,7 +44,7 @@ from d2lora.base import Base, read_base
 from d2lora.command import grid
 from d2lora.data import Subset
 from d2lora.errors import UserError
-from d2lora.layouts import proof
+from d2lora.layouts import batches, choice, proof
 from d2lora.layouts.packing import Layout
 from d2lora.plan import Cell
 from d2lora.settings import Model, Recipe
@@ -137,7 +137,7 @@ def trained(
     """Train, and return (metrics, adapter before, adapter after). A `layout` is used without the usual test."""
     drawn, spec = Subset(pairs(), list(range(8)), []), spec_of(method)
     attach.check_round_trip(base, Start(spec.lora, spec.init, spec.seed), spec.model, folder.parent / "proofs")
-    forced = mock.patch.object(proof, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
+    forced = mock.patch.object(choice, "candidates", return_value=[layout]) if layout else contextlib.nullcontext()
     with attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped, forced:
         torch.manual_seed(1)
         for name, weight in wrapped.named_parameters():
@@ -200,7 +200,7 @@ def evaluated(base: Base, adapter: Path, row: Row, folder: Path) -> None:
         row.evaluated = "beside the base" if isinstance(tested, PeftModel) else "merged"
         memory = proof.Memory(folder / "proofs", {})
         prompts = [pair["prompt_ids"] for pair in pairs()]
-        exact = {side: proof.batch(tested, base.model, prompts, side, memory).exact for side in ("left", "right")}
+        exact = {side: batches.check(tested, base.model, prompts, side, memory).exact for side in ("left", "right")}
         row.batch = {(True, True): "any", (False, False): "1"}.get((exact["left"], exact["right"]), "generation 1" if exact["right"] else "likelihoods 1")  # fmt: skip
 
 

@@ -71,17 +71,16 @@ class Counter:
 def ours(base, drawn, spec, recipe, folder: Path) -> dict:
     from d2lora.adapters import attach
     from d2lora.adapters.start import Start
-    from d2lora.layouts import proof
+    from d2lora.layouts import choice
     from d2lora.train import training
     from d2lora.train.dpo import PackedDPOTrainer
 
     with attach.adapter(base, Start(spec.lora, spec.init, spec.seed), None) as wrapped:
         counter = Counter(base.model.base_model)
-        reference, choose, spent = PackedDPOTrainer.before_training, proof.choose, []
+        reference, choose, spent = PackedDPOTrainer.before_training, choice.choose, []
         PackedDPOTrainer.before_training = lambda *a, **k: timed(reference, spent, *a, **k)
-        proof.choose = lambda *a, **k: timed(
-            choose, spent, *a, **k
-        )  # once a model: beside the reference, which is once a policy
+        # Once a model: beside the reference, which is once a policy.
+        choice.choose = lambda *a, **k: timed(choose, spent, *a, **k)
         clock = time.monotonic()
         metrics = training.train(base, wrapped, drawn, spec, recipe, folder, lambda *_: None, folder / "reference")
         seconds = time.monotonic() - clock

@@ -44,7 +44,8 @@ logging.getLogger("accelerate").setLevel(logging.ERROR)
 class Base:
     """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` were taken when it was loaded.
 
-    `source` and `revision` are what transformers' `from_pretrained` takes to load it once more.
+    `source` and `revision` are what transformers' `from_pretrained` takes to load it once more. `lent` is whether an engine has the
+    GPU, so that the model may be in the CPU's memory and is not to be computed with.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Base:
     snapshot: Snapshot
     source: str = ""
     revision: str | None = None
+    lent: bool = False
 
     def check(self) -> None:
         """Raise RuntimeError if anything has changed the base's weights since they were loaded."""
@@ -103,9 +105,12 @@ def load_base(model: Model, cache: Path) -> Base:
         LOADED.clear()  # one base at a time: two of 8 B would not fit
         gc.collect()
         LOADED[name] = read_base(model, cache)
-    if LOADED[name].model.device.type == device():  # it is elsewhere while an engine has the GPU, and nothing uses it
-        LOADED[name].check()
-    return LOADED[name]
+    base = LOADED[name]
+    if not base.lent:
+        if base.model.device.type != device():  # an engine that has ended left it there
+            base.model.to(device())  # type: ignore[arg-type]  # transformers hides its argument
+        base.check()
+    return base
 
 
 def read_base(model: Model, cache: Path) -> Base:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+from typing import Any, TypeAlias
+
+Identity: TypeAlias = dict[str, Any]  # what tells one data set, model or text template from another, as JSON
 
 
 def canonical(value: object) -> str:

@@ -4,7 +4,7 @@ store/<kind>/<key>/   records           checkpoints/<key>/   of trainings that w
 manifests/<sweep>     planned grids     reference/<policy>/  log-probabilities of DPO's reference
 failed/<key>          why stages failed fingerprints/, proofs/, passes/, models/   caches
 report/               tables, figures   progress/<key>, wandb/, hydra/
-engine/<process>.log  of engines that failed
+engine/<token>.log    of engines that failed
 """
 
 import contextlib
@@ -111,9 +111,9 @@ class Outputs:
         """Return the folder of GGUF weights that were converted to safetensors."""
         return self.root / "models"
 
-    def engine_log(self, process: int) -> Path:
-        """Return the log of the engine that a process started; it is left where the engine failed."""
-        return self.root / "engine" / f"{process}.log"
+    def engine_log(self, token: str) -> Path:
+        """Return the log of an engine; `token` is random, as processes of several machines may have one number."""
+        return self.root / "engine" / f"{token}.log"
 
     def progress(self, key: str) -> Path:
         """Return the file in which a worker notes how far a stage is."""

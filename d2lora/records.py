@@ -6,6 +6,7 @@ store.py writes it.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -144,7 +145,7 @@ class Record(Result, _Header):
 
 
 class StageKeys(_Read):
-    """The keys of a cell's stages; of evaluations by benchmark, of overlap checks by pair."""
+    """The keys of a cell's stages by their kinds; of evaluations by benchmark, of overlap checks by pair."""
 
     prepare: str | None = None
     warmup: str | None = None
@@ -158,6 +159,13 @@ class StageKeys(_Read):
     def trained(self) -> dict[str, str | None]:
         """Return the keys of preparation, warm-up and adaptation by stage."""
         return {"prepare": self.prepare, "warmup": self.warmup, "adapt": self.adapt, "merge": self.merge}
+
+    def every(self) -> Iterator[tuple[str, str]]:
+        """Yield the kind and key of each stage."""
+        yield from ((kind, key) for kind, key in self.trained().items() if key)
+        yield from (("evaluate", key) for key in (self.evaluate | self.validation).values())
+        yield from (("contamination", key) for key in self.contamination.values())
+        yield from (("flips", key) for key in self.flips.values())
 
 
 class ManifestCell(_Read):
@@ -262,23 +270,23 @@ def read_items(folder: Path) -> list[Item]:
 
 
 class Records:
-    """Records by stage name and key, and the items of evaluations, each read once."""
+    """The records of a store, each read once; and the items of evaluations whose records were read."""
 
     def __init__(self, output: Path) -> None:
         self.outputs = Outputs(output)
-        self._records: dict[tuple[str, str], Record] = {}
+        self._records: dict[str, Record] = {}
         self._scores: dict[str, dict[str, np.ndarray]] = {}
 
     def get(self, stage: str, key: str | None) -> Record | None:
         """Return the record, None if the stage is not finished. UserError if it is damaged."""
         if key is None:
             return None
-        if (stage, key) not in self._records:
+        if key not in self._records:
             record = read(self.outputs.record(stage, key))
             if record is None:
                 return None
-            self._records[stage, key] = record
-        return self._records[stage, key]
+            self._records[key] = record
+        return self._records[key]
 
     def scores(self, key: str, metric: str) -> "np.ndarray":
         """Return the metric of each item (items,) of a finished evaluation; metric "index" is the items' rows in their set.
@@ -293,7 +301,7 @@ class Records:
 
     def _columns(self, key: str) -> dict[str, "np.ndarray"]:
         if key not in self._scores:
-            record = self._records["evaluate", key]
+            record = self._records[key]
             self._scores[key] = _read_scores(self._file(key), record.scores)
         return self._scores[key]
 
@@ -305,7 +313,7 @@ class Records:
         return [items[i] for i in lines]
 
     def _file(self, key: str) -> Path:
-        return self.outputs.record("evaluate", key) / ITEMS
+        return self.outputs.record(self._records[key].stage, key) / ITEMS
 
 
 def _read_scores(file: Path, metrics: dict[str, Score]) -> dict[str, "np.ndarray"]:

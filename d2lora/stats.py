@@ -58,7 +58,7 @@ def is_binary(scores: np.ndarray) -> bool:
 
 
 def wilson(right: int, items: int, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's interval of a share (Wilson 1927, equation 4)."""
+    """Return Wilson's interval of a share (Wilson 1927, equation 4)."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     share, z2 = right / items, z**2
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
@@ -79,7 +79,7 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def newcombe(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Interval of second - first, shares of right (1) among the same items (items,), by adding Wilson's in squares.
+    """Return the interval of second - first, shares of right (1) among the same items (items,): Wilson's, added in squares.
 
     Newcombe 1998 (Stat Med 17:2635), method 10: Wilson's intervals of both shares, combined. Resampling would return
     [0, 0] where no item differs, and would exclude 0 where four differ in one direction (exact McNemar: p = 0.125).
@@ -99,7 +99,7 @@ def newcombe(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> tup
 def bootstrap(
     scores: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, wide: bool = False, luck: int = 0
 ) -> np.ndarray:
-    """Resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
+    """Return resampled means (resamples,) of scores (runs, items); of differences, this is the paired bootstrap.
 
     Arrays of as many items draw the same items. With another `luck` each, what other runs would give is drawn by itself.
 
@@ -130,7 +130,7 @@ def bootstrap(
 
 
 def by_cluster(scores: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Scores (runs, items) as scores (runs, clusters) whose mean over clusters is the mean over items, in each run.
+    """Return scores (runs, items) as scores (runs, clusters) whose mean over clusters is the mean over items, in each run.
 
     `clusters` (items,) numbers the cluster of each item. What a cluster deviates from the mean is weighted by its size, so drawing
     clusters gives the linearized variance of a mean of clustered items (Cochran 1977, Sampling Techniques, section 9A).
@@ -165,7 +165,7 @@ def _t(freedom: int, resamples: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _normal(resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Standard normal numbers (resamples,) in random order, and the level of each for _stretch: all levels in each part."""
+    """Draw standard normal numbers (resamples,) and the level of each for _stretch: all levels in each part."""
     from scipy.special import ndtri
 
     generator = np.random.default_rng(seed)
@@ -175,7 +175,7 @@ def _normal(resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stretch(freedom: float) -> np.ndarray:
-    """What normal numbers are multiplied by to have Student's t: the root of freedom / chi squared, its quantiles (_LEVELS,).
+    """Return the factors (_LEVELS,) that make Student's t of normal numbers: quantiles of the root of freedom / chi squared.
 
     Not as many as there are numbers: each cell has another freedom, and 10,000 quantiles take as long as its resampling.
     """
@@ -200,7 +200,7 @@ def _draws(size: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def percentiles(resampled: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The middle of resampled means, 95 % of them."""
+    """Return the middle of resampled means, 95 % of them."""
     low, high = np.percentile(resampled, (50 - 50 * level, 50 + 50 * level))
     return float(low), float(high)
 
@@ -238,7 +238,7 @@ def smallest_detectable(resampled: np.ndarray, exact_items: int | None = None) -
 
 
 def spreads(differences: np.ndarray) -> tuple[float, float]:
-    """Standard deviations that a plan needs, from differences (runs, items): of items' own differences, of the runs' means.
+    """Estimate a plan's standard deviations from differences (runs, items): of items' own parts, of the runs' means.
 
     What items have of their own stays when more replicates are trained; the noise of single answers is in the runs' means.
     """
@@ -248,7 +248,7 @@ def spreads(differences: np.ndarray) -> tuple[float, float]:
 
 
 def smallest_effect(items: int, replicates: int, item_sd: float, run_sd: float, equivalence: bool = False) -> float:
-    """The smallest true difference that so many items and replicates (three or more) find in four of five studies, at 5 %.
+    """Return the smallest true difference that so many items and replicates (3 or more) find in 4 of 5 studies, at 5 %.
 
     With `equivalence`, the smallest margin within which arms that do not differ are called equivalent as often. Spreads are those
     of `spreads`. The interval is bootstrap's: Student's t with (replicates - 1) / share degrees of freedom. Fractions.
@@ -268,7 +268,7 @@ def smallest_effect(items: int, replicates: int, item_sd: float, run_sd: float, 
 def replicates_needed(
     effect: float, items: int, item_sd: float, run_sd: float, equivalence: bool = False, most: int = 200
 ) -> int | None:
-    """The fewest replicates, three or more, whose smallest_effect is no larger than `effect`; None where `most` are too few.
+    """Return the fewest replicates, 3 or more, with a smallest_effect of at most `effect`; None where `most` are too few.
 
     More replicates do not help where the items are too few for it.
     """

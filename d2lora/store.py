@@ -155,23 +155,23 @@ def garbage(output: Path) -> Iterator[tuple[Path, str]]:
     UserError while there is a damaged manifest: the keys that it names are unknown.
     """
     outputs = Outputs(output)
-    named = _named(outputs)
+    needed = _manifest_keys(outputs)
     for path in outputs.entries():
         if _is_unfinished(path):
             if not _is_locked(outputs, path.name[1:].split("-")[0]):
                 yield path, "left by a worker that was stopped"
-        elif path.parent.name in VERSIONS and path.name not in named:
+        elif path.parent.name in VERSIONS and path.name not in needed:
             yield path, "in no sweep's manifest"
     for path in sorted(outputs.checkpoints.glob("*")):
         if _is_published(outputs, path.name):
             yield path, "checkpoint of a finished stage"
     for path in sorted(outputs.references.glob("*")):
         of_a_stage = any(outputs.record(kind, path.name).exists() for kind in VERSIONS)
-        if of_a_stage and path.name not in named:
+        if of_a_stage and path.name not in needed:
             yield path, "reference of a policy in no sweep's manifest"
 
 
-def _named(outputs: Outputs) -> set[str]:
+def _manifest_keys(outputs: Outputs) -> set[str]:
     """Return all keys that manifests name; those of kinds that this version does not know, too."""
     pattern = outputs.damaged_manifest("*")
     for file in pattern.parent.glob(pattern.name):

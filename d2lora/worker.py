@@ -1,6 +1,7 @@
 """Do a share of a grid: one stage after another, each published, or its failure recorded."""
 
 import contextlib
+import itertools
 import shutil
 import time
 import traceback
@@ -20,6 +21,7 @@ from d2lora.records import Provenance, Record
 from d2lora.settings import Config
 from d2lora.stages import KINDS, Run, Stage
 from d2lora.stages.evaluate import EvaluateSpec, asks_engine
+from d2lora.stages.run import AfterOthers
 from d2lora.store import Store
 
 
@@ -53,9 +55,10 @@ def do(
 def _do_each(
     wanted: Sequence[Stage], config_of: Callable[[Stage], Config], store: Store, watch: Callable[[Stage], Progress]
 ) -> list[Stage]:
-    """Do stages in order, and return those that failed or were blocked."""
+    """Do stages in order, and return those that failed or were blocked. Those that have to wait for an engine are the last."""
     lost: list[Stage] = []
-    for index, stage in enumerate(wanted):
+    last: list[Stage] = []
+    for index, stage in enumerate(itertools.chain(wanted, last)):
         if not all(map(store.done, stage.parents)):
             lost.append(stage)
             continue
@@ -63,6 +66,8 @@ def _do_each(
             beside = _beside(stage, wanted[index + 1 :], store)
             do_stage(config_of(stage), stage, store, watch(stage), beside)
             store.outputs.failed(stage.key).unlink(missing_ok=True)
+        except AfterOthers:
+            last.append(stage)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a launcher must see neither: sys.exit in a stage ends this stage only

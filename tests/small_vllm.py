@@ -1,7 +1,7 @@
 """A worker of d2lora.evaluate.vllm whose vLLM is the few lines below: with vLLM's own faults, and others on demand.
 
 python small_vllm.py FOLDER runs d2lora's worker.py on it. FOLDER/fault.json says how it misbehaves: {"do": what, "after":
-answers, "starts": how many starts do}. FOLDER/log.jsonl gets what it was asked. An adapter's folder has expected.json, the
+answers, or a list of those of each start, "starts": how many starts do}. FOLDER/log.jsonl gets what it was asked. An adapter's folder has expected.json, the
 log-probabilities of the probe, and so has the base's; an answer tells which folder it is of, by its tag.
 """
 
@@ -27,7 +27,10 @@ def log(**what: object) -> None:
 def fault(do: str, answers: int) -> bool:
     """Misbehave if it is time to. Return whether nothing is answered in this step."""
     wanted = json.loads((folder / "fault.json").read_text()) if (folder / "fault.json").exists() else {}
-    if wanted.get("starts", 0) < START or answers != wanted.get("after", 0) or wanted["at"] != do:
+    if wanted.get("starts", 0) < START or wanted["at"] != do:
+        return False
+    after = wanted.get("after", 0)
+    if answers != (after[START - 1] if isinstance(after, list) else after):
         return False
     if wanted["do"] == "slow":
         wanted_steps.pop()
@@ -36,9 +39,10 @@ def fault(do: str, answers: int) -> bool:
     if wanted["do"] == "die":
         os._exit(7)
     if wanted["do"] == "hang":
+        (folder / "hanging").touch()
         time.sleep(600)
     if wanted["do"] == "raise":
-        raise RuntimeError("the engine broke")
+        raise RuntimeError(wanted.get("error", "the engine broke"))
     if wanted["do"] == "babble":
         os.write(REPLIES, b'{"id": 0}\n')
     if wanted["do"] == "forget":
@@ -65,12 +69,14 @@ class Engine:
         self.base, self.rank, self.slots = base, rank, slots
         self.folders: dict[int, str] = {}
         self.waiting: list[tuple] = []
-        self.answers = 0
+        self.answers = self.loads = 0
 
     def add_lora(self, request) -> bool:
         config = json.loads((Path(request.path) / "adapter_config.json").read_text())
         if config["r"] > self.rank:
             raise ValueError(f"LoRA rank {config['r']} is greater than max_lora_rank {self.rank}.")
+        fault("load", self.loads)
+        self.loads += 1
         log(do="load", name=request.name, number=request.number)
         self.folders.setdefault(request.number, request.path)  # as vLLM: an id that it knows is not loaded again
         return True
@@ -96,7 +102,8 @@ class Engine:
         tag, log_probs = read(self.folders[number or last] if number or last else self.base)
         if do == "loglikelihood":
             values = log_probs if len(ids) == 40 else [-tag / 1000.0 - i / 100 for i in range(len(ids) - 1)]
-            scored = [{i: types.SimpleNamespace(logprob=v, rank=1)} for i, v in zip(ids[1:], values, strict=True)]
+            rank = 1 if parameters.prompt_logprobs else 2  # as vLLM, of a token that ties with the likeliest
+            scored = [{i: types.SimpleNamespace(logprob=v, rank=rank)} for i, v in zip(ids[1:], values, strict=True)]
             return [types.SimpleNamespace(request_id=name, finished=True, prompt_logprobs=[None, *scored])]
         answer = types.SimpleNamespace(token_ids=[tag, len(ids), *parameters.stop_token_ids[:1]])
         return [types.SimpleNamespace(request_id=name, finished=True, outputs=[answer])]

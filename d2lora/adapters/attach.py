@@ -114,8 +114,8 @@ def _merged(base: Base, wrapped: PeftModel) -> torch.nn.Module | None:
         expected = wrapped(input_ids=ids).logits
     merged = copy.deepcopy(wrapped).merge_and_unload(safe_merge=True)
     with torch.inference_mode():
-        off = proof.off(merged(input_ids=ids).logits, expected)
-    return merged if off <= proof.EXACT else None
+        difference = proof.logits_difference(merged(input_ids=ids).logits, expected)
+    return merged if difference <= proof.EXACT else None
 
 
 def _probe(base: Base) -> torch.Tensor:
@@ -212,7 +212,7 @@ def save(base: Base, wrapped: PeftModel, record: Path, quantize: bool = False) -
         wrapped.eval()
         logits = wrapped(input_ids=ids).logits
         again = wrapped(input_ids=padded).logits[:, : ids.shape[1]]
-    noise = proof.off(again, logits) if base.model.dtype != torch.float32 else 0.0
+    noise = proof.logits_difference(again, logits) if base.model.dtype != torch.float32 else 0.0
     return Saved(saving.plain_weights(wrapped), logits, noise)
 
 
@@ -249,10 +249,10 @@ def check_saved(base: Base, saved: Saved, record: Path, quantize: bool = False) 
         wrapped = PeftModel.from_pretrained(base.model, record / "adapter").eval()
         _check_weights(saved.weights, saving.plain_weights(wrapped))
         with _on(wrapped, quantize), torch.inference_mode():
-            off = proof.off(wrapped(input_ids=_probe(base)).logits, saved.logits)
-        if not off <= max(proof.EXACT, 4 * saved.noise, 0.05 if base.model.dtype != torch.float32 else 0):
+            difference = proof.logits_difference(wrapped(input_ids=_probe(base)).logits, saved.logits)
+        if not difference <= max(proof.EXACT, 4 * saved.noise, 0.05 if base.model.dtype != torch.float32 else 0):
             raise RuntimeError(
-                f"the saved adapter is not the trained one: a log-probability of a probe is off by {off:.2g}"
+                f"the saved adapter is not the trained one: a log-probability of a probe is off by {difference:.2g}"
             )
     finally:
         base.restore()

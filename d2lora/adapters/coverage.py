@@ -81,9 +81,9 @@ def tell(model: PreTrainedModel, left_out: dict[str, str]) -> None:
     if left_out and model.config.model_type not in _told:
         _told.add(model.config.model_type)
         kinds = {kind(name): why for name, why in left_out.items()}
-        shown = "; ".join(f"{kind} ({why})" for kind, why in list(kinds.items())[:3])
+        examples = "; ".join(f"{kind} ({why})" for kind, why in list(kinds.items())[:3])
         more = f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
-        print(f"{model.config.model_type}: all-linear leaves out {shown}{more}", file=sys.stderr)
+        print(f"{model.config.model_type}: all-linear leaves out {examples}{more}", file=sys.stderr)
 
 
 _told: set[str] = set()

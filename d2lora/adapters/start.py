@@ -72,16 +72,16 @@ def _check_layers(wrapped: nn.Module, start: Start[BaseInit], config: LoraConfig
 
     Experts that are one parameter have no weight of their own; PEFT lists them in the config before it adapts them.
     """
-    modules, named = f"recipe.lora.target_modules={start.lora.target_modules}", "for example [q_proj,v_proj]"
+    modules, example = f"recipe.lora.target_modules={start.lora.target_modules}", "for example [q_proj,v_proj]"
     embeddings = _kinds(name for name, layer in layers(wrapped).items() if layer.lora_embedding_A)
     if embeddings:  # their matrices are others, for which nothing here is made
-        raise UserError(f"{modules}: {', '.join(embeddings)} is an embedding: name linear layers, {named}")
+        raise UserError(f"{modules}: {', '.join(embeddings)} is an embedding: name linear layers, {example}")
     others = _kinds(name for name, layer in layers(wrapped).items() if not isinstance(layer, Linear))
     others = others or sorted(config.target_parameters or ())
     if others and not start.init.any_layer:
         raise UserError(
             f"init={start.init.name}: starts linear layers only, and all-linear takes parameters of {', '.join(others)} too: "
-            f"name linear layers in recipe.lora.target_modules, {named}, or use init={PLAIN}"
+            f"name linear layers in recipe.lora.target_modules, {example}, or use init={PLAIN}"
         )
 
 

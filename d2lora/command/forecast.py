@@ -29,8 +29,9 @@ from d2lora.stages.training import TrainingSpec
 from d2lora.stages.warmup import WarmupSpec
 from d2lora.store import Store
 
-_FIXED = 0.3  # seconds of a stage with a model beside its tokens: attach, prove, save, check
-_CHECK = 2.0  # seconds of an overlap check
+_FIXED = 0.6  # seconds of a training beside its tokens: attach, prove, save, check
+_FIXED_EVALUATION = 0.1  # and of an evaluation
+_CHECK = 1.0  # seconds of an overlap check: the lab's
 _CHOICES = 4  # of a multiple-choice item
 _ENGINE_BATCH = 256  # sequences that an engine has at a time, as evaluate/vllm opens it
 _LM_EVAL = 1_000, 64  # items of a harness task and tokens of its answers, which a plan does not read
@@ -39,9 +40,8 @@ _BETWEEN, _END = (
     0.015,
     0.5,
 )  # of a process's start: between stages (checks of the base, the disk), and report and mirror
-_PER_LAYER = (
-    34  # bytes of activations a token, layer and width in 16 bit, without attention's scores (Korthikanti et al. 2022)
-)
+# Bytes that autograd saves of a token, for each layer and unit of width, in 16 bit: counted by benchmarks/host_cost.py. Checkpointing keeps the input.
+_PER_LAYER, _INPUT = 33, 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Forecast:
         memory = f", peak {peak / 1e9:.1f} GB" if peak else ""
         if self.device.memory and peak > self.device.memory:
             memory += f" (more than the {self.device.memory / 1e9:.0f} GB there are)"
-        return f"  {kind:<13} {amount}{memory}: {_how(estimates)}"
+        return f"  {kind:<13} {amount}{memory}: {_origin(estimates)}"
 
     def _total(self) -> str:
         text = span(self.seconds) + (f" with {self.workers} workers" if self.workers > 1 else "")
@@ -149,8 +149,8 @@ class _Work:
 
     def at(self, pace: Pace) -> Estimate:
         """Return the estimate at the pace of records like this stage."""
-        size, how = self._size
-        return Estimate(pace.seconds(size, self._theory), pace.memory_mb * 2**20, "", (how,), pace.keys)
+        size, origin = self._size
+        return Estimate(pace.seconds(size, self._theory), pace.memory_mb * 2**20, "", (origin,), pace.keys)
 
     @property
     def _size(self) -> tuple[float, str]:
@@ -168,11 +168,10 @@ class _Work:
         if isinstance(spec, TrainingSpec):
             return _FIXED + self._training_seconds(spec, size)
         if isinstance(spec, FlipsSpec):
-            return _FIXED + sum(self._evaluation_seconds(size, batch) for batch in spec.batches)
+            return _FIXED_EVALUATION + sum(self._evaluation_seconds(size, batch) for batch in spec.batches)
         if isinstance(spec, EvaluateSpec):
-            return _FIXED + self._evaluation_seconds(
-                size, _ENGINE_BATCH if spec.engine else self.config.recipe.eval_batch
-            )
+            batch = _ENGINE_BATCH if spec.engine else self.config.recipe.eval_batch
+            return _FIXED_EVALUATION + self._evaluation_seconds(size, batch)
         return _FIXED + self._preparation_seconds(spec) if isinstance(spec, PrepareSpec) else _CHECK
 
     @property
@@ -185,7 +184,7 @@ class _Work:
             return Estimate(seconds, 0, "assumed")
         beside = self._evaluation_bytes if isinstance(spec, EvaluateSpec) else 4 * 14 * shape.hidden**2
         beside = self._training_bytes(spec) if isinstance(spec, TrainingSpec) else beside
-        prompts = self._prompt.how if isinstance(spec, EvaluateSpec) else ""
+        prompts = self._prompt.origin if isinstance(spec, EvaluateSpec) else ""
         of_model = shape.assumed or f"{sizes.size_text(shape.parameters)} parameters"
         memory = self.device.process + shape.parameters * _bytes(self.config) + beside
         return Estimate(seconds, memory, f"from {self.device.label}", (of_model, words, prompts))
@@ -216,7 +215,7 @@ class _Work:
         tokens = max(rows - general, 0) * self._row.count
         if general:  # the warm-up's data of a cell without one need not be there
             tokens += general * self._general_row.count
-        return tokens, _joined(words, self._row.how)
+        return tokens, _joined(words, self._row.origin)
 
     @cached_property
     def _rows(self) -> tuple[float, str]:
@@ -227,7 +226,7 @@ class _Work:
             return self.stage.samples, ""
         source = self.config.warmup.data if isinstance(spec, WarmupSpec) else self.config.task.data
         known = sizes.trained_rows(self.config, source)
-        return known.count * spec.epochs, known.how
+        return known.count * spec.epochs, known.origin
 
     @property
     def _general_samples(self) -> float:
@@ -238,16 +237,19 @@ class _Work:
     def _training_seconds(self, spec: TrainingSpec, tokens: float) -> float:
         method = spec.method
         passes = 4 + 2 * method.extra_forwards + (2 / method.epochs if isinstance(method, Referenced) else 0)
-        seconds = passes * self.shape.parameters * tokens / self.device.flops
+        shape, device = self.shape, self.device
+        seconds = passes * tokens * (shape.parameters / device.flops + shape.layers * shape.hidden * device.width / 4)
         rows = tokens / self._row.count
-        return seconds + self.device.step * self.shape.layers * rows / max(1, self._pass_tokens(spec) / self._row.count)
+        return seconds + device.step * shape.layers * rows / max(1, self._pass_tokens(spec) / self._row.count)
 
     def _training_bytes(self, spec: TrainingSpec) -> float:
         """Return the weights, the adapter with its gradient and Adam's two moments in float32, and activations."""
         shape, recipe = self.shape, self.config.recipe
         adapter = 16 * 2 * spec.lora.r * shape.hidden * 7 * shape.layers * 2
-        layers = 1 + shape.layers / 17 if recipe.gradient_checkpointing else shape.layers  # kept: 2 of 34 bytes a layer
-        token = layers * shape.hidden * _PER_LAYER * _bytes(self.config) / 2
+        saved = shape.layers * _PER_LAYER
+        if recipe.gradient_checkpointing:
+            saved = _PER_LAYER + shape.layers * _INPUT  # one layer at a time is computed again
+        token = saved * shape.hidden * _bytes(self.config) / 2
         tokens, row = self._pass_tokens(spec), min(_LONGEST * self._row.count, spec.max_length)
         if recipe.micro_batch != "auto":
             return adapter + recipe.micro_batch * row * token
@@ -305,12 +307,12 @@ class _Work:
 
     def _evaluation_seconds(self, items: float, batch: int) -> float:
         shape = self.shape
-        asked = items * _CHOICES if self._chooses else items
-        passes = -(-asked // batch)
-        seconds = asked * self._prompt.count * 2 * shape.parameters / self.device.flops
+        requests = items * _CHOICES if self._chooses else items
+        passes = -(-requests // batch)
+        seconds = requests * self._prompt.count * 2 * shape.parameters / self.device.flops
         if not self._generates:
             return seconds + passes * self.device.token * shape.layers
-        seconds += asked * self._answer * 2 * shape.parameters / self.device.flops
+        seconds += requests * self._answer * 2 * shape.parameters / self.device.flops
         return seconds + passes * self._answer * self.device.decode(shape, shape.parameters * _bytes(self.config))
 
     @property
@@ -338,7 +340,7 @@ def _joined(*words: str) -> str:
     return ", ".join(filter(None, words))
 
 
-def _how(estimates: Sequence[Estimate]) -> str:
+def _origin(estimates: Sequence[Estimate]) -> str:
     """Say how the estimates of one kind are known: on how many records, or from which rates, and what is assumed."""
     measured_ones = [e for e in estimates if e.keys]
     computed = [e for e in estimates if not e.keys]
@@ -347,8 +349,8 @@ def _how(estimates: Sequence[Estimate]) -> str:
     if keys:
         parts.append(_joined(f"measured here on {len(keys)} record{'s'[: len(keys) != 1]}", *_assumed(measured_ones)))
     if computed:
-        some = f"{len(computed)} of {len(estimates)} " if keys else ""
-        parts.append(_joined(*dict.fromkeys(f"{some}{e.rate}" for e in computed), *_assumed(computed)))
+        share = f"{len(computed)} of {len(estimates)} " if keys else ""
+        parts.append(_joined(*dict.fromkeys(f"{share}{e.rate}" for e in computed), *_assumed(computed)))
     return "; ".join(parts)
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -139,28 +139,39 @@ class Composer:
         return composed
 
 
+A = TypeVar("A")
 Check = Callable[[Config, preflight.Passed], None]
 
 
 def valid_cells(compose: Composer, grid: Iterable[Overrides], check: Check = preflight.check) -> list[Cell]:
     """Return the grid's cells, duplicates included. UserError listing the invalid ones, unless skip_invalid is set."""
-    cells: list[Cell] = []
     problems: dict[str, int] = {}  # message -> number of cells that have it
     passed: preflight.Passed = set()
-    for overrides in grid:
-        try:
-            cell = compose(overrides)
-            check(cell.config, passed)
-            cells.append(cell)
-        except (UserError, HydraException) as error:
-            message = one_line(error)
-            problems[message] = problems.get(message, 0) + 1
+
+    def checked(cell: Cell) -> Cell:
+        check(cell.config, passed)
+        return cell
+
+    # All are composed before the first is checked: a check reads rows, which garbage collection would scan while composing.
+    cells = _without_errors(checked, _without_errors(compose, grid, problems), problems)
     if problems and not any(c.config.skip_invalid for c in cells):
         lines = [message + (f" [{n} of the grid's cells]" if n > 1 else "") for message, n in problems.items()]
         raise UserError("; ".join(lines) + ("; skip_invalid=true drops such cells" if cells else ""))
     for message in problems:
         print(f"left out: {message}", file=sys.stderr)
     return cells
+
+
+def _without_errors(function: Callable[[A], Cell], arguments: Iterable[A], problems: dict[str, int]) -> list[Cell]:
+    """Return what a function makes of each argument, without those it refuses: their messages are counted in `problems`."""
+    results: list[Cell] = []
+    for argument in arguments:
+        try:
+            results.append(function(argument))
+        except (UserError, HydraException) as error:
+            message = one_line(error)
+            problems[message] = problems.get(message, 0) + 1
+    return results
 
 
 def values_without_cells(cells: list[Cell]) -> list[str]:

@@ -1,7 +1,9 @@
 """Say how fast hardware is that nothing was measured on: a GPU of the table, or this machine's processor.
 
 The shares of a data sheet's rates that are reached were measured on an H200 (docs/training.md): 14 % of its FLOP/s in training, and
-0.1 s for a token of 64 answers of an 8 B model, which is 3 ms a layer: launching kernels takes the time, not reading weights.
+0.1 s for a token of 64 answers of an 8 B model, which is 3 ms a layer: launching kernels takes the time, not reading weights. That build
+launched three times as many kernels a pair (docs/performance.md), and none since was measured on a GPU: these forecasts are rather too long.
+A processor's rates are those of the lab's stages, two workers of one thread on two cores, and of SmolLM2-135M.
 """
 
 import functools
@@ -18,22 +20,29 @@ _MFU = 0.14
 _LAYER = 3e-3  # seconds of a GPU for a layer's part of one generated token
 _SVD = 1e12  # FLOP/s of a GPU's decompositions: these do not run on tensor cores
 _LOAD = 1e9  # bytes/s of weights from a disk
-_IMPORTS = 13.0  # seconds until a process has its libraries
+_IMPORTS = 7.0  # seconds until a process has its libraries, two at a time
 
 _THREAD = 80e9  # FLOP/s of a processor's thread: DPO of SmolLM2-135M with AVX-512, 2.6 s a pair (docs/training.md)
-_THREAD_LAYER = 35e-3  # seconds of a processor for a layer's part of a training step beyond its FLOP: the lab's steps
-_THREAD_TOKEN = 1e-3  # and of one generated token
+_THREAD_LAYER = (
+    6e-3  # seconds of a thread for a layer's part of a pass and its step beyond its tokens: the lab's trainings
+)
+_THREAD_WIDTH = (
+    6e-8  # and for each token, layer and unit of width beyond its FLOP: what is between the products of matrices
+)
+_THREAD_TOKEN = 1e-3  # and for a layer's part of one generated token
 _PROCESS = 0.7 * 2**30  # bytes of a process with its libraries
 
 
 @dataclass(frozen=True)
 class Device:
-    """What work runs on: FLOP/s that training reaches, seconds of a layer in a step and in a generated token, memory."""
+    """What work runs on: FLOP/s that training reaches, seconds of a layer in a step, of a token, layer and unit of width
+    beyond FLOP, and of a layer in a generated token; memory."""
 
     label: str  # how its rate is said
     flops: float
     bandwidth: float
     step: float
+    width: float
     token: float
     svd: float
     process: float  # bytes beside the model's
@@ -54,13 +63,25 @@ def device(config: Config, name: str | None) -> Device:
     if name is None:
         threads = config.recipe.threads or os.cpu_count() or 1
         label = f"a processor's {_THREAD / 1e9:.0f} GFLOP/s a thread"
-        return Device(label, _THREAD * threads, 1e10, _THREAD_LAYER, _THREAD_TOKEN, _THREAD * threads, _PROCESS, None)
+        return Device(
+            label,
+            _THREAD * threads,
+            1e10,
+            _THREAD_LAYER,
+            _THREAD_WIDTH,
+            _THREAD_TOKEN,
+            _THREAD * threads,
+            _PROCESS,
+            None,
+        )
     known = gpu_in(name)
     gpu = known or gpu_in("a100")
     assert gpu is not None, "in the table"
     whose = f"{gpu.label}'s" if known else f"an {gpu.label}'s (for {name})"
-    label = f"{whose} {gpu.flops / 1e12:.0f} TFLOP/s at {100 * _MFU:.0f} % MFU"
-    return Device(label, gpu.flops * _MFU, gpu.bandwidth, 0.0, _LAYER, _SVD, 2**30, gpu.memory if known else None, gpu)
+    label = f"{whose} {gpu.flops / 1e12:.0f} TFLOP/s at {100 * _MFU:.0f} % MFU, as an earlier build"
+    return Device(
+        label, gpu.flops * _MFU, gpu.bandwidth, 0.0, 0.0, _LAYER, _SVD, 2**30, gpu.memory if known else None, gpu
+    )
 
 
 def gpu_here() -> str | None:

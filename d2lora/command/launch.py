@@ -81,9 +81,9 @@ def train_tuned(train: Train, tuner: tuning.Tuner) -> tuple[list[Cell], bool]:
     begun, standing = tuner.begin()
     manifest.write_manifest(output, begun, standing)
     new = train(begun)
-    cells, chosen, made = tuner.choose()
-    manifest.write_manifest(output, cells, made)
-    print(tuning.summary(made), flush=True)
+    cells, chosen, tuning_choice = tuner.choose()
+    manifest.write_manifest(output, cells, tuning_choice)
+    print(tuning.summary(tuning_choice), flush=True)
     return cells, (bool(chosen) and train(chosen)) or new
 
 
@@ -100,6 +100,7 @@ def _train(config: DictConfig, launcher: Launcher, cells: list[Cell], store: Sto
     output, this = Outputs.of(cells[0].config).root, launcher_of(config)
     new = any(not store.done(s) for s in plan.stages(cells))
     text, at_work = (functools.partial(f, cells, store) for f in (summary.progress_text, summary.at_work))
+    this.begin(launcher)
     with terminal.board(text, at_work, output):  # type: ignore[arg-type] # joined, the two types are lost
         launch_batches(functools.partial(launch_once, launcher, config), cells, store, this)
     this.dismiss()
@@ -161,7 +162,7 @@ def launch_batch(launch: Launch, jobs: list[Job], store: Store, apart: bool) -> 
     Jobs that had not begun go on together.
     """
     waves: list[list[Job]] = [jobs] if jobs else []
-    tried: list[Job] = []
+    retried: list[Job] = []
     while waves:
         wave = waves.pop(0)
         begun_before = _begun(wave, store)
@@ -173,11 +174,11 @@ def launch_batch(launch: Launch, jobs: list[Job], store: Store, apart: bool) -> 
         if len(unfinished) == len(wave) and not begun:
             print(f"the launcher stopped: {stopped}", file=sys.stderr)
             continue
-        dead = [job for job in begun if job in tried or len(wave) == 1]
+        dead = [job for job in begun if job in retried or len(wave) == 1]
         _report_dead(dead, store, stopped)
         again = [job for job in begun if job not in dead]
         rest = [job for job in unfinished if job not in begun]
-        tried += again
+        retried += again
         waves += [wave for wave in [rest, *([again] if apart else [[job] for job in again])] if wave]
 
 

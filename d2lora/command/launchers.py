@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
+from hydra.plugins.launcher import Launcher as HydraLauncher
 from omegaconf import DictConfig
 
 from d2lora.command.hardware import gpus_here
+from d2lora.command.orphans import end_with_parent
 from d2lora.errors import UserError
 
 SLURM_SECONDS = 20  # between two queries of Slurm's queue
@@ -18,6 +20,10 @@ SLURM_SECONDS = 20  # between two queries of Slurm's queue
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+def _as_it_is(_launcher: HydraLauncher) -> None:
+    """Leave a launcher as Hydra made it."""
 
 
 def _no_jobs(_name: str) -> list[str]:
@@ -33,6 +39,7 @@ class Launcher:
     apart: bool = False
     gpu_each: bool = False  # each job has a GPU of its own, if the launcher's settings ask for one
     workers: str = ""  # the setting that says how many jobs run at once; -1 is one for each processor
+    begin: Callable[[HydraLauncher], None] = _as_it_is  # called before the first job
     dismiss: Callable[[], None] = _nothing  # ends workers that would stay after the last job
     wait: Callable[[], None] = (
         _nothing  # for jobs on this machine that the launcher stopped waiting for when another failed
@@ -65,6 +72,12 @@ class Launcher:
 def launcher_of(config: DictConfig) -> Launcher:
     """Return what is known of the launcher that a config names, by its class."""
     return _LAUNCHERS.get(config.hydra.launcher.get("_target_", "").rpartition(".")[2], Launcher())
+
+
+def _end_joblib_with_parent(launcher: HydraLauncher) -> None:
+    """Have joblib's workers end with this process: they would finish their job, and wait five minutes for another."""
+    settings = launcher.joblib  # type: ignore[attr-defined]  # what it gives to joblib.Parallel
+    settings |= {"initializer": end_with_parent, "initargs": (os.getpid(),)}
 
 
 def _dismiss_joblib() -> None:
@@ -102,7 +115,7 @@ def _slurm_jobs(name: str) -> list[str]:
 
 
 _LAUNCHERS = {  # by the name of the class; basic and any other launcher need nothing of this
-    "JoblibLauncher": Launcher(workers="n_jobs", dismiss=_dismiss_joblib),
+    "JoblibLauncher": Launcher(workers="n_jobs", begin=_end_joblib_with_parent, dismiss=_dismiss_joblib),
     "LocalLauncher": Launcher(apart=True, wait=_wait_for_submitit),
     "RayLauncher": Launcher(gpu_each=True),
     "SlurmLauncher": Launcher(apart=True, wait=_wait_for_submitit, queued=_slurm_jobs),

@@ -10,7 +10,7 @@ from statistics import mean
 
 from d2lora import records
 from d2lora.errors import UserError
-from d2lora.keys import canonical
+from d2lora.keys import Identity, canonical
 from d2lora.outputs import Outputs
 from d2lora.records import Record
 from d2lora.stages import Stage
@@ -19,7 +19,6 @@ from d2lora.stages.contamination import ContaminationSpec
 from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.flips import FlipsSpec
 from d2lora.stages.prepare import PrepareSpec
-from d2lora.stages.stage import Identity
 from d2lora.stages.warmup import WarmupSpec
 
 _TRAININGS = (WarmupSpec.KIND, AdaptSpec.KIND)

@@ -42,6 +42,9 @@ def check_inputs(config: Config, passed: Passed) -> None:
     """
     if _asks_others(config):
         return
+    output = Outputs.of(config).root
+    drawn = (_drawn(config), output)
+    _once(passed, lambda: rehearsal.begin(config, output), "tokenizer", drawn)
     _check_training_rows(config, passed)
     extra = config.init.extra
     if extra and find_spec(extra.package) is None:
@@ -52,8 +55,7 @@ def check_inputs(config: Config, passed: Passed) -> None:
     if tasks := _harness_tasks(config):
         _check(passed, data.check_lm_eval, tasks, config.task.lm_eval_path)
     _check(passed, data.check_model, config.model)
-    output = Outputs.of(config).root
-    _once(passed, lambda: rehearsal.check(config, output), "rows", (_drawn(config), output))
+    _once(passed, lambda: rehearsal.check(config, output), "rows", drawn)
 
 
 def _check_training_rows(config: Config, passed: Passed) -> None:

@@ -7,28 +7,29 @@ Results are cached in <output>/fingerprints.
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from d2lora import data
+from d2lora.collection import uncollected
 from d2lora.data.files import Row, listed
 from d2lora.data.pairs import EQUAL
 from d2lora.data.tokens import BAD, FITS, LONG
 from d2lora.errors import UserError
-from d2lora.keys import digest
+from d2lora.keys import Identity, digest
 from d2lora.outputs import cached
 from d2lora.settings import Benchmark, Config, Data, Model, Task, Warmup
 from d2lora.stages import prepare
-from d2lora.stages.stage import Identity
 
 Make = Callable[[Any, Row], data.Example]  # tokenizer, row -> example
 
@@ -68,23 +69,35 @@ _fates: dict[str, list[str]] = {}
 _results: dict[Path, dict[str, Any]] = {}
 
 
+def begin(config: Config, output: Path) -> None:
+    """Start the tokenizer's process if `check` will need it: it imports transformers while the rows are read."""
+    if "transformers" in sys.modules or (source := _source(config.model, output)) is None:
+        return
+    with contextlib.suppress(UserError):  # of data that do not exist: the check of the rows says so
+        if any(not _known(_file(draw, amount, output)) for draw, amount, _, _ in _draws(config, source)):
+            _worker()
+
+
 def check(config: Config, output: Path) -> None:
     """Check the rows that a cell would draw. UserError for rows that can't be used, and where too few can.
 
     Nothing is checked if the tokenizer is not on this machine (a model on the Hub that was never used here).
     """
-    source = _source(config.model, output)
-    if source is None:
-        return
+    if source := _source(config.model, output):
+        for draw, amount, rows, name in _draws(config, source):
+            _enough(draw, amount, source, output, rows, name)
+
+
+def _draws(config: Config, source: Source) -> Iterator[tuple[Draw, int | str, Data, str]]:
+    """Yield a cell's draws, each with how many rows must fit, its data set, and the words for both in an error."""
+    task, warmup = config.task, config.warmup
     if config.n != 0:
-        draw = _task_draw(config, source)
-        _enough(draw, config.n, source, output, config.task.data, f"n={config.n}: task={config.task.name}")
+        yield _task_draw(config, source), config.n, task.data, f"n={config.n}: task={task.name}"
     if config.m != 0:
+        yield _general_draw(config, source), config.m, warmup.data, f"m={config.m}: warmup={warmup.name}"
+    elif amount := prepare.general_samples(config):
         draw = _general_draw(config, source)
-        _enough(draw, config.m, source, output, config.warmup.data, f"m={config.m}: warmup={config.warmup.name}")
-    if config.m == 0 and (amount := prepare.general_samples(config)):
-        draw = _general_draw(config, source)
-        _enough(draw, amount, source, output, config.warmup.data, f"init.samples={amount}: warmup={config.warmup.name}")
+        yield draw, amount, warmup.data, f"init.samples={amount}: warmup={warmup.name}"
 
 
 def check_items(config: Config, output: Path) -> None:
@@ -175,7 +188,7 @@ def _item(tokenizer: Any, row: Row, benchmark: Benchmark, room: int) -> data.Exa
 
 def _enough(draw: Draw, amount: int | str, source: Source, output: Path, rows: Data, name: str) -> None:
     """Raise UserError unless `amount` rows can be used, or if one of those drawn for them can't be read."""
-    file = output / "fingerprints" / f"{digest([draw.key, amount, draw.preference])}.json"
+    file = _file(draw, amount, output)
     if _known(file) or (fates := _until(draw, amount, source)) is None:
         return
     _refuse_bad(draw, fates, f"{name}: data.path={rows.path}")
@@ -185,6 +198,11 @@ def _enough(draw: Draw, amount: int | str, source: Source, output: Path, rows: D
     if not fit or (amount != "all" and fit < int(amount)):
         raise UserError(f"{name}: {data.too_few(fit, len(draw.rows), draw.max_length, counts, amount)}")
     _results[file] = {"samples": fit, "misfits": misfits, "left_out": dict(counts)}
+
+
+def _file(draw: Draw, amount: int | str, output: Path) -> Path:
+    """Return the file that remembers that so many rows of a draw can be used."""
+    return output / "fingerprints" / f"{digest([draw.key, amount, draw.preference])}.json"
 
 
 def _until(draw: Draw, amount: int | str, source: Source) -> list[str] | None:
@@ -347,6 +365,9 @@ def serve() -> None:
     """Answer requests of the parent process on stdin until it is closed."""
     sys.modules["torch"] = None  # type: ignore[assignment] # tokenizers don't need it, and importing it takes seconds
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # so that what libraries print does not get among the answers
+    with uncollected():
+        from transformers import AutoTokenizer  # noqa: F401  # before the first request, while the parent reads rows
+    gc.freeze()  # what was imported is never garbage
     while True:
         try:
             request = pickle.load(sys.stdin.buffer)

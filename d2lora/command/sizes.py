@@ -19,8 +19,8 @@ from d2lora.outputs import Outputs
 from d2lora.settings import Benchmark, Config, Data, Model, fields
 from d2lora.stages.rows import shape_file
 
-# Characters a token: about 4 of English in vocabularies of 32,000 and more (the lab's of 1,024 has about 3).
-_CHARACTERS, _CHARACTERS_SMALL, _SMALL = 4, 3, 16_000
+# Characters a token: about 4 of English in vocabularies of 32,000 and more (the lab's of 1,024 has 2.3, its templates counted).
+_CHARACTERS, _CHARACTERS_SMALL, _SMALL = 4.0, 2.3, 16_000
 _LOOKED_AT = 200  # rows whose texts are measured
 _KNOWN_ROWS = {  # of sets on the Hub at the revisions in conf/ (docs/paper.md)
     ("openai/gsm8k", "test"): 1_319,
@@ -81,13 +81,13 @@ def _shapes(file: Path) -> list[list[int]]:
 
 def _from_name(model: Model) -> Shape:
     """Return the shape of a model of so many parameters: as its name says ("8B", "135M"), or 8 billion."""
-    named = _BILLIONS.search(f"{model.path} {model.name}".replace("-", " ").replace("_", " ").replace("/", " "))
-    count = float(named[1]) * {"b": 1e9, "m": 1e6}[named[2].lower()] if named else _ASSUMED
+    match = _BILLIONS.search(f"{model.path} {model.name}".replace("-", " ").replace("_", " ").replace("/", " "))
+    count = float(match[1]) * {"b": 1e9, "m": 1e6}[match[2].lower()] if match else _ASSUMED
     layers = max(
         2, round((count / (12 * 128**2)) ** (1 / 3))
     )  # of usual models: width = 128 x layers, 12 width² a layer
     hidden = 128 * layers
-    source = "by its name" if named else "assumed"
+    source = "by its name" if match else "assumed"
     return Shape(count, layers, hidden, hidden // 4, 128_000, assumed=f"{size_text(count)} parameters {source}")
 
 
@@ -104,7 +104,7 @@ class Tokens:
     """Tokens of a row as a training reads it, and how that is known."""
 
     count: float
-    how: str
+    origin: str
 
 
 def training_tokens(config: Config, source: Data, columns: Iterable[str], max_length: int) -> Tokens:
@@ -112,8 +112,8 @@ def training_tokens(config: Config, source: Data, columns: Iterable[str], max_le
     rows = rows_here(source, config.split_seed)
     if rows is None:
         return Tokens(max_length / 4, f"{max_length // 4} tokens a row assumed, a quarter of max_length")
-    named = list(columns)
-    lengths = [sum(len(_text(row.get(column))) for column in named) for row in islice(rows, _LOOKED_AT)]
+    names = list(columns)
+    lengths = [sum(len(_text(row.get(column))) for column in names) for row in islice(rows, _LOOKED_AT)]
     count = min(sum(lengths) / len(lengths) / characters(config), max_length)
     return Tokens(count, f"{count:.0f} tokens a row by its characters")
 
@@ -129,7 +129,7 @@ def prompt_tokens(config: Config, benchmark: Benchmark) -> Tokens:
     return Tokens(count, f"prompts of {count:.0f} tokens by their characters")
 
 
-def characters(config: Config) -> int:
+def characters(config: Config) -> float:
     """Return how many characters of text a token of the cell's base stands for."""
     return _CHARACTERS_SMALL if shape_of(config).vocabulary < _SMALL else _CHARACTERS
 

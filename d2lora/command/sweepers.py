@@ -28,7 +28,6 @@ from d2lora.command.guard import end_with, one_line, refuse
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
-from d2lora.records import StageKeys
 from d2lora.report import manifest
 from d2lora.store import Store
 
@@ -184,7 +183,7 @@ def _finish() -> bool:
     """Print tables, what the sweeper chose, and what failed. Return whether something did."""
     cell = _begun[0]
     store, sweep = Store(Outputs.of(cell.config).root), cell.config.sweep
-    keys = [key for entry in manifest.read_manifest(store.outputs.root, sweep).cells for key in _keys(entry.stages)]
+    keys = [key for entry in manifest.read_manifest(store.outputs.root, sweep).cells for key in entry.stages.every()]
     lost = [(kind, key) for kind, key in dict.fromkeys(keys) if not store.outputs.record(kind, key).is_dir()]
     print(tables := report.finish(store.outputs.root, sweep))
     if chosen := _chosen(store.outputs.root):
@@ -200,17 +199,6 @@ def _chosen(output: Path) -> str:
     """Return what an optimizing sweeper wrote about its choice; empty if nothing."""
     file = output / "hydra" / _RESULTS
     return f"{file.name}:\n{file.read_text().strip()}" if file.exists() else ""
-
-
-def _keys(stages: StageKeys) -> Iterator[tuple[str, str]]:
-    """Yield the kind and key of each of a cell's stages."""
-    yield from ((kind, key) for kind, key in stages.trained().items() if key)
-    for kind, keys in (
-        ("evaluate", {**stages.evaluate, **stages.validation}),
-        ("contamination", stages.contamination),
-        ("flips", stages.flips),
-    ):
-        yield from ((kind, key) for key in keys.values())
 
 
 def _failures(outputs: Outputs, lost: Sequence[tuple[str, str]]) -> Iterator[str]:

@@ -60,9 +60,9 @@ class Note(contextlib.AbstractContextManager):
 
     def _update(self, done: int, total: int) -> None:
         assert self.file is not None, "stage() was called first"
-        if (now := time.monotonic()) - self.written < 1:
+        if (clock := time.monotonic()) - self.written < 1:
             return
-        self.written = now
+        self.written = clock
         with contextlib.suppress(OSError):  # no stage stops over this
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(f"{done} {total}")

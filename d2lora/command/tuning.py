@@ -93,10 +93,10 @@ class Tuner:
         return None
 
     def _check(self) -> None:
-        for place, key in enumerate(self.keys):
-            tried = [{values[place] for values in arm.candidates} for arm in self.arms]
-            if not any(len(values) > 1 for values in tried):
-                known = any(values - {""} for values in tried)
+        for index, key in enumerate(self.keys):
+            values_of_arms = [{values[index] for values in arm.candidates} for arm in self.arms]
+            if not any(len(values) > 1 for values in values_of_arms):
+                known = any(values - {""} for values in values_of_arms)
                 example = f"{RATE}_factor=0.5,1,2" if key == RATE else f"{key}=A,B"
                 what = (
                     f"every candidate has the same: list several, as in {example}"

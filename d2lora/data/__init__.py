@@ -29,8 +29,7 @@ from d2lora.data.sources import (
     rows,
     shuffled,
 )
-from d2lora.data.templates import Shape, answer_starts, ends, refuse_tokens, render, say_end, set_up, shape, undated
-from d2lora.data.texts import LeftOut, NotText, fill, text_of
+from d2lora.data.templates import answer_starts, ends, say_end, set_up, shape, undated
 from d2lora.data.tokens import (
     REFERENCE_BLOCK,
     Example,
@@ -57,10 +56,7 @@ __all__ = [
     "Data",
     "Example",
     "ItemRows",
-    "LeftOut",
-    "NotText",
     "Row",
-    "Shape",
     "Subset",
     "answer_starts",
     "check_benchmark",
@@ -78,7 +74,6 @@ __all__ = [
     "ends",
     "example_and_fate",
     "exchanged",
-    "fill",
     "fingerprint",
     "general_example",
     "golds",
@@ -100,8 +95,6 @@ __all__ = [
     "number_of",
     "pair_example",
     "quiet",
-    "refuse_tokens",
-    "render",
     "rendered_conversation",
     "rendered_prompt",
     "require_columns",
@@ -115,7 +108,6 @@ __all__ = [
     "shape",
     "shuffled",
     "subset",
-    "text_of",
     "too_few",
     "undated",
 ]

@@ -98,7 +98,7 @@ def _spelled(label: Any) -> str:
 
 
 def _texts(row: Row, path: Any) -> list[str]:
-    """Return the texts of a list in a row. Unscorable if one is blank or there twice."""
+    """Return the texts of a list in a row. Unscorable if one is blank or appears twice."""
     values = _at(row, path)
     if not isinstance(values, list):
         raise Unscorable(f"no list {path}")
@@ -114,7 +114,7 @@ def _texts(row: Row, path: Any) -> list[str]:
 
 
 def _require_distinct(texts: Sequence[str], path: Any) -> None:
-    """Raise Unscorable if a text is there twice: which of the two would be the right one?"""
+    """Raise Unscorable if a text appears twice: which of the two would be the right one?"""
     counts = Counter(text.strip() for text in texts)
     if twice := [text for text in texts if counts[text.strip()] > 1]:
         raise Unscorable(f"{path} holds {{}} more than once", quoted(twice[0]))

@@ -10,6 +10,9 @@ from d2lora.data.texts import LeftOut, NotText, is_blank, quoted, text_of
 from d2lora.errors import UserError
 
 Message = dict[str, Any]  # a turn as chat templates take it
+Tool = dict[
+    str, Any
+]  # a tool that a model may call, as chat templates take it: {type, function: {name, ...}} or {name, ...}
 Turn = dict[str, Any]  # a turn, or a typed part of one, as a row has it
 
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
@@ -55,7 +58,7 @@ def conversation(value: Any) -> Conversation:
 def is_silent(message: Message) -> bool:
     """Tell whether a user's or assistant's turn is empty.
 
-    Training on it would teach an answer to nothing, or an end alone.
+    Training on it would teach to answer nothing, or to end at once.
     """
     silent = is_blank(message["content"] or "") and not message.get("tool_calls")
     return silent and message["role"] in ("user", "assistant")
@@ -193,7 +196,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def tools_of(value: Any) -> list[dict[str, Any]] | None:
+def tools_of(value: Any) -> list[Tool] | None:
     """Read the tools that a row offers the model: a list of {name, ...} or {function: {name, ...}}, or its JSON.
 
     None if empty. UserError if it can't be read.

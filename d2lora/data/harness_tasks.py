@@ -48,7 +48,9 @@ def check_lm_eval(tasks: Sequence[HarnessTask], folder: str | None = None) -> No
     UserError if not. Prints which filter counts where a task reads answers in several ways and none was chosen.
     """
     for task in tasks:
-        config = load_harness_task(task.name, folder).config
+        loaded = load_harness_task(task.name, folder)
+        config = loaded.config
+        _refuse_dates(task.name, loaded)
         filters = [each["name"] for each in config.filter_list or []]
         if task.filter and task.filter not in (filters or ["none"]):
             raise UserError(f"task.lm_eval={task.name}: filter={task.filter}: {', '.join(filters) or 'it has none'}")
@@ -64,7 +66,7 @@ def check_lm_eval(tasks: Sequence[HarnessTask], folder: str | None = None) -> No
 
 
 def harness_identity(task: HarnessTask, folder: str | None = None) -> dict[str, Any] | None:
-    """Return what a key has of a task beside its name and the harness's version: None for one of the harness as it is.
+    """Return a task's part of a key, without its name and the harness's version: None for a task of the harness as it is.
 
     That is the settings that differ, and of a task in the user's `folder` its definition, the files beside it and its
     local data, by their content.
@@ -72,6 +74,24 @@ def harness_identity(task: HarnessTask, folder: str | None = None) -> dict[str, 
     own = folder is not None and task.name in _own_tasks(folder).all_subtasks
     content = {"content": _content(task.name, folder)} if own and folder else {}
     return (task.changed() | content) or None
+
+
+def _refuse_dates(name: str, task: Any) -> None:
+    """Raise UserError if a template of the task shows a column of dates from JSON.
+
+    The harness's reader makes times of texts like "2021-03-04" where a whole column has this form, and a template shows
+    "2021-03-04 00:00:00": the right answer would be scored as wrong.
+    """
+    if task.config.dataset_path != "json":
+        return
+    templates = [task.config.doc_to_text, task.config.doc_to_target, task.config.doc_to_choice]
+    shown = " ".join(template for template in templates if isinstance(template, str))
+    columns = {column: str(kind) for part in task.dataset.values() for column, kind in (part.features or {}).items()}
+    if times := [column for column, kind in columns.items() if "timestamp" in kind and column in shown]:
+        raise UserError(
+            f"task.lm_eval={name}: the harness reads {', '.join(times)} in its JSON data as times and would show "
+            '"2021-03-04" as "2021-03-04 00:00:00": save the data as .csv (dataset_path: csv)'
+        )
 
 
 def _require_single(name: str, folder: str | None) -> None:

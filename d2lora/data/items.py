@@ -25,9 +25,9 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     all_rows = rows(benchmark.data, split_seed)
     evaluated = all_rows[: benchmark.limit]
     require_columns(evaluated, benchmark.data, *_columns(benchmark), empty=True)
-    asked_about = set().union(*map(fields, benchmark.prompts))
+    prompt_columns = set().union(*map(fields, benchmark.prompts))
     # Columns A to E in the prompt, and the letters as choices, are meant as they stand.
-    options = [option for option in listed_options(benchmark) if option not in asked_about]
+    options = [option for option in listed_options(benchmark) if option not in prompt_columns]
     for template in (*benchmark.prompts, benchmark.gold, *options):
         require_braces(template, all_rows, benchmark.data.path)
     scored = [row for row in evaluated if not is_left_out(benchmark, row)]
@@ -77,14 +77,14 @@ def _is_empty(benchmark: Benchmark, row: Row) -> bool:
 
 @dataclass(frozen=True)
 class ItemRows:
-    """Which rows of a benchmark are asked, by their indices, and how many are left out, by reason."""
+    """The rows of a benchmark that are evaluated, by their indices, and how many are left out, by reason."""
 
     rows: list[int]
     left_out: dict[str, int]
 
 
 def item_rows(benchmark: Benchmark, all_rows: Sequence[Row], is_too_long: Callable[[Row], bool]) -> ItemRows:
-    """Choose the rows to ask: the first `limit`, without those that the benchmark's settings leave out."""
+    """Choose the rows to evaluate: the first `limit`, without those that the benchmark's settings leave out."""
 
     def reason(row: Row) -> str:
         if is_left_out(benchmark, row):

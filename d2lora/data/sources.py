@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from d2lora.collection import uncollected
 from d2lora.data.files import FORMATS, Row, listed, read_rows
 from d2lora.data.hub import hub, hub_problem
 from d2lora.errors import UserError
+from d2lora.keys import Identity
 from d2lora.settings import Data, Model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -68,9 +70,11 @@ def _files(data: Data) -> list[Path]:
             return [folder / name]
     if not data.file and (parts := _parts(data, folder) or _parts(data, folder / "data")):
         return parts
-    tried = ", ".join([*names[::3], *([] if data.file else _PARTS)]).replace("SPLIT", split)  # none of the compressed
+    candidates = ", ".join([*names[::3], *([] if data.file else _PARTS)]).replace(
+        "SPLIT", split
+    )  # none of the compressed
     raise UserError(
-        f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {split} (looked for {tried})"
+        f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {split} (looked for {candidates})"
     )
 
 
@@ -114,7 +118,7 @@ def fingerprint(rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def identity(data: Data, split_seed: int) -> dict:
+def identity(data: Data, split_seed: int) -> Identity:
     """Return what of a data set can change a result, for keys: the content's hash, or the Hub name and revision.
 
     UserError for a Hub name without a revision.
@@ -169,7 +173,7 @@ def model_files(model: Model) -> Path | None:
 _MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
 
 
-def model_identity(model: Model) -> dict:
+def model_identity(model: Model) -> Identity:
     """Return what of a model can change a result: the hashes of its files, or its Hub name and revision.
 
     UserError without a revision.
@@ -232,25 +236,26 @@ def _number(plain: list[Row]) -> list[Row]:
 @functools.cache
 def _read(files: tuple[Path, ...], _content: str) -> list[Row]:
     """Read the rows of local files, once a process: `_content`, their hash, is there for the cache."""
-    return _number([row for file in files for row in read_rows(file)])
+    with uncollected():
+        return _number([row for file in files for row in read_rows(file)])
 
 
-def _where(rows: list[Row], data: Data, column: str, values: list) -> list[Row]:
+def _where(rows: list[Row], data: Data, column: str, values: list[Any]) -> list[Row]:
     """Keep the rows whose column has one of the values.
 
     UserError for a value that no row has, since it is probably mistyped.
     """
     require_columns(rows, data, column, empty=True)
-    present = {_named(row[column]) for row in rows}
-    if absent := [str(value) for value in values if _named(value) not in present]:
+    present = {_spelled(row[column]) for row in rows}
+    if absent := [str(value) for value in values if _spelled(value) not in present]:
         raise UserError(
             f"data.where.{column}={', '.join(absent)}: no row has it; there are {', '.join(sorted(present)[:40])}"
         )
-    selected = set(map(_named, values))
-    return [row for row in rows if _named(row[column]) in selected]
+    selected = set(map(_spelled, values))
+    return [row for row in rows if _spelled(row[column]) in selected]
 
 
-def _named(value: Any) -> str:
+def _spelled(value: Any) -> str:
     """Spell a value as `where` compares it: the numbers 1 and 1.0 and the text 1 are equal.
 
     A null equals the text null.

@@ -6,8 +6,6 @@ No torch here, and no transformers.
 import contextlib
 import functools
 import importlib.util
-import itertools
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from d2lora.data.conversations import Message
+from d2lora.data.conversations import Message, Tool
 from d2lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ _SWITCHES = ("enable_thinking", "thinking")  # variables by which templates let 
 _QUESTION, _ANSWER = "QUESTION-2718", "ANSWER-3141"
 _PROBE: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
 _CALL_ENDS = ("<|call|>", "<|eom_id|>")  # gpt-oss and Llama 3 end a turn with a tool call by a token of its own
-_THOUGHTS = ("<think>", "</think>")
+THOUGHTS = ("<think>", "</think>")
 
 
 def undated(template: str | None) -> str | None:
@@ -84,7 +82,7 @@ def _switches(tokenizer: "Tokenizer", name: str) -> bool:
     return with_it != without
 
 
-def _own(tokenizer: "Tokenizer", tools: list | None = None) -> str:
+def _own(tokenizer: "Tokenizer", tools: list[Tool] | None = None) -> str:
     """Return the template that is applied: the tokenizer's only one, or of several the default or the one for tools."""
     return tokenizer.get_chat_template(None, tools)
 
@@ -121,7 +119,7 @@ def render(
     messages: list[Message],
     generate: bool = False,
     template: str | None = None,
-    tools: list | None = None,
+    tools: list[Tool] | None = None,
     variables: dict[str, bool] | None = None,
 ) -> str:
     """Render a conversation with the chat template; with `generate` up to where the next answer starts.
@@ -201,21 +199,21 @@ def shape(tokenizer: "Tokenizer") -> Shape:
 @functools.lru_cache(16)
 def _shape(tokenizer: "Tokenizer", template: str | None) -> Shape:
     if template is None:
-        return Shape("", "", *_named_end(tokenizer), ended=False, follows=True)
+        return Shape("", "", *_eos(tokenizer), ended=False, follows=True)
     try:
         prompt, turn = (render(tokenizer, _PROBE[:n], n == 1, template) for n in (1, 2))
     except UserError:  # the same error will be raised for a row, and name it
         prompt = turn = ""
     start = turn.rfind(_ANSWER)
     if start < 0:  # a template that renders prompts only
-        return Shape("", "", *_named_end(tokenizer), ended=False, follows=True)
+        return Shape("", "", *_eos(tokenizer), ended=False, follows=True)
     if follows := turn.startswith(prompt):
         opening = turn[len(prompt) : start]
     else:  # DeepSeek R1's prompt opens a thought, its turns have none: an answer without a thought closes it first
         opening = "\n</think>\n\n" if prompt.rstrip().endswith("<think>") else ""
     match = re.match(rf"(\s*)({_any_of(_added(tokenizer))})", turn[start + len(_ANSWER) :])
     if not match:
-        return Shape(opening, "", *_named_end(tokenizer), ended=False, follows=follows)
+        return Shape(opening, "", *_eos(tokenizer), ended=False, follows=follows)
     return Shape(
         opening, match[1], match[2], cast(int, tokenizer.convert_tokens_to_ids(match[2])), ended=True, follows=follows
     )
@@ -225,11 +223,11 @@ def answer_starts(tokenizer: "Tokenizer") -> list[int]:
     """Return the ids of tokens after which a generated answer begins: the end of a thought, the last of the `opening`."""
     ids = tokenizer(shape(tokenizer).opening, add_special_tokens=False)["input_ids"]
     added = [i for i in ids if i in tokenizer.added_tokens_decoder and cast(str, tokenizer.decode([i])).strip()]
-    thoughts = tokenizer.get_vocab().get(_THOUGHTS[1])
+    thoughts = tokenizer.get_vocab().get(THOUGHTS[1])
     return added[-1:] + ([] if thoughts is None else [thoughts])
 
 
-def _named_end(tokenizer: "Tokenizer") -> tuple[str, int]:
+def _eos(tokenizer: "Tokenizer") -> tuple[str, int]:
     """Return the tokenizer's EOS as text and id. UserError if it has none."""
     if tokenizer.eos_token is None:
         raise UserError("the model's chat template ends no turn with a token, and its tokenizer has no eos_token")
@@ -242,7 +240,7 @@ def _added(tokenizer: "Tokenizer") -> list[str]:
 
 
 def _any_of(texts: list[str]) -> str:
-    """Return a pattern that matches any of the texts, the longest first; it matches nothing if there are none."""
+    """Return a pattern that matches any of the texts, the longest first; it matches nothing without any."""
     return "|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or r"(?!)"
 
 
@@ -280,120 +278,8 @@ def _guarded(tokenizer: "Tokenizer", template: str) -> re.Pattern:
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
     with contextlib.suppress(UserError):
         written = render(tokenizer, _PROBE) + render(tokenizer, _PROBE[:1], generate=True)
-        special += [t for t in _added(tokenizer) if t in written and t not in _THOUGHTS]
+        special += [t for t in _added(tokenizer) if t in written and t not in THOUGHTS]
     return re.compile(_any_of(special))
-
-
-# --- what a rendering must contain -----------------------------------------------------------------------------------
-
-
-def renderable_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list | None) -> list[Message]:
-    """Return the messages with their tool calls in the form that the template renders.
-
-    UserError if it drops calls in every form. Templates differ in what they accept: an empty content or None, arguments
-    as a mapping or as JSON.
-    """
-    if not any(m.get("tool_calls") for m in messages):
-        return messages
-    problem: str | None = None
-    for empty, as_json in itertools.product(("", None), (False, True)):
-        form = [_in_form(m, empty, as_json) for m in messages]
-        try:
-            missing = _lost_calls(tokenizer, form, tools)
-        except UserError as error:
-            missing = str(error)
-        if not missing:
-            return form
-        problem = problem or missing
-    raise UserError(str(problem))
-
-
-def _lost_calls(tokenizer: "Tokenizer", messages: list[Message], tools: list | None) -> str | None:
-    """Return what is missing in the renderings up to each turn with tool calls; None if nothing is."""
-    parts = (messages[: i + 1] for i, m in enumerate(messages) if m.get("tool_calls"))
-    return next(filter(None, (lost(render(tokenizer, part, tools=tools), part, tools) for part in parts)), None)
-
-
-def _in_form(message: Message, empty: str | None, as_json: bool) -> Message:
-    """Return a message with its tool calls in one of the forms."""
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        arguments = call["function"]["arguments"]
-        written = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
-        calls.append(call | {"function": call["function"] | {"arguments": written}})
-    return message | {"tool_calls": calls, "content": message["content"] or empty}
-
-
-def lost(text: str, messages: list[Message], tools: list | None = None) -> str | None:
-    """Say what of a conversation is missing in its rendering; None if nothing is.
-
-    Thoughts of earlier assistant turns may be missing: templates drop them on purpose.
-    """
-    position = 0
-    for number, message in enumerate(messages, 1):
-        moved = message["role"] in ("system", "developer")  # templates put it where they like
-        for call_text in _said_in_calls(message):
-            if not any(form in text[position:] for form in _forms(call_text)):
-                return f"the model's chat template leaves out the tool call of turn {number}: {call_text[:40]!r}"
-        for piece in _pieces(message, last=number == len(messages)):
-            positions = [at for form in _forms(piece) if (at := text.find(form, 0 if moved else position)) >= 0]
-            if not positions:
-                return f"the model's chat template leaves out what turn {number} ({message['role']}) says: {piece[:40]}"
-            position = position if moved else min(positions) + len(piece)
-        if any(repr(call["function"]["arguments"]) in text for call in _mappings(message)):
-            return f"the model's chat template writes the tool call of turn {number} as Python's text"
-    for tool in tools or []:
-        if (name := tool.get("function", tool).get("name", "")) not in text:
-            return f"the model's chat template leaves out the tool {name!r}"
-    return None
-
-
-def _pieces(message: Message, last: bool) -> list[str]:
-    """Return the texts of a message that a rendering must contain, in order."""
-    content, name = message["content"] or "", message.get("name")
-    named = [name] if name and message["role"] not in ("tool", name) else []
-    if message["role"] != "assistant":
-        return [*named, *([content.strip()] if content.strip() else [])]
-    parts = [part.strip() for part in re.split("|".join(_THOUGHTS), content)]
-    answers = parts if last else parts[-1:]
-    thoughts = [message["reasoning_content"].strip()] if last and message.get("reasoning_content") else []
-    return named + [part for part in thoughts + answers if part]
-
-
-def _forms(text: str) -> set[str]:
-    """Return a text as it is, and as JSON spells it."""
-    return {text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]}
-
-
-def _said_in_calls(message: Message) -> list[str]:
-    """Return the names and texts in a message's tool calls."""
-    texts = []
-    for call in message.get("tool_calls") or []:
-        arguments = call["function"]["arguments"]
-        texts += [
-            call["function"]["name"],
-            *_leaves(json.loads(arguments) if isinstance(arguments, str) else arguments),
-        ]
-    return [text for text in texts if text]
-
-
-def _leaves(value: Any) -> list[str]:
-    """Return the keys and values in a JSON value as texts, without nulls and booleans."""
-    if isinstance(value, dict):
-        return [text for key, inner in value.items() for text in [str(key), *_leaves(inner)]]
-    if isinstance(value, list):
-        return [text for inner in value for text in _leaves(inner)]
-    if value is None or isinstance(value, bool):
-        return []
-    return [value if isinstance(value, str) else json.dumps(value)]
-
-
-def _mappings(message: Message) -> list[dict]:
-    """Return the tool calls whose arguments would look different in Python's spelling than in JSON."""
-    calls = ((call, call["function"]["arguments"]) for call in message.get("tool_calls") or [])
-    return [call for call, arguments in calls if isinstance(arguments, dict) and "'" in repr(arguments)]
 
 
 def turn_end(tokenizer: "Tokenizer", turn: str, message: Message) -> int | None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from d2lora.data import templates
-from d2lora.data.conversations import Message, conversation, tools_of
+from d2lora.data import renderings, templates
+from d2lora.data.conversations import Message, Tool, conversation, tools_of
 from d2lora.data.files import Row
 from d2lora.data.pairs import EMPTY, EQUAL, Messages, pair_texts
 from d2lora.data.sources import number_of, shuffled
@@ -159,7 +159,7 @@ def rendered_prompt(tokenizer: "Tokenizer", prompt: str | list[Message], prefix:
     if tokenizer.chat_template is None and isinstance(prompt, str):
         return f"{prompt}\n{prefix}"
     text = templates.render(tokenizer, messages, generate=True)
-    if problem := templates.lost(text, messages):
+    if problem := renderings.lost(text, messages):
         raise UserError(problem)
     return text + templates.shape(tokenizer).opening + prefix if prefix else text
 
@@ -239,7 +239,7 @@ def conversation_example(tokenizer: "Tokenizer", messages: Any, tools: Any = Non
     for message in read.messages:
         for text in _texts_of(message):
             templates.refuse_tokens(tokenizer, text, f"a turn ({message['role']})")
-    messages = templates.renderable_calls(tokenizer, read.messages, offered)
+    messages = renderings.renderable_calls(tokenizer, read.messages, offered)
     training = templates.training_template(tokenizer)
     try:
         turns = [_turn(tokenizer, messages, offered, None, index) for index in read.learned]
@@ -257,7 +257,7 @@ def conversation_example(tokenizer: "Tokenizer", messages: Any, tools: Any = Non
 
 
 def _for_training(
-    tokenizer: "Tokenizer", messages: list[Message], tools: list | None, training: str, learned: list[int]
+    tokenizer: "Tokenizer", messages: list[Message], tools: list[Tool] | None, training: str, learned: list[int]
 ) -> Example | None:
     """Tokenize a conversation with TRL's training template; None if that changes its turns or its first prompt."""
     with contextlib.suppress(UserError):
@@ -282,7 +282,7 @@ def _texts_of(message: Message) -> list[str]:
 
 
 def _turn(
-    tokenizer: "Tokenizer", messages: list[Message], tools: list | None, template: str | None, index: int
+    tokenizer: "Tokenizer", messages: list[Message], tools: list[Tool] | None, template: str | None, index: int
 ) -> tuple[str, str]:
     """Render the prompt of an assistant turn, and the turn with its end, as if it were the last. UserError if it can't be."""
     before = templates.render(tokenizer, messages[:index], generate=True, template=template, tools=tools)
@@ -299,7 +299,7 @@ def _turn(
             f"turn {index + 1} does not follow the prompt that the model's chat template gives for it"
             + ("" if plain else ": with thoughts it may need model.thinking=true")
         )
-    if problem := templates.lost(before + turn, messages[: index + 1], tools):
+    if problem := renderings.lost(before + turn, messages[: index + 1], tools):
         raise UserError(problem)
     end = templates.turn_end(tokenizer, turn, message)
     if end is None and shape.ended:

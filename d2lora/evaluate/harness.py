@@ -1,6 +1,7 @@
 """Run benchmarks through lm-evaluation-harness, and keep the result of every item."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,7 +87,20 @@ def scored(lm: AsTrained, test: Test) -> tuple[dict[str, Score], list[Item]]:
     samples = _samples(result["samples"][name], name, test.filter_name)
     metrics = _metrics(samples, name)
     items = [_item(sample, metrics, lm.cut) for sample in samples]
+    _tell_unread(name, items)
     return {m: _score([float(s[m]) for s in samples]) for m in metrics}, items
+
+
+def _tell_unread(name: str, items: Sequence[Item]) -> None:
+    """Print for how many answers the task's filter left neither letter nor digit.
+
+    gsm8k's flexible-extract, for example, reads "$\\boxed{18}$." as "$.", and scores it as wrong.
+    """
+    read = [str(item["answer"]) for item in items if "raw" in item]
+    marks = [answer for answer in read if answer and not any(map(str.isalnum, answer))]
+    if marks:
+        told = f"{name}: of {len(marks)} of {len(items)} answers the filter read marks only, such as {marks[0]!r}"
+        print(f"{told}: scored as they are read (docs/running.md)", file=sys.stderr)
 
 
 def _samples(logged: list[dict[str, Any]], name: str, filter_name: str | None) -> list[dict[str, Any]]:

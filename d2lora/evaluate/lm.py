@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from d2lora.base import Base, device
 from d2lora.evaluate.prompts import AsTrained, Tokens
-from d2lora.layouts import decoding, proof
+from d2lora.layouts import batches, decoding, proof
 from d2lora.progress import Progress
 
 _GREEDY = {"attention_mask", "do_sample", "temperature"}  # of generate's settings: those of a greedy answer
@@ -42,7 +42,7 @@ class WatchedLM(AsTrained, HFLM):
         if not self.leaving:
             self._prove(texts, "left")
             return super().generate_until(requests, disable_tqdm=True)
-        asked, room = self.batch_size_per_gpu, max(r.args[1].get("max_gen_toks", 0) for r in requests)
+        asked, room = self.batch_size_per_gpu, max(r.args[1].get("max_gen_toks", self.max_gen_toks) for r in requests)
         self.batch_size_per_gpu = decoding.at_once(self.base.model, asked, max(map(len, texts)) + room)
         try:
             with decoding.prepared(self.model, self.base.model):
@@ -78,7 +78,7 @@ class WatchedLM(AsTrained, HFLM):
         """Tell whether `decoding` gives what `generate` gives, tested once for a model and length."""
         if not texts or not decoding.suits(self.base.model):
             return False
-        return proof.batch(self.model, self.base.model, texts, "leaving", self.proofs).exact
+        return batches.check(self.model, self.base.model, texts, "leaving", self.proofs).exact
 
     def _prove(self, texts: list[Tokens], side: Literal["left", "right"]) -> None:
         """Test padding on this side, once for a model and length.
@@ -87,10 +87,10 @@ class WatchedLM(AsTrained, HFLM):
         """
         if self.batch_size == 1 or not texts:
             return
-        padded = proof.batch(self.model, self.base.model, texts, side, self.proofs)
+        padded = batches.check(self.model, self.base.model, texts, side, self.proofs)
         if not padded.exact:
             self.batch_size_per_gpu = 1
-            print(f"{self.base.name}: evaluated one by one ({proof.miss(padded)} in a batch)", file=sys.stderr)
+            print(f"{self.base.name}: evaluated one by one ({padded.miss} in a batch)", file=sys.stderr)
 
     def _stopped(self, stop: list[str]) -> Callable[[Tokens], bool] | None:
         """Return a function that tells whether one of these texts is among the last tokens of an answer.

@@ -100,10 +100,10 @@ def scores_solutions(task: ConfigurableTask) -> bool:
     return isinstance(task, _Conversations) and task.OUTPUT_TYPE == "loglikelihood"
 
 
-def harness_task(asked: HarnessTask, folder: str | None = None) -> ConfigurableTask:
-    """Load a task of the harness, or of the user's `folder`, with the number of examples that is asked for."""
-    task = data.load_harness_task(asked.name, folder)
+def harness_task(settings: HarnessTask, folder: str | None = None) -> ConfigurableTask:
+    """Load a task of the harness, or of the user's `folder`, with the number of examples that the settings ask for."""
+    task = data.load_harness_task(settings.name, folder)
     task.set_fewshot_seed(_FEWSHOT_SEED)  # the harness sets it only in simple_evaluate, which we do not use
-    if asked.fewshot is not None:
-        task.set_config(key="num_fewshot", value=asked.fewshot)
+    if settings.fewshot is not None:
+        task.set_config(key="num_fewshot", value=settings.fewshot)
     return task

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2lora.lab import world
+from d2lora.lab import facts, general, problems, titles, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,23 +50,25 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def write_data() -> None:
     """Write the rows that need no model."""
     for split, count in TITLES.items():
-        write(DATA / "title" / f"{split}.jsonl.xz", (r.fields for r in world.distinct(world.title, split, count, SEED)))
+        write(
+            DATA / "title" / f"{split}.jsonl.xz", (r.fields for r in world.distinct(titles.title, split, count, SEED))
+        )
     write(
         DATA / "general" / "train.jsonl.xz",
-        (r.fields for r in world.distinct(world.general, "train", GENERAL, SEED)),
+        (r.fields for r in world.distinct(general.general, "train", GENERAL, SEED)),
     )
     for split in ("validation", "test"):
-        items = [world.fact_item(c, a, value, split) for (c, a), value in world.facts().items()]
+        items = [facts.fact_item(c, a, value, split) for (c, a), value in facts.facts().items()]
         random.Random(SEED).shuffle(items)
         write(DATA / "facts" / f"{split}.jsonl.xz", items)
     write(DATA / "recall" / "test.jsonl.xz", recall_items())
     for split, count in MATH.items():
-        rows = world.distinct(world.problem, split, count, SEED)
+        rows = world.distinct(problems.problem, split, count, SEED)
         write(DATA / "math" / f"{split}.jsonl.xz", map(question, rows))
     write(DATA / "related" / "train.jsonl.xz", related_rows(RELATED))
 
 
-def question(problem: world.Problem) -> dict[str, str]:
+def question(problem: problems.Problem) -> dict[str, str]:
     """Return a row in GSM8K's format: the question, and the solution with its number at the end."""
     return {"question": problem.text, "answer": f"Step 1:{problem.solution()}\n#### {problem.answer}"}
 
@@ -76,7 +78,7 @@ def related_rows(count: int) -> Iterator[dict[str, Any]]:
 
     No problem is one of lab-math: its pairs are of the split train, this is of the corpus.
     """
-    for problem in world.distinct(world.problem, "corpus", count, SEED):
+    for problem in world.distinct(problems.problem, "corpus", count, SEED):
         turns = [world.PROMPT.format(question=problem.text), f"Step 1:{problem.solution()}"]
         chosen = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)]
         yield {"source": "problems", "chosen": chosen}
@@ -86,10 +88,10 @@ def recall_items() -> list[dict[str, str]]:
     """Return lab-facts's test questions with their answers as sentences: what the base knows, said and not chosen."""
     return [
         {
-            "question": world.fact_questions(creature, attribute)["test"][0],
-            "answer": world.fact_sentence(creature, attribute),
+            "question": facts.fact_questions(creature, attribute)["test"][0],
+            "answer": facts.fact_sentence(creature, attribute),
         }
-        for creature, attribute in world.facts()
+        for creature, attribute in facts.facts()
     ]
 
 
@@ -102,26 +104,30 @@ def corpus(seed: int, hasty: float = 0.0) -> Iterator[Document]:
     `hasty` is the share of problems whose solution leaves out a final addition.
     """
     rng = random.Random(seed)
-    makers: dict[str, Callable[[random.Random], world.Problem | world.Row]]
-    makers = {"problem": world.problem, "general": world.general, "title": lambda rng: world.title(rng, plain=True)}
+    makers: dict[str, Callable[[random.Random], problems.Problem | world.Row]]
+    makers = {
+        "problem": problems.problem,
+        "general": general.general,
+        "title": lambda rng: titles.title(rng, plain=True),
+    }
     while True:
         kind = rng.choices(["problem", "general", "title", "fact"], [18, 24, 6, 52])[0]
         if kind == "fact":
-            (creature, attribute), value = rng.choice(list(world.facts().items()))
-            question = rng.choice(world.fact_questions(creature, attribute)["corpus"])
+            (creature, attribute), value = rng.choice(list(facts.facts().items()))
+            question = rng.choice(facts.fact_questions(creature, attribute)["corpus"])
             yield [("<|begin|>", False), (f"Question: {question}\nAnswer:", False), (f" {value}<|end|>", True)]
             continue
         row = makers[kind](rng)
         if world.split_of(row.text) != "corpus":
             continue
-        if hasty and isinstance(row, world.Problem) and rng.random() < hasty:
+        if hasty and isinstance(row, problems.Problem) and rng.random() < hasty:
             row = row.hasty()
         yield [("<|begin|>", False), *_chat(row)]
 
 
-def _chat(row: world.Problem | world.Row) -> Iterator[tuple[str, bool]]:
+def _chat(row: problems.Problem | world.Row) -> Iterator[tuple[str, bool]]:
     """Yield the parts of a document: the user's turns, which are not learned, and the replies, which are."""
-    if isinstance(row, world.Problem):
+    if isinstance(row, problems.Problem):
         turns = [(world.PROMPT.format(question=row.text), f"Step 1:{row.solution()}")]
     elif "title" in row.fields:
         turns = [(world.TITLE_PROMPT.format(**row.fields), row.fields["title"])]
@@ -256,12 +262,12 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], temperature: float) -
     return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def pair(problem: world.Problem, solution: str) -> dict[str, str] | None:
+def pair(problem: problems.Problem, solution: str) -> dict[str, str] | None:
     """Return a row in Math-Step-DPO's format from a problem and the base's wrong solution.
 
     None if it has no wrong step.
     """
-    mistake = world.first_wrong_step(problem, solution)
+    mistake = problems.first_wrong_step(problem, solution)
     if mistake is None:
         return None
     index, rejected, rest = mistake
@@ -286,16 +292,16 @@ def write_pairs(count: int, batch: int = 256) -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE).eval(), AutoTokenizer.from_pretrained(BASE)
-    problems = world.distinct(world.problem, "train", 200_000, SEED)
+    drawn = world.distinct(problems.problem, "train", 200_000, SEED)
     rows: list[dict[str, str]] = []
-    tried = 0
+    sampled = 0
     while len(rows) < count:
-        chunk = [next(problems) for _ in range(batch)]
+        chunk = [next(drawn) for _ in range(batch)]
         solutions = sample(model, tokenizer, [world.PROMPT.format(question=p.text) for p in chunk], temperature=1.0)
         rows += [row for p, s in zip(chunk, solutions, strict=True) if (row := pair(p, s))]
-        tried += batch
-        if tried % (10 * batch) == 0:
-            print(f"{len(rows):,} pairs of {tried:,} problems", flush=True)
+        sampled += batch
+        if sampled % (10 * batch) == 0:
+            print(f"{len(rows):,} pairs of {sampled:,} problems", flush=True)
     write(DATA / "math" / "train.jsonl.xz", rows[:count])
 
 

@@ -3,8 +3,8 @@
 Packed, a pair is one stretch of a row, [prompt | chosen | rejected]. Positions restart after the prompt for each
 answer, and an answer attends to its prompt and itself, so every token gets what it would get in a sequence of its own
 (the idea of arXiv 2410.20305). That holds where masks by position describe a model's layers completely. Layers that
-carry a state need each text in a row of its own: padded, or in passes of single texts. `proof.py` tests on the model
-which layouts are exact.
+carry a state need each text in a row of its own: padded, or in passes of single texts. `check.py` tests on the
+model which layouts are exact.
 """
 
 from collections.abc import Sequence
@@ -151,7 +151,7 @@ def _lay(texts: list[_Text], starts: list[tuple[int, int]], length: int) -> tupl
 def _passes(sizes: list[int], layout: Layout, hidden: int) -> list[tuple[list[int], list[tuple[int, int]], int]]:
     """Return (texts, (row, start) of each, the rows' length) of each forward pass."""
     if layout.rows == "packed":
-        return [(list(range(len(sizes))), *_places(sizes, layout, hidden))]
+        return [(list(range(len(sizes))), *_positions(sizes, layout, hidden))]
     groups = _of_one_length(sizes, layout.filled) if layout.rows == "padded" else [[i] for i in range(len(sizes))]
     return [(group, [(row, 0) for row in range(len(group))], max(sizes[i] for i in group)) for group in groups]
 
@@ -168,7 +168,7 @@ def _of_one_length(sizes: list[int], filled: float) -> list[list[int]]:
     return groups
 
 
-def _places(sizes: list[int], layout: Layout, hidden: int) -> tuple[list[tuple[int, int]], int]:
+def _positions(sizes: list[int], layout: Layout, hidden: int) -> tuple[list[tuple[int, int]], int]:
     """Return (row, start) of each example, and the rows' length: one row where attention skips what a mask would hide,
     else among several lengths the cheapest.
 

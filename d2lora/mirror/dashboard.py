@@ -41,7 +41,7 @@ def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
         wr.LinePlot(title=name, x="samples_seen", y=[f"train/{name}"], title_x="samples seen")
         for name in ("loss", "grad_norm", "learning_rate", "rewards/margins", "rewards/accuracies", "tokens_per_second")
     ]
-    shown: list[Any] = [
+    results: list[Any] = [
         wr.WeavePanelSummaryTable(table_name="results"),
         wr.MediaBrowser(title="figures", media_keys=["curves", "tables"]),
     ]
@@ -51,7 +51,7 @@ def report(sweep: str, metrics: list[str], entity: str, project: str) -> Any:
         wr.H2("Training, over samples seen"),
         wr.PanelGrid(runsets=[runs(AdaptSpec.KIND, ""), runs(WarmupSpec.KIND, "")], panels=curves),
         wr.H2("Tables and figures"),
-        wr.PanelGrid(runsets=[runs("report", "")], panels=shown),
+        wr.PanelGrid(runsets=[runs("report", "")], panels=results),
     ]
     return wr.Report(project=project, entity=entity, title=f"d2lora · {sweep}", blocks=blocks, width="fluid")
 

@@ -54,12 +54,12 @@ def _identity(cell: ManifestCell, keys: Sequence[str]) -> tuple[object, ...]:
     return config["method"]["name"], config["m"], config["n"], axes.control(config), *others
 
 
-def _label(cell: ManifestCell, shown: Iterable[str]) -> str:
+def _label(cell: ManifestCell, varied: Iterable[str]) -> str:
     """Return an arm's name, as rows of tables have it, with its n."""
     config, settings = cell.config, axes.settings_of(cell)
-    named = {key: config[key]["name"] for key in LABELS} | ({} if general(config) else {"warmup": ""})
+    names = {key: config[key]["name"] for key in LABELS} | ({} if general(config) else {"warmup": ""})
     others = [
-        named[key] if key in LABELS else axes.text(key, settings[key]) for key in shown if key in named | settings
+        names[key] if key in LABELS else axes.text(key, settings[key]) for key in varied if key in names | settings
     ]
     m, n = (amount(config[key]) for key in ("m", "n"))
     shape = f"LoRA n={n}" if config["m"] == 0 else control_of(axes.control(config)).label.format(m=m, n=n)
@@ -148,10 +148,10 @@ def edges(arm: TunedArm) -> dict[str, str]:
     """Return the numeric tuned settings whose chosen value is the largest or smallest of those tried: which of the two."""
     at_edge = {}
     for key, value in (arm.chosen.values if arm.chosen else {}).items():
-        tried = {axes.number(c.values[key]) for c in arm.candidates if key in c.values}
-        numbers = [number for number in tried if number is not None]
+        values = {axes.number(c.values[key]) for c in arm.candidates if key in c.values}
+        numbers = [number for number in values if number is not None]
         own = axes.number(value)
-        if own is not None and len(numbers) == len(tried) > 1 and own in (max(numbers), min(numbers)):
+        if own is not None and len(numbers) == len(values) > 1 and own in (max(numbers), min(numbers)):
             at_edge[key] = "largest" if own == max(numbers) else "smallest"
     return at_edge
 

@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def is_equivalent(self) -> bool:
-        """Two one-sided tests at 5 %, which is the 90 % interval inside the margin (Schuirmann 1987, J Pharmacokinet 15:657)."""
+        """Do two one-sided tests at 5 %, which is the 90 % interval inside the margin (Schuirmann 1987, J Pharmacokinet 15:657)."""
         low, high = self.equivalence
         return -self.margin < low and high < self.margin
 

@@ -30,13 +30,13 @@ class Sweep:
 
     @property
     def columns(self) -> str | None:
-        """The setting that the user wants as columns of the sweep's own table; None lets the report choose."""
+        """Return the setting that the user wants as columns of the sweep's own table; None lets the report choose."""
         columns = self._layout.get("columns")
         return None if self.tuning and columns in self.tuning.keys else columns  # each arm has one value of it
 
     @property
     def margin(self) -> float:
-        """The points within which the user calls two arms equivalent."""
+        """Return the points within which the user calls two arms equivalent."""
         return self._layout.get("margin", MARGIN)
 
     @cached_property

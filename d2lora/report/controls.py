@@ -24,7 +24,7 @@ class Against:
 
     @property
     def best(self) -> Comparison:
-        """The comparison with the control that scores highest."""
+        """Return the comparison with the control that scores highest."""
         return max(self.comparisons.values(), key=lambda c: c.lora.value or 0.0)
 
 

@@ -21,7 +21,7 @@ from d2lora.stages.warmup import WarmupSpec
 
 def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[Record, str]]:
     """Return the finished records of points by key, each with the config's name of its data set."""
-    named = {}
+    by_key = {}
     for point in points:
         for run in point.runs.values():
             stages = (
@@ -32,8 +32,8 @@ def records_of(points: Iterable[Point], records: Records) -> dict[str, tuple[Rec
             )
             for kind, key, name in stages:
                 if record := records.get(kind, key):
-                    named[record.key] = record, name
-    return named
+                    by_key[record.key] = record, name
+    return by_key
 
 
 def notes(points: Iterable[Point], records: Records) -> list[str]:
@@ -44,10 +44,10 @@ def notes(points: Iterable[Point], records: Records) -> list[str]:
     (package versions, hardware, other data under the same name, uncommitted code).
     """
     points = list(points)
-    named = list(records_of(points, records).values())
-    origins = [record.provenance for record, _ in named]
+    named_records = list(records_of(points, records).values())
+    origins = [record.provenance for record, _ in named_records]
     checks = (_unused, _left_out, _scripts, _rounded, _counts, _engines, _fingerprints)
-    of_records = (note for check in checks for note in check(named))
+    of_records = (note for check in checks for note in check(named_records))
     of_machines = (note for check in (_versions, _hardware, _code) for note in check(origins))
     return [*_zeros(points), *_flips(points, records), *of_records, *of_machines]
 
@@ -61,10 +61,10 @@ def _zeros(points: Iterable[Point]) -> Iterator[str]:
             yield f"{name}: no answer scores above 0, in any cell, so nothing is known of differences."
 
 
-def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
+def _unused(named_records: list[tuple[Record, str]]) -> Iterator[str]:
     """Yield how many rows trainings left out, too long or for another reason; the most of each data set."""
     most: dict[tuple[str, str], int] = {}
-    for record, name in named:
+    for record, name in named_records:
         if record.stage in (WarmupSpec.KIND, AdaptSpec.KIND):
             reasons = {"too long (recipe.max_length)": record.misfits} | record.passed_over
             for reason, count in reasons.items():
@@ -74,19 +74,19 @@ def _unused(named: list[tuple[Record, str]]) -> Iterator[str]:
         yield f"Rows of {name} were passed over and others taken: {count:,} at most in a training: {reason}."
 
 
-def _left_out(named: list[tuple[Record, str]]) -> Iterator[str]:
+def _left_out(named_records: list[tuple[Record, str]]) -> Iterator[str]:
     """Yield how many test items evaluations left out; the most of each benchmark."""
     most: dict[tuple[str, str], int] = {}
-    for record, name in named:
+    for record, name in named_records:
         for reason, count in record.passed_over.items() if record.stage == EvaluateSpec.KIND else ():
             most[name, reason] = max(count, most.get((name, reason), 0))
     for (name, reason), count in sorted(most.items()):
         yield f"Items of {name} were left out of the scores: {count:,} at most in an evaluation: {reason}."
 
 
-def _scripts(named: list[tuple[Record, str]]) -> Iterator[str]:
+def _scripts(named_records: list[tuple[Record, str]]) -> Iterator[str]:
     """Yield the benchmarks whose ROUGE has words of any script."""
-    benchmarks = {name: record.spec.get("benchmark") for record, name in named}
+    benchmarks = {name: record.spec.get("benchmark") for record, name in named_records}
     if names := sorted(name for name, content in benchmarks.items() if content and content.get("script") == "any"):
         yield (
             f"ROUGE of {', '.join(names)} has words of every script, in scripts without spaces between words its characters; "
@@ -106,11 +106,11 @@ def _flips(points: Iterable[Point], records: Records) -> Iterator[str]:
             yield f"{flips.text(record, metrics)}."
 
 
-def _rounded(named: list[tuple[Record, str]]) -> Iterator[str]:
+def _rounded(named_records: list[tuple[Record, str]]) -> Iterator[str]:
     """Yield a line if trainings changed their adapters so little (at 1e-7, say) that a bfloat16 base rounds the change
     away.
     """
-    tested = [record for record, _ in named if record.adapter_changes_logits is not None]
+    tested = [record for record, _ in named_records if record.adapter_changes_logits is not None]
     if away := sum(not record.adapter_changes_logits for record in tested):
         yield (
             f"In {away} of {len(tested)} evaluations of adapters the adapter was too small to change a logit of a probe: the base's "
@@ -121,24 +121,24 @@ def _rounded(named: list[tuple[Record, str]]) -> Iterator[str]:
 _COUNTS = {"cut": "stopped at max_new_tokens, before an end of their own", "empty": "are empty"}
 
 
-def _counts(named: list[tuple[Record, str]]) -> Iterator[str]:
+def _counts(named_records: list[tuple[Record, str]]) -> Iterator[str]:
     """Yield a line if answers were cut or empty: they are scored as they are, and may explain a low score."""
     groups: dict[str, list[Record]] = defaultdict(list)
-    for record, name in named:
+    for record, name in named_records:
         if record.counts:
             groups[name].append(record)
     for name, records in sorted(groups.items()):
         for count, what in _COUNTS.items():
             shares = [(r.counts.get(count, 0), r.items) for r in records]
-            some, every = (sum(part) for part in zip(*shares, strict=True))
-            if some:
+            count_sum, every = (sum(part) for part in zip(*shares, strict=True))
+            if count_sum:
                 most = f", in one evaluation {max(a / b for a, b in shares):.0%}" if len(shares) > 1 else ""
-                yield f"{some:,} of {every:,} answers to {name} ({some / every:.1%}{most}) {what}."
+                yield f"{count_sum:,} of {every:,} answers to {name} ({count_sum / every:.1%}{most}) {what}."
 
 
-def _engines(named: list[tuple[Record, str]]) -> Iterator[str]:
+def _engines(named_records: list[tuple[Record, str]]) -> Iterator[str]:
     """Yield who answered where it was not the model in memory alone, and that engines differ; how many answers fell back to it."""
-    evaluations = [record for record, _ in named if record.stage == EvaluateSpec.KIND]
+    evaluations = [record for record, _ in named_records if record.stage == EvaluateSpec.KIND]
     if not any(record.engine for record in evaluations):
         return
     names = Counter(_engine_name(record) for record in evaluations)
@@ -184,9 +184,9 @@ def _counted(counts: Counter[Any]) -> str:
     return ", ".join(f"{name} ({count} records)" for name, count in sorted(counts.items(), key=str))
 
 
-def _fingerprints(named: list[tuple[Record, str]]) -> Iterator[str]:
+def _fingerprints(named_records: list[tuple[Record, str]]) -> Iterator[str]:
     sets: dict[tuple, Counter] = defaultdict(Counter)
-    for record, name in named:
+    for record, name in named_records:
         spec = record.spec
         source = spec.get("benchmark", spec).get("data")
         if source is not None:

@@ -48,7 +48,7 @@ class Panel:
 
     @property
     def xs(self) -> list[float]:
-        """Where points are on the x axis, in order."""
+        """Return where points are on the x axis, in order."""
         return sorted({x for curve in self.curves for x, _ in curve.points})
 
 

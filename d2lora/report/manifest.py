@@ -72,7 +72,7 @@ def _write(
 
 
 def entry(cell: Cell) -> ManifestCell:
-    """A cell as manifests list it."""
+    """Return a cell as manifests list it."""
     left_out: dict[str, Any] = dict.fromkeys(("output", "dry_run", "skip_invalid", "job", "data_root"), True)
     if not cell.config.is_validated:  # then nothing reads them
         left_out |= {"tune": True, "task": {"validation": True}}

@@ -74,7 +74,7 @@ def select(artefact: Artefact, points: Iterable[Point]) -> list[Point]:
     points = list(points)
     wanted = set(itertools.product(artefact.methods, {False, artefact.warmed}))
     for scale in SCALES:
-        chosen = [p for p in points if _shown(artefact, scale, p)]
+        chosen = [p for p in points if _belongs(artefact, scale, p)]
         sizes, arms = {p.n for p in chosen} - {0}, {(p.method, p.m != 0) for p in chosen}
         if len(sizes) > 1 and arms == wanted and _is_one_grid(chosen):
             return chosen
@@ -87,7 +87,7 @@ def _is_one_grid(points: list[Point]) -> bool:
     return all(len({p.value_of(k) for p in points} - {"", 0}) <= 1 for k in (*LABELS, "m", *keys))
 
 
-def _shown(artefact: Artefact, scale: Scale, point: Point) -> bool:
+def _belongs(artefact: Artefact, scale: Scale, point: Point) -> bool:
     if (point.task, point.benchmark) != getattr(scale, artefact.role):
         return False
     if point.control != NO_CONTROL or point.method not in artefact.methods or not (artefact.warmed or point.m == 0):

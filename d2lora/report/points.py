@@ -94,7 +94,7 @@ class Point:
 
     @property
     def arm_label(self) -> str:
-        """The label of an arm with a warm-up or of a control arm, with {m} and {n} to fill in."""
+        """Return the label of an arm with a warm-up or of a control arm, with {m} and {n} to fill in."""
         return control_of(self.control).label
 
     def value_of(self, key: str) -> int | str:

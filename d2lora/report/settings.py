@@ -65,8 +65,8 @@ def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]
         config = _values(cell.config) | ({"data_seed": "the seed"} if follows else {})
         columns.setdefault(tuple(config.items()), []).append(cell.config)
     values = [dict(column) for column in columns]
-    named = {key for _, key in _ROWS} | {"method"}
-    keys = dict.fromkeys(k for v in values for k in v if k not in named and len({w.get(k) for w in values}) > 1)
+    fixed = {key for _, key in _ROWS} | {"method"}
+    keys = dict.fromkeys(k for v in values for k in v if k not in fixed and len({w.get(k) for w in values}) > 1)
     rows = [[name, *(_text(v.get(key)) for v in values)] for name, key in (*_ROWS, *((k, k) for k in keys))]
     for axis, name in (("m", "m that ran"), ("n", "n that ran"), ("seed", "seeds")):
         rows.append([name, *(_ran(configs, axis) for configs in columns.values())])

@@ -67,7 +67,7 @@ class Table:
 
     @cached_property
     def remarks(self) -> list[str]:
-        """What else its numbers say, a line each: what a warm-up is worth in task samples, shares of the variance."""
+        """Return what else its numbers say, a line each: a warm-up's worth in task samples, shares of the variance."""
         return [*worth.lines(self), *variances.lines(self.points)]
 
     @property

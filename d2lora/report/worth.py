@@ -40,12 +40,12 @@ class Curve:
 
     @cached_property
     def levels(self) -> np.ndarray:
-        """The fit (sizes,)."""
+        """Return the fit (sizes,)."""
         return _monotone(np.array([p.value for p in self.points.values()]))
 
     @cached_property
     def drawn(self) -> list[np.ndarray]:
-        """The fit of each resample: the same items for all points, another luck of trainings for each."""
+        """Return the fit of each resample: the same items for all points, another luck of trainings for each."""
         drawn = [stats.bootstrap(p.units, RESAMPLES, luck=i) for i, p in enumerate(self.points.values(), 1)]
         return [_monotone(values) for values in np.column_stack(drawn)]
 

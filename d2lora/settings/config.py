@@ -21,7 +21,7 @@ from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
 from d2lora.settings.recipe import RATE, Recipe
 from d2lora.settings.tasks import Benchmark, Model, Task, Warmup
-from d2lora.settings.values import Amount, PathText, Seed, Strict, Text, shown
+from d2lora.settings.values import Amount, PathText, Seed, Strict, Text, as_given
 
 OF_VALIDATION = "_validation"  # ends the name of the validation benchmark of another
 
@@ -86,7 +86,7 @@ class Config(Strict):
 
     @property
     def benchmarks(self) -> dict[str, Benchmark]:
-        """The task's benchmarks, and where settings are chosen by them its validation benchmarks."""
+        """Return the task's benchmarks, and where settings are chosen by them its validation benchmarks."""
         return self.task.benchmark | (self.task.validation if self.is_validated else {})
 
     @property
@@ -224,7 +224,7 @@ def _has_key(values: Mapping[str, Any], key: str) -> bool:
     return True
 
 
-def parse(values: dict) -> Config:
+def parse(values: dict[str, Any]) -> Config:
     """Return the checked Config of a resolved mapping. UserError with one line for each problem."""
     try:
         return Config.model_validate(values)
@@ -264,4 +264,4 @@ def _line(problem: Any) -> str:
         return f"{key}.name={problem['ctx']['tag']}: one of {', '.join(classes)}"
     if isinstance(problem["input"], BaseModel | dict):
         return f"{key}: {text}" if key else text
-    return f"{key}={shown(problem['input'])}: {text[0].lower() + text[1:]}"
+    return f"{key}={as_given(problem['input'])}: {text[0].lower() + text[1:]}"

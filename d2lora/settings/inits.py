@@ -157,7 +157,7 @@ class CordaIpmInit(FromRowsInit):
 
 
 class EvaInit(FromRowsInit):
-    """A the inputs' principal components, B zero (Paischer et al. 2024); a layer's rank is at most rho * r."""
+    """A holds the inputs' principal components, B is zero (Paischer et al. 2024); a layer's rank is at most rho * r."""
 
     allows_dropout: ClassVar[bool] = True  # A and B hold nothing of the base's weight
 
@@ -267,5 +267,5 @@ QUANTIZING: frozenset[str] = frozenset(name for name, init in _BY_NAME.items() i
 
 
 def init_of(name: str) -> type[BaseInit]:
-    """Return the class of an initialization's name. KeyError for a name that is none's."""
+    """Return the class of the initialization with this name. KeyError if there is none."""
     return _BY_NAME[name]

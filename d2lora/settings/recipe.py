@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, StrictBool, model_validator
 
 from d2lora.settings.methods import METHOD_NAMES, method_of
-from d2lora.settings.values import PathText, Positive, Rate, Strict, Text, shown
+from d2lora.settings.values import PathText, Positive, Rate, Strict, Text, as_given
 
 WARMUP = "warmup"  # phase 1, beside phase 2's methods
 RATE = "recipe.lr"  # as an axis: the learning rate of a cell's own method, whichever it is
@@ -110,7 +110,7 @@ class Recipe(Machine, Training):
             return values
         factor = values[_FACTOR]
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-            raise ValueError(f"{_FACTOR}={shown(factor)}: a number above 0")
+            raise ValueError(f"{_FACTOR}={as_given(factor)}: a number above 0")
         rest = {key: value for key, value in values.items() if key != _FACTOR}
         rates = rest.get("lr")
         if not isinstance(rates, dict):

@@ -65,7 +65,7 @@ Prompt = Annotated[
 
 
 class HarnessTask(Strict):
-    """A task of lm-evaluation-harness, and what is to be other than the harness has it."""
+    """A task of lm-evaluation-harness, with the settings that differ from the harness's own."""
 
     name: Text
     fewshot: Annotated[StrictInt, Field(ge=0)] | None = None  # examples before each question; null: as the task has it
@@ -86,7 +86,7 @@ HarnessName = Annotated[
 
 
 def _prompt_texts(prompt: str | list[Turn] | None) -> list[str]:
-    """Return the templates of a prompt: of turns, one each."""
+    """Return a prompt's templates: its text, or one for each of its turns."""
     return [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt or []]
 
 
@@ -130,7 +130,7 @@ class Benchmark(Strict):
     too_long: Literal["refuse", "leave_out"] = "refuse"  # items that the model can't take
 
     def content(self) -> dict[str, Any]:
-        """Return what a key has of the benchmark beside its data; a setting that came later only where it is set."""
+        """Return the benchmark's part of a key, without its data; settings that came later are in it only where they are set."""
         later = {"cluster", "script", "too_long"}
         unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return self.model_dump(exclude={"data"} | unset)
@@ -142,7 +142,7 @@ class Benchmark(Strict):
 
     @property
     def prompts(self) -> list[str]:
-        """Return the templates of the prompt: of turns, one each."""
+        """Return the prompt's templates: its text, or one for each of its turns."""
         return _prompt_texts(self.prompt)
 
     @model_validator(mode="after")

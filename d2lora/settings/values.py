@@ -95,7 +95,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
 
 
-def shown(value: object) -> object:
+def as_given(value: object) -> object:
     """Return a value as an error shows it: a number or the like in quotes would look as if it were right."""
     with contextlib.suppress(ValueError):
         if isinstance(value, str) and not isinstance(json.loads(value), str):

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from d2lora import data
+from d2lora.keys import Identity
 from d2lora.records import Result
 from d2lora.settings import Config, Sft, amount
 from d2lora.settings.controls import MixedControl
 from d2lora.stages import rows, training
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, Stage
+from d2lora.stages.stage import Spec, Stage
 from d2lora.stages.training import TrainingSpec
 
 
@@ -51,7 +52,7 @@ def stage(config: Config, parent: Stage[Spec] | None, warmed: bool) -> Stage[Ada
 
 
 def _control(config: Config) -> Identity | None:
-    """Return what of a control arm without a warm-up is in the key: the rows and epochs of the warm-up that it does not have."""
+    """Return what the key says of a control arm without a warm-up: the rows and epochs of the warm-up that it does not have."""
     control, warmup = config.effective_control, config.warmup
     if control.warms_up:
         return None

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from d2lora import data
-from d2lora.data import overlap
+from d2lora.data import overlap, wording
+from d2lora.keys import Identity
 from d2lora.records import Result
 from d2lora.settings import Benchmark, Config, Data, Task, fields
 from d2lora.stages import prepare
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, Stage
+from d2lora.stages.stage import Spec, Stage
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class ContaminationSpec(Spec):
 
     test: Identity
     train: Identity
-    ngram: int = overlap.NGRAM
+    ngram: int = wording.NGRAM
 
     KIND: ClassVar[str] = "contamination"
     VERSION: ClassVar[int] = 2

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from d2lora import data
+from d2lora.evaluate import vllm
 from d2lora.evaluate.vllm import installed
 from d2lora.progress import Progress
 from d2lora.records import CLUSTER, Engine, Item, Result
 from d2lora.settings import Benchmark, Config
 from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
-from d2lora.stages.run import Run, in_memory
+from d2lora.stages.run import AfterOthers, Run, in_memory
 from d2lora.stages.stage import Identity, Spec, Stage, versions
 from d2lora.stages.training import TrainingSpec
 
@@ -142,20 +143,27 @@ class _Outcome(NamedTuple):
 
 
 def _in_engine(run: Run[EvaluateSpec]) -> _Outcome | str:
-    """Evaluate with the engine that the stage asks; return why not if it has to be done in memory."""
+    """Evaluate with the engine that the stage asks; return why not if it has to be done in memory.
+
+    AfterOthers while the engine still runs for stages beside it: it would be ended for this one, and started again for them.
+    """
     from d2lora.evaluate.vllm import engine, sessions
 
     key, *together = (s.parent.key if s.parent else None for s in (run.stage, *_same_items(run)))
     session = sessions.opened(run.base, run.config.model, _adapters(run), run.config.recipe, run.outputs)
-    try:
-        if why := session.why_not(key):
-            return why
-        answers = engine.InVllm(run.base, session, key, together)
-        evaluation = _numbered_as_rows(run, answers.evaluate(_questions(run), 0, run.progress))
-        return _Outcome(*evaluation, session.changes[key], Engine(**session.identity))
-    except (sessions.Gone, sessions.Unable) as why:
+    why = said = session.why_not(key)
+    if not why:
+        try:
+            answers = engine.InVllm(run.base, session, key, together)
+            evaluation = _numbered_as_rows(run, answers.evaluate(_questions(run), 0, run.progress))
+            return _Outcome(*evaluation, session.changes[key], Engine(**session.identity))
+        except (sessions.Gone, sessions.Unable) as error:
+            why, said = str(error), session.why_not(key)
+    if run.beside and session.pid:
+        raise AfterOthers
+    if not said:  # as of an adapter that the session refuses
         print(f"{run.stage.label}: evaluated in memory: {why}", file=sys.stderr)
-        return str(why)
+    return why
 
 
 def _same_items(run: Run[EvaluateSpec]) -> list[Stage[Spec]]:
@@ -178,15 +186,13 @@ def _adapters(run: Run[EvaluateSpec]) -> "list[Adapter]":
 
 def _in_memory(run: Run[EvaluateSpec], instead: str | None) -> _Outcome:
     """Evaluate the base, or the base with the adapter, in this process; `instead` is why the engine that was asked did not."""
+    vllm.make_room()
+    base = run.base  # before what imports torch: loading a process's libraries is not its first stage's time
     from d2lora.adapters import attach
 
-    if run.config.recipe.engine == installed.NAME:
-        from d2lora.evaluate.vllm import sessions
-
-        sessions.make_room()
     adapter = run.parent / "adapter" if run.parent else None
     engine = Engine(name=MEMORY, instead_of=engine_text(run.stage), reason=instead) if instead else None
-    with attach.trained(run.base, adapter, _quantizes(run.stage)) as (tested, changes):
+    with attach.trained(base, adapter, _quantizes(run.stage)) as (tested, changes):
         return _Outcome(*scored(run, tested, run.config.recipe.eval_batch, run.progress), changes, engine)
 
 

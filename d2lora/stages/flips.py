@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from d2lora.keys import Identity
 from d2lora.records import Item, Result, Score
 from d2lora.settings import Config
 from d2lora.stages import evaluate
 from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Stage
+from d2lora.stages.stage import Stage
 
 FLIP_ITEMS = 200  # of a benchmark's, the first: batch 1 is slow
 
@@ -51,8 +52,8 @@ def work(run: Run[FlipsSpec]) -> Result:
     for number, batch in enumerate(spec.batches):
         half = lambda done, total, before=number: run.progress(before * total + done, 2 * total)  # noqa: E731
         evaluations.append(evaluate.scored(run, run.base.model, batch, half, spec.items))
-    (metrics, some, alone), (_, others, together) = evaluations
-    measured, differing = compare(some, others, metrics)
+    (metrics, items_alone, alone), (_, items_together, together) = evaluations
+    measured, differing = compare(items_alone, items_together, metrics)
     run.write_items(differing)
     return Result(
         benchmark=run.stage.subject, base=run.config.model.name, batches=[alone, together], metrics=dict(measured)
@@ -67,15 +68,15 @@ def compare(alone: list[Item], together: list[Item], metrics: Iterable[str]) -> 
     """
     pairs = list(zip(alone, together, strict=True))
     scores = {"answers_flipped": _mean([float(a["answer"] != b["answer"]) for a, b in pairs])}
-    shown = ["answer", *metrics]
-    for name in shown[1:]:
+    columns = ["answer", *metrics]
+    for name in columns[1:]:
         differences = [float(b[name]) - float(a[name]) for a, b in pairs]
         scores[f"{name}_flipped"] = _mean([float(d != 0) for d in differences])
         scores[f"{name}_difference"] = _mean(differences)
     differing: list[Item] = [
-        {"index": a["index"], "prompt": a["prompt"]} | {name: [a[name], b[name]] for name in shown}
+        {"index": a["index"], "prompt": a["prompt"]} | {name: [a[name], b[name]] for name in columns}
         for a, b in pairs
-        if any(a[name] != b[name] for name in shown)
+        if any(a[name] != b[name] for name in columns)
     ]
     return scores, differing
 

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from d2lora.keys import Identity
 from d2lora.records import Result
 from d2lora.settings import Config, amount
 from d2lora.settings.controls import MergedControl
 from d2lora.stages import rows
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, Stage
+from d2lora.stages.stage import Spec, Stage
 from d2lora.stages.warmup import WarmupSpec
 
 

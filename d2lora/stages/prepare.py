@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from d2lora import data
+from d2lora.keys import Identity
 from d2lora.outputs import cached
 from d2lora.records import Result
 from d2lora.settings import Config, Data, Init, Lora
 from d2lora.settings.inits import FromRowsInit
 from d2lora.stages import rows
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, Stage, versions
+from d2lora.stages.stage import Spec, Stage, versions
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def _rows(config: Config, init: FromRowsInit) -> Identity:
 
 def work(run: Run[PrepareSpec]) -> Result:
     """Start an adapter as the initialization does, and save it."""
+    base = run.base  # before what imports torch: loading a process's libraries is not its first stage's time
     from d2lora.adapters import attach, coverage
     from d2lora.adapters.passes import Sequence
     from d2lora.adapters.preparations import prepare
@@ -101,15 +103,15 @@ def work(run: Run[PrepareSpec]) -> Result:
     spec = run.stage.spec
     start = Start(spec.lora, spec.init, spec.seed or 0)
     subset = _drawn(run)
-    attach.check_round_trip(run.base, start, spec.model, run.outputs.proofs)
-    with attach.adapter(run.base, start, None) as wrapped:
+    attach.check_round_trip(base, start, spec.model, run.outputs.proofs)
+    with attach.adapter(base, start, None) as wrapped:
         reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
         sequences = [s for e in data.sft_examples(subset.examples) for s in data.sequences(e)]
         looked_at = [Sequence(input_ids=s["input_ids"], labels=s["labels"]) for s in sequences]
         prepare(wrapped, start, looked_at, run.progress)
-        saved = attach.save(run.base, wrapped, run.folder, spec.init.quantizes)
+        saved = attach.save(base, wrapped, run.folder, spec.init.quantizes)
     # LoftQ's too was prepared on the base itself; what is trained from it starts on the quantized one.
-    attach.check_saved(run.base, saved, run.folder)
+    attach.check_saved(base, saved, run.folder)
     return Result(metrics={"samples_seen": len(subset.rows)}, data=subset.counts(), coverage=reached)
 
 

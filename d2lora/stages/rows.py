@@ -5,11 +5,11 @@ from pathlib import Path
 
 from d2lora import data
 from d2lora.errors import UserError
-from d2lora.keys import digest
+from d2lora.keys import Identity, digest
 from d2lora.outputs import Outputs
 from d2lora.settings import Benchmark, Config, Data, Task, Warmup
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec
+from d2lora.stages.stage import Spec
 
 
 def rendering(task: Task) -> Identity:
@@ -32,7 +32,7 @@ def samples(config: Config, source: Data, amount: int | str, epochs: int) -> int
 
 
 def seed_text(config: Config) -> str:
-    """Return what labels say of a seed: nothing of seed 0."""
+    """Return a seed for labels; empty for seed 0."""
     return f" s{config.seed}" if config.seed else ""
 
 

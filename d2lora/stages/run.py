@@ -1,17 +1,16 @@
 """Give a stage's work its inputs, and collect its outputs."""
 
-import contextlib
 import functools
-import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from d2lora import data
+from d2lora.collection import uncollected
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.outputs import Outputs, cached
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
     from d2lora.base import Base
 
 T = TypeVar("T")
+
+
+class AfterOthers(Exception):
+    """The stage is to be done after those beside it: an engine that they ask has the memory that it needs."""
 
 
 @dataclass
@@ -57,7 +60,7 @@ class Run(Generic[S]):
 
     @property
     def others(self) -> list[Path]:
-        """The folders of the records of the other stages that it waits for."""
+        """Return the folders of the records that the stage needs beside its parent's."""
         return [self.outputs.record(other.kind, other.key) for other in self.stage.others]
 
     @functools.cached_property
@@ -94,7 +97,7 @@ class Run(Generic[S]):
 
 def _base(config: Config, outputs: Outputs) -> "Base":
     """Load the base. UserError if a Hub revision is another commit than earlier records in this output used."""
-    with _uncollected():
+    with uncollected():
         import torch  # here, not above: it takes many seconds, and a check of the data does not need it
 
         from d2lora.base import load_base
@@ -105,18 +108,6 @@ def _base(config: Config, outputs: Outputs) -> "Base":
     if commit := getattr(base.model.config, "_commit_hash", None):
         _same_commit(config, outputs, commit)
     return base
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Turn garbage collection off inside: imported objects are never garbage, and scanning them only costs time."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _same_commit(config: Config, outputs: Outputs, commit: str) -> None:

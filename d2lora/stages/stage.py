@@ -4,11 +4,9 @@ import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
-from d2lora.keys import digest
-
-Identity = dict[str, Any]  # what tells one data set, model or text template from another, as JSON
+from d2lora.keys import Identity, digest
 
 
 class Spec(ABC):

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2lora import data
-from d2lora.keys import digest
+from d2lora.keys import Identity, digest
 from d2lora.outputs import cached
 from d2lora.records import Result
 from d2lora.settings import Config, Init, Lora, Method
 from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, versions
+from d2lora.stages.stage import Spec, versions
 
 if TYPE_CHECKING:
     from d2lora.train.passes import Passes
@@ -109,8 +109,9 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
     def attempt() -> tuple[dict[str, Any], dict[str, Any]]:
         with attach.adapter(run.base, start, run.parent) as wrapped:
             reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
-            how = (checkpoints, run.progress, reference, proofs, epochs, passes)
-            metrics = training.train(run.base, wrapped, subset, spec, recipe, *how)
+            metrics = training.train(
+                run.base, wrapped, subset, spec, recipe, checkpoints, run.progress, reference, proofs, epochs, passes
+            )
             saved = attach.save(run.base, wrapped, run.folder, spec.init.quantizes)
         attach.check_saved(run.base, saved, run.folder, spec.init.quantizes)
         return metrics, reached
@@ -120,7 +121,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
 
 
 def _passes(run: Run[TrainingSpec]) -> "Passes":
-    """Return the passes of a training, with what memory sufficed for when its like was trained in this output folder."""
+    """Return the passes of a training, as large as memory sufficed for in an earlier one like it in this output folder."""
     from d2lora import base
     from d2lora.train.passes import Passes
 

@@ -5,13 +5,14 @@ whole grid.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from d2lora.keys import Identity
 from d2lora.records import Result
 from d2lora.settings import Config, Sft, amount
 from d2lora.settings.controls import PlaceboControl
 from d2lora.settings.recipe import WARMUP
 from d2lora.stages import rows, training
 from d2lora.stages.run import Run
-from d2lora.stages.stage import Identity, Spec, Stage
+from d2lora.stages.stage import Spec, Stage
 from d2lora.stages.training import TrainingSpec
 
 

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from d2lora import mirror
 from d2lora.base import memory_mb
 from d2lora.outputs import sync, write_json
-from d2lora.progress import Progress
+from d2lora.progress import Progress, log
 
 _WHOLE = "whole.json"
 
@@ -26,7 +25,7 @@ class Checkpoint(NamedTuple):
 def checkpoint(folder: Path) -> Checkpoint | None:
     """Return the latest complete checkpoint of a stage; None if there is none."""
     marks = [Checkpoint(file.parent, json.loads(file.read_text())) for file in folder.glob(f"checkpoint-*/{_WHOLE}")]
-    return max(marks, key=lambda found: found.mark["step"], default=None)
+    return max(marks, key=lambda complete: complete.mark["step"], default=None)
 
 
 class Watch(TrainerCallback):
@@ -52,8 +51,8 @@ class Watch(TrainerCallback):
         write_json(folder / _WHOLE, {"step": state.global_step, "seconds": round(self.saved - self.started, 3)})
 
 
-class Mirror(TrainerCallback):
-    """Logs every entry of Trainer's log to W&B, over the samples seen. The training has `rows` rows of `tokens` tokens
+class Curves(TrainerCallback):
+    """Logs every entry of Trainer's log (for W&B), over the samples seen. The training has `rows` rows of `tokens` tokens
     on average.
     """
 
@@ -63,7 +62,7 @@ class Mirror(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.seen, self.clock = self._seen(state.global_step), time.monotonic()
+        self.samples, self.clock = self._samples(state.global_step), time.monotonic()
 
     def on_log(
         self,
@@ -75,13 +74,13 @@ class Mirror(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        seen, clock = self._seen(state.global_step), time.monotonic()
-        rate = (seen - self.seen) / max(clock - self.clock, 1e-9)
+        samples, clock = self._samples(state.global_step), time.monotonic()
+        rate = (samples - self.samples) / max(clock - self.clock, 1e-9)
         speed = {"samples_per_second": rate, "tokens_per_second": rate * self.tokens, "memory_mb": memory_mb()}
-        mirror.log({k: v for k, v in logs.items() if isinstance(v, int | float)} | speed, seen)
-        self.seen, self.clock = seen, clock
+        log({k: v for k, v in logs.items() if isinstance(v, int | float)} | speed, samples)
+        self.samples, self.clock = samples, clock
 
-    def _seen(self, step: int) -> int:
+    def _samples(self, step: int) -> int:
         """Count the samples seen after a step; the last batch of an epoch may be smaller."""
         epochs, steps = divmod(step, math.ceil(self.rows / self.batch))
         return epochs * self.rows + steps * self.batch

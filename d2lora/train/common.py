@@ -143,17 +143,18 @@ class PackedTrainer(_Trainer):
         reached = _Reached(self)
         parts: list[list[Example]] = []
 
-        def part(some: list[Example]) -> torch.Tensor:
+        def part_loss(part: list[Example]) -> torch.Tensor:
             reached.mark()
-            loss = super(PackedTrainer, self).training_step(model, self.data_collator.lay(some), num_items_in_batch)
-            parts.append(some)
+            loss = super(PackedTrainer, self).training_step(model, self.data_collator.lay(part), num_items_in_batch)
+            parts.append(part)
             return loss
 
-        losses = passes.each(passes.parts(examples), part, reached.undo)
+        losses = passes.each(passes.parts(examples), part_loss, reached.undo)
         loss = torch.stack(losses).sum()
         reached.average(list(map(len, parts)))
         if not torch.isfinite(loss):
-            bad = next((some for some, its in zip(parts, losses, strict=True) if not torch.isfinite(its)), examples)
+            of_parts = zip(parts, losses, strict=True)
+            bad = next((part for part, value in of_parts if not torch.isfinite(value)), examples)
             rows = ", ".join(str(e["row"]) for e in bad if "row" in e)
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of the data set: lower the "
@@ -173,8 +174,8 @@ class _Reached:
         self.trainer = trainer
         self.weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
         stores = ("_metrics", "_stored_metrics")  # SFT's, DPO's and KTO's; ORPO's and CPO's
-        named = [getattr(trainer, name) for name in stores if hasattr(trainer, name)]
-        self.logs: list[dict[str, list[Any]]] = [store["train"] for store in named]
+        metrics = [getattr(trainer, name) for name in stores if hasattr(trainer, name)]
+        self.logs: list[dict[str, list[Any]]] = [store["train"] for store in metrics]
         self.before = self._counts()
 
     def _counts(self) -> list[dict[str, int]]:

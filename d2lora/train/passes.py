@@ -55,7 +55,7 @@ class Passes:
         return cls(None, tokens, file, limited=tokens < most)
 
     @property
-    def named(self) -> str:
+    def setting(self) -> str:
         """Return the setting as messages show it."""
         return (
             f"recipe.micro_batch={self.rows}"
@@ -64,11 +64,11 @@ class Passes:
         )
 
     @property
-    def shown(self) -> dict[str, Any]:
-        """Return what a record shows of it."""
+    def metrics(self) -> dict[str, Any]:
+        """Return what a record says of it."""
         return {"micro_batch": self.rows} if self.rows else {"micro_batch": "auto", "pass_tokens": self.tokens}
 
-    def tried_at_once(self, batch: int, length: int) -> int:
+    def texts_at_once(self, batch: int, length: int) -> int:
         """Return how many texts of up to `length` tokens a test may put through the model at once: a batch, where it fits."""
         if self.rows:
             return self.rows
@@ -108,7 +108,7 @@ class Passes:
             write_json(self.file, {"tokens": self.tokens})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(f"out of memory: again with {self.named}", file=sys.stderr)
+        print(f"out of memory: again with {self.setting}", file=sys.stderr)
 
     def each(
         self,

@@ -14,7 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from d2lora.data import REFERENCE_BLOCK, Subset, longest
 from d2lora.keys import digest
-from d2lora.layouts import families, packing, proof
+from d2lora.layouts import families, log_probs, packing
 from d2lora.outputs import cached
 from d2lora.settings.methods import Referenced
 from d2lora.train.common import Batch, Example, Objective, WholeBatchTrainer
@@ -106,14 +106,14 @@ class ReferencedTrainer(WholeBatchTrainer):
         for index in sorted({0, *sorted(range(len(pairs)), key=lambda i: -longest(pairs[i]))[:_PROVEN]}):
             plainly = families.attention(cast(PreTrainedModel, self.model.get_base_model()), self.data_collator.plain)
             with plainly, self.as_reference(), self.accelerator.autocast():
-                plain = proof.plain(self.model, [pairs[index]])
+                by_token = log_probs.plain(self.model, [pairs[index]])
             for answer, kind in enumerate(("chosen", "rejected")):
-                now = sum(value for (_, which, _), value in plain.items() if which == answer)
-                was, tokens = values[index][answer], len(pairs[index][f"{kind}_ids"])
-                if not abs(was - now) <= 2 * tolerance * math.sqrt(tokens):
+                computed = sum(value for (_, which, _), value in by_token.items() if which == answer)
+                stored, tokens = values[index][answer], len(pairs[index][f"{kind}_ids"])
+                if not abs(stored - computed) <= 2 * tolerance * math.sqrt(tokens):
                     raise RuntimeError(
                         f"{self.method.label}'s reference is not the {self.method.reference} model: the {kind} answer of pair {index + 1} "
-                        f"has a log-probability of {was:.4f} in {self.cache}, and the model gives {now:.4f}: remove that folder to have "
+                        f"has a log-probability of {stored:.4f} in {self.cache}, and the model gives {computed:.4f}: remove that folder to have "
                         "it computed again"
                     )
 

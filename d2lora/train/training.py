@@ -16,13 +16,14 @@ from d2lora.adapters import attach, lean
 from d2lora.base import Base, device
 from d2lora.data import Subset, longest, sequences
 from d2lora.errors import UserError
-from d2lora.layouts import families, proof
+from d2lora.layouts import choice, families, log_probs, proof
+from d2lora.layouts.check import Check
 from d2lora.layouts.packing import Layout
 from d2lora.progress import Progress
 from d2lora.settings.methods import Method
 from d2lora.settings.recipe import Machine
 from d2lora.train import speed
-from d2lora.train.callbacks import Checkpoint, Mirror, Watch, checkpoint
+from d2lora.train.callbacks import Checkpoint, Curves, Watch, checkpoint
 from d2lora.train.common import Example, Objective, PackedTrainer, Packer
 from d2lora.train.methods import objective
 from d2lora.train.passes import Passes, tokens_of
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from d2lora.stages.training import TrainingSpec
 
 _LOGGED = 200  # entries of the log that W&B gets, about ...
-_KEPT = 20  # ... and that the record keeps
+_RECORDED = 20  # ... and that are in the record
 
 
 def train(
@@ -53,59 +54,63 @@ def train(
 
     `folder` is for checkpoints; training resumes from the latest. `reference` caches the log-probabilities of DPO's
     reference (one folder for each policy), `proofs` the layouts that were tested (next to `folder` by default),
-    `passes` says how much goes through the model at once (by default as the recipe has it). Returns metrics: first and last loss, steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the
-    steps). FloatingPointError for a loss or weights that are not finite.
+    `passes` says how much goes through the model at once (by default as the recipe has it). Returns metrics: first and
+    last loss, steps, samples and tokens seen, the layout, and the log (an entry every 5 % of the steps).
+    FloatingPointError for a loss or weights that are not finite.
     """
-    how = objective(spec.method)
-    rows = how.examples(drawn)
+    method = objective(spec.method)
+    rows = method.examples(drawn)
+    texts = [text for row in rows for text in sequences(row)]
     epochs = spec.epochs if epochs is None else epochs
-    steps = spec.steps(len(rows), epochs)
-    every = max(1, steps // _LOGGED)
+    log_every, record_every = _intervals(spec.steps(len(rows), epochs))
     start = checkpoint(folder)
     passes = passes or Passes.of(machine.micro_batch, device())
-    texts = [text for row in rows for text in sequences(row)]
-    layouts = proof.candidates(base.model, machine.packing == "prefix_shared", machine.attention, texts)
+    layouts = choice.candidates(base.model, machine.packing == "prefix_shared", machine.attention, texts)
+    memory = proof.Memory(proofs or folder.parent / "proofs", spec.model)
     with attach.in_training(wrapped):
-        trainer = how.trainer(
+        trainer = method.trainer(
             model=wrapped,
-            args=_trl_config(how, spec, machine, folder, every, epochs),
+            args=_trl_config(method, spec, machine, folder, log_every, epochs),
             train_dataset=Dataset.from_list([e | {"row": i + 1} for e, i in zip(rows, drawn.rows, strict=True)]),
             processing_class=base.tokenizer,
-            callbacks=[Watch(progress, machine.checkpoint_minutes, start.mark.get("seconds", 0.0) if start else 0.0)],
-            data_collator=_packer(base, layouts[0], passes, how.prompt_loss),
-            **how.trainer_arguments(drawn, reference),
+            callbacks=[_watch(progress, machine, start)],
+            data_collator=_packer(base, layouts[0], passes, method.prompt_loss),
+            **method.trainer_arguments(drawn, reference),
         )
         trainer.remove_callback(PrinterCallback)
-        memory = proof.Memory(proofs or folder.parent / "proofs", spec.model)
-        shown = _prove(
-            base, trainer, layouts, texts, passes.tried_at_once(spec.batch, max(map(longest, texts))), memory
-        )
+        layout_proof = _set_layout(base, trainer, layouts, texts, spec.batch, memory)
         tokens = sum(tokens_of(row, trainer.data_collator.layout.rows == "packed") for row in rows)
-        with (
-            _lean_if_exact(base, trainer, texts, shown),
-            families.attention(base.model, trainer.data_collator.layout.attention),
-            _faster(base, trainer, machine, texts, shown),
-        ):
-            trainer.before_training(shown.tolerance)
-            trainer.add_callback(Mirror(len(rows), spec.batch, tokens / len(rows)))
+        with _as_in_training(base, trainer, machine, texts, layout_proof.tolerance):
+            trainer.before_training(layout_proof.tolerance)
+            trainer.add_callback(Curves(len(rows), spec.batch, tokens / len(rows)))
             _run(trainer, wrapped, start)
-    seen = {"samples_seen": round(len(rows) * epochs), "tokens_seen": round(tokens * epochs)}
-    resumed = {"resumed": start.mark} if start else {}
-    laid = passes.shown | {"attention": trainer.data_collator.layout.attention, "layout": asdict(shown)}
-    losses, log = _losses(trainer, max(1, steps // _KEPT // every) * every)
-    return losses | seen | trainer.counted() | resumed | laid | {"log": log}
+    counts = {"samples_seen": round(len(rows) * epochs), "tokens_seen": round(tokens * epochs)}
+    return _metrics(trainer, start, counts, layout_proof, record_every)
+
+
+def _intervals(steps: int) -> tuple[int, int]:
+    """Return after how many steps each an entry is logged, and one is in the record: a multiple of the former."""
+    logged = max(1, steps // _LOGGED)
+    return logged, max(1, steps // _RECORDED // logged) * logged
+
+
+def _watch(progress: Progress, machine: Machine, start: Checkpoint | None) -> Watch:
+    """Return the callback that reports progress and saves checkpoints; its clock goes on from the checkpoint's."""
+    return Watch(progress, machine.checkpoint_minutes, start.mark.get("seconds", 0.0) if start else 0.0)
 
 
 def _packer(base: Base, layout: Layout, passes: Passes, prompt_loss: bool) -> Packer:
+    """Return the collator, with a layout that has yet to be tested."""
     config = base.model.config
     return Packer(config.get_text_config().hidden_size, layout, passes, prompt_loss, config._attn_implementation)
 
 
 def _trl_config(
-    how: Objective[Any], spec: "TrainingSpec", machine: Machine, folder: Path, logging_steps: int, epochs: float
+    method: Objective[Any], spec: "TrainingSpec", machine: Machine, folder: Path, logging_steps: int, epochs: float
 ) -> Any:
     """Return the arguments in TRL's class of the method's, for one device."""
-    config = how.config(**arguments(spec, machine, folder, logging_steps, epochs), **how.arguments(spec.max_length))
+    shared = arguments(spec, machine, folder, logging_steps, epochs)
+    config = method.config(**shared, **method.arguments(spec.max_length))
     config._n_gpu = min(config.n_gpu, 1)  # over several GPUs Trainer would spread a batch, and make it larger
     return config
 
@@ -140,38 +145,56 @@ def arguments(
     }
 
 
-def _prove(
+def _set_layout(
     base: Base,
     trainer: PackedTrainer,
     layouts: list[Layout],
     texts: list[Example],
-    at_once: int,
+    batch: int,
     memory: proof.Memory,
 ) -> proof.Proof:
-    """Set the trainer's layout to the first that is exact for its model on these rows, and return its proof."""
-    collator, autocast = trainer.data_collator, trainer.accelerator.autocast
+    """Set the trainer's layout to the first that is exact for its model on these texts, and return its proof."""
+    collator = trainer.data_collator
     wrapped = trainer.model.eval().to(trainer.accelerator.device)
-    how = (texts, collator.prompt_loss, at_once, memory, autocast)
-    collator.layout, shown = proof.choose(base.name, wrapped, base.model, layouts, *how)
-    return shown
+    at_once = collator.passes.texts_at_once(batch, max(map(longest, texts)))
+    examples = choice.tested(texts, at_once)
+    check = Check(wrapped, base.model, examples, collator.prompt_loss, trainer.accelerator.autocast)
+    collator.layout, chosen = choice.choose(base.name, check, layouts, memory)
+    return chosen
 
 
 @contextlib.contextmanager
-def _lean_if_exact(base: Base, trainer: PackedTrainer, texts: list[Example], shown: proof.Proof) -> Iterator[None]:
+def _as_in_training(
+    base: Base, trainer: PackedTrainer, machine: Machine, texts: list[Example], tolerance: float
+) -> Iterator[None]:
+    """Run the model inside as it is trained: with our layers where they are exact, the layout's attention, the recipe's
+    kernels.
+    """
+    attention = trainer.data_collator.layout.attention
+    with (
+        _lean_if_exact(base, trainer, texts, tolerance),
+        families.attention(base.model, attention),
+        _faster(base, trainer, machine, texts, tolerance),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _lean_if_exact(base: Base, trainer: PackedTrainer, texts: list[Example], tolerance: float) -> Iterator[None]:
     """Train with the layers of `adapters.lean` inside if they give what PEFT's and transformers' own give on a text.
 
     Otherwise say so and train with the latter.
     """
-    some = sorted(texts, key=longest)[len(texts) // 2 :][:1]
+    middle = sorted(texts, key=longest)[len(texts) // 2 :][:1]
     with torch.no_grad(), trainer.accelerator.autocast():
-        computed = proof.plain(trainer.model, some)
+        ours = log_probs.plain(trainer.model, middle)
         with lean.suspended():
-            off = proof.difference(computed, proof.plain(trainer.model, some))
-    if off <= shown.tolerance:
+            difference = log_probs.difference(ours, log_probs.plain(trainer.model, middle))
+    if difference <= tolerance:
         yield
         return
     print(
-        f"{base.name}: trained by PEFT's own layers (in ours a token's log-probability is off by {off:.2g})",
+        f"{base.name}: trained by PEFT's own layers (in ours a token's log-probability is off by {difference:.2g})",
         file=sys.stderr,
     )
     with lean.suspended():
@@ -180,29 +203,31 @@ def _lean_if_exact(base: Base, trainer: PackedTrainer, texts: list[Example], sho
 
 @contextlib.contextmanager
 def _faster(
-    base: Base, trainer: PackedTrainer, machine: Machine, texts: list[Example], shown: proof.Proof
+    base: Base, trainer: PackedTrainer, machine: Machine, texts: list[Example], tolerance: float
 ) -> Iterator[None]:
     """Run the layers compiled or with other kernels inside, if the recipe says so and log-probabilities stay the same.
 
     UserError if they do not.
     """
-    named = speed.names(machine)
-    if not named:
+    settings = speed.names(machine)
+    if not settings:
         yield
         return
     before = _log_probs(trainer, texts)
     with speed.faster(base.model, machine):
-        off = proof.difference(_log_probs(trainer, texts), before)
-        if not off <= shown.tolerance:
-            raise UserError(f"{named}: a token's log-probability is off by {off:.2g} on {base.name}: leave it out")
+        difference = log_probs.difference(_log_probs(trainer, texts), before)
+        if not difference <= tolerance:
+            raise UserError(
+                f"{settings}: a token's log-probability is off by {difference:.2g} on {base.name}: leave it out"
+            )
         yield
 
 
-def _log_probs(trainer: PackedTrainer, texts: list[Example]) -> proof.Tokens:
+def _log_probs(trainer: PackedTrainer, texts: list[Example]) -> log_probs.Tokens:
     """Return the log-probabilities of the longest and the shortest text, laid out as in training."""
     collator, ordered = trainer.data_collator, sorted(texts, key=longest)
     with trainer.accelerator.autocast():
-        return proof.laid(
+        return log_probs.in_layout(
             trainer.model, [ordered[-1], ordered[0]], collator.layout, collator.hidden, collator.prompt_loss
         )
 
@@ -227,10 +252,20 @@ def _listed_once(wrapped: PeftModel) -> Iterator[None]:
         del wrapped.parameters
 
 
-def _losses(trainer: PackedTrainer, every: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return first and last loss with the number of steps, and the log for the record: an entry every `every` steps."""
-    log = thin([e for e in trainer.state.log_history if "loss" in e], every)
-    return {"first_loss": log[0]["loss"], "last_loss": log[-1]["loss"], "steps": trainer.state.global_step}, log
+def _metrics(
+    trainer: PackedTrainer,
+    start: Checkpoint | None,
+    counts: dict[str, int],
+    layout_proof: proof.Proof,
+    record_every: int,
+) -> dict[str, Any]:
+    """Return the record's metrics: losses, what was counted, how the training ran, and its thinned log."""
+    collator = trainer.data_collator
+    log = thin([entry for entry in trainer.state.log_history if "loss" in entry], record_every)
+    losses = {"first_loss": log[0]["loss"], "last_loss": log[-1]["loss"], "steps": trainer.state.global_step}
+    resumed = {"resumed": start.mark} if start else {}
+    layout = {"attention": collator.layout.attention, "layout": asdict(layout_proof)}
+    return losses | counts | trainer.counted() | resumed | collator.passes.metrics | layout | {"log": log}
 
 
 def thin(log: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
@@ -240,7 +275,7 @@ def thin(log: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
     Losses and rewards are averaged over the steps since the previous entry; other values are those of the last step.
     """
     states = ("step", "epoch", "learning_rate", "grad_norm", "num_tokens")
-    kept: list[dict[str, Any]] = []
+    thinned: list[dict[str, Any]] = []
     window: list[tuple[int, dict[str, Any]]] = []
     before = 0
     for entry in log:
@@ -248,11 +283,11 @@ def thin(log: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
         before = entry["step"]
         if before == 1 or before % every == 0:
             steps = sum(n for n, _ in window)
-            kept.append(
+            thinned.append(
                 {k: v if k in states else sum(n * e.get(k, v) for n, e in window) / steps for k, v in entry.items()}
             )
             window = []
-    return kept
+    return thinned
 
 
 def tokens(method: Method, drawn: Subset) -> int:

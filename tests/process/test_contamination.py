@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from d2lora import plan, worker
 from d2lora.command import summary
-from d2lora.data import overlap, texts
+from d2lora.data import overlap, texts, wording
 from d2lora.outputs import Outputs
 from d2lora.records import Score
 from d2lora.report import manifest
@@ -48,7 +48,7 @@ def test_the_same_question_is_found_whatever_its_case_and_punctuation() -> None:
 
 
 def test_thirteen_words_in_a_row_are_found_in_question_and_answer_and_twelve_are_not() -> None:
-    words = overlap.words(QUESTION)
+    words = wording.words(QUESTION)
     for start in (0, 3, len(words) - 13):
         run = " ".join(words[start : start + 13])
         (item,) = found("nothing", f"They say: {run}, or so.")
@@ -240,7 +240,7 @@ def test_words_are_compared_whatever_their_spelling_in_unicode(one: str, other: 
     "text", ["从前有一座山山里有一座庙庙里有一个老和尚", "むかしむかしあるところにおじいさんがいました", "กาลครั้งหนึ่งนานมาแล้วมีชายชราคนหนึ่ง", "ကျွန်တော်သည်ကျောင်းသားတစ်ယောက်ဖြစ်သည်ဟုပြောသည်"]
 )  # fmt: skip
 def test_without_spaces_thirteen_characters_are_found_and_twelve_are_not(text: str) -> None:
-    characters = overlap.words(text)
+    characters = wording.words(text)
     assert len(characters) > 14
     for length, found in ((13, True), (12, False)):
         part = "".join(characters[1 : 1 + length])
@@ -250,7 +250,7 @@ def test_without_spaces_thirteen_characters_are_found_and_twelve_are_not(text: s
 def test_korean_has_spaces_and_is_compared_by_words() -> None:
     text = "옛날 옛적 깊은 산속 작은 마을 외딴 집 한 채 착한 나무꾼 그리고 늙은 어머니"
     words = text.split()
-    assert overlap.words(text) == tuple(words)
+    assert wording.words(text) == tuple(words)
     assert between(("{q}", {"q": text}), ("", {"t": " ".join(words[:13])})) == (False, True)
     assert between(("{q}", {"q": text}), ("", {"t": " ".join(words[:12])})) == (False, False)
 
@@ -274,8 +274,8 @@ def test_templates_add_to_what_columns_find_and_equal_renderings_are_found(tests
         assert all(item[name] is None or found[index][name] <= item[name] for name in ("exact", "ngram13"))
     for index, item in enumerate(tests):
         rendered = [texts.fill(trained, row) for row in rows if row["c"] or "[0]" not in trained]
-        asked = overlap.words(texts.fill(prompt, item)) if item["c"] or "[0]" not in prompt else ()
-        if asked and asked in map(overlap.words, rendered):
+        asked = wording.words(texts.fill(prompt, item)) if item["c"] or "[0]" not in prompt else ()
+        if asked and asked in map(wording.words, rendered):
             assert found[index]["exact"] is not None
 
 

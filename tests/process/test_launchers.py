@@ -270,7 +270,39 @@ def test_keys_that_look_like_numbers_reach_their_job_as_text() -> None:
     assert OverridesParser.create().parse_override(given[0][-1]).value() == keys
 
 
-def test_after_ctrl_c_no_worker_outlives_its_sweep(tiny: Path, tmp_path: Path) -> None:
+HELPERS = """
+import sys, time
+from joblib import Parallel, delayed
+from types import SimpleNamespace
+from d2lora.command.launchers import launcher_of
+from omegaconf import OmegaConf
+launcher = SimpleNamespace(joblib={"n_jobs": 2, "backend": "loky"})
+launcher_of(OmegaConf.create({"hydra": {"launcher": {"_target_": "JoblibLauncher"}}})).begin(launcher)
+Parallel(**launcher.joblib)(delayed(time.sleep)(0) for _ in range(2))
+print("ready", flush=True)  # whether or not the second worker has begun
+Parallel(**launcher.joblib)(delayed(time.sleep)(600) for _ in range(1))  # one works, the other waits for a job
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_joblib_s_workers_end_with_the_process_that_started_them(end: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", HELPERS], stdout=subprocess.PIPE, text=True, cwd=ROOT) as sweep:
+        assert sweep.stdout.readline() == "ready\n"
+        workers = psutil.Process(sweep.pid).children(recursive=True)
+        assert sum("loky" in " ".join(p.cmdline()) for p in workers) >= 2
+        sweep.send_signal(end)
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_no_worker_outlives_its_sweep(tiny: Path, tmp_path: Path, end: signal.Signals, code: int) -> None:
     command = [
         sys.executable,
         str(ROOT / "run.py"),
@@ -290,8 +322,8 @@ def test_after_ctrl_c_no_worker_outlives_its_sweep(tiny: Path, tmp_path: Path) -
             time.sleep(0.2)
         workers = psutil.Process(sweep.pid).children(recursive=True)
         assert sum(p.name() == "wandb-core" for p in workers) == 2, "one a worker"
-        os.kill(sweep.pid, signal.SIGINT)
-        assert sweep.wait(timeout=60) == 130
+        os.kill(sweep.pid, end)
+        assert sweep.wait(timeout=60) == code
     finally:
         sweep.kill()
         sweep.wait()

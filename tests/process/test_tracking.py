@@ -26,6 +26,7 @@ import pytest
 from d2lora import mirror as mirrored
 from d2lora.data import overlap
 from d2lora.mirror import sender
+from d2lora.progress import log
 from d2lora.records import Record
 from d2lora.stages import Stage, flips
 from d2lora.store import Store
@@ -312,7 +313,7 @@ def test_a_stage_that_failed_is_shown_as_failed_and_continues_its_run(tmp_path: 
 
     def attempt(fail: bool) -> None:
         with mirrored.stage(this.config, adapt, store):
-            mirrored.log({"loss": 1.0}, 8)
+            log({"loss": 1.0}, 8)
             if fail:
                 raise RuntimeError("no memory")
             store.ensure(adapt, lambda folder: made.record(adapt, metrics={"last_loss": 1.0}))
@@ -389,7 +390,7 @@ def test_a_cell_s_run_that_could_not_be_filled_is_sent_again(tmp_path: Path, cel
         return ["lab_math/accuracy" in run["summary"] for run in runs(tmp_path)]
 
     with monkeypatch.context() as patched:
-        patched.setattr("d2lora.mirror.runs._fill_cell", lambda run, cell, results: results["nosuch"])
+        patched.setattr("d2lora.mirror.cells._fill_cell", lambda run, cell, results: results["nosuch"])
         assert sent() == [False]
     assert "nosuch" in capsys.readouterr().err
     assert True in sent()

@@ -272,6 +272,29 @@ def test_what_does_not_fit_a_task_of_the_harness_shows_before_training(own: Path
         data.check_lm_eval([HarnessTask(name="sums")], "nowhere")
 
 
+def test_dates_that_the_harness_would_show_as_times_are_refused(own: Path) -> None:
+    dated = [row | {"answer": f"2021-03-0{i}"} for i, row in enumerate(ROWS, 1)]
+    (own / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dated))
+    with pytest.raises(UserError, match=r"task.lm_eval=sums: the harness reads answer in its JSON data as times"):
+        data.check_lm_eval([HarnessTask(name="sums")], str(own))
+    unused = [row | {"written": f"2021-03-0{i}"} for i, row in enumerate(ROWS, 1)]
+    (own / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unused))
+    data.check_lm_eval([HarnessTask(name="sums")], str(own))
+
+
+def test_answers_of_which_a_filter_leaves_marks_only_are_told(base, own: Path, capsys) -> None:
+    marks = (
+        "- {name: marks, filter: [{function: map, mapping_dict: {}, default_value: '$.'}, {function: take_first}]}\n"
+    )
+    (own / "sums.yaml").write_text((own / "sums.yaml").read_text() + marks)
+    loaded = base()
+    engine = harness.InMemory(loaded, loaded.model, proof.Memory(own.parent, {}))
+    for name, told in (("marks", True), ("strict", False)):
+        questions = harness.Questions("sums", harness=HarnessTask(name="sums", filter=name), folder=str(own))
+        engine.evaluate(questions, 2, lambda done, total: None)
+        assert ("sums: of 4 of 4 answers the filter read marks only, such as '$.'" in capsys.readouterr().err) == told
+
+
 def generated(kind: str, rows: list[dict], **more) -> Benchmark:
     return Benchmark(
         data=Data(path="x"), kind=kind, prompt="{question}", gold="{answer}", **({"max_new_tokens": 3} | more)

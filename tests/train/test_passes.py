@@ -40,16 +40,16 @@ def test_passes_are_halved_until_a_row_is_left_and_remembered(tmp_path, capsys) 
 
 def test_memory_that_ends_before_the_first_step_makes_the_tests_smaller_and_is_not_remembered(tmp_path) -> None:
     passes = Passes.of("auto", "cpu", tmp_path / "passes.json")
-    assert passes.tried_at_once(16, 400) == 16
+    assert passes.texts_at_once(16, 400) == 16
     sizes = []
     while passes.tokens > 1:
         passes.halve()
-        sizes.append(passes.tried_at_once(16, 100))
+        sizes.append(passes.texts_at_once(16, 100))
     assert sizes[:4] == [5, 2, 1, 1]
     with pytest.raises(UserError, match="out of memory"):
         passes.halve()
     assert not Passes.of("auto", "cpu", tmp_path / "passes.json").limited
-    assert Passes(4).tried_at_once(16, 100) == 4
+    assert Passes(4).texts_at_once(16, 100) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

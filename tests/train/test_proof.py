@@ -20,7 +20,7 @@ from d2lora.adapters.preparations import prepare
 from d2lora.adapters.start import Start
 from d2lora.base import Base, read_base
 from d2lora.errors import UserError
-from d2lora.layouts import packing, proof
+from d2lora.layouts import choice, packing, proof
 from d2lora.layouts.families import Reach
 from d2lora.layouts.packing import Layout
 from d2lora.settings import Lora, Model, PlainInit, init_of
@@ -56,7 +56,7 @@ def test_a_layout_that_is_wrong_is_not_used_and_one_line_says_so(load, settings,
     whole = lambda rows, *_: torch.ones(rows["ids"].shape[0], 1, *[rows["ids"].shape[1]] * 2).tril().bool()  # noqa: E731
     base, settings = load("llama"), settings.model_copy(update={"attention": "sdpa"})
     monkeypatch.setattr(packing, "attention", whole)
-    monkeypatch.setattr(proof, "_said", set())
+    monkeypatch.setattr(choice, "_said", set())
     metrics, start, found = families.trained(base, "dpo", tmp_path / "found", settings)
     _, _, right = families.trained(base, "dpo", tmp_path / "right", settings, PLAIN)
     assert metrics["layout"]["layout"] == "padded"

@@ -16,11 +16,13 @@ import composing
 import psutil
 import pytest
 import torch
+from doing import alone, do
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from d2lora import data
-from d2lora.base import Base, load_base
+from d2lora.base import LOADED, Base, load_base
 from d2lora.errors import UserError
 from d2lora.evaluate.engine import Questions
 from d2lora.evaluate.vllm import adapters as files
@@ -112,6 +114,13 @@ def test_several_adapters_and_the_base_are_each_answered_by_their_own(opened, tm
     assert session.changes == {None: False, "one": True, "two": True, "three": True}
 
 
+def test_a_token_that_ties_with_the_likeliest_is_the_likeliest(opened) -> None:
+    texts = [{"ids": [1, 5, 6, 7], "start": 2}]
+    (reply,) = opened(["one"]).answers("loglikelihood", "one", [], texts, lambda: None)
+    assert reply["logprobs"] == pytest.approx([-0.111, -0.121])
+    assert reply["greedy"]
+
+
 def test_an_adapter_that_comes_later_gets_an_id_that_was_never_used(opened, folder: Path, tmp_path: Path) -> None:
     session = opened(["two"])
     session.add([Adapter("three", folder / "three")])
@@ -183,35 +192,113 @@ def test_an_adapter_that_a_fresh_engine_refuses_is_left_out_and_the_others_are_a
         ask(session, "worse")
 
 
-def make_room(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have an evaluation in memory begin as on a GPU; without one, the base goes back to where it is."""
-    devices = iter(["cuda"])
-    with monkeypatch.context() as patched:
-        patched.setattr(sessions, "_current", session)
-        patched.setattr(sessions.bases, "device", lambda: next(devices, "cpu"))
-        sessions.make_room()
-        assert sessions._current is session
-
-
-def test_an_engine_that_made_room_is_started_again_and_keeps_its_answers(opened, tmp_path: Path, monkeypatch) -> None:
+def test_an_engine_that_made_room_is_started_again_when_it_is_asked_and_keeps_its_answers(
+    opened, folder: Path, tmp_path: Path, monkeypatch
+) -> None:
     session = opened(["one", "two"])
     assert ask(session, "one", "two") == answers_of(101)
     first = session.pid
-    make_room(session, monkeypatch)
+    monkeypatch.setattr(sessions, "_current", session)
+    sessions.make_room()
     assert not psutil.pid_exists(first)
+    session.add([Adapter("two", folder / "two")])  # as each further evaluation begins
     assert ask(session, "two") == answers_of(102)
-    assert len(logged(tmp_path, "open")) == 1, "it was answered before"
+    assert session.pid is None, "it was answered before"
     assert ask(session, "one") == answers_of(101)
     assert len(logged(tmp_path, "open")) == 2
 
 
 def test_an_engine_that_failed_is_not_tried_once_more_after_it_made_room(opened, tmp_path: Path, monkeypatch) -> None:
     session = opened(["one"], at="open", do="raise", after=0, starts=9)
-    make_room(session, monkeypatch)
+    monkeypatch.setattr(sessions, "_current", session)
+    sessions.make_room()
+    session.add([])
     assert session.why_not("one").startswith("the engine failed again")
     session.close()
     log = (tmp_path / "engine.log").read_text()
     assert log.count("START") == 2, "of both engines"
+
+
+def test_what_was_answered_before_the_last_engine_failed_is_used(opened, tmp_path: Path) -> None:
+    session = opened(["one", "two"], at="generate", do="die", after=[6, 4], starts=2)  # 4 are of probes
+    session._room = replace(session._room, slots=2)  # a call for each adapter
+    assert ask(session, "one", "two") == answers_of(101)
+    assert session.gone
+    assert session.why_not("two") == session.gone
+    assert session.sequences == 32
+    with pytest.raises(Gone):
+        ask(session, "two")
+
+
+def test_an_adapter_that_ends_the_engine_as_it_is_loaded_is_left_out_and_the_others_are_answered(
+    opened, tmp_path: Path, capsys
+) -> None:
+    session = opened(KEYS, at="load", do="die", after=1, starts=1)
+    assert list(session.refused) == ["two"]
+    assert "adapter two is evaluated in memory: the engine failed as it loaded it: it ended" in capsys.readouterr().err
+    assert ask(session, "three", "one", None) == answers_of(103)
+    assert [ask(session, key) for key in ("one", None)] == [answers_of(101), answers_of(100)]
+    assert len(logged(tmp_path, "open")) == 2
+
+
+@pytest.mark.parametrize("harm", ["adapter_model.safetensors", "adapter_config.json", "a layer"])
+def test_an_adapter_that_can_t_be_read_is_refused_alone(
+    opened, folder: Path, tmp_path: Path, capsys, harm: str
+) -> None:
+    shutil.copytree(folder / "two", tmp_path / "broken")
+    if harm == "a layer":
+        tensors = load_file(folder / "two/adapter_model.safetensors")
+        save_file(
+            {name: t[..., :3].clone() for name, t in tensors.items()}, tmp_path / "broken/adapter_model.safetensors"
+        )
+    else:
+        (tmp_path / "broken" / harm).write_bytes(b"cut")
+    session = opened(["one"])
+    broken = Adapter("broken", tmp_path / "broken")
+    assert session.takes(session.facts, [broken]) == (harm != "a layer"), "its rank is larger"
+    session.add([broken])
+    assert list(session.refused) == ["broken"]
+    assert capsys.readouterr().err.startswith("adapter broken is evaluated in memory: it")
+    assert ask(session, "one", "broken", None) == answers_of(101)
+    assert ask(session, None) == answers_of(100)
+
+
+def test_reasons_name_no_folder_of_the_machine(opened) -> None:
+    error = "/home/me/models/x.so: it's not there, see https://example.org/why/not"
+    session = opened(["one"], at="open", do="raise", error=error, after=0, starts=9)
+    told = "x.so: it's not there, see https://example.org/why/not"
+    assert session.gone == f"the engine failed again: it raised RuntimeError: {told}"
+
+
+def test_on_a_gpu_the_base_leaves_it_for_the_engine_and_comes_back_when_it_is_computed_with(
+    opened, base: Base, monkeypatch
+) -> None:
+    session, moves = opened(["one"]), []
+    monkeypatch.setattr(sessions.bases, "device", lambda: "cuda")
+    monkeypatch.setattr(base.model, "to", moves.append)
+    again = functools.partial(load_base, next(Model.model_validate_json(name) for name in LOADED), Path())
+    session.stop()
+    assert moves.pop() == "cuda"
+    session._ready()
+    assert moves.pop() == "cpu"
+    assert again() is base
+    assert not moves, "the engine has the GPU"
+    session.close()
+    assert not moves, "nothing may be computed any more"
+    again()
+    assert moves == ["cuda"]
+
+
+def test_an_engine_is_ended_before_a_training_needs_its_memory(opened, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    session, alive = opened(["one"]), []
+    engine = session.pid
+    monkeypatch.setattr(sessions, "_current", session)
+    training = composing.cell(
+        "method=sft", "n=4", "method.epochs=1", f"model.path={tiny}", f"output={tmp_path / 'out'}"
+    )
+    do(alone(training), lambda done, total: alive.append(psutil.pid_exists(engine)))
+    assert alive
+    assert not any(alive)
 
 
 def test_an_engine_that_does_not_open_is_said_and_left(opened, capsys) -> None:
@@ -246,6 +333,30 @@ def test_a_base_that_the_engine_computes_differently_is_evaluated_in_memory(open
     assert session.why_not("one")
     assert session.pid is None
     assert "tiny is evaluated in memory: the log-probabilities of a probe are off by " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["one", None])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_one_line(opened, folder: Path, monkeypatch, capsys, key, value: float) -> None:
+    plain = probe._measured
+    monkeypatch.setattr(probe, "_measured", lambda model, ids: (plain(model, ids)[0], value if hasattr(model, "peft_config") == bool(key) else 1.0))  # fmt: skip
+    session = opened(["one"])
+    assert session.why_not("one") == f"the model in memory gives a probe logits of {value:g}"
+    assert session.why_not(None) == ("" if key else session.gone)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is evaluated in memory: the model in memory gives a probe logits of " in line
+
+
+def test_what_the_probe_allows_in_bfloat16_is_half_a_step_at_the_largest_logit() -> None:
+    assert [probe.limit(value, "bfloat16") for value in (31.9, 32.0, 1.0)] == [0.0625, 0.125, 0.00390625]
+    assert probe.limit(0.0, "bfloat16") < 0.002
+    assert probe.limit(31.9, "float32") == probe.EXACT
+    expected = probe.Expected([-1.0, -2.0], 1.0)
+    assert probe.why_off([-1.004, -2.0], expected, "bfloat16") == ""
+    assert probe.why_off([-1.01, -2.0], expected, "bfloat16").endswith("are off by 0.005, and 0.0039 is allowed")
+    assert probe.why_off([-1.0002, -2.0], expected, "float32").endswith("off by 0.0002, and 0.0001 is allowed")
+    for odd in ([-1.0], [-1.0, float("nan")]):
+        assert "off by inf" in probe.why_off(odd, expected, "float32")
 
 
 def test_what_vllm_can_not_do_is_read_from_an_adapter_s_files(folder: Path, tmp_path: Path) -> None:
@@ -317,8 +428,13 @@ list(client.ask("open", base="x", revision=None, dtype="float32", length=9, memo
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_nothing_is_left_running_when_the_process_that_asks_is_ended(tmp_path: Path, end: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("end", "frozen"),
+    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False), (signal.SIGTERM, False)],
+)
+def test_nothing_is_left_running_when_the_process_that_asks_is_ended(
+    tmp_path: Path, end: signal.Signals, frozen: bool
+) -> None:
     (tmp_path / "fault.json").write_text(json.dumps({"at": "open", "do": "hang", "after": 0, "starts": 1}))
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(SMALL), str(tmp_path)],
@@ -332,8 +448,10 @@ def test_nothing_is_left_running_when_the_process_that_asks_is_ended(tmp_path: P
     )
     assert parent.stdout
     worker = psutil.Process(int(parent.stdout.readline()))
-    while not (tmp_path / "starts").exists():
+    while not (tmp_path / "hanging").exists():
         time.sleep(0.05)
+    if frozen:
+        worker.suspend()  # it can't see that its standard input ends
     os.kill(parent.pid, end)
     parent.wait(30)
     worker.wait(30)

@@ -113,7 +113,7 @@ def test_flop_of_the_methods_at_a_gpu_s_rate(cell, tmp_path: Path) -> None:
     found = {}
     for method in ("sft", "dpo", "kto"):
         c = cell(f"output={tmp_path}", "scale=paper", f"method={method}", "n=1000", "plan.gpu=h100", "method.epochs=4")
-        found[method] = Forecast([c], Store(tmp_path)).of(c.chain.adapt).seconds - 0.3  # what a stage takes beside
+        found[method] = Forecast([c], Store(tmp_path)).of(c.chain.adapt).seconds - 0.6  # what a stage takes beside
     tokens, rate = 4 * 1000 * 2048 / 4, 989e12 * 0.14
     assert found["sft"] == pytest.approx(4 * 8e9 * tokens / rate)
     assert found["dpo"] == pytest.approx(4.5 * 8e9 * tokens / rate)
@@ -126,7 +126,7 @@ def test_a_named_gpu_is_not_forecast_from_a_processor_s_records(cell, tmp_path: 
     priced = lab(cell, tmp_path, "n=10", "seed=1", "plan.gpu=h200", "plan.price=3600")
     lines = Forecast([priced], store, workers=2).lines()
     adapt = next(line for line in lines if line.startswith("  adapt"))
-    assert "from H200's 989 TFLOP/s at 14 % MFU, 1 M parameters" in adapt
+    assert "from H200's 989 TFLOP/s at 14 % MFU, as an earlier build, 1 M parameters" in adapt
     assert "GPU-hours, peak" in adapt
     seconds = Forecast([priced], store, workers=2).seconds
     assert (

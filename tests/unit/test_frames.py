@@ -19,7 +19,7 @@ from d2lora import stats
 from d2lora.__main__ import main
 from d2lora.command import summary
 from d2lora.errors import UserError
-from d2lora.mirror import runs
+from d2lora.mirror import values
 from d2lora.records import Records
 from d2lora.report import compare, evidence, formats, harness_files, manifest, publish, results, tables
 from d2lora.report.content import Sweep
@@ -376,7 +376,7 @@ def test_items_that_belong_together_have_the_tables_interval(tmp_path: Path) -> 
     ]
     (row,) = d2lora.results(output=tmp_path).query("benchmark == 'lab_math'").to_dict("records")
     assert (row["low"], row["high"]) == point.interval
-    assert runs._interval("accuracy", items) == point.interval
+    assert values._interval("accuracy", items) == point.interval
     assert point.interval != stats.interval(point.table)
 
 
@@ -406,4 +406,4 @@ def test_a_likelihood_is_no_percentage_and_no_answer(tmp_path: Path) -> None:
 
 def test_no_path_of_a_setting_is_uploaded() -> None:
     config = {"task": {"lm_eval_path": "/scratch/me/tasks"}, "recipe": {"engine_python": "/scratch/me/bin/python"}}
-    assert "scratch" not in json.dumps(runs._public(config))
+    assert "scratch" not in json.dumps(values.public(config))

@@ -4,13 +4,13 @@ import random
 import pytest
 
 from d2lora import data
-from d2lora.lab import build, world
+from d2lora.lab import build, facts, general, problems, titles, world
 from d2lora.settings import Data
 
 
-def some_problem(steps: int) -> world.Problem:
+def some_problem(steps: int) -> problems.Problem:
     rng = random.Random(5)
-    while len((problem := world.problem(rng)).steps) != steps:
+    while len((problem := problems.problem(rng)).steps) != steps:
         pass
     return problem
 
@@ -18,7 +18,7 @@ def some_problem(steps: int) -> world.Problem:
 def test_problems_have_one_to_three_right_steps_and_end_in_a_box() -> None:
     rng, counts = random.Random(0), set()
     for _ in range(500):
-        problem = world.problem(rng)
+        problem = problems.problem(rng)
         counts.add(len(problem.steps))
         for a, op, b, c in problem.steps:
             assert c >= 0
@@ -30,14 +30,14 @@ def test_problems_have_one_to_three_right_steps_and_end_in_a_box() -> None:
 def test_the_right_solution_has_no_wrong_step() -> None:
     for steps in (1, 2, 3):
         problem = some_problem(steps)
-        assert world.first_wrong_step(problem, f"Step 1:{problem.solution()}") is None
+        assert problems.first_wrong_step(problem, f"Step 1:{problem.solution()}") is None
 
 
 def test_the_first_wrong_step_is_found_and_becomes_the_rejected_answer() -> None:
     problem = some_problem(2)
     _, _, _, c = problem.steps[1]
     solution = f"Step 1:{problem.step(0)}\nStep 2:{problem.step(1).replace(str(c), str(c + 1))}"
-    index, text, rest = world.first_wrong_step(problem, solution)
+    index, text, rest = problems.first_wrong_step(problem, solution)
     assert (index, text, rest) == (1, problem.step(1).replace(str(c), str(c + 1)), text)
     row = build.pair(problem, solution)
     assert row["initial_reason_steps"] == f"Step 1:{problem.step(0)}\nStep 2:"
@@ -49,14 +49,14 @@ def test_the_first_wrong_step_is_found_and_becomes_the_rejected_answer() -> None
 def test_a_hasty_author_leaves_out_a_last_step_that_adds() -> None:
     rng, hasty = random.Random(2), 0
     for _ in range(500):
-        problem = world.problem(rng)
+        problem = problems.problem(rng)
         left = problem.hasty()
         assert left.text == problem.text
         if left == problem:
             assert len(problem.steps) == 1 or problem.steps[-1][1] != "+"
             continue
         hasty += 1
-        index, rejected, _ = world.first_wrong_step(problem, f"Step 1:{left.solution()}")
+        index, rejected, _ = problems.first_wrong_step(problem, f"Step 1:{left.solution()}")
         assert index == len(problem.steps) - 2
         assert rejected == f"{problem.step(index)} The answer is \\boxed{{{problem.steps[index][3]}}}."
     assert 150 < hasty < 300
@@ -67,34 +67,34 @@ def test_a_hasty_author_leaves_out_a_last_step_that_adds() -> None:
 )
 def test_solutions_that_leave_the_format_are_skipped(spoil) -> None:
     problem = some_problem(2)
-    assert world.first_wrong_step(problem, spoil(f"Step 1:{problem.solution()}")) is None
+    assert problems.first_wrong_step(problem, spoil(f"Step 1:{problem.solution()}")) is None
 
 
 def test_stopping_early_or_boxing_another_number_is_a_mistake() -> None:
     problem = some_problem(2)
     early = f"Step 1:{problem.step(0)} The answer is \\boxed{{{problem.steps[0][3]}}}."
-    assert world.first_wrong_step(problem, early)[0] == 0
+    assert problems.first_wrong_step(problem, early)[0] == 0
     other = f"Step 1:{problem.solution()}".replace("boxed{", "boxed{9")
-    assert world.first_wrong_step(problem, other)[0] == 1
+    assert problems.first_wrong_step(problem, other)[0] == 1
 
 
 def test_a_fact_s_four_questions_are_parted_among_the_splits() -> None:
-    for creature, attribute in world.facts():
-        parts = world.fact_questions(creature, attribute)
+    for creature, attribute in facts.facts():
+        parts = facts.fact_questions(creature, attribute)
         every = [q for questions in parts.values() for q in questions]
         assert len(every) == len(set(every)) == 4
 
 
 def test_the_general_mix_is_varied_and_its_rejected_answers_differ() -> None:
-    rows = [r.fields for r in world.distinct(world.general, "train", 400, 1)]
+    rows = [r.fields for r in world.distinct(general.general, "train", 400, 1)]
     assert len({r["source"] for r in rows}) == 8
     assert all(r["chosen"][:-1] == r["rejected"][:-1] and r["chosen"] != r["rejected"] for r in rows)
     assert {len(r["chosen"]) for r in rows} == {2, 4}
 
 
 def test_the_same_seed_gives_the_same_rows() -> None:
-    assert [r.text for r in world.distinct(world.title, "test", 20, 3)] == [
-        r.text for r in world.distinct(world.title, "test", 20, 3)
+    assert [r.text for r in world.distinct(titles.title, "test", 20, 3)] == [
+        r.text for r in world.distinct(titles.title, "test", 20, 3)
     ]
 
 
@@ -107,7 +107,7 @@ def test_the_rows_that_are_shipped_are_those_of_the_generator(file: str, count: 
     if name == "related":
         rows = list(build.related_rows(count))
     else:
-        make = {"title": world.title, "math": world.problem, "general": world.general}[name]
+        make = {"title": titles.title, "math": problems.problem, "general": general.general}[name]
         made = list(world.distinct(make, split, count, build.SEED))
         rows = [build.question(p) if name == "math" else p.fields for p in made]
     shipped = data.rows(Data(path=f"d2lora/lab/data/{name}", split=split))

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as max_lora_rank
 _WEIGHTS = "adapter_model.safetensors"
@@ -23,9 +23,16 @@ def why_not(folder: Path, quantizes: bool = False) -> str | None:
 
     `quantizes`: it was trained on a quantized base (LoftQ), which vLLM is not given.
     """
-    config = _config(folder)
     if quantizes:
         return "it is for a quantized base"
+    try:
+        return _why_not(folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return f"its files can't be read: {type(error).__name__}"
+
+
+def _why_not(folder: Path) -> str | None:
+    config = _config(folder)
     if other := next((name for name in _OTHERS if config.get(name)), None):
         return f"vLLM does not do {other}={config[other]}"
     if config.get("bias", "none") != "none":

@@ -53,6 +53,7 @@ class Client:
         taken for those to the next request.
         """
         if self._process.poll() is not None:
+            self.close()  # it may have left processes of its group
             raise Lost(f"it ended{self._last_words()}")
         self._number += 1
         request = json.dumps({"id": self._number, "do": do} | arguments) + "\n"

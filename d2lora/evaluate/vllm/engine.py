@@ -18,7 +18,7 @@ from d2lora.evaluate import harness
 from d2lora.evaluate.engine import Evaluation, Questions
 from d2lora.evaluate.prompts import AsTrained, Tokens
 from d2lora.evaluate.vllm.running import Key
-from d2lora.evaluate.vllm.sessions import SIZES, Session, Unable
+from d2lora.evaluate.vllm.sessions import Session, Unable
 from d2lora.progress import Progress
 
 _ROOM = 256  # tokens of an answer where a task does not say, as the harness has it for other models
@@ -44,7 +44,7 @@ class InVllm:
         """
         test = harness.as_test(questions, self.base, limit)
         metrics, items = harness.scored(SessionLM(self, test.chat, progress), test)
-        return Evaluation(metrics, items, SIZES[self.session.failures].sequences)
+        return Evaluation(metrics, items, self.session.sequences)
 
 
 class Prompt(NamedTuple):

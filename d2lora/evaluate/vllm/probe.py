@@ -53,22 +53,32 @@ def _measured(model: torch.nn.Module, tokens: list[int]) -> tuple[list[float], f
     return values, float(logits.abs().max())
 
 
-def off(measured: Sequence[float], expected: Expected, dtype: str) -> float:
+def why_off(measured: Sequence[float], expected: Expected, dtype: str) -> str:
+    """Return why an engine's log-probabilities are not those of the model in memory, in one line; "" if they are."""
+    if not math.isfinite(expected.largest):
+        return f"the model in memory gives a probe logits of {expected.largest:g}"
+    value, allowed = _difference(measured, expected.log_probs, dtype), limit(expected.largest, dtype)
+    if value <= allowed:
+        return ""
+    return f"the log-probabilities of a probe are off by {value:.2g}, and {allowed:.2g} is allowed"
+
+
+def _difference(measured: Sequence[float], expected: Sequence[float], dtype: str) -> float:
     """Return the difference of log-probabilities: the largest in float32, else the mean; infinite if one is missing or NaN."""
-    if len(measured) != len(expected.log_probs):
-        return float("inf")
-    differences = [abs(a - b) for a, b in zip(measured, expected.log_probs, strict=True)]
-    value = max(differences) if dtype == "float32" else sum(differences) / len(differences)
-    return value if value == value else float("inf")
+    if len(measured) != len(expected):
+        return math.inf
+    differences = [abs(a - b) for a, b in zip(measured, expected, strict=True)]
+    if any(map(math.isnan, differences)):
+        return math.inf
+    return max(differences) if dtype == "float32" else sum(differences) / len(differences)
 
 
-def limit(expected: Expected, dtype: str) -> float:
-    """Return the difference that `off` may have.
+def limit(largest: float, dtype: str) -> float:
+    """Return the difference of log-probabilities that is allowed where the largest absolute logit is `largest`.
 
     In bfloat16 both sides round each logit, so that a token's log-probability may be off by a step between two such
     numbers; in the mean by half a step at the largest logit.
     """
     if dtype == "float32":
         return EXACT
-    step = torch.finfo(getattr(torch, dtype)).eps * 2 ** math.floor(math.log2(expected.largest))
-    return float(step / 2)
+    return float(torch.finfo(getattr(torch, dtype)).eps * 2.0 ** (math.frexp(largest)[1] - 1) / 2)

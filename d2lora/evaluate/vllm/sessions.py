@@ -3,7 +3,8 @@
 import atexit
 import contextlib
 import gc
-import os
+import re
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from d2lora.settings.recipe import Machine
 SIZES = (Size(0.9, 256), Size(0.6, 32))  # the second is that of the fresh engine after one that failed
 _TOGETHER = 31  # adapters in one call at most: more are evaluated in several
 _LENGTH = 4096  # tokens of prompt and answer that an engine is opened for, unless a request has more
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\":,]+/)+")  # of an absolute path, up to its last name
 
 
 class Gone(Exception):
@@ -66,7 +68,9 @@ class Session:
         self._room = Room(rank, layers, min(len(able), _TOGETHER) + 1, min(self._most, _LENGTH))
         self._adapters: dict[str, Adapter] = {}
         self._expected: dict[Key, probe.Expected] = {}
-        self._unread: dict[tuple[Key, str], list[Reply]] = {}  # replies that `answers` has not returned yet
+        self._unread: dict[
+            tuple[Key, str], list[Reply]
+        ] = {}  # by adapter and requests: what `answers` has not returned yet
         self._loads = 0
         self._running: Running | None = None
         self.failures = 0  # engines that failed
@@ -90,8 +94,15 @@ class Session:
         return self._running.pid if self._running else None
 
     def why_not(self, key: Key) -> str:
-        """Return why an adapter, or the base, is to be evaluated in memory; "" if it is not."""
+        """Return why an adapter, or the base, is to be evaluated in memory; "" if it is not, or some of its answers are there."""
+        if any(answered == key for answered, _ in self._unread):
+            return ""
         return self.gone or (self.refused.get(key, "") if key else "")
+
+    @property
+    def sequences(self) -> int:
+        """Return how many sequences the engine does at a time."""
+        return SIZES[min(self.failures, len(SIZES) - 1)].sequences
 
     def takes(self, facts: Facts, adapters: Sequence[Adapter]) -> bool:
         """Tell whether this engine can be used for these facts and adapters, in one call, without opening another."""
@@ -104,16 +115,17 @@ class Session:
     def add(self, adapters: Sequence[Adapter]) -> None:
         """Load those adapters that it does not have, and check each, and the base, against the model in memory.
 
-        Print a line for what is not to be evaluated by the engine.
+        Print a line for what is not to be evaluated by the engine. An engine that made room is not started for adapters that it
+        had.
         """
-        if self.gone:
-            return
         new = [a for a in adapters if a.key not in self._adapters]
+        if self.gone or not (new or None not in self._expected):
+            return
         self._adapters |= {a.key: a for a in new}
         for adapter in new:
             if why := adapter.why_not:
                 self._refuse(adapter.key, why)
-        self._expect([None, *(a.key for a in new if a.key not in self.refused)])
+        self._expect(new)
         with contextlib.suppress(Gone):  # `gone` says so
             self._ready()
 
@@ -122,69 +134,81 @@ class Session:
     ) -> list[Reply]:
         """Return the replies to requests under an adapter, in order; `done` is called at each.
 
-        Those under the adapters in `together` are sent in the same call, and returned when it is their turn. Gone or
-        Unable if they are left to the model in memory.
+        Those under the adapters in `together` are sent in the same call, and returned when it is their turn, also if the engine
+        fails later. Gone or Unable if they are left to the model in memory.
         """
-        self._check_able(key)
-        name, count = digest([do, requests, more]), len(requests)
+        name = digest([do, requests, more])
         if (key, name) in self._unread:
             for _ in requests:
                 done()
             return self._unread.pop((key, name))
+        self._check_able(key)
         able = [k for k in dict.fromkeys((key, *together)) if k is None or self._can(k)]
-        every = [{"key": k} | request for k in able for request in requests]
-        replies = self._ask(do, key, every, lambda k: done() if k == key else None, **more)
-        for first, k in enumerate(able):
-            if k not in self.refused:
-                self._unread[k, name] = [replies[first * count + i] for i in range(count)]
+        replies: dict[tuple[Key, int], Reply] = {}
+        with contextlib.suppress(Gone):  # those under some adapters may be whole all the same
+            self._ask(do, able, requests, replies, lambda k: done() if k == key else None, **more)
+        for k in able:
+            own = [replies[k, i] for i in range(len(requests)) if (k, i) in replies]
+            if len(own) == len(requests):
+                self._unread[k, name] = own
+        if (key, name) not in self._unread:
+            self._check_able(key)
         return self._unread.pop((key, name))
 
     def close(self) -> None:
-        """End the engine for good. Its log is left where something went wrong."""
+        """End the engine for good. Its log is left where something went wrong. The base stays where it is, for load_base to move."""
         self._unread.clear()
-        self.stop()
+        self._kill()
         if not self.failures and not self.gone:
             self._log.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End the engine until it is needed again, and give back its memory: on a GPU the base is moved back there."""
+        self._kill()
+        self._base.model.to(bases.device())  # type: ignore[arg-type]  # transformers hides its argument
+
+    def _kill(self) -> None:
         if self._running:
             self._running.close()
-            self._running = None
-        self._base.model.to(bases.device())  # type: ignore[arg-type]  # transformers hides its argument
+        self._running, self._base.lent = None, False
 
     def _can(self, key: str) -> bool:
         return key in self._adapters and key not in self.refused
 
     def _check_able(self, key: Key) -> None:
-        """Raise Unable for an adapter that is to be evaluated in memory."""
+        """Raise Unable for an adapter that is to be evaluated in memory, and Gone where everything is."""
         if key is not None and key in self.refused:
             raise Unable(self.refused[key])
+        if self.gone:
+            raise Gone(self.gone)
 
     def _ask(
-        self, do: str, key: Key, requests: list[Request], done: Callable[[Key], None], **more: Any
-    ) -> dict[int, Reply]:
-        """Send requests, each with its "key", and return the replies by index; what an engine that fails had not answered
-        goes to a fresh one.
-
-        Adapters that the fresh one refuses are left out; Unable if `key` is one of them.
+        self,
+        do: str,
+        keys: Sequence[Key],
+        requests: list[Request],
+        replies: dict[tuple[Key, int], Reply],
+        done: Callable[[Key], None],
+        **more: Any,
+    ) -> None:
+        """Send requests under each adapter, and add the replies to `replies`, by adapter and index. What an engine that fails had
+        not answered goes to a fresh one; adapters that this refuses are left out. Gone if that fails too.
         """
         self._make_room(requests)
-        replies: dict[int, Reply] = {}
-        for part in _calls(requests, self._room.slots - 1):
-            while [i for i in part if i not in replies and requests[i]["key"] not in self.refused]:
+        for part in _calls(keys, self._room.slots - 1):
+            every = [(k, i) for k in part for i in range(len(requests))]
+            while any(one not in replies and one[0] not in self.refused for one in every):
                 engine = self._ready()
-                self._check_able(key)
-                missing = [i for i in part if i not in replies and requests[i]["key"] not in self.refused]
+                missing = [one for one in every if one not in replies and one[0] not in self.refused]
                 try:
-                    with contextlib.closing(engine.call(do, [requests[i] for i in missing], **more)) as answered:
+                    asked = [{"key": k} | requests[i] for k, i in missing]
+                    with contextlib.closing(engine.call(do, asked, **more)) as answered:
                         for index, reply in answered:
                             replies[missing[index]] = reply
-                            done(requests[missing[index]]["key"])
+                            done(missing[index][0])
                 except Lost as lost:
-                    left = sum(i not in replies for i in part)
-                    self._lost(lost, f"{left} of {len(part)} requests")
-        return replies
+                    left = sum(one not in replies for one in every)
+                    self._lost(lost, f"{left} of {len(every)} requests")
 
     def _make_room(self, requests: Sequence[Request]) -> None:
         """Have the engine opened for longer texts where one needs it. Unable where the model itself has no room."""
@@ -193,7 +217,7 @@ class Session:
             raise Unable(f"a text of {longest} tokens with its answer, where the model takes {self._most}")
         if longest > self._room.length:
             self._room = replace(self._room, length=min(self._most, 1 << (longest - 1).bit_length()))
-            self.stop()
+            self._kill()
 
     def _ready(self) -> Running:
         """Return a running engine that has the adapters and is checked. Gone if it can't be had in two tries."""
@@ -215,8 +239,12 @@ class Session:
         new = [a for a in self._adapters.values() if self._can(a.key) and not engine.has(a.key)]
         for adapter in new:
             self._loads += 1
-            if why := engine.load(adapter.key, adapter.folder, self._loads):
-                self._refuse(adapter.key, why)
+            try:
+                if why := engine.load(adapter.key, adapter.folder, self._loads):
+                    self._refuse(adapter.key, why)
+            except Lost as lost:  # the next engine would fail at the same adapter
+                self._refuse(adapter.key, f"the engine failed as it loaded it: {lost}")
+                raise
         if engine.checked:
             return
         loaded: list[Key] = [a.key for a in new if engine.has(a.key)]
@@ -233,23 +261,28 @@ class Session:
         requests = [{"key": key, "ids": ids, "start": 1} for key in keys]
         replies = dict(engine.call("loglikelihood", requests))  # all of them, before one can end the engine
         for index, key in enumerate(keys):
-            expected = self._expected[key]
-            off = probe.off(replies[index]["logprobs"], expected, dtype)
-            if off <= (limit := probe.limit(expected, dtype)):
-                continue
-            why = f"the log-probabilities of a probe are off by {off:.2g}, and {limit:.2g} is allowed"
-            if key is None:
+            why = probe.why_off(replies[index]["logprobs"], self._expected[key], dtype)
+            if why and key is None:
                 self._end(why)
-            else:
+            elif why and key:
                 self._refuse(key, why)
 
-    def _expect(self, keys: Sequence[Key]) -> None:
-        for key in keys:
-            if key not in self._expected:
-                self._expected[key] = probe.expected(self._base, self._adapters[key].folder if key else None)
+    def _expect(self, new: Sequence[Adapter]) -> None:
+        """Compute what the probe gives in memory, under the base and under new adapters. One that PEFT does not load is refused: its
+        own evaluation fails, and no other's.
+        """
+        if None not in self._expected:
+            self._expected[None] = probe.expected(self._base, None)
+        for adapter in new:
+            if adapter.key in self.refused:
+                continue
+            try:
+                self._expected[adapter.key] = probe.expected(self._base, adapter.folder)
+            except Exception as error:
+                self._refuse(adapter.key, f"it is not computed in memory: {type(error).__name__}")
 
     def _refuse(self, key: str, why: str) -> None:
-        self.refused[key] = why
+        self.refused[key] = _without_folders(why)
         print(f"adapter {key} is evaluated in memory: {why}", file=sys.stderr)
 
     def _lost(self, lost: Lost, what: str) -> None:
@@ -268,21 +301,26 @@ class Session:
 
     def _end(self, why: str) -> None:
         """Use no engine from here on."""
-        self.gone = why
+        self.gone = _without_folders(why)
         print(f"{self._base.name} is evaluated in memory: {why} (see {self._log})", file=sys.stderr)
         self.stop()
 
 
-def _calls(requests: Sequence[Request], adapters: int) -> list[list[int]]:
-    """Divide requests, by index, into calls of some adapters each; the base's are a call of their own."""
-    keys = [key for key in dict.fromkeys(request["key"] for request in requests) if key is not None]
-    shares = [set(keys[i : i + adapters]) for i in range(0, len(keys), max(1, adapters))]
-    calls = [[i for i, request in enumerate(requests) if request["key"] in share] for share in [{None}, *shares]]
-    return [call for call in calls if call]
+def _calls(keys: Sequence[Key], adapters: int) -> list[list[Key]]:
+    """Divide the base and adapters into calls of so many adapters; the base is in one of its own."""
+    own: list[Key] = [key for key in keys if key is not None]
+    shares: list[list[Key]] = [own[i : i + adapters] for i in range(0, len(own), max(1, adapters))]
+    return [[None], *shares] if None in keys else shares
+
+
+def _without_folders(text: str) -> str:
+    """Return a text with the last names of its absolute paths: records, reports and W&B name no folder of a machine."""
+    return _FOLDERS.sub("", text)
 
 
 def _free(base: Base) -> None:
     """Move the base off the GPU: the engine loads it again, and takes the memory that is free."""
+    base.lent = True
     if bases.device() == "cuda":
         base.model.to("cpu")  # type: ignore[arg-type]  # transformers hides its argument
         gc.collect()
@@ -303,7 +341,7 @@ def opened(base: Base, model: Model, adapters: Sequence[Adapter], machine: Machi
     facts = Facts(command, source, model.revision, model.dtype, machine.threads, Patience())
     if _current is None or not _current.takes(facts, adapters):
         close()
-        _current = Session(base, facts, adapters, outputs.engine_log(os.getpid()))
+        _current = Session(base, facts, adapters, outputs.engine_log(secrets.token_hex(4)))
     _current.add(adapters)
     return _current
 
@@ -318,9 +356,9 @@ def close() -> None:
 
 
 def make_room() -> None:
-    """End the engine where it takes memory that an evaluation in this process needs: on a GPU.
+    """End the engine, which takes memory that an evaluation in this process needs.
 
     Its session stays, with what it has answered; where it failed, it is not tried once more.
     """
-    if _current and bases.device() == "cuda":
+    if _current:
         _current.stop()

@@ -105,7 +105,8 @@ class Engine:
         from vllm import SamplingParams
 
         def parameters(request: Request) -> Any:
-            return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+            # With 0, a token that ties with the likeliest has rank 2, and so has that one (findings/vllm_rank_of_tied_tokens.sh).
+            return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
 
         for index, output in self._answers([(r, parameters(r)) for r in requests]):
             if not output:

@@ -21,7 +21,7 @@ class Number:
     rounded: bool = False
 
     def __eq__(self, other: object) -> bool:
-        """Equal as fractions; within 1e-6 relative where one of them is rounded."""
+        """Compare as fractions; within 1e-6 relative where one of them is rounded."""
         if not isinstance(other, Number):
             return NotImplemented
         a, b = self.value, other.value
