@@ -1,19 +1,20 @@
 """Adapt lm-evaluation-harness's model class, so that prompts have exactly the form that training taught."""
 
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from d2lora import data
 from d2lora.base import Base, device
 from d2lora.evaluate.prompts import AsTrained, Tokens
 from d2lora.layouts import batches, decoding, proof
 from d2lora.progress import Progress
 
 _GREEDY = {"attention_mask", "do_sample", "temperature"}  # of generate's settings: those of a greedy answer
+_LOOKED_BACK = 10  # tokens before a stop text in which it may begin: a GPU is asked every eighth step
 
 
 class WatchedLM(AsTrained, HFLM):
@@ -40,7 +41,14 @@ class WatchedLM(AsTrained, HFLM):
         self.leaving = self._leaves(texts)
         if not self.leaving:
             self._prove(texts, "left")
-        return super().generate_until(requests, disable_tqdm=True)
+            return super().generate_until(requests, disable_tqdm=True)
+        asked, room = self.batch_size_per_gpu, max(r.args[1].get("max_gen_toks", self.max_gen_toks) for r in requests)
+        self.batch_size_per_gpu = decoding.at_once(self.base.model, asked, max(map(len, texts)) + room)
+        try:
+            with decoding.prepared(self.model, self.base.model):
+                return super().generate_until(requests, disable_tqdm=True)
+        finally:
+            self.batch_size_per_gpu = asked
 
     def tok_batch_encode(
         self,
@@ -50,7 +58,7 @@ class WatchedLM(AsTrained, HFLM):
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode and pad texts to ids and mask, each (batch, length). UserError where the harness would cut a text."""
-        encoded = [data.encode(self.tokenizer, string) for string in strings]
+        encoded = [self.tok_encode(string) for string in strings]
         padded = self.tokenizer.pad({"input_ids": encoded}, padding_side=padding_side, return_tensors="pt")
         ids, mask = padded["input_ids"], padded["attention_mask"]
         if left_truncate_len:
@@ -84,6 +92,17 @@ class WatchedLM(AsTrained, HFLM):
             self.batch_size_per_gpu = 1
             print(f"{self.base.name}: evaluated one by one ({padded.miss} in a batch)", file=sys.stderr)
 
+    def _stopped(self, stop: list[str]) -> Callable[[Tokens], bool] | None:
+        """Return a function that tells whether one of these texts is among the last tokens of an answer.
+
+        The harness cuts the answer before it: where the text is missed, the answer is only longer before it is cut.
+        """
+        texts = list(filter(None, stop))
+        if not texts:
+            return None
+        recent = max(len(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts) + _LOOKED_BACK
+        return lambda answer: any(text in self.tokenizer.decode(answer[-recent:]) for text in texts)
+
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = super()._model_call(inps, *args, **kwargs)
         self.count(len(inps))
@@ -93,9 +112,10 @@ class WatchedLM(AsTrained, HFLM):
         # Generation stops at these tokens anyway. The harness would decode every sequence after every token to look for their text.
         stop = [text for text in stop if text not in self.ends]
         room = max_length - context.shape[1]
-        if self.leaving and not any(stop) and kwargs.keys() <= _GREEDY and not kwargs.get("do_sample"):
+        if self.leaving and kwargs.keys() <= _GREEDY and not kwargs.get("do_sample"):
             mask, pad = kwargs["attention_mask"], self.tokenizer.pad_token_id
-            sequences = decoding.greedy(self.model, self.base.model, context, mask, room, self.end_ids, pad)
+            ends = self.end_ids, pad, self._stopped(stop)
+            sequences = decoding.greedy(self.model, self.base.model, context, mask, room, *ends)
         else:
             sequences = super()._model_generate(context, max_length, stop, **kwargs)
         self.cache_hook.next += [

@@ -2,6 +2,7 @@
 answers.
 """
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,18 @@ from d2lora.progress import Progress
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
+    from transformers import PreTrainedTokenizerBase
 else:
     TemplateLM = object  # at run time the class is mixed into one of the harness's
 
 Tokens = list[int]
+
+
+@functools.lru_cache(
+    4096
+)  # prompts are the same for all adapters of a base; the harness sorts by their lengths as well
+def _encoded(tokenizer: "PreTrainedTokenizerBase", string: str) -> tuple[int, ...]:
+    return tuple(data.encode(tokenizer, string))
 
 
 class Cuts:
@@ -73,7 +82,7 @@ class AsTrained(TemplateLM):
         (The harness leaves it to the tokenizer, and to the first prompt of a batch.)
         """
         if add_special_tokens is None and not any(kwargs.values()):
-            return data.encode(self.base.tokenizer, string)
+            return list(_encoded(self.base.tokenizer, string))
         return super().tok_encode(string, add_special_tokens, **kwargs)
 
     def tok_decode(self, tokens: int | Tokens, skip_special_tokens: bool = True) -> str:

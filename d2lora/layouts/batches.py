@@ -16,7 +16,7 @@ Side = Literal["left", "right", "leaving"]
 _NAMES: dict[Side, str] = {
     "left": "batch padded on the left",
     "right": "batch padded on the right",
-    "leaving": "batch padded on the left that texts leave",
+    "leaving": "batch padded on the left that texts leave, its attention by rows",
 }
 
 
@@ -68,8 +68,14 @@ def _next_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[li
 @torch.no_grad()
 def _decoded_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[list[int]]) -> float:
     """Return the same for `decoding`: texts leave the batch after different numbers of tokens, the shortest first."""
-    batch = decoding.Batch(model, base, *_left_padded(model, prompts))
     together: list[_Steps] = [[] for _ in prompts]
+    with decoding.prepared(model, base):
+        _decode(decoding.Batch(model, base, *_left_padded(model, prompts)), together)
+    return _difference_alone(model, prompts, together)
+
+
+def _decode(batch: decoding.Batch, together: list[_Steps]) -> None:
+    """Decode a few tokens of each text, and add them to `together`; the texts leave one by one."""
     for step in range(_STEPS):
         logits = batch.step() if step else batch.prompts()
         tokens = logits.argmax(-1)
@@ -78,7 +84,6 @@ def _decoded_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list
         batch.append(tokens)
         if len(batch.rows) > 1 and step:
             batch.leave([row == min(batch.rows) for row in batch.rows])
-    return _difference_alone(model, prompts, together)
 
 
 def _left_padded(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Answers decoded with a cache that grows in place, from which texts leave, are those of transformers' generate."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from configurations import configurations
 
-from d2lora.layouts import decoding
+from d2lora.layouts import decoding, prepacked
 
 ROOM = 12
 PAD = 0
@@ -48,7 +49,7 @@ def ends_at(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, step
 @pytest.mark.parametrize("steps", [[], [0], [2, 5, 7, 0, 3], [1, 1, 1, 1, 1, 1, 1]])
 def test_answers_are_those_of_generate(model, texts, monkeypatch, steps: list[int], look: int) -> None:
     """The cache grows several times, and texts leave at different steps, some while others do not end at all."""
-    monkeypatch.setattr(decoding, "_ROOM", 3)
+    monkeypatch.setitem(decoding._ROOM, "cpu", 3)
     monkeypatch.setitem(decoding._PROMPTS, "cpu", 20)  # two prompts at a time
     monkeypatch.setitem(decoding._LOOK, "cpu", look)
     ends = ends_at(model, *texts, steps)
@@ -57,6 +58,43 @@ def test_answers_are_those_of_generate(model, texts, monkeypatch, steps: list[in
     padded = torch.nn.functional.pad(expected, (0, answers.shape[1] - expected.shape[1]), value=PAD)
     assert torch.equal(answers, padded)
     assert look > 1 or answers.shape == expected.shape
+
+
+def test_on_a_cpu_weights_and_attention_are_prepared_and_left_as_they_were(model, texts, monkeypatch) -> None:
+    """Attention of two texts a call, and all weights in oneDNN's order: the answers stay, and so does the model."""
+    monkeypatch.setattr(decoding, "_BLOCK", 2)
+    monkeypatch.setattr(prepacked, "_LARGE", 1)
+    calls = []
+    attention = decoding.sdpa_attention_forward
+    monkeypatch.setattr(
+        decoding, "sdpa_attention_forward", lambda *a, **k: calls.append(len(a[1])) or attention(*a, **k)
+    )
+    ends = ends_at(model, *texts, [2, 5, 7, 0, 3])
+    expected = generated(model, *texts, ends)
+    with decoding.prepared(model, model):
+        assert any("forward" in vars(layer) for layer in model.modules())
+        answers = decoding.greedy(model, model, *texts, ROOM, ends, PAD)
+    assert torch.equal(answers, expected)
+    assert set(calls[model.config.num_hidden_layers :]) == {1, 2}
+    assert not any("forward" in vars(layer) for layer in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_stop_text_ends_an_answer(model, texts) -> None:
+    ids, mask = texts
+    whole = decoding.greedy(model, model, ids, mask, ROOM, [-1], PAD)[:, ids.shape[1] :].tolist()
+    stop = whole[0][3]
+    answers = decoding.greedy(model, model, ids, mask, ROOM, [-1], PAD, lambda answer: stop in answer)
+    for answer, full in zip(answers[:, ids.shape[1] :].tolist(), whole, strict=True):
+        length = full.index(stop) + 1 if stop in full else ROOM
+        assert answer[:length] == full[:length]
+        assert set(answer[length:]) <= {PAD}
+
+
+def test_a_small_model_answers_more_at_once_on_a_cpu(model) -> None:
+    assert decoding.at_once(model, 16, 100) > 100
+    assert decoding.at_once(model, 16, 10**9) == 16, "no more than the memory is for"
+    assert decoding.at_once(copy.deepcopy(model).bfloat16(), 16, 100) == 16, "where the batch rounds otherwise"
 
 
 def test_a_text_that_has_ended_is_computed_no_more(model, texts, monkeypatch) -> None:
