@@ -3,7 +3,7 @@
     python benchmarks/preference_step.py [--rows FOLDER] [--pairs 16] [--epochs 4] [--methods dpo,orpo] [--sides ...]
 
 Runs on the lab's pairs and base or, with --rows, on the step-preference rows in FOLDER (columns of
-math-step-pref) and SmolLM2-135M (extra [laptop]). Each side runs in a process of its own on one thread, on the same
+math-step-pref) and SmolLM2-135M (extra [laptop]). `--methods sft` works for the two builds alone. Each side runs in a process of its own on one thread, on the same
 pairs with an effective batch of 16. TRL as it comes has its default micro-batch of 8 (4 with real rows, for memory),
 padding, and DPO's reference in every step. TRL at its best computes the reference in advance and groups similar
 lengths. The earlier build (--before, 28f7cc9) is checked out into a temporary git worktree, and runs with the micro-batch
