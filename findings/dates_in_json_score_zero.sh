@@ -8,8 +8,8 @@
 # What one would expect: a string in JSON is a string. JSON has no dates; numbers in quotes ("007") do stay strings.
 #
 # Why it hurts: a test of dates scores 0 for a model that answers each of them right, and few-shot examples or training rows
-# filled into templates teach a form that is not in the file. A training file with one undated row and a test file without one
-# disagree on the form of every answer.
+# filled into templates teach a form that is not in the file. A training file with one undated row and a test file without one,
+# each loaded by itself, disagree on the form of every answer.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
