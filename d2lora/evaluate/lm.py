@@ -23,6 +23,8 @@ class WatchedLM(AsTrained, HFLM):
     Where padding is not exact, items are evaluated one by one.
     """
 
+    batch_size_per_gpu: int  # texts at once; the harness gives it no type
+
     def __init__(
         self, base: Base, model: torch.nn.Module, chat: bool, batch: int, progress: Progress, proofs: proof.Memory
     ) -> None:
@@ -42,13 +44,13 @@ class WatchedLM(AsTrained, HFLM):
         if not self.leaving:
             self._prove(texts, "left")
             return super().generate_until(requests, disable_tqdm=True)
-        asked, room = self.batch_size_per_gpu, max(r.args[1].get("max_gen_toks", self.max_gen_toks) for r in requests)
-        self.batch_size_per_gpu = decoding.at_once(self.base.model, asked, max(map(len, texts)) + room)
+        batch, room = self.batch_size_per_gpu, max(r.args[1].get("max_gen_toks", self.max_gen_toks) for r in requests)
+        self.batch_size_per_gpu = decoding.at_once(self.base.model, batch, max(map(len, texts)) + room)
         try:
             with decoding.prepared(self.model, self.base.model):
                 return super().generate_until(requests, disable_tqdm=True)
         finally:
-            self.batch_size_per_gpu = asked
+            self.batch_size_per_gpu = batch
 
     def tok_batch_encode(
         self,
