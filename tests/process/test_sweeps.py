@@ -239,10 +239,8 @@ def test_every_benchmark_belongs_to_a_task(cell) -> None:
             task = cell(f"task={file.stem}").config.task
             used |= {*task.benchmark, *task.validation}
     used |= {name for c in cells("lab") for name in c.config.task.benchmark}  # a sweep may have more
-    for beside in (
-        "lab_math_likelihood",
-        "gsm8k_likelihood",
-    ):  # added to a task's own on the command line (docs/evaluation.md)
+    # Added to a task's own on the command line (docs/evaluation.md, docs/statistics.md).
+    for beside in ("lab_math_likelihood", "lab_math_by_template", "gsm8k_likelihood"):
         task = "lab_math" if beside.startswith("lab") else "math"
         used |= {*cell(f"task={task}", f"+benchmark@task.benchmark={beside}").config.task.benchmark}
     assert used == {f.stem for f in (ROOT / "conf" / "benchmark").glob("*.yaml")}
