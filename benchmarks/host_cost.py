@@ -5,9 +5,9 @@
 Both builds train with the paper's recipe at their own defaults (recipe=paper), each in processes of its own on one
 thread, in turns. The earlier one is checked out into a temporary git worktree.
 
-Time is nearly all the host's on a Llama of 32 layers, width 16, r = 4 and pairs of a few tokens, in float32 (at width 32 a
-fifth of this build's samples in `perf` were kernels): CPU seconds of the process and ATen operations (forward, backward and
-optimizer, with the optimizer's `foreach` that a GPU has) per pair.
+Time is mostly the host's on a Llama of 32 layers, width 32, r = 4 and pairs of a few tokens, in float32: CPU seconds of the
+process and ATen operations (forward, backward and optimizer, with the optimizer's `foreach` that a GPU has) per pair. A fifth
+of this build's samples in `perf` were kernels there, so the seconds are measured at half the width too.
 DPO's reference is computed before the first step and is not in it.
 
 Memory is of the real dtype and proportions: bfloat16 under autocast, width 1024, r = 4 and rows of real lengths / 4 (so
@@ -34,6 +34,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 QUARTER = 4
+SHAPES = {"bytes": (4096 // QUARTER, 128 // QUARTER), "narrow seconds": (16, 4)}  # width, and of a head; else 32, 8
 
 
 # --- one build, in a process of its own ------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def base_of(root: Path, kind: str, bf16: bool, layers: int):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(root / "d2lora/lab/base")
-    width, head = (4096 // QUARTER, 128 // QUARTER) if kind == "bytes" else (16, 4)
+    width, head = SHAPES.get(kind, (32, 8))
     shape = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 7 // 2, num_hidden_layers=layers,
         num_attention_heads=width // head, num_key_value_heads=width // head // 4, max_position_embeddings=2048,
@@ -231,8 +232,9 @@ def checked_out(commit: str) -> Iterator[Path]:
 def compare(before: Path, method: str, steps: int, rounds: int) -> None:
     """Measure both builds in turns and print their figures."""
     builds, values = (before, HERE), dict[str, list[float]]()
-    timed = [[side(root, "seconds", method, False, 32, steps)["seconds"] for root in builds] for _ in range(rounds)]
-    values["host ms per pair"] = [1000 * min(seconds) for seconds in zip(*timed, strict=True)]
+    for kind, name in (("seconds", "host ms per pair"), ("narrow seconds", "the same, half the width")):
+        timed = [[side(root, kind, method, False, 32, steps)["seconds"] for root in builds] for _ in range(rounds)]
+        values[name] = [1000 * min(seconds) for seconds in zip(*timed, strict=True)]
     for name, bf16 in (("operations per pair, float32", False), ("operations per pair, bfloat16", True)):
         values[name] = [side(root, "operations", method, bf16, 32, steps)["operations"] for root in builds]
     values["bytes per token, layer, width"] = [_per_layer(root, method, steps) for root in builds]
