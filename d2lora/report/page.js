@@ -277,7 +277,7 @@ function items(pair, state, fill) {
 }
 function answer(p, [text, scores]) {
   const own = scores[p.metric];
-  const verdict = own === 1 ? h("span", { class: "right" }, "✓ right") : own === 0 ? h("span", { class: "wrong" }, "✗ wrong") : `${p.metric} ${score(p.metric, own)}`;
+  const verdict = own === 1 ? h("span", { class: "right" }, "✓ right") : own === 0 ? h("span", { class: "wrong" }, "✗ wrong") : `${p.metric} ${fixed(100 * own, unit(p.metric).digits)}`;
   return h("div", {}, h("div", { class: "small" }, `${p.arm}: `, verdict), h("pre", {}, text));
 }
 
