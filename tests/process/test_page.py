@@ -233,8 +233,8 @@ def test_initializations_stand_side_by_side_and_filters_narrow_them(tmp_path: Pa
         result.sft = rows();
         """,
     )
-    assert len(found["all"]) == 8
-    assert len(found["sft"]) == 4
+    assert len(found["all"]) == 16  # two benchmarks, a row each
+    assert len(found["sft"]) == 8
     assert all("SFT" in row for row in found["sft"])
 
 
