@@ -238,16 +238,29 @@ class GatedMlp(torch.autograd.Function):
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
-def _inverse(wide: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return 1 / root mean square (..., 1) of x (..., width), in float32."""
-    return wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-
-
 def _of_norm(gradient: torch.Tensor, normed: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return an RMSNorm's gradient of its input, in float32; `normed` is its output before the product with its weight."""
     g = (gradient * weight).to(torch.float32)
     share = (g * normed).mean(-1, keepdim=True)
     return torch.addcmul(g, normed, share, value=-1).mul_(inverse)
+
+
+class Norm(NamedTuple):
+    """The weight (width) of an RMSNorm, and its epsilon."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output for x (..., width), and 1 / root mean square (..., 1) in float32, which `again` takes."""
+        wide = x.to(torch.float32)
+        inverse = wide.pow(2).mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # 1 / root mean square
+        return self.weight * (wide * inverse).to(x.dtype), inverse
+
+    def again(self, x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output once more, and it before the product with the weight, in float32."""
+        normed = x.to(torch.float32) * inverse
+        return self.weight * normed.to(x.dtype), normed
 
 
 class RmsNorm(torch.autograd.Function):
@@ -258,10 +271,9 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.to(torch.float32)
-        inverse = _inverse(wide, eps)
+        output, inverse = Norm(weight, eps).forward(x)
         ctx.save_for_backward(x, inverse, weight)
-        return weight * (wide * inverse).to(x.dtype)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -296,24 +308,6 @@ class Rotary(torch.autograd.Function):
 
 
 # --- a decoder layer, but for its attention --------------------------------------------------------------------------
-
-
-class Norm(NamedTuple):
-    """The weight (width) of an RMSNorm, and its epsilon."""
-
-    weight: torch.Tensor
-    eps: float
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output for x (tokens, width), and what `again` takes."""
-        wide = x.to(torch.float32)
-        inverse = _inverse(wide, self.eps)
-        return self.weight * (wide * inverse).to(x.dtype), inverse
-
-    def again(self, x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output once more, and it before the product with the weight, in float32."""
-        normed = x.to(torch.float32) * inverse
-        return self.weight * normed.to(x.dtype), normed
 
 
 class BeforeAttention(torch.autograd.Function):

@@ -9,9 +9,9 @@ _SECONDS = 1.0  # between two looks
 
 
 def end_with_parent(parent: int) -> None:
-    """Kill this process soon after its parent, by that one's id, has ended. By SIGTERM or SIGKILL it ends without a word.
+    """Kill this process within about a second of the end of its parent, which is given by its process id.
 
-    What is published by then stays; a training goes on from its checkpoint.
+    A parent that was killed can't end its workers itself. What is published by then stays; a training goes on from its checkpoint.
     """
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 

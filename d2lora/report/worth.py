@@ -67,8 +67,8 @@ def lines(table: "Table") -> list[str]:
     silent = [line.label for line, worths in known if not any(worths.values())]
     texts = [_text(line, worths) for line, worths in known if any(worths.values())]
     if silent:
-        which = f"All {len(silent)} rows" if len(silent) == len(known) > 1 else ", ".join(silent)
-        texts.append(f"{which}: LoRA's curve does not say what the warm-up is worth in task samples.")
+        subject = f"All {len(silent)} rows" if len(silent) == len(known) > 1 else ", ".join(silent)
+        texts.append(f"{subject}: LoRA's curve does not say what the warm-up is worth in task samples.")
     return texts
 
 
