@@ -51,7 +51,7 @@ def check_inputs(config: Config, passed: Passed) -> None:
     extra = config.init.extra
     if extra and find_spec(extra.package) is None:
         raise UserError(f"init={config.init.name}: needs {extra.package}, which is not installed: {extra.install}")
-    _check(passed, installed.check, config.recipe.machine)
+    _check(passed, installed.check, config.recipe)
     for benchmark in config.benchmarks.values():
         _check(passed, data.check_benchmark, benchmark, config.split_seed)
     if tasks := _harness_tasks(config):

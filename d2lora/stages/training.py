@@ -67,13 +67,12 @@ def shared(config: Config, phase: str, method: Method, source: data.Data) -> dic
     """Return the fields of TrainingSpec; `phase` names the learning rate: "warmup" or a method's name."""
     recipe = config.recipe
     names = ("lora", "schedule", "lr_warmup_ratio", "weight_decay", "max_grad_norm", "batch", "max_length")
-    layout = recipe.model_dump(include={"packing", "micro_batch", "attention"}) if recipe.lora.dropout else {}
     return {name: getattr(recipe, name) for name in names} | {
         "model": data.model_identity(config.model),
         "init": config.init,
         "seed": config.seed,
         "data_seed": config.data_seed,
-        "layout": layout,
+        "layout": recipe.layout,
         "lr": recipe.rate(phase),
         "method": method,
         "libraries": versions("trl"),
