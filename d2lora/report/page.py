@@ -188,7 +188,7 @@ class _Data:
             "started": record.provenance.started,
             "seconds": record.seconds,
             "peak_memory_mb": record.peak_memory_mb,
-            "data": record.data,
+            "data": record.data.as_read() if record.data else None,
             "metrics": metrics,
             "spec": spec,
             "losses": losses,

@@ -203,8 +203,8 @@ def _add(point: Point, seed: int, run: Run, records: Records, varies: str | None
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"
             )
-    if (adapt := records.get(AdaptSpec.KIND, run.adapt)) and adapt.data is not None:
-        point.samples = adapt.data["samples"]
+    if (adapt := records.get(AdaptSpec.KIND, run.adapt)) and adapt.data:
+        point.samples = adapt.data.samples
 
 
 def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from typing import ClassVar
 from d2lora import data
 from d2lora.data import overlap, wording
 from d2lora.keys import Identity
-from d2lora.records import Result
+from d2lora.records import Result, RowCounts
 from d2lora.settings import Benchmark, Config, Data, Task, fields
 from d2lora.stages import prepare
 from d2lora.stages.run import Run
@@ -120,4 +120,4 @@ def work(run: Run[ContaminationSpec]) -> Result:
         trained=pair.templates,
     )
     run.write_items(items)
-    return Result(pair=pair.name, metrics=dict(overlap.shares(items, len(tests))), data={"rows": len(rows)})
+    return Result(pair=pair.name, metrics=dict(overlap.shares(items, len(tests))), data=RowCounts(rows=len(rows)))

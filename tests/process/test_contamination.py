@@ -371,7 +371,7 @@ def test_a_record_names_what_was_found_and_where(planted) -> None:
     stages = dict(zip((p.name for p in contamination.pairs(planted.config)), planted.chain.contamination, strict=True))
     record = store.record(stages["lab-math / lab_math"])
     assert record.scores["exact"] == Score(value=0.5, stderr=0.0, items=2)
-    assert record.data == {"rows": 4}
+    assert record.data.rows == 4
     lines = (store.folder(stages["lab-math / lab_math"]) / "items.jsonl").read_text().splitlines()
     assert [(i["index"], i["exact"], i["ngram13"]) for i in map(json.loads, lines)] == [(0, 1, 1)]
     warmup = store.record(stages["lab / lab_math"]).scores
