@@ -23,7 +23,7 @@ def test_every_option_of_every_group_composes(cell, choice: str, monkeypatch) ->
     from d2lora.command import grid
 
     # The plan reads local data, which a user's folders or an extra's weights are not: only the schema is tried here.
-    monkeypatch.setattr(grid.plan, "chain", lambda config: plan.Chain(None, None, ()))
+    monkeypatch.setattr(grid.plan, "chain", lambda config: plan.Chain())
     option = choice.split("=")[1]
     config = cell(choice, *(["data_root=/somewhere"] if option in DATA_ROOT else [])).config
     assert config.n == 1000
