@@ -188,7 +188,7 @@ class _Data:
             "started": record.provenance.started,
             "seconds": record.seconds,
             "peak_memory_mb": record.peak_memory_mb,
-            "data": record.data,
+            "data": record.data.as_read() if record.data else None,
             "metrics": metrics,
             "spec": spec,
             "losses": losses,
@@ -253,7 +253,8 @@ def contents_of(cells: Iterable[ManifestCell]) -> str:
 
 
 def _rows(table: Rows) -> JSON:
-    return {"head": table.head, "rows": table.rows, "shows": table.shows}
+    filtered = [{name: getattr(point, name) for name in ("model", "task", "method", "m")} for point in table.points]
+    return {"head": table.head, "rows": table.rows, "shows": filtered}
 
 
 def _counts(c: Comparison) -> str:

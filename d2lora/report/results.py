@@ -91,20 +91,22 @@ class CellResults:
 
     def size(self, name: str) -> int | None:
         """Return how many rows n or m are; of "all" as many as the training's record says, None while there is none."""
-        asked = self.cell.config[name]
-        if asked != "all":
-            return asked
-        data = {record.stage: record.data or {} for record in self.trained}
-        adapted = data.get(AdaptSpec.KIND, {})
+        size = self.cell.config[name]
+        if size != "all":
+            return size
+        counts = {record.stage: record.data for record in self.trained}
+        adapted = counts.get(AdaptSpec.KIND)
         # A control arm without a warm-up has its general rows in the adaptation.
-        return (adapted if name == "n" else data.get(WarmupSpec.KIND) or adapted.get("general", {})).get("samples")
+        general = counts.get(WarmupSpec.KIND) or (adapted.general if adapted else None)
+        rows = adapted if name == "n" else general
+        return rows.samples if rows else None
 
     def _training(self) -> Row:
         """Return the settings of its trainings that readers ask for most, and what they took."""
         c, stages = self.cell.config, self.cell.stages
         rates, trained = c["recipe"]["lr"], bool(self.cell.stages.adapt or self.cell.stages.warmup)
         adapter = next((key for key in reversed(list(stages.trained().values())) if key), None)
-        data = next((r.data for r in self.trained if r.stage == AdaptSpec.KIND and r.data), {})
+        counts = next((r.data for r in self.trained if r.stage == AdaptSpec.KIND and r.data), None)
         return {
             "lr": rates[c["method"]["name"]] if stages.adapt else rates["warmup"] if stages.warmup else None,
             "reference": c["method"].get("reference") or None,
@@ -112,7 +114,7 @@ class CellResults:
             "batch": c["recipe"]["batch"] if trained else None,
             "epochs": c["method"]["epochs"] if stages.adapt else None,
             "warmup_epochs": c["warmup"]["epochs"] if stages.warmup else None,
-            "samples": data.get("samples"),
+            "samples": counts.samples if counts else None,
             "train_seconds": round(sum(r.seconds for r in self.trained if r.stage != PrepareSpec.KIND), 3),
             "adapter_key": adapter,
             "warmup_key": stages.warmup,

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from d2lora.settings.values import Strict
+from d2lora.settings.values import Strict, by_name
 
 
 class BaseControl(Strict):
@@ -68,13 +68,11 @@ class PlaceboControl(BaseControl):
 
 
 # In the order of tables.
-CONTROLS: tuple[type[BaseControl], ...] = (NoControl, LongerControl, MixedControl, MergedControl, PlaceboControl)
+AnyControl: TypeAlias = NoControl | LongerControl | MixedControl | MergedControl | PlaceboControl
 
-Control: TypeAlias = Annotated[
-    NoControl | LongerControl | MixedControl | MergedControl | PlaceboControl, Field(discriminator="name")
-]
+Control: TypeAlias = Annotated[AnyControl, Field(discriminator="name")]
 
-_BY_NAME: dict[str, type[BaseControl]] = {control.model_fields["name"].default: control for control in CONTROLS}
+_BY_NAME: dict[str, type[BaseControl]] = by_name(AnyControl)
 
 CONTROL_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 

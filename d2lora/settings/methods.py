@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from d2lora.settings.values import Positive, Strict
+from d2lora.settings.values import Positive, Strict, by_name
 
 
 class BaseMethod(Strict):
@@ -124,12 +124,13 @@ class Kto(Referenced):
     undesirable_weight: Annotated[float, Field(gt=0)]
 
 
-Method: TypeAlias = Annotated[Sft | Dpo | Orpo | Simpo | Kto, Field(discriminator="name")]
+AnyMethod: TypeAlias = Sft | Dpo | Orpo | Simpo | Kto  # in the order of tables and panels
 
-# In the order of tables and panels.
-METHODS: tuple[type[BaseMethod], ...] = (Sft, Dpo, Orpo, Simpo, Kto)
+Method: TypeAlias = Annotated[AnyMethod, Field(discriminator="name")]
 
-_BY_NAME: dict[str, type[BaseMethod]] = {method.model_fields["name"].default: method for method in METHODS}
+_BY_NAME: dict[str, type[BaseMethod]] = by_name(AnyMethod)
+
+METHODS: tuple[type[BaseMethod], ...] = tuple(_BY_NAME.values())
 
 METHOD_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 

@@ -164,8 +164,9 @@ class Benchmark(Strict):
     def _kind_has_its_fields(self) -> "Benchmark":
         if missing := [name for name in self.scoring.needs if not getattr(self, name)]:
             raise ValueError(f"kind {self.kind} needs {' and '.join(missing)}: the path of a list, or a list")
-        if self.script != "latin" and self.scoring.family != "rouge":
-            raise ValueError(f"script={self.script}: only kind rouge reads words; {self.kind} needs no script")
+        if self.script != "latin" and kind_named(self.kind).of_any_script is None:
+            others = " or ".join(kind.name for kind in KINDS if kind.of_any_script)
+            raise ValueError(f"script={self.script}: only kind {others} reads words; {self.kind} needs no script")
         if isinstance(self.prompt, list) and not self.chat:
             raise ValueError("chat=false: a prompt of turns needs the chat template")
         if isinstance(self.prompt, list) and self.prompt[-1].role not in ("user", "tool"):

@@ -78,4 +78,5 @@ def work(run: Run[AdaptSpec]) -> Result:
             spec.method, subset
         )
         result = training.train(run, subset, reference, epochs=epochs)
-    return result.model_copy(update={"data": subset.counts() | {"general": general.counts()}})
+    counts = subset.counts().model_copy(update={"general": general.counts()})
+    return result.model_copy(update={"data": counts})

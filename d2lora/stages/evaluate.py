@@ -9,7 +9,7 @@ from d2lora import data
 from d2lora.evaluate import vllm
 from d2lora.evaluate.vllm import installed
 from d2lora.progress import Progress
-from d2lora.records import CLUSTER, Engine, Item, Result
+from d2lora.records import CLUSTER, Engine, Item, Result, RowCounts
 from d2lora.settings import Benchmark, Config
 from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
@@ -126,7 +126,7 @@ def work(run: Run[EvaluateSpec]) -> Result:
         more["counts"] = counts
     benchmark = run.config.benchmarks.get(run.stage.subject)
     if benchmark and not run.stage.spec.lm_eval and (left_out := rows.items(run, benchmark).left_out):
-        more["data"] = {"left_out": left_out}
+        more["data"] = RowCounts(left_out=left_out)
     if outcome.engine:
         more["engine"] = outcome.engine
     return Result(benchmark=run.stage.subject, metrics=dict(outcome.metrics), eval_batch=outcome.batch, **more)

@@ -69,7 +69,7 @@ def test_all_of_a_data_set_on_the_hub_has_a_time_too(grid, tmp_path: Path) -> No
     store, ten = Store(tmp_path), grid[1]
     made.publish(tmp_path, [ten])
     adapt = Stage(dataclasses.replace(ten.chain.adapt.spec, n="all"), samples=None)
-    every = Cell(ten.config, Chain(None, adapt, ten.chain.evaluations))
+    every = Cell(ten.config, Chain(adapt=adapt, evaluations=ten.chain.evaluations))
     assert re.match(r"about \d", told(summary.plan_text([every], store)))
 
 
