@@ -181,12 +181,16 @@ class StageKeys(_Read):
         """Return the keys of preparation, warm-up and adaptation by stage."""
         return {"prepare": self.prepare, "warmup": self.warmup, "adapt": self.adapt, "merge": self.merge}
 
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """Return the keys of all evaluations by benchmark, those on validation benchmarks too."""
+        return self.validation | self.evaluate
+
     def every(self) -> Iterator[tuple[str, str]]:
-        """Yield the kind and key of each stage."""
-        yield from ((kind, key) for kind, key in self.trained().items() if key)
-        yield from (("evaluate", key) for key in (self.evaluate | self.validation).values())
-        yield from (("contamination", key) for key in self.contamination.values())
-        yield from (("flips", key) for key in self.flips.values())
+        """Yield the kind and key of each stage, of kinds that this version does not know too."""
+        for kind, keys in self.model_dump(exclude={"validation"}, exclude_none=True).items():
+            yield from ((kind, key) for key in ([keys] if isinstance(keys, str) else keys.values()))
+        yield from (("evaluate", key) for key in self.validation.values())
 
 
 class ManifestCell(_Read):

@@ -20,7 +20,7 @@ from d2lora.report import (
     halves,
     inits,
     paper,
-    settings,
+    table2,
     tables,
     tuning,
 )
@@ -91,7 +91,7 @@ def _differences_in(built: list[Table]) -> Content | None:
 
 def _settings(sweep: Sweep) -> Content | None:
     cells = [c for c in sweep.cells if c.stages.evaluate or not sweep.tuning]  # of the others nothing is shown
-    return Content(rows=settings.table(cells))
+    return Content(rows=table2.table(cells))
 
 
 OWN = Artefact("table", "Sweep {sweep}", _own, title="All cells of this sweep", figure="curves", folded="below others")

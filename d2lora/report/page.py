@@ -24,11 +24,11 @@ from d2lora.report.content import Rows, Sweep
 from d2lora.report.figures import Curve, Panel
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point, size
+from d2lora.report.results import CellResults
 from d2lora.report.tables import Table, column_name
 from d2lora.scoring import unit_of
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
-from d2lora.stages.evaluate import EvaluateSpec
 
 _ANSWER, _PROMPT = 600, 2000  # characters kept of a text
 _COUNTS = "right: both / D2LoRA alone / LoRA alone / neither"  # the column of the counts behind McNemar's test
@@ -89,7 +89,7 @@ class _Data:
             "date": _latest(sweep),
             "holds": contents_of(sweep.cells),
             "cells": len(sweep.cells),
-            "finished": sum(_is_finished(cell, self.records) for cell in sweep.cells),
+            "finished": sum(CellResults(sweep.name, cell, self.records).is_finished for cell in sweep.cells),
         }
 
     def _shown(self, shown: Shown, sweep: str) -> JSON:
@@ -223,12 +223,6 @@ def _point(p: Point) -> JSON:
         "items": p.table.shape[1] if p.scores else 0,
         "runs": [{"seed": seed, "done": seed in p.scores, **vars(run)} for seed, run in sorted(p.runs.items())],
     }
-
-
-def _is_finished(cell: ManifestCell, records: Records) -> bool:
-    """Tell whether all evaluations of a cell have records; in a tuned sweep those of most candidates are on validation alone."""
-    keys = [*cell.stages.validation.values(), *cell.stages.evaluate.values()]
-    return all(records.get(EvaluateSpec.KIND, key) for key in keys)
 
 
 def _latest(sweep: Sweep) -> str:

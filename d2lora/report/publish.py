@@ -24,7 +24,7 @@ from huggingface_hub import (
 from d2lora.errors import UserError
 from d2lora.outputs import ROOT
 from d2lora.records import Manifest, ManifestCell, Record, Records, Score
-from d2lora.report import axes, formats, settings, tuning
+from d2lora.report import axes, formats, table2, tuning
 from d2lora.report.compare import Comparison
 from d2lora.report.content import Sweep
 from d2lora.report.manifest import read_manifest, sweeps
@@ -207,8 +207,7 @@ def _text(repository: Repository, record: Record, quantized: bool) -> str:
     config = repository.cell.config
     arm = arm_name(config["m"], axes.control(config)).replace(" n)", f" {amount(config['n'])})")
     scores = [[s.benchmark, s.metric, s.text, f"{s.score.items:,}"] for s in repository.scores]
-    table2 = settings.table([repository.cell])
-    rows = [row for row in table2.rows if row[1] != settings.UNUSED]
+    settings = [row for row in table2.table([repository.cell]).rows if row[1] != table2.UNUSED]
     parts = [
         f"# {repository.cell.id}",
         f"A LoRA adapter of {_hub_base(record).get('path', config['model']['name'])}, trained with "
@@ -223,7 +222,7 @@ def _text(repository: Repository, record: Record, quantized: bool) -> str:
         else "None yet.",
         *_verdicts(repository),
         "## Settings",
-        formats.markdown_rows(["setting", "value"], rows),
+        formats.markdown_rows(["setting", "value"], settings),
         "## Training procedure",
         "\n".join(_trainings(repository)),
         "### Framework versions",

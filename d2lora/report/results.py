@@ -48,19 +48,14 @@ class CellResults:
         return [record for kind, key in keys if (record := self.records.get(kind, key))]
 
     @property
-    def evaluations(self) -> dict[str, str]:
-        """Return the keys of its evaluations by benchmark, those on validation benchmarks too."""
-        return self.cell.stages.validation | self.cell.stages.evaluate
-
-    @property
     def is_finished(self) -> bool:
-        """Tell whether all its evaluations have records."""
-        return all(self.records.get(EvaluateSpec.KIND, key) for key in self.evaluations.values())
+        """Tell whether all its evaluations have records; in a tuned sweep those of most candidates are on validation alone."""
+        return all(self.records.get(EvaluateSpec.KIND, key) for key in self.cell.stages.evaluations.values())
 
     def rows(self, keys: Iterable[str] | None, role: str | None) -> Iterator[Row]:
         """Yield a row for each benchmark and metric, with its values of the settings `keys`; all that matter if None."""
         common = self._shape() | self._training() | {"tuned": role}
-        for benchmark, key in self.evaluations.items():
+        for benchmark, key in self.cell.stages.evaluations.items():
             record = self.records.get(EvaluateSpec.KIND, key)
             flips = self.records.get(FlipsSpec.KIND, self.cell.stages.flips.get(benchmark))
             measured = common | self._measured(benchmark, key, record) | self._axes(benchmark, keys)

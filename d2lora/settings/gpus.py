@@ -47,6 +47,5 @@ class Planning(Strict):
 
     gpu: Annotated[Text, AfterValidator(_gpu_name)] | None = None  # null: the one that is here
     price: Annotated[float, Field(gt=0)] | None = None  # of an hour of it, in dollars
-    engines: Positive | None = (
-        None  # jobs among which the evaluations that ask an engine are divided; null: what the launcher has
-    )
+    # Jobs among which the evaluations that ask an engine are divided; null: what the launcher has.
+    engines: Positive | None = None

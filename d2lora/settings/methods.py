@@ -21,9 +21,8 @@ class BaseMethod(Strict):
     least_rows: ClassVar[int] = 1  # of a training set
     cost: ClassVar[float]  # time of a training step relative to SFT's on as many samples
     extra_forwards: ClassVar[int] = 0  # of a step: passes without a backward one, beside the reference's
-    rates_like: ClassVar[str | None] = (
-        None  # the method whose learning rate and epochs it has where a recipe lists none
-    )
+    # The method whose learning rate and epochs it has where a recipe lists none.
+    rates_like: ClassVar[str | None] = None
 
     name: str
     epochs: Positive

@@ -130,9 +130,8 @@ class Benchmark(Strict):
     gold: Template  # the reference answer, or a column with a list of them; choice: the label of the right choice
     # choice: the dotted path of a row's list of texts, or texts that are the same for all rows or filled with their columns.
     choices: Choices | None = None
-    labels: Labels | None = (
-        None  # choice: what the gold names them by: such a path, or values; null: the choices themselves
-    )
+    # choice: what the gold names them by: such a path, or values; null: the choices themselves.
+    labels: Labels | None = None
     chat: StrictBool = True
     max_new_tokens: Positive = 512
     limit: Positive | None = None  # the first rows only
@@ -191,9 +190,8 @@ class Task(Strict):
     data: Data
     # A text, or turns (a system turn, history); null where the answers' columns hold conversations with the prompt in them.
     prompt: Prompt | None
-    prefix: Template = (
-        ""  # the start of the answer that is part of the prompt, e.g. the steps before those that a pair compares
-    )
+    # The start of the answer that is part of the prompt, e.g. the steps before those that a pair compares.
+    prefix: Template = ""
     chosen: Template
     rejected: Template | None = None
     full_chosen: Template | None = None  # the whole remaining answer, where chosen is only its next step
@@ -201,9 +199,7 @@ class Task(Strict):
     continuation: Literal["step", "rest"] = "step"
     rendered: StrictBool = False  # rows carry the model's own tokens already: no template is applied
     benchmark: dict[Text, Benchmark] = Field(default={})
-    validation: dict[Text, Benchmark] = Field(
-        default={}
-    )  # what `tune` chooses settings on, the first; read for nothing else
+    validation: dict[Text, Benchmark] = Field(default={})  # `tune` chooses settings on the first; nothing else reads it
     lm_eval: list[HarnessName] = Field(default=[])  # lm-evaluation-harness's tasks: a name, or a name with settings
     lm_eval_path: PathText | None = None  # a folder of tasks of your own, as YAML files of the harness
 

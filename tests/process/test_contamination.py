@@ -441,20 +441,19 @@ def test_a_cell_says_what_was_found_and_what_was_not(planted) -> None:
     ]
 
 
-def test_a_typed_cell_finds_the_questions_its_test_template_makes(run, tiny: Path, tmp_path: Path) -> None:
+def test_a_cell_finds_the_questions_its_test_template_makes(cell, tiny: Path, tmp_path: Path) -> None:
     """The training column has whole questions, the test set only the countries."""
     countries = ["Ardan", "Belor", "Cesta", "Dorim"]
     train = [{"q": f"What is the capital of {c}?", "a": f"{c}ville"} for c in countries[:3]]
     for name, rows in (("train", train), ("test", [{"country": c, "n": 1} for c in countries])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mine" / "task").mkdir(parents=True)
-    (tmp_path / "mine" / "benchmark").mkdir()
-    (tmp_path / "mine" / "task" / "capitals.yaml").write_text(
-        'defaults: [/benchmark: [capitals]]\nname: capitals\ndata: {path: train.jsonl}\nprompt: "{q}"\nchosen: "{a}"\n'
-    )
-    (tmp_path / "mine" / "benchmark" / "capitals.yaml").write_text(
-        "capitals:\n  data: {path: test.jsonl, split: test}\n  kind: number\n  max_new_tokens: 2\n"
-        '  prompt: "What is the capital of {country}?"\n  gold: "{n}"\n'
-    )
-    done = run("--config-dir", str(tmp_path / "mine"), "task=capitals", f"model.path={tiny}", "n=2", "m=0")
-    assert "test items in the training set, capitals / capitals: exact 75.00 % of 4 items" in done.stdout
+    test = "task.benchmark.lab_math"
+    task = [f"task.data.path={tmp_path / 'train.jsonl'}", "task.prompt='{q}'", "task.chosen='{a}'", "task.prefix=''"]
+    task += [f"task.{name}=null" for name in ("rejected", "full_chosen", "full_rejected")]
+    task += [f"{test}.data.path={tmp_path / 'test.jsonl'}", f"{test}.prompt='What is the capital of {{country}}?'"]
+    task += [f"{test}.gold='{{n}}'", "~task.benchmark.lab_facts"]
+    this = cell("n=2", "m=0", f"model.path={tiny}", *task, f"output={tmp_path / 'out'}")
+    store, lost = do(this, "contamination")
+    assert not lost
+    text = "test items in the training set, lab-math / lab_math: exact 75.00 % of 4 items"
+    assert text in summary.cell_text(this, store)
