@@ -96,7 +96,7 @@ class Client:
         if not isinstance(reply, dict) or reply.get("id") != self._number:
             raise Lost(f"it answered another request: {line[:80]!r}")
         if "error" in reply:
-            raise Lost(f"it raised {str(reply['error']).splitlines()[0]}")
+            raise Lost(f"it raised {first_line(reply['error'])}")
         return reply
 
     def _last_words(self) -> str:
@@ -119,6 +119,11 @@ class Client:
         with contextlib.suppress(ValueError, OSError):  # the worker is gone: that is seen where its reply is waited for
             self._process.stdin.write(request)
             self._process.stdin.flush()
+
+
+def first_line(text: object) -> str:
+    """Return the first line of what a worker said."""
+    return next(iter(str(text).splitlines()), "")
 
 
 def _started(command: Sequence[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2lora.evaluate.vllm.client import Client, Lost, Patience, Reply
+from d2lora.evaluate.vllm.client import Client, Lost, Patience, Reply, first_line
 
 Key = str | None  # of an adapter; None is the base
 Request = dict[str, Any]
@@ -84,7 +84,7 @@ class Running:
         # All replies are read: a request that is left before its end ends the worker.
         replies = list(self._client.ask("load", key=name, folder=str(folder.absolute())))
         if refused := [reply["refused"] for reply in replies if "refused" in reply]:
-            return f"vLLM: {refused[0]}"
+            return f"vLLM: {first_line(refused[0])}"
         self._names[key] = name
         self.checked = False
         return ""
@@ -121,8 +121,9 @@ class Running:
 def _scores(reply: Reply, request: Request) -> bool:
     """Tell whether a reply has a log-probability, or NaN, of each token that was asked for, and whether they are the likeliest."""
     values, wanted = reply.get("logprobs"), len(request["ids"]) - request["start"]
-    numbers = isinstance(values, list) and all(isinstance(v, float | int) for v in values)
-    return numbers and len(values) == wanted and isinstance(reply.get("greedy"), bool)
+    if not isinstance(values, list) or not all(isinstance(value, float | int) for value in values):
+        return False
+    return len(values) == wanted and isinstance(reply.get("greedy"), bool)
 
 
 def _environment(threads: int | None) -> dict[str, str]:

@@ -350,7 +350,7 @@ def opened(base: Base, model: Model, adapters: Sequence[Adapter], machine: Machi
     global _current
     command = (str(installed.python_of(machine)), "-I", str(WORKER))
     source = bases.source(model, outputs.models)
-    vocabulary = base.model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # an Embedding
+    vocabulary = len(base.model.get_input_embeddings().weight)  # type: ignore[arg-type]  # an Embedding's
     facts = Facts(command, source, model.revision, model.dtype, vocabulary, machine.threads, Patience())
     if _current is None or not _current.takes(facts, adapters):
         close()
