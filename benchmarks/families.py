@@ -181,7 +181,7 @@ def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, e
             with refusal(row, method):
                 metrics, start, adapter = trained(base, method, folder / method, settings)
                 setattr(row, method, metrics["layout"]["layout"])
-                row.adapted = f"{100 * metrics['coverage']['share']:.0f} %"
+                row.adapted = f"{100 * metrics['coverage'].share:.0f} %"
                 if method in compared:
                     plain = Layout("single", "whole", attention=row.attention)
                     _, _, right = trained(base, method, folder / f"{method} plain", settings, plain)

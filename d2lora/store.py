@@ -117,11 +117,6 @@ def check(output: Path) -> Iterator[str]:
             yield from _faults(outputs, path)
 
 
-def entries(output: Path) -> list[Path]:
-    """Return all entries of the store's folders, records or not."""
-    return Outputs(output).entries()
-
-
 def _is_unfinished(path: Path) -> bool:
     return path.name.startswith(".")
 

@@ -74,7 +74,7 @@ def others(cell: Cell) -> list[Cell]:
     planned = manifest.read_manifest(outputs.root, sweep)
     cells: list[Cell] = []
     for entry in [*planned.cells, *planned.earlier]:
-        evaluations = {*entry.stages.evaluate.values(), *entry.stages.validation.values()}
+        evaluations = set(entry.stages.evaluations.values())
         if missing & evaluations:
             missing -= evaluations
             cells.append(_cell(entry, cell.config))

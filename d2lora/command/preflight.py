@@ -15,9 +15,10 @@ from d2lora.errors import UserError
 from d2lora.evaluate.vllm import installed
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
+from d2lora.records import Coverage
 from d2lora.settings import ALL_LINEAR, Config, HarnessTask
 from d2lora.stages import prepare
-from d2lora.stages.rows import coverage_file, shape_file
+from d2lora.stages.base_facts import coverage_file, shape_file
 from d2lora.store import Store
 
 Passed = set[str]  # the checks that passed, as name and arguments: most are the same in all cells of a grid
@@ -52,7 +53,7 @@ def check_inputs(config: Config, passed: Passed) -> None:
     extra = config.init.extra
     if extra and find_spec(extra.package) is None:
         raise UserError(f"init={config.init.name}: needs {extra.package}, which is not installed: {extra.install}")
-    _check(passed, installed.check, config.recipe.machine)
+    _check(passed, installed.check, config.recipe)
     for benchmark in config.benchmarks.values():
         _check(passed, data.check_benchmark, benchmark, config.split_seed)
     if tasks := _harness_tasks(config):
@@ -140,8 +141,8 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
         if not file.exists():
             _compute_coverage(config)
         with contextlib.suppress(OSError, ValueError):  # a model whose config is not on this machine
-            reached = json.loads(file.read_text())  # coverage.of
-            lines[file] = summary.coverage_text(config.model.name, targets, reached["share"], reached["left_out"])
+            covered = Coverage.model_validate_json(file.read_text())
+            lines[file] = summary.coverage_text(config.model.name, targets, covered)
     return list(lines.values())
 
 
@@ -149,10 +150,11 @@ def _compute_coverage(config: Config) -> None:
     """Compute the layers that the cell's adapter covers, in another process: planning must not import torch and PEFT."""
     files = [str(coverage_file(config)), str(shape_file(config))]
     arguments = [config.model.model_dump(), config.recipe.lora.target_modules, *files]
-    code = "import json, sys; from d2lora.adapters import attach; attach.remember_coverage(*json.load(sys.stdin))"
+    code = "import json, sys; from d2lora.adapters import empty; empty.write_facts(*json.load(sys.stdin))"
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # a config that is not here would be tried for again and again
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=json.dumps(arguments), text=True, capture_output=True, env=offline)
     _, refused, why = done.stderr.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
-    if refused:  # what else may fail, a config that is not here for example, is said when it is needed
+    # What else may fail, a config that is not here for example, is said when it is needed.
+    if refused and config.recipe.lora.target_modules != ALL_LINEAR:
         raise UserError(why.strip())

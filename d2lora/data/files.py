@@ -15,7 +15,7 @@ from typing import Any
 
 from d2lora.errors import UserError
 
-Row = dict
+Row = dict[str, Any]  # a column's name -> its value
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _OPEN: dict[str, Callable] = {".xz": lzma.open, ".gz": gzip.open}

@@ -20,7 +20,7 @@ from d2lora.report import (
     halves,
     inits,
     paper,
-    settings,
+    table2,
     tables,
     tuning,
 )
@@ -33,8 +33,7 @@ def _own(sweep: Sweep) -> Content | None:
     """Return the sweep's own table and curves: all of its cells."""
     if not sweep.points:
         return None
-    told = tuning.notes(sweep.tuning) if sweep.tuning else []
-    return _all(sweep.own_tables, sweep, told)
+    return _all(sweep.own_tables, sweep, tuning.notes(sweep.tuning) if sweep.tuning else [])
 
 
 def _fixed(sweep: Sweep) -> Content | None:
@@ -44,14 +43,15 @@ def _fixed(sweep: Sweep) -> Content | None:
     return _all(sweep.fixed_tables, sweep, tuning.fixed_notes(sweep.tuning))
 
 
-def _all(built: list[Table], sweep: Sweep, told: list[str]) -> Content:
+def _all(built: list[Table], sweep: Sweep, on_tuning: list[str]) -> Content:
+    """Return tables with their curves; their notes are those on the tuning, and on what limits them."""
     points = [point for table in built for point in table.points]
     curves = [panel for table in built for panel in figures.panels(table, "all")]
-    return Content(tables=built, panels=curves, notes=[*told, *evidence.notes(points, sweep.records)])
+    return Content(tables=built, panels=curves, notes=[*on_tuning, *evidence.notes(points, sweep.records)])
 
 
 def _candidates(sweep: Sweep) -> Content | None:
-    return Content(rows=Rows(*tuning.table(sweep.tuning))) if sweep.tuning else None
+    return Content(rows=tuning.table(sweep.tuning)) if sweep.tuning else None
 
 
 def _paper_table(selection: paper.Artefact, sweep: Sweep) -> Content | None:
@@ -66,9 +66,9 @@ def _paper_figure(selection: paper.Artefact, sweep: Sweep) -> Content | None:
     if not points:
         return None
     built = tables.build(points, "n", sweep.settings)
-    told = {point for table in paper.TABLES for point in paper.select(table, sweep.points)}
-    untold = [table for table in built if not told.issuperset(table.points)]
-    return Content(panels=figures.of(selection, built), notes=evidence.notes(points, sweep.records), verdicts=untold)
+    in_tables = {point for table in paper.TABLES for point in paper.select(table, sweep.points)}
+    others = [table for table in built if not in_tables.issuperset(table.points)]
+    return Content(panels=figures.of(selection, built), notes=evidence.notes(points, sweep.records), verdicts=others)
 
 
 def _differences(sweep: Sweep) -> Content | None:
@@ -91,7 +91,7 @@ def _differences_in(built: list[Table]) -> Content | None:
 
 def _settings(sweep: Sweep) -> Content | None:
     cells = [c for c in sweep.cells if c.stages.evaluate or not sweep.tuning]  # of the others nothing is shown
-    return Content(rows=Rows(*settings.settings(cells)))
+    return Content(rows=table2.table(cells))
 
 
 OWN = Artefact("table", "Sweep {sweep}", _own, title="All cells of this sweep", figure="curves", folded="below others")
@@ -185,8 +185,8 @@ def text(loaded: Loaded) -> str:
         fixed = loaded.content(FIXED.name)
         parts = ["== tuned ==", *parts, *(["== fixed ==", *_texts(fixed)] if fixed else []), tuning.text(tuned)]
     for each in loaded.shown:
-        where = "at the recipe's own values: " if each.artefact is INITS_FIXED else ""
-        parts += [f"{where}{sentence}" for sentence in each.content.sentences]
+        of_fixed = "at the recipe's own values: " if each.artefact is INITS_FIXED else ""
+        parts += [f"{of_fixed}{sentence}" for sentence in each.content.sentences]
     shares = evidence.contamination(loaded.sweep.cells, loaded.sweep.records)
     return "\n\n".join(filter(None, [*parts, evidence.contamination_text(shares)]))
 
@@ -228,9 +228,9 @@ def _rows_texts(caption: str, table: Rows, notes: list[str]) -> dict[str, str]:
     listed = "\n".join(f"- {line}" for line in notes)
     parts = [f"# {caption}", formats.markdown_rows(table.head, table.rows), *([listed] if notes else [])]
     escaped = [[formats.latex_text(cell) for cell in row] for row in table.rows]
-    told = f"{caption}. {' '.join(notes)}" if notes else caption
+    with_notes = f"{caption}. {' '.join(notes)}" if notes else caption
     return {
         "md": "\n\n".join(parts) + "\n",
-        "tex": formats.latex_rows(told, table.head, escaped) + "\n",
+        "tex": formats.latex_rows(with_notes, table.head, escaped) + "\n",
         "csv": formats.csv_rows(table.head, table.rows),
     }

@@ -71,6 +71,11 @@ class Comparison:
         return unit_of(self.lora.metric)
 
     @property
+    def margin_text(self) -> str:
+        """Return the margin with its unit: 1 point."""
+        return self.unit.text(round(100 * self.margin, 9))
+
+    @property
     def beyond_chance(self) -> bool:
         """Tell whether the difference is significant at 5 % after Holm's correction."""
         return self.adjusted <= ALPHA
@@ -128,6 +133,16 @@ def pairs(points: Iterable[Point]) -> Iterator[tuple[Point, Point, tuple[int, ..
         other = counterpart(by_identity, point, point.init, 0)
         if point.m != 0 and point.control == NO_CONTROL and other and (pair := _paired(other, point)):
             yield other, point, pair[0]
+
+
+def count_beyond_chance(family: Iterable[Comparison]) -> int:
+    """Return how many comparisons differ beyond chance."""
+    return sum(c.beyond_chance for c in family)
+
+
+def count_decided(family: Iterable[Comparison], decision: Decision) -> int:
+    """Return how many comparisons came to a decision."""
+    return sum(c.decision == decision for c in family)
 
 
 def adjust(family: list[Comparison]) -> None:

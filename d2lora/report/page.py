@@ -24,11 +24,11 @@ from d2lora.report.content import Rows, Sweep
 from d2lora.report.figures import Curve, Panel
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point, size
+from d2lora.report.results import CellResults
 from d2lora.report.tables import Table, column_name
 from d2lora.scoring import unit_of
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
-from d2lora.stages.evaluate import EvaluateSpec
 
 _ANSWER, _PROMPT = 600, 2000  # characters kept of a text
 _COUNTS = "right: both / D2LoRA alone / LoRA alone / neither"  # the column of the counts behind McNemar's test
@@ -89,7 +89,7 @@ class _Data:
             "date": _latest(sweep),
             "holds": contents_of(sweep.cells),
             "cells": len(sweep.cells),
-            "finished": sum(_is_finished(cell, self.records) for cell in sweep.cells),
+            "finished": sum(CellResults(sweep.name, cell, self.records).is_finished for cell in sweep.cells),
         }
 
     def _shown(self, shown: Shown, sweep: str) -> JSON:
@@ -188,7 +188,7 @@ class _Data:
             "started": record.provenance.started,
             "seconds": record.seconds,
             "peak_memory_mb": record.peak_memory_mb,
-            "data": record.data,
+            "data": record.data.as_read() if record.data else None,
             "metrics": metrics,
             "spec": spec,
             "losses": losses,
@@ -225,12 +225,6 @@ def _point(p: Point) -> JSON:
     }
 
 
-def _is_finished(cell: ManifestCell, records: Records) -> bool:
-    """Tell whether all evaluations of a cell have records; in a tuned sweep those of most candidates are on validation alone."""
-    keys = [*cell.stages.validation.values(), *cell.stages.evaluate.values()]
-    return all(records.get(EvaluateSpec.KIND, key) for key in keys)
-
-
 def _latest(sweep: Sweep) -> str:
     """Return the minute (UTC) of the sweep's latest record; empty while it has none."""
     named = evidence.records_of(sweep.points, sweep.records).values()
@@ -253,7 +247,8 @@ def contents_of(cells: Iterable[ManifestCell]) -> str:
 
 
 def _rows(table: Rows) -> JSON:
-    return {"head": table.head, "rows": table.rows, "shows": table.shows}
+    filtered = [{name: getattr(point, name) for name in ("model", "task", "method", "m")} for point in table.points]
+    return {"head": table.head, "rows": table.rows, "shows": filtered}
 
 
 def _counts(c: Comparison) -> str:
