@@ -40,6 +40,8 @@ def _gc(output: Path, yes: bool) -> int:
 def _in_one_line(output: Path, work: Callable[[], int]) -> int:
     """Return the exit code of `work`; if it raises, print the error as one line and return 1."""
     try:
+        if not output.is_dir():
+            raise UserError(f"{output}: no such folder: --output names the one that run.py was given")
         return work()
     except UserError as error:
         message = str(error)

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from d2lora.data.files import Row, listed
@@ -141,9 +142,28 @@ def _enough(key: str, amount: int | str, total: int, name: str, left_out: Counte
 
 def check_model(model: Model) -> None:
     """Check that a model's files exist, here or on the Hub, without loading weights. UserError if not."""
-    if model_files(model) is not None:
+    if (path := model_files(model)) is not None:
+        if model.gguf_package is None and (lacking := _lacking(path)):
+            raise UserError(f"model.path={model.path}: {lacking}")
         return
     try:
         hub().hf_hub_download(model.path, "config.json", revision=model.revision)
     except Exception as error:
         raise UserError(hub_problem("model.path", model.path, error)) from None
+
+
+def _lacking(path: Path) -> str | None:
+    """Return what a local path lacks to be a model's folder, as save_pretrained writes it; None if nothing."""
+    if not path.is_dir():
+        return "a file: name the folder that it is in"
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        return "an adapter, and a base is wanted: merge it into its base first" if adapter else "no config.json in it"
+    if not any(path.glob("*.safetensors")):
+        return "no *.safetensors in it: model.save_pretrained(folder) writes them"
+    if not any(file.match(pattern) for file in path.iterdir() for pattern in _TOKENIZER):
+        return "no tokenizer in it: tokenizer.save_pretrained(folder) writes it"
+    return None
+
+
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")  # what families of tokenizers are saved as

@@ -43,6 +43,8 @@ def read_rows(file: Path) -> list[Row]:
         raise UserError(f"{file}: not in UTF-8 (byte {error.start + 1:,}): save it as UTF-8") from None
     except _DAMAGED as error:
         raise UserError(f"{file}: not readable as {kind[1:]} ({error})") from None
+    except RecursionError:
+        raise UserError(f"{file}: not readable as {kind[1:]} (lists or mappings hundreds of levels deep)") from None
 
 
 def _delimiter(text: str) -> str:

@@ -1,9 +1,10 @@
 """Define the configuration of one cell, checked before any data or model is loaded."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 
 from d2lora.errors import UserError
 from d2lora.scoring import Unit
@@ -12,7 +13,7 @@ from d2lora.settings.controls import CONTROL_NAMES, Control, NoControl, control_
 from d2lora.settings.gpus import Planning
 from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
-from d2lora.settings.recipe import RATE, Recipe
+from d2lora.settings.recipe import ALL_LINEAR, RATE, Recipe
 from d2lora.settings.tasks import Benchmark, Model, Task, Warmup
 from d2lora.settings.values import Amount, PathText, Seed, Strict, Text, as_given
 
@@ -22,6 +23,12 @@ _WITHOUT_PAIRS = " or ".join(f"method={name}" for name in METHOD_NAMES if not me
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _file_name(value: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", value):
+        raise ValueError("letters, digits, _, . and -, a letter or digit first")
+    return value
 
 
 Texts = Annotated[list[Text], BeforeValidator(_listed)]  # one text may be typed without brackets
@@ -72,7 +79,7 @@ class Config(Strict):
     split_seed: Seed = 0  # hold-outs
     tune: Texts = Field(default=[])  # keys whose values a sweep chooses on validation benchmarks, arm by arm
     objective: Texts = Field(default=[], exclude=True)  # what a sweeper optimizes: BENCHMARK/METRIC
-    sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
+    sweep: Annotated[Text, AfterValidator(_file_name)] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
     report: Report = Report()
     plan: Planning = Field(default=Planning(), exclude=True)
@@ -196,7 +203,7 @@ class Config(Strict):
             raise ValueError(
                 f"method.reference=base: with init={init.name} the base is a quantized one: use warm_start"
             )
-        if init.quantizes and lora.target_modules != "all-linear":  # other layers would stay as they are
+        if init.quantizes and lora.target_modules != ALL_LINEAR:  # other layers would stay as they are
             raise ValueError(
                 f"recipe.lora.target_modules={lora.target_modules}: must be all-linear with init={init.name}: "
                 "a base loaded in 4 bits has all its linear layers quantized"
@@ -259,6 +266,8 @@ def _line(problem: Any) -> str:
         return f"{key}.name: missing"
     if problem["type"] == "union_tag_invalid":
         return f"{key}.name={problem['ctx']['tag']}: one of {', '.join(classes)}"
+    if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return f"{key}={as_given(problem['input'])}: a group of settings, not one: {key}.NAME=VALUE, with the names that --cfg job shows"
     if isinstance(problem["input"], BaseModel | dict):
         return f"{key}: {text}" if key else text
     return f"{key}={as_given(problem['input'])}: {text[0].lower() + text[1:]}"

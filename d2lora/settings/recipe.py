@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, StrictBool, model_validator
 from d2lora.settings.methods import METHOD_NAMES, method_of
 from d2lora.settings.values import PathText, Positive, Rate, Strict, Text, as_given
 
+ALL_LINEAR = "all-linear"  # PEFT's name for all linear layers but the head
 WARMUP = "warmup"  # phase 1, beside phase 2's methods
 RATE = "recipe.lr"  # as an axis: the learning rate of a cell's own method, whichever it is
 LAYOUT = ("packing", "micro_batch", "attention")  # the settings of Machine by which a batch is laid out
@@ -48,7 +49,7 @@ class Lora(Strict):
     r: Positive
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Text | list[Text] = "all-linear"
+    target_modules: Text | list[Text] = ALL_LINEAR
 
 
 class Training(Strict):

@@ -61,7 +61,9 @@ def _text(value: str) -> str:
 
 
 def _home(value: str) -> str:
-    """Validate a path: its ~name must be a user's home."""
+    """Validate a path: not blank, and its ~name must be a user's home."""
+    if not value.strip():
+        raise ValueError("a path: . is this folder")
     try:
         Path(value).expanduser()
     except RuntimeError as error:

@@ -197,7 +197,7 @@ def test_a_dry_run_loads_no_torch(run, tmp_path: Path) -> None:
         (["n=2.5"], ["n=2.5", "all"]),
         (["n=20000"], ["n=20000", "lab-math", "11,000"]),
         (["method=dpo", "task=lab_title"], ["method=dpo", "rejected", "sft"]),
-        (["method=ppo"], ["method/ppo", "dpo, kto, orpo, sft, simpo"]),
+        (["method=ppo"], ["method=ppo", "dpo, kto, orpo, sft, simpo"]),
         (["nn=3"], ["nn"]),
         (["task.data.path=nowhere"], ["nowhere"]),
         (["scale=laptop"], ["data_root"]),

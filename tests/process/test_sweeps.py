@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from d2lora import plan
-from d2lora.command.grid import Composer, expand, values_without_cells
+from d2lora.command.grid import Composer, expand, values_without_cells, without_warmup
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.settings import INIT_NAMES, init_of
@@ -191,6 +191,17 @@ def test_values_that_make_no_cells_of_their_own_are_named_and_the_first_is_used(
     ]
     assert values_without_cells(composed(["n=0", "n=8"], ["init=lora", "init=gaussian"])) == [], "it matters for n=8"
     assert values_without_cells(composed(["n=8"], ["recipe.micro_batch=4"])) == []
+
+
+def test_settings_of_a_warm_up_that_no_cell_has_are_named(cell) -> None:
+    def told(*overrides: str) -> list[str]:
+        return without_warmup([dataclasses.replace(cell(*overrides), overrides=overrides)])
+
+    typed = ("n=8", "warmup=lab_related", "+warmup.data.empty=leave_out", "recipe.lr.warmup=1e-4", "control=placebo")
+    assert told(*typed) == [f"{', '.join(typed[1:])}: changes nothing, as there is no warm-up with m=0"]
+    assert told(*typed, "m=8") == []
+    assert told("n=8", "recipe.lr.sft=1e-4", "control=none") == []
+    assert told("n=8", "init=eva", "init.data=general", "warmup=lab_related") == [], "the preparation reads its rows"
 
 
 def test_a_grid_without_cells_is_refused_in_one_line() -> None:

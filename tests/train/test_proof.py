@@ -137,6 +137,7 @@ def test_a_start_that_fails_leaves_no_layer_on_the_base(load) -> None:
     for changes in (
         {"dropout": 0.1},
         {"target_modules": ["nope"]},
+        {"target_modules": ["q_proj", "nope"]},  # PEFT would adapt q_proj alone, and say nothing
     ):  # PEFT's experts take no dropout: it fails half-way
         start = replace(START, lora=START.lora.model_copy(update=changes))
         with pytest.raises(UserError, match=r"recipe.lora.target_modules="), attach.adapter(base, start, None):
