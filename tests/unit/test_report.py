@@ -41,12 +41,6 @@ def table3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture
-def undrawn(monkeypatch) -> None:
-    """No figure files are drawn, which takes longer than the rest of a report: for those who look at none."""
-    monkeypatch.setattr(figures, "save", lambda stem, make: [])
-
-
 def points(output: Path, sweep: str = "mine") -> list[Point]:
     return points_of(report.manifest.read_manifest(output, sweep), Records(output))
 
