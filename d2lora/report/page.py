@@ -18,13 +18,13 @@ import numpy as np
 from d2lora.keys import canonical, digest
 from d2lora.records import Item, ManifestCell, Record, Records, Score
 from d2lora.report import axes, differences, evidence, figures, formats, paper
-from d2lora.report.artefacts import Loaded, Shown
 from d2lora.report.compare import Comparison
 from d2lora.report.content import Rows, Sweep
 from d2lora.report.figures import Curve, Panel
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point, size
 from d2lora.report.results import CellResults
+from d2lora.report.sweep_report import Loaded, Shown
 from d2lora.report.tables import Table, column_name
 from d2lora.scoring import unit_of
 from d2lora.settings import amount
