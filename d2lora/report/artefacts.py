@@ -93,10 +93,7 @@ FIXED = Artefact(
     title="At the recipe's own values",
     figure="curves_fixed",
 )
-
-CONTROLS = Artefact("controls", controls.CAPTION, controls.content)
 INITS_FIXED = Artefact("inits_fixed", inits.FIXED_CAPTION, inits.fixed_content, folded="yes")
-HALVES = Artefact("halves", halves.CAPTION, halves.content, folded="yes")
 
 # In the order of the page.
 ARTEFACTS: tuple[Artefact, ...] = (
@@ -104,8 +101,8 @@ ARTEFACTS: tuple[Artefact, ...] = (
     *(Artefact(a.name, a.caption, functools.partial(_paper_table, a)) for a in paper.TABLES),
     *(Artefact(a.name, a.caption, functools.partial(_paper_figure, a)) for a in paper.FIGURES),
     OWN,
-    CONTROLS,
-    HALVES,
+    Artefact("controls", controls.CAPTION, controls.content),
+    Artefact("halves", halves.CAPTION, halves.content, folded="yes"),
     FIXED,
     Artefact(
         "differences_fixed",
