@@ -63,7 +63,9 @@ def coverage_text(model: str, targets: str | list[str], coverage: Coverage) -> s
 
 
 def _engine_lines(cells: list[Cell], left: Iterable[Stage], engines: int) -> Iterator[str]:
-    """Yield a line if evaluations that are left ask an engine: how many, of how many adapters, in how many jobs."""
+    """Yield a line if evaluations that are left ask an engine: how many, of how many adapters, in how many jobs. Another names the
+    initializations that the engine can't do.
+    """
     asked = [stage for stage in left if evaluate.asks_engine(stage)]
     if asked:
         jobs = len(
@@ -72,6 +74,10 @@ def _engine_lines(cells: list[Cell], left: Iterable[Stage], engines: int) -> Ite
         adapters = len({stage.parent.key for stage in asked if stage.parent})
         counts = f"{_counted(len(asked), 'evaluation')} of {_counted(adapters, 'adapter')} in {_counted(jobs, 'job')}"
         yield f"  {evaluate.engine_text(asked[0])}: {counts}, when all trainings are done"
+    missed = [c.config for c in cells if c.chain.adapter and not evaluate.engine_does(c.config)]
+    if missed:
+        inits = ",".join(sorted({config.init.name for config in missed}))
+        yield f"  {missed[0].recipe.engine} does not do adapters of init={inits}: they are evaluated in memory"
 
 
 def _counted(number: int, noun: str) -> str:

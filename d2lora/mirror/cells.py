@@ -189,6 +189,7 @@ def _log_once(
         write_json(file, current)
 
     run = Run(config, outputs, about)
+    run.begin()
     run.do(fill_and_note)
     run.end(code)
 

@@ -177,14 +177,20 @@ def fit(name: str) -> str:
 
 
 class Run:
-    """A W&B run. A thread of its own starts it, does its tasks in order, and ends it."""
+    """A W&B run. From `begin` on, a thread of its own starts it, does its tasks in order, and ends it."""
 
     def __init__(self, config: Config, outputs: Outputs, about: About) -> None:
         trial()  # before anything of wandb reads the environment
         self.config, self.outputs, self.about = config, outputs, about
         self.tasks: queue.SimpleQueue[Callable[[Any], object] | int] = queue.SimpleQueue()
-        self.before = next((r for r in _state.runs if r.about.id == about.id), None)
+        self.before: Run | None = None  # an earlier run of this id that has not ended
         self.thread = threading.Thread(target=self._work, daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread, once."""
+        if self.thread.ident:
+            return
+        self.before = next((r for r in _state.runs if r.about.id == self.about.id), None)
         _state.runs.append(self)
         self.thread.start()
 

@@ -89,8 +89,13 @@ def _engine(config: Config, parent: Stage[Spec] | None) -> Identity | None:
     Adapters that are known beforehand to be none of an engine's (of LoftQ, DoRA) have the same evaluations with any
     `recipe.engine`: those in memory. Where an engine fails later, the key stays, and the record says who answered instead.
     """
-    asked = installed.identity(config) if parent is None or config.init.any_engine else None
+    asked = installed.identity(config) if parent is None or engine_does(config) else None
     return {**asked} if asked else None
+
+
+def engine_does(config: Config) -> bool:
+    """Tell whether the engine that a cell names does adapters of its initialization; the model in memory does all."""
+    return config.recipe.engine == MEMORY or config.init.any_engine
 
 
 def asks_engine(stage: Stage[Spec]) -> bool:
