@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,9 +118,6 @@ def spec_of(method: str) -> AdaptSpec:
     adapt = cell(method).chain.adapt
     assert adapt is not None, "n is above 0"
     return replace(adapt.spec, model={"dtype": "float32"})
-
-
-SPEC: dict[str, Any] = spec_of(METHODS[0]).content()
 
 
 def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:

@@ -1,4 +1,6 @@
-"""Show progress: on a terminal a line for the sweep and a bar for each running stage, in a log a line a minute."""
+"""Show progress on a terminal: one line for the sweep, one bar for each running stage; nothing if the output is not a
+terminal.
+"""
 
 import contextlib
 import os
@@ -16,40 +18,22 @@ from d2lora.outputs import Outputs
 from d2lora.stages import Stage
 
 _BARS = 8  # shown at once, of a sweep's stages at work
-_PAUSE = 60.0  # seconds between two lines of a log
-
-
-class _Log:
-    """Progress as lines of a log, where there is no terminal: one a minute, and none that repeats the last."""
-
-    def __init__(self) -> None:
-        self.last, self.written = "", time.monotonic()
-
-    def say(self, text: str) -> None:
-        """Write a line, unless the last was the same or less than a minute ago."""
-        if text != self.last and time.monotonic() - self.written >= _PAUSE:
-            self.last, self.written = text, time.monotonic()
-            print(text, file=sys.stderr, flush=True)
 
 
 class Bar(contextlib.AbstractContextManager):
-    """One bar for the stage at work, or lines where there is no terminal."""
+    """One bar for the stage at work; quiet when not a terminal."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
-        self.log = _Log()
 
     def stage(self, stage: Stage) -> Callable[[int, int], None]:
         """Return a progress function (steps done, steps in all) for a stage that begins."""
         self._close()
-        self.label = stage.label
         self.bar = tqdm(total=None, desc=stage.label, leave=False, disable=not sys.stderr.isatty(), unit="step")
         return self._update
 
     def _update(self, done: int, total: int) -> None:
         assert self.bar is not None, "stage() was called first"
-        if self.bar.disable:
-            self.log.say(f"{self.label}: {done} of {total} steps")
         _set(self.bar, done, total)
 
     def _close(self) -> None:
@@ -96,44 +80,30 @@ class Note(contextlib.AbstractContextManager):
 def board(
     text: Callable[[], str], at_work: Callable[[], list[Stage]], output: Path, every: float = 1.0
 ) -> Iterator[None]:
-    """Show a line for the sweep, and below it a bar for each running stage, updated every second; lines where there is no terminal."""
+    """Show a line for the sweep, and below it a bar for each running stage, updated every second; nothing if not a
+    terminal.
+    """
     if not sys.stderr.isatty():
-        log = _Log()
-        with _repeating(lambda: log.say(text()), _PAUSE):
-            yield
+        yield
         return
-    line = tqdm(total=0, bar_format="{desc}", leave=True, disable=False)
+    line, over = tqdm(total=0, bar_format="{desc}", leave=True, disable=False), threading.Event()
     bars: dict[str, tqdm] = {}
 
-    def draw() -> None:
-        line.set_description_str(text())
-        _draw(bars, at_work(), output)
-
-    try:
-        with _repeating(draw, every):
-            yield
-    finally:
-        _draw(bars, [], output)
-        line.set_description_str(text())
-        line.close()
-
-
-@contextlib.contextmanager
-def _repeating(action: Callable[[], None], every: float) -> Iterator[None]:
-    """Repeat an action in a thread of its own, every so many seconds, until the block ends."""
-    over = threading.Event()
-
-    def repeat() -> None:
+    def watch() -> None:
         while not over.wait(every):
-            action()
+            line.set_description_str(text())
+            _draw(bars, at_work(), output)
 
-    thread = threading.Thread(target=repeat, daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+        _draw(bars, [], output)
+        line.set_description_str(text())
+        line.close()
 
 
 def _draw(bars: dict[str, tqdm], at_work: list[Stage], output: Path) -> None:

@@ -4,7 +4,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
@@ -33,15 +33,22 @@ def check_task(task: Task, n: int | str, split_seed: int, preference: bool = Fal
     `preference`: whether pairs of equal answers are left out.
     """
     dumped, content = task.model_dump_json(exclude={"benchmark"}), str(identity(task.data, split_seed))
-    total, left_out, equal = _read_task(dumped, content, split_seed)
-    if preference and equal:
-        left_out = left_out + Counter({EQUAL: equal})
-    _enough("n", n, total, f"task={task.name}", left_out)
+    counts = _read_task(dumped, content, split_seed)
+    equal = Counter({EQUAL: counts.equal} if preference and counts.equal else {})
+    _enough("n", n, counts.total, f"task={task.name}", counts.left_out + equal)
+
+
+class _TaskCounts(NamedTuple):
+    """How many rows a task has, how many are left out by reason, and how many have equal answers."""
+
+    total: int
+    left_out: Counter[str]
+    equal: int
 
 
 @functools.lru_cache(16)
-def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Counter[str], int]:
-    """Return how many rows a task has, how many are left out by reason, and how many have equal answers.
+def _read_task(dumped: str, _identity: str, split_seed: int) -> _TaskCounts:
+    """Read a task's rows, and count them.
 
     Cached, because all n of a grid need the same; `_identity` stands for the rows' content. UserError for rows that
     can't be read.
@@ -67,14 +74,10 @@ def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Count
             bad[error.kind].append((number_of(row, index), str(error)))
     if bad:
         lines = "; ".join(kind_line(same_kind, len(all_rows)) for same_kind in bad.values())
-        advice = "; +task.data.empty=leave_out leaves such rows out" if any(map(_is_empty, bad)) else ""
+        is_empty = any(kind.startswith(NOTHING) for kind in bad)
+        advice = "; +task.data.empty=leave_out leaves such rows out" if is_empty else ""
         raise UserError(f"data.path={task.data.path}: {lines}{advice}")
-    return len(all_rows), left_out, equal
-
-
-def _is_empty(kind: str) -> bool:
-    """Tell whether a kind of error is a missing text."""
-    return kind.startswith(NOTHING)
+    return _TaskCounts(len(all_rows), left_out, equal)
 
 
 def _usual(task: Task) -> Callable[[Row], bool] | None:

@@ -149,7 +149,7 @@ def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
 
 def draw(drawn: list[Panel], stem: Path) -> list[Path]:
     """Draw panels below each other to stem.png, .svg and .pdf. Return the files: none without panels."""
-    return save(stem, functools.partial(_figure, drawn)) if drawn else []
+    return save(stem, functools.partial(curves, drawn)) if drawn else []
 
 
 def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
@@ -179,7 +179,8 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
     return files
 
 
-def _figure(drawn: list[Panel], pyplot: Any) -> Any:
+def curves(drawn: list[Panel], pyplot: Any) -> Any:
+    """Return a figure of panels of curves, below each other."""
     return stacked(drawn, _draw_curves, pyplot)
 
 

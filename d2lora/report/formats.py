@@ -2,6 +2,7 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Iterator
 
 from d2lora.report import axes, paper
 from d2lora.report.axes import LABELS
@@ -131,25 +132,31 @@ def pair_rows(table: Table) -> list[list[str]]:
     ]
 
 
+_INTERVALS = (
+    "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over "
+    "items, and several seeds by their t distribution."
+)
+
+
+def _on_likelihoods(points: list[Point]) -> Iterator[str]:
+    for metric in dict.fromkeys(p.metric for p in points):
+        if (unit := unit_of(metric)) == BITS:
+            yield f"{metric} is shown in {unit.several} per byte. More is better: lm-evaluation-harness's bits_per_byte is its negative."
+
+
+def _on_clusters(points: list[Point]) -> Iterator[str]:
+    clustered = {
+        p.benchmark: (p.table.shape[1], p.units.shape[1]) for p in points if p.scores and p.clusters is not None
+    }
+    for name, (items, clusters) in clustered.items():
+        yield f"{name}: its {items:,} items are in {clusters:,} clusters, which intervals and tests draw instead of items."
+
+
 def footnotes(tables: list[Table]) -> list[str]:
     """Return what a reader must know about the numbers of these tables."""
     points = [p for t in tables for p in t.points]
     seeds = {s for p in points for s in p.scores}
-    lines = [
-        "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
-    ]
-    lines += [
-        f"{metric} is shown in {unit_of(metric).several} per byte. More is better: lm-evaluation-harness's bits_per_byte is its negative."
-        for metric in dict.fromkeys(p.metric for p in points)
-        if unit_of(metric) == BITS
-    ]
-    clustered = {
-        p.benchmark: (p.table.shape[1], p.units.shape[1]) for p in points if p.scores and p.clusters is not None
-    }
-    lines += [
-        f"{name}: its {items:,} items are in {clusters:,} clusters, which intervals and tests draw instead of items."
-        for name, (items, clusters) in clustered.items()
-    ]
+    lines = [_INTERVALS, *_on_likelihoods(points), *_on_clusters(points)]
     if any(t.marked for t in tables):
         lines.append(f"{MARK}.")
     if seeds and not any(t.pairs for t in tables):

@@ -39,7 +39,7 @@ _HEAD = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """One initialization in one metric, with one method, m and n; `against` is its comparison with init=lora there.
 
@@ -47,9 +47,9 @@ class Row:
     """
 
     point: Point
-    against: Comparison | None = None
-    prepare_seconds: float | None = None  # mean over seeds; None where nothing is prepared
-    peak_memory_mb: float | None = None  # largest of its preparation and trainings
+    against: Comparison | None
+    prepare_seconds: float | None  # mean over seeds; None where nothing is prepared
+    peak_memory_mb: float | None  # largest of its preparation and trainings
 
     @property
     def init(self) -> str:
@@ -98,20 +98,19 @@ def compare(points: Iterable[Point], records: Records, settings: Report) -> list
 
 
 def _row(point: Point, plain: Point | None, margin: float, records: Records) -> Row:
-    row = Row(point, *_costs(point, records))
-    if row.init != PLAIN and plain:
-        row.against = compared(plain, point, margin)
-    return row
+    is_plain = point.is_base or point.init == PLAIN
+    against = compared(plain, point, margin) if plain and not is_plain else None
+    return Row(point, against, *_costs(point, records))
 
 
-def _costs(point: Point, records: Records) -> tuple[None, float | None, float | None]:
-    """Return what fills a Row beside its point: no comparison yet, seconds of preparation, peak memory."""
+def _costs(point: Point, records: Records) -> tuple[float | None, float | None]:
+    """Return the seconds of preparation, mean over seeds, and the peak memory of preparation and trainings."""
     runs = point.runs.values()
     prepared = [r for run in runs if (r := records.get(PrepareSpec.KIND, run.prepare))]
     trained = [r for run in runs if (r := records.get(WarmupSpec.KIND, run.warmup))]
     trained += [r for run in runs if (r := records.get(AdaptSpec.KIND, run.adapt))]
     seconds = mean(r.seconds for r in prepared) if prepared else None
-    return None, seconds, max((r.peak_memory_mb for r in [*prepared, *trained]), default=None)
+    return seconds, max((r.peak_memory_mb for r in [*prepared, *trained]), default=None)
 
 
 def _ordered(rows: list[Row]) -> list[Row]:

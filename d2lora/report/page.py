@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from d2lora.keys import canonical, digest
-from d2lora.records import ManifestCell, Record, Records, Score
+from d2lora.records import Item, ManifestCell, Record, Records, Score
 from d2lora.report import axes, differences, evidence, figures, formats, paper
-from d2lora.report.artefacts import Loaded, Shown
 from d2lora.report.compare import Comparison
 from d2lora.report.content import Rows, Sweep
 from d2lora.report.figures import Curve, Panel
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point, size
 from d2lora.report.results import CellResults
+from d2lora.report.sweep_report import Loaded, Shown
 from d2lora.report.tables import Table, column_name
 from d2lora.scoring import unit_of
 from d2lora.settings import amount
@@ -272,31 +272,37 @@ def _samples(points: Iterable[Point], records: Records) -> JSON:
 
     All evaluations of a benchmark show the same items, so that any two can be compared.
     """
-    groups: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # of what is tested: evaluation -> metric -> scores
+    groups = _by_test_set(points)
+    count = _BUDGET // (_ANSWER * max(1, sum(map(len, groups.values()))))
+    sets: dict[str, list[list[Any]]] = {}
+    answers: JSON = {}
+    for name, evaluations in groups.items():
+        firsts = [next(iter(metrics.values())) for metrics in evaluations.values()]
+        lines = sample(firsts, min(_MOST, max(_FEWEST, count)))
+        for key, metrics in evaluations.items():
+            items = records.texts(key, lines)
+            answers[key] = {"set": name, "items": [_answer(item, metrics) for item in items]}
+            sets.setdefault(name, [_question(item) for item in items])
+    return {"sets": sets, "answers": answers}
+
+
+def _by_test_set(points: Iterable[Point]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Return the scores (items,) of each evaluation's metrics, by what was tested, evaluation and metric."""
+    groups: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for point in points:
         for seed, scores in point.scores.items():
-            group = groups.setdefault(fingerprint(sorted(point.tested)), {})
-            group.setdefault(point.runs[seed].evaluate, {})[point.metric] = scores
-    count = _BUDGET // (_ANSWER * max(1, sum(map(len, groups.values()))))
-    sets, answers = {}, {}
-    for name, group in groups.items():
-        firsts = [next(iter(metrics.values())) for metrics in group.values()]
-        lines = sample(firsts, min(_MOST, max(_FEWEST, count)))
-        for key, metrics in group.items():
-            items = records.texts(key, lines)
-            texts = [
-                [
-                    _cut("" if i["answer"] is None else str(i["answer"]), _ANSWER),
-                    {metric: i[metric] for metric in metrics},
-                ]
-                for i in items
-            ]
-            answers[key] = {"set": name, "items": texts}
-            if name not in sets:
-                sets[name] = [
-                    [i["index"], _cut(str(i["prompt"]), _PROMPT), _cut(str(i["gold"]), _ANSWER)] for i in items
-                ]
-    return {"sets": sets, "answers": answers}
+            evaluations = groups.setdefault(fingerprint(sorted(point.tested)), {})
+            evaluations.setdefault(point.runs[seed].evaluate, {})[point.metric] = scores
+    return groups
+
+
+def _answer(item: Item, metrics: Iterable[str]) -> list[Any]:
+    text = "" if item["answer"] is None else str(item["answer"])
+    return [_cut(text, _ANSWER), {metric: item[metric] for metric in metrics}]
+
+
+def _question(item: Item) -> list[Any]:
+    return [item["index"], _cut(str(item["prompt"]), _PROMPT), _cut(str(item["gold"]), _ANSWER)]
 
 
 def sample(scores: list[np.ndarray], count: int) -> list[int]:

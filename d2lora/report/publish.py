@@ -115,12 +115,12 @@ def files(repository: Repository) -> dict[str, bytes]:
     texts = {_CONFIG: _adapter_config(adapter, record, repository), _CARD: str(card(repository))}
     texts |= {f".eval_results/{name}.yaml": text for name, text in eval_results(repository).items()}
     for path, text in texts.items():
-        _check_private(path, text, repository)
+        check_private(path, text, repository)
     copied = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
     return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in copied}
 
 
-def _check_private(path: str, text: str, repository: Repository) -> None:
+def check_private(path: str, text: str, repository: Repository) -> None:
     """Raise UserError if a text has a path of this machine, one of the cell's own settings among them, or its host name."""
     values = [value for _, value in axes.flat(repository.cell.config)]
     paths = (ROOT, Path.home(), repository.records.outputs.root, *(Path(v) for v in values if Path(v).is_absolute()))

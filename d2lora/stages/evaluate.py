@@ -89,8 +89,8 @@ def _engine(config: Config, parent: Stage[Spec] | None) -> Identity | None:
     Adapters that are known beforehand to be none of an engine's (of LoftQ, DoRA) have the same evaluations with any
     `recipe.engine`: those in memory. Where an engine fails later, the key stays, and the record says who answered instead.
     """
-    asked = installed.identity(config) if parent is None or engine_does(config) else None
-    return {**asked} if asked else None
+    engine = installed.identity(config) if parent is None or engine_does(config) else None
+    return {**engine} if engine else None
 
 
 def engine_does(config: Config) -> bool:
@@ -177,8 +177,8 @@ def _same_items(run: Run[EvaluateSpec]) -> list[Stage[Spec]]:
     def items(spec: EvaluateSpec) -> tuple[object, ...]:
         return spec.benchmark, spec.lm_eval, spec.harness
 
-    asked = items(run.stage.spec)
-    return [s for s in run.beside if isinstance(s.spec, EvaluateSpec) and items(s.spec) == asked]
+    own = items(run.stage.spec)
+    return [s for s in run.beside if isinstance(s.spec, EvaluateSpec) and items(s.spec) == own]
 
 
 def _adapters(run: Run[EvaluateSpec]) -> "list[Adapter]":

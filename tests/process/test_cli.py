@@ -317,7 +317,7 @@ def test_the_readme_s_own_task_benchmark_warm_up_and_model_run(run, tmp_path: Pa
     (tmp_path / "my_data" / "general.jsonl").write_text(8 * (json.dumps(talk) + "\n"))
     shutil.copytree(ROOT / "d2lora" / "lab" / "base", tmp_path / "my_models" / "mine")
     own = ["--config-dir", str(tmp_path / "conf"), "task=capitals", "warmup=mine", "model=mine"]
-    text = run("-m", *own, "method=sft,dpo", "n=10,20", "m=0,8").stdout
+    text = run("-m", *own, "method=dpo", "n=10", "m=0,8").stdout
     assert re.search(r"DPO D2LoRA\(8, n\)\s+\d", text)
     assert re.search(r"capitals: rouge1.* rougeLsum", text), "equal tables are shown once"
 

@@ -363,6 +363,7 @@ def test_data_root_is_wanted_only_where_something_of_it_is_read(cell, monkeypatc
 # --- said ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_left_out_is_in_the_record_the_table_s_notes_the_page_and_results(
     cell, tiny: Path, tmp_path: Path
 ) -> None:

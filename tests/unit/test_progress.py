@@ -47,24 +47,7 @@ def test_a_terminal_shows_the_sweep_s_line_and_how_far_each_worker_is(
     assert list((tmp_path / "progress").iterdir()) == []
 
 
-def test_a_log_has_a_line_a_minute_and_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", err := io.StringIO())
-    monkeypatch.setattr(terminal, "_PAUSE", 0.02)
-    texts = iter(["1 of 3 stages done", "1 of 3 stages done", "2 of 3 stages done"])
-    with terminal.board(lambda: next(texts, "3 of 3 stages done"), lambda: [], tmp_path):
-        wait_for("3 of 3", err)
-    assert err.getvalue().splitlines() == [f"{done} of 3 stages done" for done in (1, 2, 3)]
-    with terminal.Bar() as bar:
-        update = bar.stage(stage("one"))
-        time.sleep(0.03)
-        update(3, 10)
-        update(4, 10)
-    assert err.getvalue().splitlines()[3:] == ["one: 3 of 10 steps"]
-
-
-def test_where_nobody_looks_nothing_is_shown_in_the_first_minute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_nobody_looks_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", err := io.StringIO())
     with (
         terminal.board(lambda: "line", lambda: [stage("one")], tmp_path, every=0.01),

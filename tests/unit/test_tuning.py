@@ -17,7 +17,7 @@ from d2lora.errors import UserError
 from d2lora.evaluate.vllm import installed
 from d2lora.plan import Cell, Job
 from d2lora.records import Candidate, Manifest, TunedArm
-from d2lora.report import choice, figures, manifest, table2
+from d2lora.report import choice, manifest, table2
 from d2lora.settings import Data
 from d2lora.stages import Stage
 from d2lora.store import Store
@@ -33,10 +33,7 @@ GRID = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no figure files, which takes longer than the rest of a report."""
-    monkeypatch.setattr(figures, "save", lambda stem, draw: [])
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def likes_fast(cell: Cell) -> float:
