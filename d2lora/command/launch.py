@@ -56,7 +56,7 @@ def sweep(
 
 def _plan(cells: list[Cell], tuner: tuning.Tuner | None, store: Store, workers: int, engines: int) -> str:
     """Return the plan as text; where settings are tuned, up to the choice."""
-    notes = preflight.coverage(cells)
+    notes = [*preflight.coverage(cells), *preflight.repeats(cells)]
     if tuner is None:
         return summary.plan_text(cells, store, workers, notes, engines=engines)
     begun, _ = tuner.begin()
