@@ -40,12 +40,25 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|
 logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
+@dataclass(frozen=True)
+class Tested:
+    """The base with an adapter merged into a copy of it (`model`), and whether the adapter changes the logits of a test input.
+
+    `source` is the adapter's file of weights, and when it was written.
+    """
+
+    source: tuple[Path, int]
+    model: torch.nn.Module
+    changes: bool
+
+
 @dataclass
 class Base:
     """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` were taken when it was loaded.
 
     `source` and `revision` are what transformers' `from_pretrained` takes to load it once more. `lent` is whether an engine has the
-    GPU, so that the model may be in the CPU's memory and is not to be computed with.
+    GPU, so that the model may be in the CPU's memory and is not to be computed with. `tested` is what was evaluated last, until
+    another adapter is.
     """
 
     name: str
@@ -56,6 +69,7 @@ class Base:
     source: str = ""
     revision: str | None = None
     lent: bool = False
+    tested: Tested | None = None
 
     def check(self) -> None:
         """Raise RuntimeError if anything has changed the base's weights since they were loaded."""
