@@ -208,6 +208,7 @@ def _from_gguf(file: Path, cache: Path) -> Path:
     """Return the folder with a GGUF model as safetensors, written once: reading GGUF takes many seconds."""
     folder = cache / data.digest(file)[:20]
     if not folder.exists():
+        _refuse_scaled_positions(file)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             unfinished = Path(temporary) / "model"
@@ -220,6 +221,24 @@ def _from_gguf(file: Path, cache: Path) -> Path:
             with contextlib.suppress(OSError):  # another worker was faster
                 unfinished.rename(folder)
     return folder
+
+
+def _refuse_scaled_positions(file: Path) -> None:
+    """Raise UserError for a GGUF file whose rotary embedding is scaled, as Llama 3.1's is.
+
+    transformers reads the scaling of gpt-oss alone and leaves that of others out, without a word
+    (`findings/gguf_rope_scaling_is_lost.sh`).
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    scaled = [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_"))]
+    scaled += [key for key in reader.fields if key.endswith(".rope.scaling.factor") and not key.startswith("gpt-oss.")]
+    if scaled:
+        raise UserError(
+            f"model.gguf_package: {file.name} scales its rotary embedding ({scaled[0]}), which transformers leaves out when it"
+            " reads GGUF: give model.path the same model as safetensors"
+        )
 
 
 def checksum(model: torch.nn.Module) -> int:
