@@ -46,10 +46,10 @@ def one_cell(cell: Cell) -> int:
     store = Store(output)
     tuning.refuse_single(cell.config)
     preflight.check(cell.config, set())
-    notes = preflight.coverage([cell])
+    notes = [*preflight.coverage([cell]), *(repeated := preflight.repeats([cell]))]
     rehearsal.remember()
-    for line in without_warmup([cell]):
-        print(line, file=sys.stderr)
+    for line in (*without_warmup([cell]), *([] if cell.config.dry_run else repeated)):
+        print(line.strip(), file=sys.stderr)
     if cell.config.dry_run:
         print(summary.plan_text([cell], store, notes=notes))
         return 0

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -144,6 +144,29 @@ def coverage(cells: Iterable[Cell]) -> list[str]:
             covered = Coverage.model_validate_json(file.read_text())
             lines[file] = summary.coverage_text(config.model.name, targets, covered)
     return list(lines.values())
+
+
+def repeats(cells: Iterable[Cell]) -> list[str]:
+    """Return a line for each task, and each benchmark, with rows that say what an earlier row says."""
+    lines: dict[str, str] = {}
+    for config in (cell.config for cell in cells if not _asks_others(cell.config)):
+        for name, what, arguments in _read(config):
+            if (key := f"{name} {arguments!r}") not in lines:
+                lines[key] = _repeats_line(name, what, *data.repeats(*arguments))
+    return [line for line in lines.values() if line]
+
+
+def _read(config: Config) -> Iterator[tuple[str, str, tuple[data.Data, list[str], int, int | None]]]:
+    """Yield what a cell trains on and is tested on: a name, what its rows are, and what `data.repeats` takes."""
+    seed = config.split_seed
+    if config.n != 0:
+        yield f"task={config.task.name}", "rows", (config.task.data, data.columns(config.task), seed, None)
+    for name, benchmark in config.benchmarks.items():
+        yield name, "items", (benchmark.data, data.item_columns(benchmark), seed, benchmark.limit)
+
+
+def _repeats_line(name: str, what: str, repeated: int, total: int) -> str:
+    return f"  {name}: {repeated:,} of {total:,} {what} repeat an earlier one, and each is counted" if repeated else ""
 
 
 def _compute_coverage(config: Config) -> None:

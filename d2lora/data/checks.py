@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,19 @@ from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts
 from d2lora.data.sources import identity, model_files, number_of, require_braces, require_columns, rows
 from d2lora.data.texts import LeftOut, is_blank, is_encodable, paths, quoted
 from d2lora.errors import UserError
-from d2lora.settings import Model, Task, Warmup, fields
+from d2lora.settings import Data, Model, Task, Warmup, fields
 
 
 def columns(task: Task) -> list[str]:
     """Return the columns that a task's templates name, sorted."""
     return sorted(set().union(*map(fields, task.templates)))
+
+
+def repeats(data: Data, names: Iterable[str], split_seed: int, limit: int | None = None) -> tuple[int, int]:
+    """Return how many of a data set's rows (the first `limit`) have in these columns what an earlier row has, and how many rows there are."""
+    read = rows(data, split_seed)[:limit]
+    wanted = sorted(names)
+    return len(read) - len({repr([row.get(name) for name in wanted]) for row in read}), len(read)
 
 
 def check_task(task: Task, n: int | str, split_seed: int, preference: bool = False) -> None:

@@ -25,7 +25,7 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     """
     all_rows = rows(benchmark.data, split_seed)
     evaluated = all_rows[: benchmark.limit]
-    require_columns(evaluated, benchmark.data, *_columns(benchmark), empty=True)
+    require_columns(evaluated, benchmark.data, *item_columns(benchmark), empty=True)
     prompt_columns = set().union(*map(fields, benchmark.prompts))
     # Columns A to E in the prompt, and the letters as choices, are meant as they stand.
     options = [option for option in listed_options(benchmark) if option not in prompt_columns]
@@ -37,7 +37,7 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     check_items(benchmark, scored)
 
 
-def _columns(benchmark: Benchmark) -> list[str]:
+def item_columns(benchmark: Benchmark) -> list[str]:
     """Return the columns that a benchmark reads, sorted."""
     lists = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if isinstance(path, str)}
     clusters = {benchmark.cluster} if benchmark.cluster else set()

@@ -68,7 +68,9 @@ def _pooled(unique: list[Comparison]) -> str:
         return ""
     unit = unique[0].unit
     difference, low, high = (unit.value(x, "+") for x in (effect.difference, *effect.interval))
-    text = f"Pooled over {cells_text(effect.cells)}: {difference} {unit.several} [{low}, {high}] (95 %)"
+    # Items that all differ alike, mostly by nothing, resample to themselves: such an interval would look as if all were known.
+    interval = f"[{low}, {high}] (95 %)" if np.ptp(effect.interval) else "(all items differ alike: no interval)"
+    text = f"Pooled over {cells_text(effect.cells)}: {difference} {unit.several} {interval}"
     left_out = f", without {cells_text(effect.left_out)} of other items or seeds" if effect.left_out else ""
     return f"{text}{left_out}."
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -306,7 +307,7 @@ def test_the_files_that_extending_shows_are_a_grid(run, tmp_path: Path) -> None:
     assert text.startswith("sweep sizes: 8 cells, ")
 
 
-def test_the_readme_s_own_task_benchmark_and_warm_up_run(run, tmp_path: Path) -> None:
+def test_the_readme_s_own_task_benchmark_warm_up_and_model_run(run, tmp_path: Path) -> None:
     write_examples("README.md", tmp_path)
     rows = [{"country": f"Land{i}", "capital": f"City{i}", "wrong": f"Town{i}"} for i in range(24)]
     (tmp_path / "my_data").mkdir()
@@ -314,7 +315,8 @@ def test_the_readme_s_own_task_benchmark_and_warm_up_run(run, tmp_path: Path) ->
         (tmp_path / "my_data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
     talk = {"chosen": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]}
     (tmp_path / "my_data" / "general.jsonl").write_text(8 * (json.dumps(talk) + "\n"))
-    own = ["--config-dir", str(tmp_path / "conf"), "task=capitals", "warmup=mine"]
+    shutil.copytree(ROOT / "d2lora" / "lab" / "base", tmp_path / "my_models" / "mine")
+    own = ["--config-dir", str(tmp_path / "conf"), "task=capitals", "warmup=mine", "model=mine"]
     text = run("-m", *own, "method=dpo", "n=10", "m=0,8").stdout
     assert re.search(r"DPO D2LoRA\(8, n\)\s+\d", text)
     assert re.search(r"capitals: rouge1.* rougeLsum", text), "equal tables are shown once"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from d2lora import plan
+from d2lora.command import preflight
 from d2lora.command.grid import Composer, expand, values_without_cells, without_warmup
 from d2lora.errors import UserError
 from d2lora.plan import Cell
@@ -202,6 +204,22 @@ def test_settings_of_a_warm_up_that_no_cell_has_are_named(cell) -> None:
     assert told(*typed, "m=8") == []
     assert told("n=8", "recipe.lr.sft=1e-4", "control=none") == []
     assert told("n=8", "init=eva", "init.data=general", "warmup=lab_related") == [], "the preparation reads its rows"
+
+
+def test_rows_and_items_that_repeat_are_counted_in_the_plan(cell, tmp_path: Path) -> None:
+    rows = [{"q": f"q{i % 3}", "good": "a", "bad": "b", "id": i} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [f"task.data.path={tmp_path / 'rows.jsonl'}", "task.prompt='{q}'", "task.prefix=''", "task.chosen='{good}'"]
+    own += ["task.rejected='{bad}'", "task.full_chosen=null", "task.full_rejected=null"]
+    test = [f"task.benchmark.lab_math.data.path={tmp_path / 'rows.jsonl'}", "task.benchmark.lab_math.limit=4"]
+    asked = ["task.benchmark.lab_math.prompt='{q}'", "task.benchmark.lab_math.gold='{good}'"]
+    assert preflight.repeats([cell("n=4", *own), cell("n=8", *own)]) == [
+        "  task=lab-math: 5 of 8 rows repeat an earlier one, and each is counted"
+    ]
+    assert preflight.repeats([cell("n=0", *own, *test, *asked)]) == [
+        "  lab_math: 1 of 4 items repeat an earlier one, and each is counted"
+    ]
+    assert preflight.repeats([cell("n=8")]) == []
 
 
 def test_a_grid_without_cells_is_refused_in_one_line() -> None:

@@ -1,6 +1,7 @@
 """The report on made-up records, written through the store and manifests that a run writes them with."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -800,6 +801,10 @@ def test_the_pooled_effect_is_of_the_cells_with_the_same_items_and_seeds(tmp_pat
     assert effect.interval[1] - effect.interval[0] < min(widths)
     assert re.search(r"Pooled over 3 cells: \S+ points \[\S+, \S+\] \(95 %\), without 1 cell of other", table.verdict)
     assert "Pooled" not in verdict.verdict(whole[:1]), "one cell's effect is in the table"
+    alike = [dataclasses.replace(c, differences=np.zeros_like(c.differences[:1])) for c in whole]
+    assert "points (all items differ alike: no interval)" in verdict.verdict(alike), (
+        "[+0.00, +0.00] would look as if all were known"
+    )
 
 
 def test_cells_that_share_an_arm_are_not_pooled_as_if_they_were_independent(tmp_path: Path) -> None:
