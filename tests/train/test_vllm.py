@@ -451,7 +451,7 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_is_loaded(ti
         with pytest.raises(UserError, match=f"recipe.engine_python=.*: {told}: build it with `make engine`"):
             composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}")
         in_memory = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
-        installed.check(in_memory.recipe.machine)
+        installed.check(in_memory.recipe)
 
 
 PARENT = """
