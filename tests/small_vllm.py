@@ -14,7 +14,7 @@ import types
 from pathlib import Path
 
 WORKER = Path(__file__).parents[1] / "d2lora/evaluate/vllm/worker.py"
-TAG, BASE_TAG, END = "tag", 100, 2
+TAG, IDLE = "tag", "idle"
 LINES = {  # replies that do not fit their request
     "forget": {"end": True},
     "list": {"index": [0], "ids": [101, 2]},
@@ -25,7 +25,7 @@ LINES = {  # replies that do not fit their request
 CHANGED: list[str] = []  # how the next answer is wrong
 OUTPUTS: list = []  # where replies are written
 folder = Path(sys.argv[1])
-wanted_steps = list(range(8))  # of a slow engine, without an answer
+wanted_steps = list(range(8))  # of a slow engine, without a finished answer
 
 
 def log(**what: object) -> None:
@@ -35,12 +35,17 @@ def log(**what: object) -> None:
 
 def fault(do: str, answers: int) -> bool:
     """Misbehave if it is time to. Return whether nothing is answered in this step."""
+    CHANGED.clear()
     wanted = json.loads((folder / "fault.json").read_text()) if (folder / "fault.json").exists() else {}
     if wanted.get("starts", 0) < START or wanted["at"] != do:
         return False
     after = wanted.get("after", 0)
     if answers != (after[START - 1] if isinstance(after, list) else after):
         return False
+    CHANGED[:] = [wanted["do"]] * (wanted["do"] in ("nan", "stale", IDLE))
+    if wanted["do"] == IDLE:
+        time.sleep(0.1)
+        return True
     if wanted["do"] == "slow":
         wanted_steps.pop()
         time.sleep(0.5)
@@ -69,7 +74,6 @@ def fault(do: str, answers: int) -> bool:
         raise RuntimeError(wanted.get("error", "the engine broke"))
     if wanted["do"] == "babble":
         os.write(REPLIES, b'{"id": 0}\n')
-    CHANGED[:] = [wanted["do"]] * (wanted["do"] in ("nan", "stale"))
     return False
 
 
@@ -119,7 +123,7 @@ class Engine:
         log(do=do, requests=len(self.waiting), adapters=len(numbers), base=any(n is None for *_, n in self.waiting))
         name, ids, parameters, number = self.waiting[-1]
         if fault(do if len(ids) != 40 or do == "generate" else "probe", self.answers):
-            return []
+            return [types.SimpleNamespace(request_id=name, finished=False)] * (IDLE not in CHANGED)
         self.waiting.pop()
         self.answers += 1
         tag, log_probs = read(self.folders[number or last] if number or last else self.base)

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora.adapters import loftq, saving
@@ -19,7 +20,7 @@ from d2lora.adapters.layers import config_of
 from d2lora.adapters.lean import lean
 from d2lora.adapters.saving import Weights
 from d2lora.adapters.start import Start, fresh, taken_up
-from d2lora.base import Base
+from d2lora.base import Base, Tested
 from d2lora.errors import UserError
 from d2lora.keys import digest
 from d2lora.layouts import proof
@@ -33,6 +34,7 @@ def adapter(base: Base, start: Start[BaseInit], record: Path | None) -> Iterator
     On leaving, the base is restored and checked, even if the start fails.
     """
     torch.manual_seed(start.seed)
+    base.tested = None  # a training needs its memory
     try:
         wrapped = taken_up(base.model, start.init, record) if record else fresh(base.model, start)
         # With a name, PEFT asks the Hub at every checkpoint.
@@ -83,16 +85,24 @@ def trained(base: Base, folder: Path | None, quantize: bool = False) -> Iterator
     """Yield the base with the adapter in `folder` for inference, and whether it changes the logits of a test input
     (`check_applied`).
 
-    Without a folder, yield the base alone; with `quantize`, the adapter is for the quantized base.
+    Without a folder, yield the base alone; with `quantize`, the adapter is for the quantized base. A merged copy serves all
+    evaluations of an adapter that follow each other.
     """
     if folder is None:
         yield base.model, False
         return
+    source = (folder, (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime_ns)
+    if base.tested and base.tested.source == source:
+        yield base.tested.model, base.tested.changes
+        return
+    base.tested = None
     try:
         wrapped = PeftModel.from_pretrained(base.model, folder).eval()
         with _on(wrapped, quantize):
             changes = check_applied(base, wrapped)
-            yield _merged(base, wrapped) or wrapped, changes
+            if merged := _merged(base, wrapped):
+                base.tested = Tested(source, merged, changes)
+            yield merged or wrapped, changes
     finally:
         base.restore()
 

@@ -145,8 +145,16 @@ A = TypeVar("A")
 Check = Callable[[Config, preflight.Passed], None]
 
 
-def valid_cells(compose: Composer, grid: Iterable[Overrides], check: Check = preflight.check) -> list[Cell]:
-    """Return the grid's cells, duplicates included. UserError listing the invalid ones, unless skip_invalid is set."""
+def valid_cells(
+    compose: Composer,
+    grid: Iterable[Overrides],
+    check: Check = preflight.check,
+    composed: Callable[[list[Cell]], None] = lambda cells: None,
+) -> list[Cell]:
+    """Return the grid's cells, duplicates included. UserError listing the invalid ones, unless skip_invalid is set.
+
+    `composed` is called with the cells once they are composed and before the first check, which reads their rows.
+    """
     problems: dict[str, int] = {}  # message -> number of cells that have it
     passed: preflight.Passed = set()
 
@@ -155,7 +163,9 @@ def valid_cells(compose: Composer, grid: Iterable[Overrides], check: Check = pre
         return cell
 
     # All are composed before the first is checked: a check reads rows, which garbage collection would scan while composing.
-    cells = _without_errors(checked, _without_errors(compose, grid, problems), problems)
+    cells = _without_errors(compose, grid, problems)
+    composed(cells)
+    cells = _without_errors(checked, cells, problems)
     if problems and not any(c.config.skip_invalid for c in cells):
         lines = [message + (f" [{n} of the grid's cells]" if n > 1 else "") for message, n in problems.items()]
         raise UserError("; ".join(lines) + ("; skip_invalid=true drops such cells" if cells else ""))

@@ -35,9 +35,9 @@ def sweep(
     The command ends with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
     """
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
-    compose = Composer(config, loader)
-    every = valid_cells(compose, grid)
-    cells, this = plan.unique(every), launcher_of(config)
+    compose, this = Composer(config, loader), launcher_of(config)
+    every = valid_cells(compose, grid, composed=functools.partial(_ahead, this, this.count(config)))
+    cells = plan.unique(every)
     first = cells[0].config
     store = Store(Outputs.of(first).root)
     tuner = tuning.Tuner(cells, compose, store) if first.tune else None
@@ -52,6 +52,14 @@ def sweep(
         train = functools.partial(_train, config, launcher, store=store)
         cells, new = train_tuned(train, tuner) if tuner else _train_all(train, cells, store)
         _finish(cells, store, new)
+
+
+def _ahead(facts: Facts, workers: int, cells: list[Cell]) -> None:
+    """Have a launcher's workers start while the rows are checked, if there will be work for them."""
+    if cells and not cells[0].config.dry_run:
+        store = Store(Outputs.of(cells[0].config).root)
+        if any(not store.done(stage) for stage in plan.stages(cells)):
+            facts.ahead(workers)
 
 
 def _plan(cells: list[Cell], tuner: tuning.Tuner | None, store: Store, workers: int, engines: int) -> str:

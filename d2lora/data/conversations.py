@@ -84,6 +84,7 @@ def _parsed(text: str) -> Any:
 
 
 _TURN = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](?:system|user|assistant|tool|human|gpt)['"]""")
+_LIST_OF_MAPPINGS = re.compile(r"\s*\[\s*\{")
 
 
 def written(text: str) -> list[Turn] | None:
@@ -91,7 +92,7 @@ def written(text: str) -> list[Turn] | None:
 
     None for any other text. NotText for turns that can't be parsed: such a string must not be trained on as text.
     """
-    if not re.match(r"\s*\[\s*\{", text):
+    if not _LIST_OF_MAPPINGS.match(text):
         return None
     parts = _parsed(text)
     if parts is None and _TURN.search(text) and text.rstrip().endswith("]"):

@@ -174,7 +174,7 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
             dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix, {})
             with whole_file(file) as temporary:
                 figure.savefig(temporary, dpi=200, metadata=dated)  # no dates: the same records give the same files
-            figure.set_layout_engine("none")  # the first file's layout serves all: it takes as long as the drawing
+            figure.set_layout_engine(None)  # the first file's layout serves all: it takes as long as the drawing
         pyplot.close(figure)
     return files
 

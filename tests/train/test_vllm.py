@@ -134,14 +134,14 @@ def test_an_adapter_that_comes_later_gets_an_id_that_was_never_used(opened, fold
 @pytest.mark.parametrize(
     "fault",
     [
-        *("die", "quit", "raise", "hang", "babble", "forget", "garbage", "half", "close", "twice"),
+        *("die", "quit", "raise", "hang", "idle", "babble", "forget", "garbage", "half", "close", "twice"),
         *("list", "words", "beyond", "on", "stale"),
     ],
 )
 def test_what_a_failed_engine_had_not_answered_is_asked_of_a_fresh_one_with_less(
     opened, tmp_path: Path, capsys, fault: str
 ) -> None:
-    patience = {"answering": 3} if fault == "hang" else {}
+    patience = {"answering": 3} if fault in ("hang", "idle") else {}
     session = opened(KEYS, at="generate", do=fault, after=8, starts=1, **patience)
     first = session.pid
     assert ask(session, "one", "two", "three") == answers_of(101)
@@ -187,7 +187,7 @@ def test_an_engine_may_take_longer_to_open_than_to_answer(opened, tmp_path: Path
 
 
 def test_a_slow_engine_is_waited_for(opened, tmp_path: Path) -> None:
-    """Eight steps of half a second without an answer, where three seconds without a word are too many."""
+    """Eight steps of half a second without a finished answer, where three seconds without a word are too many."""
     session = opened(["one"], at="generate", do="slow", after=3, starts=1, answering=3)
     assert ask(session, "one") == answers_of(101)
     assert len(logged(tmp_path, "open")) == 1

@@ -332,7 +332,7 @@ def _without_folders(text: str) -> str:
 
 def _free(base: Base) -> None:
     """Move the base off the GPU: the engine loads it again, and takes the memory that is free."""
-    base.lent = True
+    base.lent, base.tested = True, None
     if bases.device() == "cuda":
         base.model.to("cpu")  # type: ignore[arg-type]  # transformers hides its argument
         gc.collect()

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 Request = dict[str, Any]
-_SILENCE = 30.0  # seconds after which a word is said, if no answer is finished
+_SILENCE = 30.0  # seconds after which a word is said, if no answer is finished but some have grown
 _ALIVE = {"alive": True}
 
 
@@ -118,7 +118,10 @@ class Engine:
             yield {"index": index, "logprobs": [v.logprob for v in values], "greedy": all(v.rank == 1 for v in values)}
 
     def _answers(self, requests: list[tuple[Request, Any]]) -> Iterator[tuple[int, Any]]:
-        """Ask vLLM all requests together, and yield each one's index and output when it is finished; None while none is."""
+        """Ask vLLM all requests together, and yield each one's index and output when it is finished; None while answers grow.
+
+        Nothing is said of an engine that steps and does nothing: it counts as hung.
+        """
         engine, open_ones = self.llm.llm_engine, dict[str, int]()
         for index, (request, parameters) in enumerate(requests):
             adapter = None if request["key"] is None else self.adapters[request["key"]]
@@ -127,11 +130,11 @@ class Engine:
             engine.add_request(name, {"prompt_token_ids": request["ids"]}, parameters, lora_request=adapter)
         spoken = time.monotonic()
         while engine.has_unfinished_requests():
-            finished = [output for output in engine.step() if output.finished]
-            if not finished and time.monotonic() < spoken + _SILENCE:
-                continue
-            yield from [(open_ones.pop(o.request_id), o) for o in finished] or [(-1, None)]
-            spoken = time.monotonic()
+            outputs = engine.step()
+            finished = [output for output in outputs if output.finished]
+            if finished or (outputs and time.monotonic() > spoken + _SILENCE):
+                yield from [(open_ones.pop(o.request_id), o) for o in finished] or [(-1, None)]
+                spoken = time.monotonic()
 
 
 def serve(replies: Any) -> None:
