@@ -20,17 +20,22 @@ class Before(NamedTuple):
 
     norm: Norm
     qkv: SharedInput
+    heads: tuple[int, int, int]  # of queries, keys and values
 
-    def forward(self, x: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return queries, keys and values side by side (rows, length, heads, head), and what `backward` takes.
+    def forward(
+        self, x: torch.Tensor, angles: Angles, compact: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return queries, keys and values one behind the other (rows, heads, length, head), and what `backward` takes.
 
-        x is (rows, length, width), angles are (rows or 1, length, 1, head).
+        x is (rows, length, width). They are contiguous if they are to be `compact`, else only over heads and head.
         """
-        flat = flattened(x, x.dtype)
+        rows, length, width = x.shape
+        flat = x.reshape(-1, width)
         normed, inverse = self.norm.forward(flat)
         output, inner = self.qkv.forward(normed)
-        states = output.view(*x.shape[:2], -1, angles.cos.shape[-1])
-        angles.rotate_(self.rotated(states))
+        states = output.view(rows, length, sum(self.heads), -1).transpose(1, 2)
+        states = states.contiguous() if compact else states
+        angles.rotate_(self._rotated(states))
         return states, (flat, inverse, inner)
 
     def backward(
@@ -38,21 +43,17 @@ class Before(NamedTuple):
     ) -> Gradient:
         """Add the gradients of the adapters, and return that of x (tokens, width) in float32, or None if it is not wanted.
 
-        `of_states` (rows, length, heads, head) is changed.
+        `of_states` (rows, heads, length, head) is changed.
         """
         x, inverse, inner = saved
-        angles.rotate_back_(self.rotated(of_states))
+        angles.rotate_back_(self._rotated(of_states))
         output, normed = self.norm.again(x, inverse)
-        of_output = self.qkv.backward(of_states.view(len(x), -1), output, inner, of_input)
+        of_output = self.qkv.backward(of_states.transpose(1, 2).reshape(x.shape[0], -1), output, inner, of_input)
         return None if of_output is None else self.norm.backward(of_output, normed, inverse)
 
-    def heads(self, states: torch.Tensor) -> list[int]:
-        """Return how many heads queries, keys and values have."""
-        return [out // states.shape[-1] for out in self.qkv.outs]
-
-    def rotated(self, states: torch.Tensor) -> torch.Tensor:
+    def _rotated(self, states: torch.Tensor) -> torch.Tensor:
         """Return a view of queries and keys."""
-        return states[:, :, : -self.heads(states)[2]]
+        return states.narrow(1, 0, self.heads[0] + self.heads[1])
 
 
 class After(NamedTuple):
@@ -91,13 +92,13 @@ class BeforeAttention(torch.autograd.Function):
         states, saved = before.forward(x, angles)
         ctx.save_for_backward(*saved)
         ctx.before, ctx.angles, ctx.shape = before, angles, x.shape
-        return states.transpose(1, 2).split_with_sizes(before.heads(states), 1)
+        return states.split_with_sizes(before.heads, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Gradient, None, None, None]:
         x, *_ = saved = ctx.saved_tensors
-        of_states = torch.cat([gradient.transpose(1, 2) for gradient in gradients], 2)
+        of_states = torch.cat([gradient.transpose(1, 2) for gradient in gradients], 2).transpose(1, 2)
         of_x = ctx.before.backward(of_states, ctx.angles, saved, ctx.needs_input_grad[0])
         return None if of_x is None else of_x.to(x.dtype).view(ctx.shape), None, None, None
 
@@ -135,41 +136,39 @@ class ShortAttention(NamedTuple):
     """
 
     mask: torch.Tensor
-    groups: int
+    heads: tuple[int, int, int]  # of queries, keys and values
     scaling: float
 
     @classmethod
-    def of(cls, mask: torch.Tensor, heads: int, groups: int, scaling: float) -> "ShortAttention":
+    def of(cls, mask: torch.Tensor, heads: tuple[int, int, int], scaling: float) -> "ShortAttention":
         """Return it for a mask (rows, 1, length, length)."""
         rows, _, length, _ = mask.shape
-        expanded = mask.expand(rows, heads, length, length).reshape(rows * groups, -1, length)
-        return cls(expanded.transpose(1, 2).contiguous(), groups, scaling)
+        expanded = mask.expand(rows, heads[0], length, length).reshape(rows * heads[1], -1, length)
+        return cls(expanded.transpose(1, 2).contiguous(), heads, scaling)
 
     def _parts(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return queries, keys and values (rows x groups, tokens, head) of all (rows, heads, length, head)."""
-        heads, count, head = states.shape[1] - 2 * self.groups, len(self.mask), states.shape[-1]
-        parts = states.split_with_sizes([heads, self.groups, self.groups], 1)
-        return tuple(part.reshape(count, -1, head) for part in parts)
+        groups, head = self.mask.shape[0], states.shape[-1]
+        return tuple(part.reshape(groups, -1, head) for part in states.split_with_sizes(self.heads, 1))
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the output (rows, length, heads, head) for all (rows, length, heads, head), and what `backward` takes."""
-        states = states.transpose(1, 2).contiguous()
+        """Return the output (tokens, width) for all (rows, heads, length, head), and what `backward` takes."""
         q, k, v = self._parts(states)
         shares = torch.baddbmm(self.mask, k, q.transpose(1, 2), alpha=self.scaling).softmax(1)
         rows, _, length, head = states.shape
-        return torch.bmm(shares.transpose(1, 2), v).view(rows, -1, length, head).transpose(1, 2), (states, shares)
+        output = torch.bmm(shares.transpose(1, 2), v).view(rows, -1, length, head).transpose(1, 2)
+        return output.reshape(rows * length, -1), (states, shares)
 
     def backward(self, gradient: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Return the gradient of queries, keys and values (rows, length, heads, head) for that of the output, of the same form."""
+        """Return the gradient of queries, keys and values (rows, heads, length, head) for that of the output (tokens, width)."""
         states, shares = saved
         q, k, v = self._parts(states)
         rows, _, length, head = states.shape
-        g = gradient.transpose(1, 2).reshape(q.shape)
+        g = gradient.view(rows, length, -1, head).transpose(1, 2).reshape(q.shape)
         of_shares = torch.bmm(v, g.transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_shares, shares, 1, shares.dtype).mul_(self.scaling)
         parts = torch.bmm(of_scores.transpose(1, 2), k), torch.bmm(of_scores, q), torch.bmm(shares, g)
-        whole = torch.cat([part.view(rows, -1, length, head) for part in parts], 1)
-        return whole.transpose(1, 2).contiguous()
+        return torch.cat([part.view(rows, -1, length, head) for part in parts], 1)
 
 
 class WithShortAttention(torch.autograd.Function):
@@ -185,10 +184,9 @@ class WithShortAttention(torch.autograd.Function):
         angles: Angles,
         attention: ShortAttention,
     ) -> torch.Tensor:
-        states, of_before = before.forward(x, angles)
+        states, of_before = before.forward(x, angles, compact=True)
         attended, of_attention = attention.forward(states)
-        flat, *_ = of_before
-        output, of_after = after.forward(attended.reshape(len(flat), -1), flat)
+        output, of_after = after.forward(attended, of_before[0])
         ctx.save_for_backward(*of_before, *of_attention, *of_after)
         ctx.layer = before, after, angles, attention
         return output.view(x.shape)
@@ -200,8 +198,7 @@ class WithShortAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         of_before, of_attention, of_after = saved[:3], saved[3:5], saved[5:]
         of_attended, of_sum = after.backward(flattened(gradient, gradient.dtype), of_after)
-        heads = of_attended.view(*gradient.shape[:2], -1, angles.cos.shape[-1])
-        of_x = before.backward(attention.backward(heads, of_attention), angles, of_before, ctx.needs_input_grad[0])
-        if of_x is not None:
-            of_x = of_x.to(of_sum.dtype).add_(of_sum).view(gradient.shape)
-        return of_x, None, None, None, None, None
+        assert of_attended is not None, "wanted"
+        of_states = attention.backward(of_attended, of_attention)
+        of_x = before.backward(of_states, angles, of_before, ctx.needs_input_grad[0])
+        return None if of_x is None else of_x.add_(of_sum).view(gradient.shape), None, None, None, None, None

@@ -132,7 +132,7 @@ def _replace_forwards(wrapped: PeftModel, groups: _Groups, weights: "_Weights", 
             _replace(module, functools.partial(_norm, module), stack)
         elif (mlp := _mlp_of(module, name, groups)) is not None:
             _replace(module, functools.partial(_mlp, module, mlp, weights), stack)
-    shared = _Shared()
+    shared = _Shared(_Once(Angles.of), _Once(ShortAttention.of))
     for name, module in wrapped.named_modules():
         if (decoder := _decoder_layer(module, name, groups, weights, shared)) is not None:
             _replace(module, decoder.forward, stack)
@@ -275,7 +275,7 @@ class _Rotate:
     """Llama's apply_rotary_pos_emb."""
 
     def __init__(self, of_family: Callable[..., Any]) -> None:
-        self.of_family, self.angles = of_family, _Once(functools.partial(Angles.of, heads=1))
+        self.of_family, self.angles = of_family, _Once(Angles.of)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
@@ -301,8 +301,8 @@ def _replace_rotary(wrapped: PeftModel, stack: contextlib.ExitStack) -> None:
 class _Shared(NamedTuple):
     """What the decoder layers of a pass share: angles and attention in short rows."""
 
-    angles: _Once = _Once(functools.partial(Angles.of, heads=2))
-    short: _Once = _Once(ShortAttention.of)
+    angles: _Once
+    short: _Once
 
 
 class _DecoderLayer:
@@ -314,8 +314,6 @@ class _DecoderLayer:
         self.attention = layer.self_attn
         self.children = (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
         self.forwards = [child.forward for child in self.children]
-        self.head = self.attention.head_dim
-        self.groups = before.qkv.outs[1] // self.head
 
     def forward(
         self,
@@ -337,9 +335,7 @@ class _DecoderLayer:
         angles = self.shared.angles(*cast(tuple[torch.Tensor, torch.Tensor], position_embeddings))
         anchor = None if hidden_states.requires_grad else self.before.qkv.anchor
         if kind == _SDPA and _short(hidden_states, attention_mask):
-            short = self.shared.short(
-                attention_mask, self.before.qkv.outs[0] // self.head, self.groups, self.attention.scaling
-            )
+            short = self.shared.short(attention_mask, self.before.heads, self.attention.scaling)
             return WithShortAttention.apply(hidden_states, anchor, self.before, self.after, angles, short)
         q, k, v = BeforeAttention.apply(hidden_states, anchor, self.before, angles)
         scaling = {"dropout": 0.0, "scaling": self.attention.scaling}
@@ -372,4 +368,6 @@ def _decoder_layer(module: Any, name: str, groups: _Groups, weights: _Weights, s
     if mlp is None or any(norm.weight.requires_grad for norm in norms):
         return None
     first, second = (Norm(norm.weight, norm.variance_epsilon) for norm in norms)
-    return _DecoderLayer(module, Before(first, qkv), After(o, second, mlp), weights, shared)
+    queries, keys, values = (out // module.self_attn.head_dim for out in qkv.outs)
+    before, after = Before(first, qkv, (queries, keys, values)), After(o, second, mlp)
+    return _DecoderLayer(module, before, after, weights, shared)

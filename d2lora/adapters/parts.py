@@ -34,8 +34,8 @@ class Norm(NamedTuple):
     def backward(self, gradient: torch.Tensor, normed: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the input in float32; `normed` is the output before the product with the weight."""
         g = (gradient * self.weight).to(torch.float32)
-        share = (g * normed).mean(-1, keepdim=True)
-        return torch.addcmul(g, normed, share, value=-1).mul_(inverse)
+        shared = (g * normed).sum(-1, keepdim=True)
+        return torch.addcmul(g, normed, shared, value=-1 / g.shape[-1]).mul_(inverse)
 
 
 class RmsNorm(torch.autograd.Function):
@@ -62,19 +62,19 @@ class RmsNorm(torch.autograd.Function):
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of rotary embeddings, each (..., head), sines negated in their first half."""
+    """Cosines and sines of rotary embeddings (rows or 1, 1, length, head), sines negated in their first half."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     @classmethod
-    def of(cls, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> "Angles":
-        """Return them of transformers' cos and sin (rows, length, head), with a dimension of heads at an index."""
+    def of(cls, cos: torch.Tensor, sin: torch.Tensor) -> "Angles":
+        """Return them of transformers' cos and sin (rows or 1, length, head)."""
         first, second = sin.chunk(2, -1)
-        return cls(cos.unsqueeze(heads), torch.cat([-first, second], -1).unsqueeze(heads))
+        return cls(cos.unsqueeze(1), torch.cat([-first, second], -1).unsqueeze(1))
 
     def rotate_(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate queries or keys (..., head) in place."""
+        """Rotate queries or keys (rows, heads, length, head) in place."""
         turned = x.roll(x.shape[-1] // 2, -1).mul_(self.sin)
         return x.mul_(self.cos).add_(turned)
 
@@ -85,7 +85,7 @@ class Angles(NamedTuple):
 
 
 class Rotary(torch.autograd.Function):
-    """Rotary position embedding of queries or keys: `apply(x, angles)` with x (..., head)."""
+    """Rotary position embedding of queries or keys: `apply(x, angles)` with x (rows, heads, length, head)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, angles: Angles) -> torch.Tensor:

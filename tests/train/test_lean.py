@@ -81,10 +81,10 @@ def test_gradients_of_products_are_those_of_differences(alpha: int) -> None:
     o, down = of_layers(wrapped, "self_attn.o_proj"), of_layers(wrapped, "mlp.down_proj")
     mlp = Mlp(of_layers(wrapped, "mlp.gate_proj", "mlp.up_proj"), down)
     norm = Norm(torch.randn(64, dtype=torch.float64), 1e-6)
-    before, after = Before(norm, qkv), After(o, norm, mlp)
+    before, after = Before(norm, qkv, (4, 2, 2)), After(o, norm, mlp)
     x, attended = double(1, 2, 64), double(1, 2, 4, 16)
-    angles = Angles(double(1, 2, 1, 16).detach(), double(1, 2, 1, 16).detach())
-    short = ShortAttention.of(double(1, 1, 2, 2).detach(), 4, 2, 0.3)
+    angles = Angles(double(1, 1, 2, 16).detach(), double(1, 1, 2, 16).detach())
+    short = ShortAttention.of(double(1, 1, 2, 2).detach(), before.heads, 0.3)
     assert gradcheck(lambda x: Project.apply(x, qkv.anchor, qkv), x)
     assert gradcheck(lambda x: GatedMlp.apply(x, down.anchor, mlp), x)
     # Norms compute in float32, as Llama's.
@@ -100,7 +100,7 @@ def test_rotary_and_norm_are_llama_s() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = q.to(dtype).requires_grad_()
         expected = llama.apply_rotary_pos_emb(x, k.to(dtype), cos.to(dtype), sin.to(dtype))[0]
-        found = Rotary.apply(x, Angles.of(cos.to(dtype), sin.to(dtype), heads=1))
+        found = Rotary.apply(x, Angles.of(cos.to(dtype), sin.to(dtype)))
         assert torch.equal(found, expected)
         g = torch.randn_like(found)
         assert torch.equal(*(torch.autograd.grad(y, x, g)[0] for y in (found, expected)))
