@@ -39,9 +39,16 @@ class Before(NamedTuple):
         return states, (flat, inverse, inner)
 
     def backward(
-        self, of_states: torch.Tensor, angles: Angles, saved: tuple[torch.Tensor, ...], of_input: bool
+        self,
+        of_states: torch.Tensor,
+        angles: Angles,
+        saved: tuple[torch.Tensor, ...],
+        of_input: bool,
+        added: torch.Tensor | None = None,
     ) -> Gradient:
-        """Add the gradients of the adapters, and return that of x (tokens, width) in float32, or None if it is not wanted.
+        """Add the gradients of the adapters, and return that of x (tokens, width) in float32, plus `added`.
+
+        None if it is not wanted.
 
         `of_states` (rows, heads, length, head) is changed.
         """
@@ -49,7 +56,7 @@ class Before(NamedTuple):
         angles.rotate_back_(self._rotated(of_states))
         output, normed = self.norm.again(x, inverse)
         of_output = self.qkv.backward(of_states.transpose(1, 2).reshape(x.shape[0], -1), output, inner, of_input)
-        return None if of_output is None else self.norm.backward(of_output, normed, inverse)
+        return None if of_output is None else self.norm.backward(of_output, normed, inverse, added)
 
     def _rotated(self, states: torch.Tensor) -> torch.Tensor:
         """Return a view of queries and keys."""
@@ -78,7 +85,7 @@ class After(NamedTuple):
         output, normed = self.norm.again(middle, inverse)
         of_output = self.mlp.backward(gradient, output, tuple(of_mlp))
         assert of_output is not None, "wanted"
-        of_middle = self.norm.backward(of_output, normed, inverse).add_(gradient).to(middle.dtype)
+        of_middle = self.norm.backward(of_output, normed, inverse, gradient).to(middle.dtype)
         return self.o.backward(of_middle, attended, inner, of_attended), of_middle
 
 
@@ -146,24 +153,19 @@ class ShortAttention(NamedTuple):
         expanded = mask.expand(rows, heads[0], length, length).reshape(rows * heads[1], -1, length)
         return cls(expanded.transpose(1, 2).contiguous(), heads, scaling)
 
-    def _parts(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return queries, keys and values (rows x groups, tokens, head) of all (rows, heads, length, head)."""
-        groups, head = self.mask.shape[0], states.shape[-1]
-        return tuple(part.reshape(groups, -1, head) for part in states.split_with_sizes(self.heads, 1))
-
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the output (tokens, width) for all (rows, heads, length, head), and what `backward` takes."""
-        q, k, v = self._parts(states)
+        groups, head = self.mask.shape[0], states.shape[-1]
+        q, k, v = (part.reshape(groups, -1, head) for part in states.split_with_sizes(self.heads, 1))
         shares = torch.baddbmm(self.mask, k, q.transpose(1, 2), alpha=self.scaling).softmax(1)
-        rows, _, length, head = states.shape
+        rows, _, length, _ = states.shape
         output = torch.bmm(shares.transpose(1, 2), v).view(rows, -1, length, head).transpose(1, 2)
-        return output.reshape(rows * length, -1), (states, shares)
+        return output.reshape(rows * length, -1), (q, k, v, shares)
 
     def backward(self, gradient: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the gradient of queries, keys and values (rows, heads, length, head) for that of the output (tokens, width)."""
-        states, shares = saved
-        q, k, v = self._parts(states)
-        rows, _, length, head = states.shape
+        q, k, v, shares = saved
+        rows, length, head = len(gradient) // k.shape[1], k.shape[1], k.shape[2]
         g = gradient.view(rows, length, -1, head).transpose(1, 2).reshape(q.shape)
         of_shares = torch.bmm(v, g.transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_shares, shares, 1, shares.dtype).mul_(self.scaling)
@@ -196,9 +198,9 @@ class WithShortAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Gradient, None, None, None, None, None]:
         before, after, angles, attention = ctx.layer
         saved = ctx.saved_tensors
-        of_before, of_attention, of_after = saved[:3], saved[3:5], saved[5:]
+        of_before, of_attention, of_after = saved[:3], saved[3:7], saved[7:]
         of_attended, of_sum = after.backward(flattened(gradient, gradient.dtype), of_after)
         assert of_attended is not None, "wanted"
         of_states = attention.backward(of_attended, of_attention)
-        of_x = before.backward(of_states, angles, of_before, ctx.needs_input_grad[0])
-        return None if of_x is None else of_x.add_(of_sum).view(gradient.shape), None, None, None, None, None
+        of_x = before.backward(of_states, angles, of_before, ctx.needs_input_grad[0], of_sum)
+        return None if of_x is None else of_x.view(gradient.shape), None, None, None, None, None

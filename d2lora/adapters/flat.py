@@ -19,27 +19,31 @@ class Stacked(NamedTuple):
     parts: list[tuple[nn.Parameter, torch.Tensor]]
 
     def learn(self, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
-        """Add s times the product of left (rows, tokens) and right (tokens, columns) to the gradients."""
-        first, own = self.parts[0]
-        if first.grad is not own:
-            self._begin()
         if left.dtype == self.gradients.dtype:
-            self.gradients.addmm_(left, right, beta=0 if first.grad is None else 1, alpha=scale)
-        elif first.grad is None:
-            self.gradients.copy_(torch.mm(left, right).mul_(scale))
+            self.gradients.addmm_(left, right, beta=1 if self._begun() else 0, alpha=scale)
         else:
-            self.gradients.add_(torch.mm(left, right), alpha=scale)
-        if first.grad is None:
-            for weight, gradient in self.parts:
-                weight.grad = gradient
+            self.add(torch.mm(left, right), scale)
 
-    def _begin(self) -> None:
-        """Take over gradients that autograd has put elsewhere, if there are any."""
-        if all(weight.grad is None for weight, _ in self.parts):
-            return
-        for weight, own in self.parts:
-            own.zero_() if weight.grad is None else own.copy_(weight.grad)
-            weight.grad = own
+    def add(self, product: torch.Tensor, scale: float = 1.0) -> None:
+        """Add s times a product (rows, columns) to the gradients."""
+        if self._begun():
+            self.gradients.add_(product, alpha=scale)
+        elif scale == 1:
+            self.gradients.copy_(product)
+        else:
+            torch.mul(product, scale, out=self.gradients)
+
+    def _begun(self) -> bool:
+        """Make the gradients those of the weights, and tell whether there is something in them already."""
+        first, own = self.parts[0]
+        if first.grad is own:
+            return True
+        nothing = all(weight.grad is None for weight, _ in self.parts)
+        for weight, gradient in self.parts:
+            if not nothing:  # autograd has put gradients elsewhere
+                gradient.zero_() if weight.grad is None else gradient.copy_(weight.grad)
+            weight.grad = gradient
+        return not nothing
 
 
 class Flat:

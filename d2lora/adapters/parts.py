@@ -31,11 +31,17 @@ class Norm(NamedTuple):
         normed = x.to(torch.float32) * inverse
         return self.weight * normed.to(x.dtype), normed
 
-    def backward(self, gradient: torch.Tensor, normed: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the input in float32; `normed` is the output before the product with the weight."""
+    def backward(
+        self, gradient: torch.Tensor, normed: torch.Tensor, inverse: torch.Tensor, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the gradient of the input in float32, plus `added`.
+
+        `normed` is the output before the product with the weight.
+        """
         g = (gradient * self.weight).to(torch.float32)
         shared = (g * normed).sum(-1, keepdim=True)
-        return torch.addcmul(g, normed, shared, value=-1 / g.shape[-1]).mul_(inverse)
+        g = torch.addcmul(g, normed, shared, value=-1 / g.shape[-1])
+        return g.mul_(inverse) if added is None else torch.addcmul(added.to(torch.float32), g, inverse)
 
 
 class RmsNorm(torch.autograd.Function):
@@ -66,16 +72,17 @@ class Angles(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
+    turned_sin: torch.Tensor  # with its halves exchanged
 
     @classmethod
     def of(cls, cos: torch.Tensor, sin: torch.Tensor) -> "Angles":
         """Return them of transformers' cos and sin (rows or 1, length, head)."""
-        first, second = sin.chunk(2, -1)
-        return cls(cos.unsqueeze(1), torch.cat([-first, second], -1).unsqueeze(1))
+        first, second = sin.unsqueeze(1).chunk(2, -1)
+        return cls(cos.unsqueeze(1), torch.cat([-first, second], -1), torch.cat([second, -first], -1))
 
     def rotate_(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate queries or keys (rows, heads, length, head) in place."""
-        turned = x.roll(x.shape[-1] // 2, -1).mul_(self.sin)
+        turned = (x * self.turned_sin).roll(x.shape[-1] // 2, -1)
         return x.mul_(self.cos).add_(turned)
 
     def rotate_back_(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -114,18 +121,17 @@ class Mlp(NamedTuple):
         both, inner = self.gate_up.forward(x)
         gate, up = both.split_with_sizes(self.gate_up.outs, 1)
         output, last_inner = self.down.forward(silu(gate).mul_(up), added)
-        return output, (both, inner, last_inner)
+        return output, (gate, up, inner, last_inner)
 
     def backward(
         self, gradient: torch.Tensor, x: torch.Tensor, saved: tuple[torch.Tensor, ...], of_input: bool = True
     ) -> Gradient:
         """Add the gradients of the adapters, and return that of x, or None if it is not wanted."""
-        both, inner, last_inner = saved
-        gate, up = both.split_with_sizes(self.gate_up.outs, 1)
+        gate, up, inner, last_inner = saved
         active = silu(gate)
         of_product = self.down.backward(gradient, active * up, last_inner)
         assert of_product is not None, "wanted"
-        of_both = torch.empty_like(both)
+        of_both = gate.new_empty(gate.shape[0], 2 * gate.shape[1])
         of_gate, of_up = of_both.split_with_sizes(self.gate_up.outs, 1)
         torch.mul(active, of_product, out=of_up)
         torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_gate)

@@ -85,6 +85,7 @@ class SharedInput:
         """Make the matrices of a pass in a dtype; A and B are the weights themselves where neither dtype nor shape differ."""
         folded = [member.matrices() for member in self.members]
         self.ranks = [len(A) for A, _ in folded]
+        self._of_blocks = _blocks(self.outs, self.ranks)
         self.W_t = self.W.t()
         self.A = self.W.new_empty(sum(self.ranks), self.W.shape[1], dtype=dtype)
         self.B = self.W.new_zeros(sum(self.outs), sum(self.ranks), dtype=dtype)
@@ -111,8 +112,7 @@ class SharedInput:
 
     def _blocks(self, B: torch.Tensor) -> list[torch.Tensor]:
         """Return each layer's block of B."""
-        rows, columns = B.split(self.outs), range(len(self.members))
-        return [block.split(self.ranks, 1)[i] for block, i in zip(rows, columns, strict=True)]
+        return [B.as_strided(*block) for block in self._of_blocks]
 
     def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return what must be copied before a pass: each copy, and what it is of."""
@@ -142,9 +142,9 @@ class SharedInput:
         if len(self.members) == 1:
             self._of_B[0].learn(gradient.t(), inner, self.scale)
             return
-        transposed = gradient.t().split_with_sizes(self.outs)
-        for B, rows, part in zip(self._of_B, transposed, inner.split_with_sizes(self.ranks, 1), strict=True):
-            B.learn(rows, part, self.scale)
+        blocks = self._blocks(torch.mm(gradient.t(), inner))
+        for B, block in zip(self._of_B, blocks, strict=True):
+            B.add(block, self.scale)
 
     def _learn_folded(
         self, gradient: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, through: torch.Tensor
@@ -153,6 +153,15 @@ class SharedInput:
         of_B = self._blocks(torch.mm(gradient.t(), inner).mul_(self.scale))
         for member, its_A, its_B in zip(self.members, of_A, of_B, strict=True):
             member.learn(its_A, its_B)
+
+
+def _blocks(heights: Sequence[int], widths: Sequence[int]) -> list[tuple[tuple[int, int], tuple[int, int], int]]:
+    """Return size, stride and offset of the blocks of a block diagonal matrix."""
+    blocks, row, column = [], 0, 0
+    for height, width in zip(heights, widths, strict=True):
+        blocks.append(((height, width), (sum(widths), 1), row * sum(widths) + column))
+        row, column = row + height, column + width
+    return blocks
 
 
 def flattened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

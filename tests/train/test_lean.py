@@ -83,7 +83,7 @@ def test_gradients_of_products_are_those_of_differences(alpha: int) -> None:
     norm = Norm(torch.randn(64, dtype=torch.float64), 1e-6)
     before, after = Before(norm, qkv, (4, 2, 2)), After(o, norm, mlp)
     x, attended = double(1, 2, 64), double(1, 2, 4, 16)
-    angles = Angles(double(1, 1, 2, 16).detach(), double(1, 1, 2, 16).detach())
+    angles = Angles.of(double(1, 2, 16).detach(), double(1, 2, 16).detach())
     short = ShortAttention.of(double(1, 1, 2, 2).detach(), before.heads, 0.3)
     assert gradcheck(lambda x: Project.apply(x, qkv.anchor, qkv), x)
     assert gradcheck(lambda x: GatedMlp.apply(x, down.anchor, mlp), x)
