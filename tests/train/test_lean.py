@@ -49,11 +49,13 @@ def double(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def results(wrapped: PeftModel, autocast: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def results(
+    wrapped: PeftModel, autocast: bool = False, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return logits and the gradients of a loss."""
     wrapped.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = wrapped(input_ids=IDS).logits
+        logits = wrapped(input_ids=IDS, attention_mask=mask, use_cache=False).logits
     logits.float().log_softmax(-1)[..., 3].mean().backward()
     return logits.detach(), {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.requires_grad}
 
@@ -147,6 +149,35 @@ def test_layers_of_other_families_are_whole_where_their_code_is_llama_s(family: 
         assert all(("forward" in vars(layer)) is whole for layer in net.model.layers)
         ours, our_gradients = results(wrapped)
     torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5)
+    assert off(our_gradients, gradients) < 1e-4
+
+
+def test_short_rows_attend_as_with_pytorch_s_kernel(monkeypatch) -> None:
+    """Where a row's second half is a text of its own."""
+    attends = torch.ones(24, 24, dtype=torch.bool).tril()
+    attends[12:, :12] = False
+    mask = torch.zeros(2, 1, 24, 24).masked_fill(~attends, float("-inf"))
+    wrapped = model()
+    logits, gradients = results(wrapped, mask=mask)
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped, mask=mask)
+        monkeypatch.setattr(WithShortAttention, "apply", None)
+        with pytest.raises(TypeError):
+            results(wrapped, mask=mask)
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-6)
+    assert off(our_gradients, gradients) < 1e-4
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp.down_proj", "self_attn.q_proj.lora_A.default"])
+def test_a_hook_on_a_part_is_called(part: str) -> None:
+    wrapped, calls = model(), []
+    logits, gradients = results(wrapped)
+    layer = wrapped.get_base_model().model.layers[0]
+    layer.get_submodule(part).register_forward_hook(lambda *_: calls.append(part))
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped)
+    assert calls == [part]
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-6)
     assert off(our_gradients, gradients) < 1e-4
 
 
