@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,9 +120,6 @@ def spec_of(method: str) -> AdaptSpec:
     return replace(adapt.spec, model={"dtype": "float32"})
 
 
-SPEC: dict[str, Any] = spec_of(METHODS[0]).content()
-
-
 def loaded(name: str, config: PretrainedConfig, folder: Path) -> Base:
     """Save the configuration's model with the lab's tokenizer, and load it as a run does."""
     build(config).save_pretrained(folder / "model")
@@ -181,7 +177,7 @@ def measure(name: str, make: Callable[[], PretrainedConfig], settings: Recipe, e
             with refusal(row, method):
                 metrics, start, adapter = trained(base, method, folder / method, settings)
                 setattr(row, method, metrics["layout"]["layout"])
-                row.adapted = f"{100 * metrics['coverage']['share']:.0f} %"
+                row.adapted = f"{100 * metrics['coverage'].share:.0f} %"
                 if method in compared:
                     plain = Layout("single", "whole", attention=row.attention)
                     _, _, right = trained(base, method, folder / f"{method} plain", settings, plain)

@@ -15,6 +15,15 @@ from pathlib import Path
 
 WORKER = Path(__file__).parents[1] / "d2lora/evaluate/vllm/worker.py"
 TAG, BASE_TAG, END = "tag", 100, 2
+LINES = {  # replies that do not fit their request
+    "forget": {"end": True},
+    "list": {"index": [0], "ids": [101, 2]},
+    "words": {"index": 0, "ids": ["a"] * 9},
+    "beyond": {"index": 0, "ids": [10**6] * 9},
+    "on": {"index": 0, "ids": [101, 2, 5, 2]},
+}
+CHANGED: list[str] = []  # how the next answer is wrong
+OUTPUTS: list = []  # where replies are written
 folder = Path(sys.argv[1])
 wanted_steps = list(range(8))  # of a slow engine, without an answer
 
@@ -36,8 +45,23 @@ def fault(do: str, answers: int) -> bool:
         wanted_steps.pop()
         time.sleep(0.5)
         return bool(wanted_steps)
-    if wanted["do"] == "die":
-        os._exit(7)
+    if wanted["do"] == "late":
+        time.sleep(2)
+    if wanted["do"] in ("die", "quit"):
+        os._exit(7 if wanted["do"] == "die" else 0)
+    if wanted["do"] == "half":
+        os.write(REPLIES, b'{"id": 3, "ind')
+        os._exit(0)
+    if wanted["do"] == "close":
+        OUTPUTS[0].close()
+        os.close(REPLIES)
+        time.sleep(600)
+    if wanted["do"] in LINES:
+        os.write(REPLIES, (json.dumps({"id": LAST["id"]} | LINES[wanted["do"]]) + "\n").encode())
+    if wanted["do"] == "twice":
+        os.write(REPLIES, (json.dumps(LAST) + "\n").encode())
+    if wanted["do"] == "garbage":
+        os.write(REPLIES, b"\xff\x00INFO: loading\n")
     if wanted["do"] == "hang":
         (folder / "hanging").touch()
         time.sleep(600)
@@ -45,8 +69,7 @@ def fault(do: str, answers: int) -> bool:
         raise RuntimeError(wanted.get("error", "the engine broke"))
     if wanted["do"] == "babble":
         os.write(REPLIES, b'{"id": 0}\n')
-    if wanted["do"] == "forget":
-        os.write(REPLIES, json.dumps({"id": LAST["id"], "end": True}).encode() + b"\n")
+    CHANGED[:] = [wanted["do"]] * (wanted["do"] in ("nan", "stale"))
     return False
 
 
@@ -104,7 +127,10 @@ class Engine:
             values = log_probs if len(ids) == 40 else [-tag / 1000.0 - i / 100 for i in range(len(ids) - 1)]
             rank = 1 if parameters.prompt_logprobs else 2  # as vLLM, of a token that ties with the likeliest
             scored = [{i: types.SimpleNamespace(logprob=v, rank=rank)} for i, v in zip(ids[1:], values, strict=True)]
+            if "nan" in CHANGED:
+                scored[-1][ids[-1]].logprob = float("nan")
             return [types.SimpleNamespace(request_id=name, finished=True, prompt_logprobs=[None, *scored])]
+        name = "1" if "stale" in CHANGED else name
         answer = types.SimpleNamespace(token_ids=[tag, len(ids), *parameters.stop_token_ids[:1]])
         return [types.SimpleNamespace(request_id=name, finished=True, outputs=[answer])]
 
@@ -138,6 +164,7 @@ REPLIES, LAST = os.dup(1), {}
 
 
 def write(replies, reply: dict) -> None:
+    OUTPUTS[:] = [replies]
     LAST.update(reply)
     replies.write(json.dumps(reply) + "\n")
     replies.flush()

@@ -12,11 +12,9 @@ import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from d2lora import data
-from d2lora.adapters import coverage, loftq, saving
+from d2lora.adapters import loftq, saving
 from d2lora.adapters.layers import config_of
 from d2lora.adapters.lean import lean
 from d2lora.adapters.saving import Weights
@@ -24,11 +22,8 @@ from d2lora.adapters.start import Start, fresh, taken_up
 from d2lora.base import Base
 from d2lora.errors import UserError
 from d2lora.keys import digest
-from d2lora.layouts import families, proof
-from d2lora.outputs import write_json
+from d2lora.layouts import proof
 from d2lora.settings.inits import BaseInit, PlainInit
-from d2lora.settings.recipe import Lora
-from d2lora.settings.tasks import Model
 
 
 @contextlib.contextmanager
@@ -142,48 +137,6 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
                 if not torch.equal(wrapped(input_ids=ids).logits, without):
                     return factor == 1
     raise RuntimeError("the adapter has non-zero weights and is not applied")
-
-
-def _covered(empty: PreTrainedModel, target_modules: str | list[str]) -> dict[str, Any]:
-    with torch.device("meta"):
-        return coverage.of(fresh(empty, Start(Lora(r=1, alpha=1, target_modules=target_modules), PlainInit())))
-
-
-def _empty(model: Model) -> PreTrainedModel:
-    """Return a model without weights, on the device "meta"."""
-    path = data.model_files(model)
-    remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    if model.gguf_package:
-        assert path is not None, "a GGUF package has files"
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    else:
-        config = AutoConfig.from_pretrained(str(path or model.path), **remote)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(families.settled(config), trust_remote_code=model.trust_remote_code)
-
-
-def shape_of(empty: PreTrainedModel) -> dict[str, int]:
-    """Return what time and memory depend on: parameters, layers, the widths of a layer and of its keys, vocabulary."""
-    config = empty.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {
-        "parameters": sum(weight.numel() for weight in empty.parameters()),
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "kv": (getattr(config, "num_key_value_heads", None) or heads) * width,
-        "vocabulary": config.vocab_size,
-    }
-
-
-def remember_coverage(model: dict[str, Any], target_modules: str | list[str], file: str, shape_file: str) -> None:
-    """Write the coverage of a model (its config as a mapping) into a JSON file, and its size into another."""
-    empty = _empty(Model.model_validate(model))
-    with contextlib.suppress(
-        AttributeError
-    ):  # a family without attention, say: a plan then takes its size from its name
-        write_json(Path(shape_file), shape_of(empty))
-    write_json(Path(file), _covered(empty, target_modules))
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from d2lora import plan
 from d2lora.command import preflight
-from d2lora.command.guard import one_line
+from d2lora.command.guard import one_line, unknown_key
 from d2lora.errors import UserError
 from d2lora.outputs import project_path
 from d2lora.plan import Cell
-from d2lora.settings import Config, parse
+from d2lora.settings import RATE, Config, parse
+from d2lora.settings.controls import NoControl
+from d2lora.settings.recipe import WARMUP
 
 Overrides = tuple[str, ...]  # of one cell, as they are typed: ("method=dpo", "n=1000")
 
@@ -111,7 +113,7 @@ class Composer:
             composed = self._groups(tuple(o for o in overrides if o not in plain)).copy()
             for key, value in map(self._value, plain):
                 if OmegaConf.select(composed, key, default=self) is self and "." not in key:
-                    raise UserError(f"{key}: there is no such key; --cfg job shows all")
+                    raise UserError(unknown_key(key))
                 OmegaConf.update(composed, key, value)
             return cell_of(composed, overrides)
         except OmegaConfBaseException as error:
@@ -193,6 +195,19 @@ def values_without_cells(cells: list[Cell]) -> list[str]:
         f"{key}={','.join(values)}: no result depends on it, so its cells are those of {key}={other}, which is used"
         for (key, other), values in instead.items()
     ]
+
+
+def without_warmup(cells: list[Cell]) -> list[str]:
+    """Return a line if settings of the warm-up were typed, and no cell has one: m is 0 unless it is said."""
+    if any(cell.config.m != 0 or cell.config.init.looks_at == "general" for cell in cells):
+        return []
+    typed = dict.fromkeys(override for cell in cells for override in cell.overrides if _is_of_warmup(override))
+    return [f"{', '.join(typed)}: changes nothing, as there is no warm-up with m=0"] if typed else []
+
+
+def _is_of_warmup(override: str) -> bool:
+    key, _, value = override.lstrip("+").partition("=")
+    return key.split(".")[0] == WARMUP or key == f"{RATE}.{WARMUP}" or (key == "control" and value != NoControl().name)
 
 
 def _by_key(cell: Cell) -> dict[str, str]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from d2lora import mirror, plan, report, worker
 from d2lora.command import preflight, rehearsal, summary, terminal, tuning
-from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells
+from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells, without_warmup
 from d2lora.command.guard import end_with, one_line
 from d2lora.command.launchers import Launcher as Facts
 from d2lora.command.launchers import launcher_of
@@ -45,7 +45,7 @@ def sweep(
     if not first.dry_run:
         _refuse_twice(first.sweep, this.queued(config.hydra.job.name))
     rehearsal.remember()
-    for line in values_without_cells(every):
+    for line in (*values_without_cells(every), *without_warmup(cells)):
         print(line, file=sys.stderr)
     print(planned, flush=not first.dry_run)
     if not first.dry_run:

@@ -10,9 +10,8 @@ from d2lora.data.texts import LeftOut, NotText, is_blank, quoted, text_of
 from d2lora.errors import UserError
 
 Message = dict[str, Any]  # a turn as chat templates take it
-Tool = dict[
-    str, Any
-]  # a tool that a model may call, as chat templates take it: {type, function: {name, ...}} or {name, ...}
+# A tool that a model may call, as chat templates take it: {type, function: {name, ...}} or {name, ...}.
+Tool = dict[str, Any]
 Turn = dict[str, Any]  # a turn, or a typed part of one, as a row has it
 
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}

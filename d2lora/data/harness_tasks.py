@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from d2lora import keys
 from d2lora.data.hub import hub_problem
 from d2lora.data.sources import digest, local
 from d2lora.errors import UserError
@@ -40,8 +41,8 @@ def load_harness_task(name: str, folder: str | None = None) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"task.lm_eval={name}: its data can't be had: {_first_line(error)}") from None
     except Exception as error:
-        told = hub_problem("task.lm_eval", name, error)
-        raise UserError(told.replace("the Hub's answer was", "can't be loaded:")) from None
+        problem = hub_problem("task.lm_eval", name, error)
+        raise UserError(problem.replace("the Hub's answer was", "can't be loaded:")) from None
 
 
 def check_lm_eval(
@@ -190,10 +191,7 @@ def _content(name: str, folder: str) -> str:
     beside = entry.yaml_path.parent
     code = [file for file in _files(beside) if file.suffix not in (".yaml", ".yml")]
     definition = json.dumps(_by_content(entry.cfg), sort_keys=True, default=str).replace(str(beside), "")
-    parts = [definition, *(f"{file.relative_to(beside)} {digest(file)}" for file in code)]
-    from d2lora.keys import digest as digest_of
-
-    return digest_of(parts)
+    return keys.digest([definition, *(f"{file.relative_to(beside)} {digest(file)}" for file in code)])
 
 
 def _by_content(value: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from d2lora.data import Subset, sequences
+from d2lora.data import Example, Subset, sequences
 from d2lora.layouts import packing
 from d2lora.settings.methods import BaseMethod
 from d2lora.train.passes import Passes
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-Example = dict[
-    str, Any
-]  # token ids by name: input_ids and labels, or prompt_ids, chosen_ids and rejected_ids; and its row
 Batch = dict[str, Any]  # what Packer makes of examples, or Rows
 
 M = TypeVar("M", bound=BaseMethod)

@@ -14,10 +14,10 @@ from datasets import Dataset
 from torch.nn.functional import pad
 from trl import KTOConfig, KTOTrainer
 
-from d2lora.data import shuffled
+from d2lora.data import Example, shuffled
 from d2lora.layouts import packing
 from d2lora.settings.methods import Kto
-from d2lora.train.common import Batch, Example
+from d2lora.train.common import Batch
 from d2lora.train.reference import ReferencedObjective, ReferencedTrainer
 
 

@@ -12,12 +12,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from d2lora.data import REFERENCE_BLOCK, Subset, longest
+from d2lora.data import REFERENCE_BLOCK, Example, Subset, longest
 from d2lora.keys import digest
 from d2lora.layouts import families, log_probs, packing
 from d2lora.outputs import cached
 from d2lora.settings.methods import Referenced
-from d2lora.train.common import Batch, Example, Objective, WholeBatchTrainer
+from d2lora.train.common import Batch, Objective, WholeBatchTrainer
 
 _PROVEN = 1  # of the longest pairs, beside the first: each costs two passes of one text, as much host time as a step
 

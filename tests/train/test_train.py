@@ -334,7 +334,7 @@ def test_a_record_says_where_its_numbers_came_from(make) -> None:
         assert record.seconds > 0
         assert record.peak_memory_mb > 0
         assert all(data.digest(store.folder(stage) / name) == digest for name, digest in record.files.items())
-    assert records["adapt"].data["samples"] == 16
+    assert records["adapt"].data.samples == 16
     assert records["adapt"].metrics["samples_seen"] == 32
     for stage, names in zip(cell.chain.evaluations, (["accuracy"], ["acc", "acc_norm"]), strict=True):
         scores = store.record(stage).scores

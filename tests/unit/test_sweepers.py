@@ -6,7 +6,7 @@ import made
 import pytest
 from composing import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from made import grid as made_grid
 from omegaconf import OmegaConf
 
@@ -82,6 +82,29 @@ def test_no_advice_is_given_that_then_fails(hydra: str, told: str) -> None:
     assert line.startswith(told)
     assert "+hydra" not in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("methode", "methode: there is no such key (method is meant?)"),
+        ("recipe.lora.rank", "recipe.lora.rank: there is no such key (recipe.lora.r is meant?)"),
+        ("recipe.epochs.stf", "recipe.epochs.stf: there is no such key (recipe.epochs.sft is meant?)"),
+        ("task.benchmark.mine.limt", "task.benchmark.mine.limt: there is no such key (task.benchmark.mine.limit is meant?)"),
+        ("nn", "nn: there is no such key; "),
+        ("task.benchmark.mine.limit", "task.benchmark.mine.limit: no file here sets it: +task.benchmark.mine.limit=3 adds it"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_key_is_told_from_one_that_files_leave_out(typed: str, told: str) -> None:
+    hydra = f"Could not override '{typed}'.\nTo append to your config use +{typed}=3"
+    assert one_line(ConfigCompositionException(hydra)).startswith(told)
+
+
+@pytest.mark.parametrize("override", ["n=8,", "n", "task.prompt=Question: {country}?"])
+def test_an_override_that_can_t_be_read_is_named(override: str) -> None:
+    with pytest.raises(OverrideParseException) as refused:
+        OverridesParser.create().parse_overrides([override])
+    assert one_line(refused.value).startswith(f"{override}: not readable: write key=value")
 
 
 def test_run_py_registers_what_is_done_around_other_sweepers() -> None:
