@@ -44,10 +44,9 @@ class WatchedLM(AsTrained, HFLM):
             self._prove(texts, "left")
             return super().generate_until(requests, disable_tqdm=True)
         batch, room = self.batch_size_per_gpu, max(r.args[1].get("max_gen_toks", self.max_gen_toks) for r in requests)
+        self.batch_size_per_gpu = decoding.at_once(self.base.model, batch, max(map(len, texts)) + room)
         try:
             with decoding.prepared(self.model, self.base.model) as self.passes:
-                longest = max(map(len, texts)) + room
-                self.batch_size_per_gpu = decoding.at_once(self.passes, self.base.model, batch, longest)
                 return super().generate_until(requests, disable_tqdm=True)
         finally:
             self.batch_size_per_gpu, self.passes = batch, None

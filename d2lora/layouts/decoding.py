@@ -9,6 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from transformers import PreTrainedModel
@@ -24,9 +25,7 @@ _ROOM = 16  # tokens that a cache grows by: it is copied once in so many steps
 _LOOK = {"cpu": 1, "cuda": 8}
 # Tokens of prompts that a CPU computes in one pass: what a layer makes of more does not fit its cache.
 _PROMPTS = {"cpu": 1024}
-# Bytes of keys and values up to which a CPU decodes more texts at once than it is asked to: where a pass is mostly
-# Python, and where it is not, so that they fit its cache.
-_MEMORY, _CACHE = 2**28, 2**26
+_MEMORY = 2**28  # bytes of keys and values up to which a CPU decodes more texts at once than it is asked to
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,11 @@ def prepared(model: torch.nn.Module, base: PreTrainedModel) -> Iterator[Passes]:
     On a CPU in float32 they are those of `llama` where the model's code is Llama's. Else its large weights are laid out anew
     inside the `with` block, and attention is computed by rows.
     """
+    if as_llama(model):
+        yield llama.Decoder(model)
+        return
     own = _own(model, base)
     with contextlib.ExitStack() as stack:
-        if as_llama(model):
-            yield llama.Decoder(own)
-            return
         if _plain_cpu(base):
             stack.enter_context(prepacked.weights(model))
             if own.config._attn_implementation == "sdpa" and own._supports_attention_backend:
@@ -97,7 +96,7 @@ def prepared(model: torch.nn.Module, base: PreTrainedModel) -> Iterator[Passes]:
         yield Usual.of(model, base)
 
 
-def as_llama(model: torch.nn.Module) -> bool:
+def as_llama(model: torch.nn.Module) -> TypeGuard[PreTrainedModel]:
     """Tell whether the passes of a model are those of `llama`: there are copies of its weights, so they must fit."""
     return isinstance(model, PreTrainedModel) and _plain_cpu(model) and llama.suits(model) and prepacked.fits(model)
 
@@ -111,21 +110,17 @@ def _plain_cpu(base: PreTrainedModel) -> bool:
     return base.device.type == "cpu" and base.dtype == torch.float32
 
 
-def at_once(passes: Passes, base: PreTrainedModel, batch: int, tokens: int) -> int:
+def at_once(base: PreTrainedModel, batch: int, tokens: int) -> int:
     """Return how many texts of up to `tokens` tokens to decode at once where a batch of `batch` is asked for.
 
-    In float32 on a CPU the answers do not depend on it.
+    In float32 on a CPU the answers do not depend on it, and each pass of a small model costs more in Python than for a
+    text: as many more as _MEMORY has room for.
     """
-    if not _plain_cpu(base):
-        return batch
     config = base.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     text = 2 * 4 * config.num_hidden_layers * heads * width * tokens
-    if isinstance(passes, Usual):
-        return max(batch, _MEMORY // text)
-    weights = 4 * base.num_parameters()  # which each pass reads as well
-    return max(1, max(_CACHE, weights) // text)
+    return max(batch, _MEMORY // text) if _plain_cpu(base) else batch
 
 
 class Batch:
