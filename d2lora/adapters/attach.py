@@ -16,6 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from d2lora.adapters import loftq, saving
+from d2lora.adapters.flat import Flat
 from d2lora.adapters.layers import config_of
 from d2lora.adapters.lean import lean
 from d2lora.adapters.saving import Weights
@@ -51,7 +52,7 @@ def _on(wrapped: PeftModel, quantize: bool) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def in_training(wrapped: PeftModel) -> Iterator[None]:
+def in_training(wrapped: PeftModel) -> Iterator[Flat | None]:
     """Make `wrapped.train()` set the adapter alone to training: the base stays in evaluation mode, so that it draws no
     random numbers.
 
@@ -74,8 +75,8 @@ def in_training(wrapped: PeftModel) -> Iterator[None]:
     assert all(not m.training for m in wrapped.modules() if id(m) not in own), "the base is in evaluation"
     wrapped.train = train  # type: ignore[method-assign]
     try:
-        with lean(wrapped):
-            yield
+        with lean(wrapped) as flat:
+            yield flat
     finally:
         del wrapped.train
 
