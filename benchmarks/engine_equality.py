@@ -2,8 +2,9 @@
 
     python benchmarks/engine_equality.py outputs [--python .engine/bin/python] [--adapters 8] [--benchmarks lab_math,lab_facts]
 
-For the base and each adapter of the output's manifests it prints how many answers are the record's, and the largest difference of a
-log-likelihood of a choice. Exit code 1 if an answer differs, or a log-likelihood by more than 1e-3 (float32).
+For the base and each adapter of the output's records it prints how many answers are the record's, the largest difference of a
+log-likelihood of a choice, and of a token's log-probability in 16 generated answers. Exit code 1 if an answer differs, or a number by more
+than 1e-3 (float32).
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TEXTS = 16  # whose log-probabilities are compared token by token
 sys.path.insert(0, str(ROOT))
 
 
@@ -49,6 +51,34 @@ def differences(answered: list[dict], expected: list[dict]) -> tuple[int, float]
         for a, b in zip(one.get("loglikelihoods", []), other.get("loglikelihoods", []), strict=True)
     ]
     return equal, max((abs(a - b) for a, b in pairs), default=0.0)
+
+
+def texts(tokenizer, items: list[dict]) -> list[dict]:
+    """Return the requests for the log-probabilities of some generated answers behind their prompts."""
+    from d2lora import data
+
+    generated = [(data.encode(tokenizer, i["prompt"]), i["answer"]) for i in items[:TEXTS] if "choices" not in i]
+    return [
+        {"ids": prompt + tokenizer(answer, add_special_tokens=False)["input_ids"], "start": len(prompt)}
+        for prompt, answer in generated
+    ]
+
+
+def largest_difference(session, base, key: str | None, folder: Path | None, asked: list[dict]) -> float:
+    """Return the largest difference of a token's log-probability between the engine and PEFT in memory."""
+    import torch
+
+    from d2lora.adapters import attach
+
+    replies = session.answers("loglikelihood", key, [], asked, lambda: None) if asked else []
+    differences = [0.0]
+    with torch.inference_mode(), attach.trained(base, folder) as (model, _):
+        for text, reply in zip(asked, replies, strict=True):
+            ids = torch.tensor([text["ids"]])
+            table = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            expected = table.gather(1, ids[0, 1:, None])[text["start"] - 1 :, 0]
+            differences.append(float((expected - torch.tensor(reply["logprobs"])).abs().max()))
+    return max(differences)
 
 
 def main() -> int:
@@ -95,8 +125,9 @@ def main() -> int:
             together = [k for k, size in sizes.items() if size == len(expected)]
             answered = InVllm(base, session, key, together).evaluate(questions, 0, lambda count, total: None).items
             equal, off = differences(answered, expected)
-            wrong += equal < len(expected) or off > 1e-3
-            print(f"| {label} | {equal} of {len(expected)} | {off:.1e} |", flush=True)
+            token = largest_difference(session, base, key, folder, texts(base.tokenizer, expected))
+            wrong += equal < len(expected) or max(off, token) > 1e-3
+            print(f"| {label} | {equal} of {len(expected)} | {off:.1e} | {token:.1e} |", flush=True)
     sessions.close()
     return int(wrong > 0)
 

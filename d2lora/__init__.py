@@ -12,9 +12,8 @@ __all__ = ["curves", "items", "results", "table"]
 __version__ = "0.1.0"
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL keeps ORPO there; its notice would stand among our lines
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # on a CPU it asks each process for kernels that nothing here uses
+# On a CPU bitsandbytes asks each process for kernels that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -40,12 +40,25 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|
 logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
+@dataclass(frozen=True)
+class Tested:
+    """The base with an adapter merged into a copy of it (`model`), and whether the adapter changes the logits of a test input.
+
+    `source` is the adapter's file of weights, and when it was written.
+    """
+
+    source: tuple[Path, int]
+    model: torch.nn.Module
+    changes: bool
+
+
 @dataclass
 class Base:
     """A frozen pre-trained model with its tokenizer; `checksum` and `snapshot` were taken when it was loaded.
 
     `source` and `revision` are what transformers' `from_pretrained` takes to load it once more. `lent` is whether an engine has the
-    GPU, so that the model may be in the CPU's memory and is not to be computed with.
+    GPU, so that the model may be in the CPU's memory and is not to be computed with. `tested` is what was evaluated last, until
+    another adapter is.
     """
 
     name: str
@@ -56,6 +69,7 @@ class Base:
     source: str = ""
     revision: str | None = None
     lent: bool = False
+    tested: Tested | None = None
 
     def check(self) -> None:
         """Raise RuntimeError if anything has changed the base's weights since they were loaded."""
@@ -177,6 +191,8 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, name: str)
     ends = {k: getattr(net.generation_config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ends["eos_token_id"] = data.ends(tokenizer, ends["eos_token_id"])
     data.say_end(tokenizer, name)
+    if tokenizer.eos_token is None:  # the harness asks for one
+        tokenizer.eos_token = data.shape(tokenizer).end
     net.generation_config = GenerationConfig(**ends)
 
 
@@ -194,6 +210,7 @@ def _from_gguf(file: Path, cache: Path) -> Path:
     """Return the folder with a GGUF model as safetensors, written once: reading GGUF takes many seconds."""
     folder = cache / data.digest(file)[:20]
     if not folder.exists():
+        _refuse_scaled_positions(file)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             unfinished = Path(temporary) / "model"
@@ -206,6 +223,24 @@ def _from_gguf(file: Path, cache: Path) -> Path:
             with contextlib.suppress(OSError):  # another worker was faster
                 unfinished.rename(folder)
     return folder
+
+
+def _refuse_scaled_positions(file: Path) -> None:
+    """Raise UserError for a GGUF file whose rotary embedding is scaled, as Llama 3.1's is.
+
+    transformers reads the scaling of gpt-oss alone and leaves that of others out, without a word
+    (`findings/gguf_rope_scaling_is_lost.sh`).
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    scaled = [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_"))]
+    scaled += [key for key in reader.fields if key.endswith(".rope.scaling.factor") and not key.startswith("gpt-oss.")]
+    if scaled:
+        raise UserError(
+            f"model.gguf_package: {file.name} scales its rotary embedding ({scaled[0]}), which transformers leaves out when it"
+            " reads GGUF: give model.path the same model as safetensors"
+        )
 
 
 def checksum(model: torch.nn.Module) -> int:

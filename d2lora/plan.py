@@ -39,14 +39,14 @@ from d2lora.stages.warmup import WarmupSpec
 class Chain:
     """The stages of one cell, in order."""
 
-    warmup: Stage[WarmupSpec] | None
-    adapt: Stage[AdaptSpec] | None
-    evaluations: tuple[Stage[EvaluateSpec], ...]
-    contamination: tuple[Stage[ContaminationSpec], ...] = ()
     prepare: Stage[PrepareSpec] | None = None
-    flips: tuple[Stage[FlipsSpec], ...] = ()
+    warmup: Stage[WarmupSpec] | None = None
+    adapt: Stage[AdaptSpec] | None = None
     merge: Stage[MergeSpec] | None = None
+    evaluations: tuple[Stage[EvaluateSpec], ...] = ()
     validations: tuple[Stage[EvaluateSpec], ...] = ()  # evaluations that settings are chosen by
+    contamination: tuple[Stage[ContaminationSpec], ...] = ()
+    flips: tuple[Stage[FlipsSpec], ...] = ()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -71,18 +71,26 @@ class Chain:
 
 def chain(config: Config) -> Chain:
     """Return the stages of a cell. UserError for a data set or model that is not where the config says."""
-    start = prepare.stage(config)
-    first = warmup.stage(config, start)
+    prepared = prepare.stage(config)
+    warmed = warmup.stage(config, prepared)
     control = config.effective_control
-    apart = isinstance(control, MergedControl)  # the warm-up is added to what was trained without it
-    second = adapt.stage(config, start if apart else first or start, warmed=first is not None and not apart)
-    added = (
-        merge.stage(config, control, second, first) if isinstance(control, MergedControl) and first and second else None
+    merged: Stage[MergeSpec] | None = None
+    if isinstance(control, MergedControl):  # the warm-up's adapter is added to one that was trained without it
+        adapted = adapt.stage(config, prepared, warmed=False)
+        merged = merge.stage(config, control, adapted, warmed) if adapted and warmed else None
+    else:
+        adapted = adapt.stage(config, warmed or prepared, warmed=warmed is not None)
+    adapter = merged or adapted or warmed or prepared
+    return Chain(
+        prepare=prepared,
+        warmup=warmed,
+        adapt=adapted,
+        merge=merged,
+        evaluations=tuple(evaluate.stages(config, adapter)),
+        validations=tuple(evaluate.validations(config, adapter)),
+        contamination=contamination.stages(config),
+        flips=tuple(flips.stages(config)),
     )
-    evaluations = tuple(evaluate.stages(config, added or second or first or start))
-    validations = tuple(evaluate.validations(config, added or second or first or start))
-    checks, batches = contamination.stages(config), tuple(flips.stages(config))
-    return Chain(first, second, evaluations, checks, start, batches, added, validations)
 
 
 # --- a grid --------------------------------------------------------------------------------------------------------

@@ -86,6 +86,25 @@ class _Header(_Read):
     parent: str | None = None
 
 
+class RowCounts(_Read):
+    """How many rows of a data set a stage used and left out."""
+
+    samples: int | None = None  # that a training or a preparation used
+    misfits: int = 0  # too long
+    rows_sha256: str | None = None  # of the indices of those that were used
+    left_out: dict[str, int] = Field(default_factory=dict)  # by reason, without those that are too long
+    general: "RowCounts | None" = None  # of a control arm without a warm-up: the general rows that it accounts for
+    rows: int | None = None  # of an overlap check: in the training set
+
+
+class Coverage(_Read):
+    """What an adapter reaches of its base (adapters/coverage.py)."""
+
+    share: Number  # of the weights of all matrices
+    adapted: list[str]  # kinds of layers
+    left_out: dict[str, Number]  # the share of each other kind
+
+
 class Result(_Read):
     """What a stage's work returns, beside the files that it writes.
 
@@ -97,12 +116,12 @@ class Result(_Read):
     base: str | None = None  # of flips, its name in the config
     batches: list[int] | None = None  # of flips
     metrics: dict[str, Any]
-    data: dict[str, Any] | None = None  # rows taken and passed over
+    data: RowCounts | None = None
     counts: dict[str, int] = Field(default_factory=dict)  # answers by what is wrong with them: cut, empty
     eval_batch: int | None = None
     engine: Engine | None = None  # None where the model in memory was asked
     adapter_changes_logits: bool | None = None  # None where there is no adapter to test
-    coverage: dict[str, Any] | None = None  # what an adapter reaches of the base
+    coverage: Coverage | None = None
 
     @field_validator("metrics")
     @classmethod
@@ -126,13 +145,13 @@ class Result(_Read):
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """Return how many rows a training left out, by reason, except those that are too long (`misfits`)."""
-        return (self.data or {}).get("left_out", {})
+        """Return how many rows or items a stage left out, by reason, except those that are too long (`misfits`)."""
+        return self.data.left_out if self.data else {}
 
     @property
     def misfits(self) -> int:
         """Return how many rows a training left out as too long."""
-        return (self.data or {}).get("misfits", 0)
+        return self.data.misfits if self.data else 0
 
 
 class Record(Result, _Header):
@@ -162,12 +181,16 @@ class StageKeys(_Read):
         """Return the keys of preparation, warm-up and adaptation by stage."""
         return {"prepare": self.prepare, "warmup": self.warmup, "adapt": self.adapt, "merge": self.merge}
 
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """Return the keys of all evaluations by benchmark, those on validation benchmarks too."""
+        return self.validation | self.evaluate
+
     def every(self) -> Iterator[tuple[str, str]]:
-        """Yield the kind and key of each stage."""
-        yield from ((kind, key) for kind, key in self.trained().items() if key)
-        yield from (("evaluate", key) for key in (self.evaluate | self.validation).values())
-        yield from (("contamination", key) for key in self.contamination.values())
-        yield from (("flips", key) for key in self.flips.values())
+        """Yield the kind and key of each stage, of kinds that this version does not know too."""
+        for kind, keys in self.model_dump(exclude={"validation"}, exclude_none=True).items():
+            yield from ((kind, key) for key in ([keys] if isinstance(keys, str) else keys.values()))
+        yield from (("evaluate", key) for key in self.validation.values())
 
 
 class ManifestCell(_Read):

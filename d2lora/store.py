@@ -117,11 +117,6 @@ def check(output: Path) -> Iterator[str]:
             yield from _faults(outputs, path)
 
 
-def entries(output: Path) -> list[Path]:
-    """Return all entries of the store's folders, records or not."""
-    return Outputs(output).entries()
-
-
 def _is_unfinished(path: Path) -> bool:
     return path.name.startswith(".")
 
@@ -177,9 +172,20 @@ def _manifest_keys(outputs: Outputs) -> set[str]:
     for file in pattern.parent.glob(pattern.name):
         raise UserError(f"{file}: what only this manifest names would be freed too: remove it if that is right")
     pattern = outputs.manifest("*")
-    manifests = [json.loads(file.read_text()) for file in pattern.parent.glob(pattern.name)]
-    cells = (cell for manifest in manifests for cell in manifest["cells"] + manifest.get("earlier", []))
-    return {key for cell in cells for key in _strings(cell["stages"])}
+    return {key for file in pattern.parent.glob(pattern.name) for key in _keys_of(file)}
+
+
+def _keys_of(manifest: Path) -> set[str]:
+    """Return all keys that a manifest names. UserError if it is damaged."""
+    try:
+        content = json.loads(manifest.read_text())
+        cells = content["cells"] + content.get("earlier", [])
+        return {key for cell in cells for key in _strings(cell["stages"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{manifest}: damaged ({error}), and what only this manifest names would be freed too: start the sweep again to have it "
+            "written anew, or remove it"
+        ) from None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -91,7 +91,7 @@ def do_stage(config: Config, stage: Stage, store: Store, progress: Progress, bes
     """
 
     def work(folder: Path) -> Record:
-        mirrored.enter_context(mirror.stage(config, stage, store))
+        mirrored.enter_context(mirror.stage(config, stage, store, may_wait=bool(beside)))
         return _record(Run(config, stage, folder, progress, beside=beside))
 
     with contextlib.ExitStack() as mirrored:  # left once the record is published: that is what is mirrored

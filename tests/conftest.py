@@ -57,6 +57,12 @@ def run(tmp_path: Path) -> Callable:
     return start
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no figure files, which takes longer than the rest of a report: for tests that look at none."""
+    monkeypatch.setattr("d2lora.report.figures.save", lambda stem, make: [])
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a random Llama of two layers with the lab's tokenizer, and return its folder."""

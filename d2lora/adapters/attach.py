@@ -12,23 +12,20 @@ import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from d2lora import data
-from d2lora.adapters import coverage, loftq, saving
+from d2lora.adapters import loftq, saving
+from d2lora.adapters.flat import Flat
 from d2lora.adapters.layers import config_of
 from d2lora.adapters.lean import lean
 from d2lora.adapters.saving import Weights
 from d2lora.adapters.start import Start, fresh, taken_up
-from d2lora.base import Base
+from d2lora.base import Base, Tested
 from d2lora.errors import UserError
 from d2lora.keys import digest
-from d2lora.layouts import families, proof
-from d2lora.outputs import write_json
+from d2lora.layouts import proof
 from d2lora.settings.inits import BaseInit, PlainInit
-from d2lora.settings.recipe import Lora
-from d2lora.settings.tasks import Model
 
 
 @contextlib.contextmanager
@@ -38,6 +35,7 @@ def adapter(base: Base, start: Start[BaseInit], record: Path | None) -> Iterator
     On leaving, the base is restored and checked, even if the start fails.
     """
     torch.manual_seed(start.seed)
+    base.tested = None  # a training needs its memory
     try:
         wrapped = taken_up(base.model, start.init, record) if record else fresh(base.model, start)
         # With a name, PEFT asks the Hub at every checkpoint.
@@ -54,7 +52,7 @@ def _on(wrapped: PeftModel, quantize: bool) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def in_training(wrapped: PeftModel) -> Iterator[None]:
+def in_training(wrapped: PeftModel) -> Iterator[Flat | None]:
     """Make `wrapped.train()` set the adapter alone to training: the base stays in evaluation mode, so that it draws no
     random numbers.
 
@@ -77,8 +75,8 @@ def in_training(wrapped: PeftModel) -> Iterator[None]:
     assert all(not m.training for m in wrapped.modules() if id(m) not in own), "the base is in evaluation"
     wrapped.train = train  # type: ignore[method-assign]
     try:
-        with lean(wrapped):
-            yield
+        with lean(wrapped) as flat:
+            yield flat
     finally:
         del wrapped.train
 
@@ -88,16 +86,24 @@ def trained(base: Base, folder: Path | None, quantize: bool = False) -> Iterator
     """Yield the base with the adapter in `folder` for inference, and whether it changes the logits of a test input
     (`check_applied`).
 
-    Without a folder, yield the base alone; with `quantize`, the adapter is for the quantized base.
+    Without a folder, yield the base alone; with `quantize`, the adapter is for the quantized base. A merged copy serves all
+    evaluations of an adapter that follow each other.
     """
     if folder is None:
         yield base.model, False
         return
+    source = (folder, (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime_ns)
+    if base.tested and base.tested.source == source:
+        yield base.tested.model, base.tested.changes
+        return
+    base.tested = None
     try:
         wrapped = PeftModel.from_pretrained(base.model, folder).eval()
         with _on(wrapped, quantize):
             changes = check_applied(base, wrapped)
-            yield _merged(base, wrapped) or wrapped, changes
+            if merged := _merged(base, wrapped):
+                base.tested = Tested(source, merged, changes)
+            yield merged or wrapped, changes
     finally:
         base.restore()
 
@@ -142,48 +148,6 @@ def check_applied(base: Base, wrapped: PeftModel) -> bool:
                 if not torch.equal(wrapped(input_ids=ids).logits, without):
                     return factor == 1
     raise RuntimeError("the adapter has non-zero weights and is not applied")
-
-
-def _covered(empty: PreTrainedModel, target_modules: str | list[str]) -> dict[str, Any]:
-    with torch.device("meta"):
-        return coverage.of(fresh(empty, Start(Lora(r=1, alpha=1, target_modules=target_modules), PlainInit())))
-
-
-def _empty(model: Model) -> PreTrainedModel:
-    """Return a model without weights, on the device "meta"."""
-    path = data.model_files(model)
-    remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    if model.gguf_package:
-        assert path is not None, "a GGUF package has files"
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    else:
-        config = AutoConfig.from_pretrained(str(path or model.path), **remote)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(families.settled(config), trust_remote_code=model.trust_remote_code)
-
-
-def shape_of(empty: PreTrainedModel) -> dict[str, int]:
-    """Return what time and memory depend on: parameters, layers, the widths of a layer and of its keys, vocabulary."""
-    config = empty.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {
-        "parameters": sum(weight.numel() for weight in empty.parameters()),
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "kv": (getattr(config, "num_key_value_heads", None) or heads) * width,
-        "vocabulary": config.vocab_size,
-    }
-
-
-def remember_coverage(model: dict[str, Any], target_modules: str | list[str], file: str, shape_file: str) -> None:
-    """Write the coverage of a model (its config as a mapping) into a JSON file, and its size into another."""
-    empty = _empty(Model.model_validate(model))
-    with contextlib.suppress(
-        AttributeError
-    ):  # a family without attention, say: a plan then takes its size from its name
-        write_json(Path(shape_file), shape_of(empty))
-    write_json(Path(file), _covered(empty, target_modules))
 
 
 @dataclass(frozen=True)

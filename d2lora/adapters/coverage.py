@@ -5,7 +5,6 @@ weights.
 import functools
 import re
 import sys
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,6 +12,8 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from d2lora.records import Coverage
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, Conv1D.forward)
@@ -89,11 +90,10 @@ def tell(model: PreTrainedModel, left_out: dict[str, str]) -> None:
 _told: set[str] = set()
 
 
-def of(wrapped: PeftModel) -> dict[str, Any]:
-    """Return which of the base's weights are adapted: {share, adapted, left_out}.
+def of(wrapped: PeftModel) -> Coverage:
+    """Return which of the base's weights are adapted. Kinds of layers are their names without numbers.
 
-    `share` is of all matrices' weights, `adapted` the kinds of layers (their names without numbers), and `left_out` the
-    share of each other kind, largest first, if it is at least a thousandth.
+    Of those that are left out, which come largest first, kinds of less than a thousandth are not listed.
     """
     adapted = {name.removeprefix("base_model.model."): layer for name, layer in layers(wrapped).items()}
     sizes: dict[str, int] = {}
@@ -101,19 +101,19 @@ def of(wrapped: PeftModel) -> dict[str, Any]:
     for name, weight in wrapped.get_base_model().named_parameters(remove_duplicate=True):
         if "lora_" in name or weight.dim() < 2:
             continue
-        whose, _, part = name.replace(".base_layer", "").rpartition(".")
-        layer = adapted.get(whose)
-        matrix = kind(whose if part == "weight" else f"{whose}.{part}")
+        module, _, part = name.replace(".base_layer", "").rpartition(".")
+        layer = adapted.get(module)
+        matrix = kind(module if part == "weight" else f"{module}.{part}")
         sizes[matrix] = sizes.get(matrix, 0) + weight.numel()
         if layer is not None and (part == "weight" or part in _parameters_of(layer)):
             reached.add(matrix)
     total = sum(sizes.values())
-    left = {name: size / total for name, size in sizes.items() if name not in reached and size >= total / 1000}
-    return {
-        "share": round(sum(sizes[name] for name in reached) / total, 4),
-        "adapted": sorted(reached),
-        "left_out": {name: round(share, 4) for name, share in sorted(left.items(), key=lambda x: -x[1])},
-    }
+    left_out = {name: size / total for name, size in sizes.items() if name not in reached and size >= total / 1000}
+    return Coverage(
+        share=round(sum(sizes[name] for name in reached) / total, 4),
+        adapted=sorted(reached),
+        left_out={name: round(share, 4) for name, share in sorted(left_out.items(), key=lambda x: -x[1])},
+    )
 
 
 def _parameters_of(layer: object) -> set[str]:

@@ -17,7 +17,7 @@ from d2lora.adapters.coverage import layers
 from d2lora.adapters.layers import ADAPTER, MultiLora, Plain, Residual, base_weight, config_of, start_magnitudes
 from d2lora.errors import UserError
 from d2lora.settings.inits import PLAIN, BaseInit, DoraInit, MultiLoraInit
-from d2lora.settings.recipe import Lora
+from d2lora.settings.recipe import ALL_LINEAR, Lora
 
 I = TypeVar("I", bound=BaseInit, covariant=True)  # noqa: E741
 
@@ -50,7 +50,7 @@ def fresh(model: PreTrainedModel, start: Start[BaseInit]) -> PeftModel:
     UserError if PEFT, or the initialization, cannot adapt a layer.
     """
     config = lora_config(start)
-    if config.target_modules == "all-linear":
+    if config.target_modules == ALL_LINEAR:
         left_out = coverage.not_adapted(model)
         config.exclude_modules = sorted(left_out) or None
         coverage.tell(model, left_out)
@@ -61,6 +61,8 @@ def fresh(model: PreTrainedModel, start: Start[BaseInit]) -> PeftModel:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"recipe.lora.target_modules={start.lora.target_modules}: {line}") from error
     _check_layers(wrapped, start, config)
+    if not isinstance(start.lora.target_modules, str) and not config.target_parameters:  # experts PEFT names otherwise
+        _check_names(wrapped, start.lora.target_modules)
     _add_multilora(wrapped, start.init)
     if isinstance(start.init, DoraInit):
         start_magnitudes(wrapped)
@@ -83,6 +85,16 @@ def _check_layers(wrapped: nn.Module, start: Start[BaseInit], config: LoraConfig
             f"init={start.init.name}: starts linear layers only, and all-linear takes parameters of {', '.join(others)} too: "
             f"name linear layers in recipe.lora.target_modules, {example}, or use init={PLAIN}"
         )
+
+
+def _check_names(wrapped: PeftModel, targets: list[str]) -> None:
+    """Raise UserError for named layers that the base does not have: PEFT is content if it finds one of them."""
+    adapted = list(layers(wrapped))
+    if missing := [t for t in targets if not any(name.endswith(f".{t}") for name in adapted)]:
+        base = wrapped.get_base_model().named_modules()
+        linear = {name.removesuffix(".base_layer").rpartition(".")[2] for name, m in base if isinstance(m, nn.Linear)}
+        names = ", ".join(sorted(linear - {"lora_A", "lora_B", ADAPTER}))
+        raise UserError(f"recipe.lora.target_modules={','.join(missing)}: the base has no such layer; it has {names}")
 
 
 def _kinds(names: Iterable[str]) -> list[str]:

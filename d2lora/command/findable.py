@@ -69,15 +69,15 @@ def _line(config: Config, benchmark: Benchmark, replicates: int, spreads: Spread
 
     known = sizes.items_of(config, benchmark)
     items = known or _UNREAD
-    whose = f"{items:,} items" if known else f"{items:,} items (its own number is not known here yet)"
+    tested = f"{items:,} items" if known else f"{items:,} items (its own number is not known here yet)"
     margin = config.report.margin_of(benchmark.scoring.unit)
     needed = stats.replicates_needed(margin / 100, items, spreads.item_sd, spreads.run_of(items))
     more = f"{needed} replicates" if needed else "more items, however many replicates"
-    found = _found(whose, items, replicates, spreads, benchmark)
-    return f"{found}, four times in five; for {benchmark.scoring.unit.text(margin)}: {more} ({spreads.how})"
+    text = _differences(tested, items, replicates, spreads, benchmark)
+    return f"{text}, four times in five; for {benchmark.scoring.unit.text(margin)}: {more} ({spreads.how})"
 
 
-def _found(whose: str, items: int, replicates: int, spreads: Spreads, benchmark: Benchmark) -> str:
+def _differences(tested: str, items: int, replicates: int, spreads: Spreads, benchmark: Benchmark) -> str:
     """Say from which difference on the design shows it; of one or two replicates, that three are needed to tell."""
     from d2lora import stats
 
@@ -85,10 +85,10 @@ def _found(whose: str, items: int, replicates: int, spreads: Spreads, benchmark:
     kind, clustered = benchmark.scoring, bool(benchmark.cluster or benchmark.varies)
     rounded = kind.unit.rounded
     if replicates >= _LEAST:
-        return f"with {whose} and {replicates} replicates differences from {rounded(effect)} on"
+        return f"with {tested} and {replicates} replicates differences from {rounded(effect)} on"
     exact = _EXACT / items if kind.right_or_wrong and not clustered else 0.0
     single = max(stats.smallest_effect(items, 1, spreads.single_sd, 0.0), exact)
-    alone = f"with {whose} and {replicates} replicate{'s'[: replicates > 1]}"
+    alone = f"with {tested} and {replicates} replicate{'s'[: replicates > 1]}"
     if replicates == 1:
         alone += f" differences from {rounded(single)} on, between these trainings only"
     else:

@@ -15,11 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from d2lora import plan
 from d2lora.command import preflight
-from d2lora.command.guard import one_line
+from d2lora.command.guard import one_line, unknown_key
 from d2lora.errors import UserError
 from d2lora.outputs import project_path
 from d2lora.plan import Cell
-from d2lora.settings import Config, parse
+from d2lora.settings import RATE, Config, parse
+from d2lora.settings.controls import NoControl
+from d2lora.settings.recipe import WARMUP
 
 Overrides = tuple[str, ...]  # of one cell, as they are typed: ("method=dpo", "n=1000")
 
@@ -111,7 +113,7 @@ class Composer:
             composed = self._groups(tuple(o for o in overrides if o not in plain)).copy()
             for key, value in map(self._value, plain):
                 if OmegaConf.select(composed, key, default=self) is self and "." not in key:
-                    raise UserError(f"{key}: there is no such key; --cfg job shows all")
+                    raise UserError(unknown_key(key))
                 OmegaConf.update(composed, key, value)
             return cell_of(composed, overrides)
         except OmegaConfBaseException as error:
@@ -143,8 +145,16 @@ A = TypeVar("A")
 Check = Callable[[Config, preflight.Passed], None]
 
 
-def valid_cells(compose: Composer, grid: Iterable[Overrides], check: Check = preflight.check) -> list[Cell]:
-    """Return the grid's cells, duplicates included. UserError listing the invalid ones, unless skip_invalid is set."""
+def valid_cells(
+    compose: Composer,
+    grid: Iterable[Overrides],
+    check: Check = preflight.check,
+    composed: Callable[[list[Cell]], None] = lambda cells: None,
+) -> list[Cell]:
+    """Return the grid's cells, duplicates included. UserError listing the invalid ones, unless skip_invalid is set.
+
+    `composed` is called with the cells once they are composed and before the first check, which reads their rows.
+    """
     problems: dict[str, int] = {}  # message -> number of cells that have it
     passed: preflight.Passed = set()
 
@@ -153,7 +163,9 @@ def valid_cells(compose: Composer, grid: Iterable[Overrides], check: Check = pre
         return cell
 
     # All are composed before the first is checked: a check reads rows, which garbage collection would scan while composing.
-    cells = _without_errors(checked, _without_errors(compose, grid, problems), problems)
+    cells = _without_errors(compose, grid, problems)
+    composed(cells)
+    cells = _without_errors(checked, cells, problems)
     if problems and not any(c.config.skip_invalid for c in cells):
         lines = [message + (f" [{n} of the grid's cells]" if n > 1 else "") for message, n in problems.items()]
         raise UserError("; ".join(lines) + ("; skip_invalid=true drops such cells" if cells else ""))
@@ -193,6 +205,19 @@ def values_without_cells(cells: list[Cell]) -> list[str]:
         f"{key}={','.join(values)}: no result depends on it, so its cells are those of {key}={other}, which is used"
         for (key, other), values in instead.items()
     ]
+
+
+def without_warmup(cells: list[Cell]) -> list[str]:
+    """Return a line if settings of the warm-up were typed, and no cell has one: m is 0 unless it is said."""
+    if any(cell.config.m != 0 or cell.config.init.looks_at == "general" for cell in cells):
+        return []
+    typed = dict.fromkeys(override for cell in cells for override in cell.overrides if _is_of_warmup(override))
+    return [f"{', '.join(typed)}: changes nothing, as there is no warm-up with m=0"] if typed else []
+
+
+def _is_of_warmup(override: str) -> bool:
+    key, _, value = override.lstrip("+").partition("=")
+    return key.split(".")[0] == WARMUP or key == f"{RATE}.{WARMUP}" or (key == "control" and value != NoControl().name)
 
 
 def _by_key(cell: Cell) -> dict[str, str]:

@@ -9,11 +9,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from d2lora import data
 from d2lora.errors import UserError
+from d2lora.settings import key_like
 
 _ended = [0]  # the exit codes of what was done under Hydra, which drops what a task function returns
 
@@ -67,10 +68,7 @@ def _code(main: Callable[[], object]) -> object:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return refuse(error)
     except OSError as error:
-        if not (error.filename or error.errno in _DISK):
-            raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}; what is finished is kept", file=sys.stderr)
-        return 1
+        return disk_failed(error)
     except (ValueError, TypeError, AttributeError) as error:
         if not _is_from_hydra(error):
             raise
@@ -81,6 +79,14 @@ def refuse(error: Exception) -> int:
     """Print what is wrong with the input as one line, and return its exit code."""
     print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
+
+
+def disk_failed(error: OSError) -> int:
+    """Print what the disk refused as one line, and return its exit code. Raise the error if it is of no file or disk."""
+    if not (error.filename or error.errno in _DISK):
+        raise error
+    print(f"error: {error.filename or 'output'}: {error.strerror}; what is finished is kept", file=sys.stderr)
+    return 1
 
 
 @contextlib.contextmanager
@@ -104,6 +110,7 @@ def _is_from_hydra(error: Exception) -> bool:
 
 
 _NO_KEY = re.compile(r"Could not override '(.+)'\. To append to your config use (\+.+)")
+_NO_OPTION = re.compile(r"Could not (?:find|load) '([\w/.-]+)/([^/']+)'")
 _NO_ARGUMENT = re.compile(
     r"Error in call to target '[\w.]*\.(\w+Launcher)': TypeError\(.* unexpected keyword argument '(\w+)'"
 )
@@ -116,6 +123,8 @@ def _advice(text: str) -> str | None:
     if unknown := _NO_ARGUMENT.match(text):
         launcher, key = unknown.groups()
         return f"hydra.launcher.{key}: {launcher} has no such setting; hydra/launcher=NAME chooses another launcher"
+    if text.startswith("Could not override 'benchmark'. No match"):
+        return "benchmark: a task's own are chosen by benchmark@task.benchmark=[lab_math,lab_facts]"
     if not (missing := _NO_KEY.match(text)):
         return None
     key, appended = missing.groups()
@@ -124,11 +133,21 @@ def _advice(text: str) -> str | None:
         return f"{key}: the {plugin} has no such setting; hydra/{plugin}=NAME chooses another: --hydra-help lists them"
     if key.startswith("hydra."):
         return f"{key}: there is no such key; --cfg hydra shows all"
-    return f"{key}: there is no such key; --cfg job shows all, and {appended} adds a setting that a file leaves out"
+    if key_like(key) == key:
+        return f"{key}: no file here sets it: {appended} adds it"
+    return unknown_key(key)
+
+
+def unknown_key(key: str) -> str:
+    """Return the error of a key that no setting has, with the one that may be meant."""
+    like = key_like(key)
+    return f"{key}: there is no such key{f' ({like} is meant?)' if like else ''}; --cfg job shows all"
 
 
 def one_line(error: Exception) -> str:
     """Return an error's message as one line, with Hydra's lists of options joined by commas."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not readable: write key=value, key=a,b for several values, key=[a,b] for a list, and quotes around special characters"
     lines = [line for line in str(error).splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     text = lines[0].strip() if lines else type(error).__name__
     options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]
@@ -138,6 +157,9 @@ def one_line(error: Exception) -> str:
         return advice
     if "--multirun" in str(error):
         return text + ": several values make a grid: add -m (--multirun); for a list write key=[a,b]"
+    if missing := _NO_OPTION.search(text):
+        allowed = f"one of {', '.join(options)}" if options else f"there is no file {missing[1]}/{missing[2]}.yaml"
+        return f"{missing[1]}={missing[2]}: {allowed}"
     if options:
         return f"{text.split('. ')[0].rstrip('.')}. Available: {', '.join(options)}"
     if len(lines) > 1 and not isinstance(error, UserError):

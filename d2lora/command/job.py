@@ -10,8 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from d2lora import mirror, plan, worker
 from d2lora.command import preflight, rehearsal, summary, sweepers, terminal, tuning
-from d2lora.command.grid import cell_of
-from d2lora.command.guard import end_with, one_line, reader_may_leave, refuse
+from d2lora.command.grid import cell_of, without_warmup
+from d2lora.command.guard import disk_failed, end_with, one_line, reader_may_leave, refuse
 from d2lora.errors import UserError
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
@@ -31,9 +31,11 @@ def job(config: DictConfig) -> object:
     # Handled here as guard would, because Hydra prints a line of its own for each exception that it sees.
     with reader_may_leave():
         try:
-            code = one_cell(cell_of(config))
+            code = one_cell(cell_of(config, HydraConfig.get().overrides.task))
         except (UserError, OmegaConfBaseException) as error:
             code = refuse(error)
+        except OSError as error:
+            code = disk_failed(error)
     end_with(code)
     return code
 
@@ -44,9 +46,12 @@ def one_cell(cell: Cell) -> int:
     store = Store(output)
     tuning.refuse_single(cell.config)
     preflight.check(cell.config, set())
+    notes = [*preflight.coverage([cell]), *(repeated := preflight.repeats([cell]))]
     rehearsal.remember()
+    for line in (*without_warmup([cell]), *([] if cell.config.dry_run else repeated)):
+        print(line.strip(), file=sys.stderr)
     if cell.config.dry_run:
-        print(summary.plan_text([cell], store, notes=preflight.coverage([cell])))
+        print(summary.plan_text([cell], store, notes=notes))
         return 0
     manifest.add_to_manifest(output, cell)
     with terminal.Bar() as bar:
@@ -69,7 +74,7 @@ def others(cell: Cell) -> list[Cell]:
     planned = manifest.read_manifest(outputs.root, sweep)
     cells: list[Cell] = []
     for entry in [*planned.cells, *planned.earlier]:
-        evaluations = {*entry.stages.evaluate.values(), *entry.stages.validation.values()}
+        evaluations = set(entry.stages.evaluations.values())
         if missing & evaluations:
             missing -= evaluations
             cells.append(_cell(entry, cell.config))

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from d2lora import mirror, plan, report, worker
 from d2lora.command import preflight, rehearsal, summary, terminal, tuning
-from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells
+from d2lora.command.grid import Composer, expand, valid_cells, values_without_cells, without_warmup
 from d2lora.command.guard import end_with, one_line
 from d2lora.command.launchers import Launcher as Facts
 from d2lora.command.launchers import launcher_of
@@ -35,9 +35,9 @@ def sweep(
     The command ends with 1 if a stage is missing at the end; UserError (and nothing written) for invalid cells.
     """
     grid = expand(OverridesParser.create(config_loader=loader), params, arguments)
-    compose = Composer(config, loader)
-    every = valid_cells(compose, grid)
-    cells, this = plan.unique(every), launcher_of(config)
+    compose, this = Composer(config, loader), launcher_of(config)
+    every = valid_cells(compose, grid, composed=functools.partial(_ahead, this, this.count(config)))
+    cells = plan.unique(every)
     first = cells[0].config
     store = Store(Outputs.of(first).root)
     tuner = tuning.Tuner(cells, compose, store) if first.tune else None
@@ -45,7 +45,7 @@ def sweep(
     if not first.dry_run:
         _refuse_twice(first.sweep, this.queued(config.hydra.job.name))
     rehearsal.remember()
-    for line in values_without_cells(every):
+    for line in (*values_without_cells(every), *without_warmup(cells)):
         print(line, file=sys.stderr)
     print(planned, flush=not first.dry_run)
     if not first.dry_run:
@@ -54,9 +54,17 @@ def sweep(
         _finish(cells, store, new)
 
 
+def _ahead(facts: Facts, workers: int, cells: list[Cell]) -> None:
+    """Have a launcher's workers start while the rows are checked, if there will be work for them."""
+    if cells and not cells[0].config.dry_run:
+        store = Store(Outputs.of(cells[0].config).root)
+        if any(not store.done(stage) for stage in plan.stages(cells)):
+            facts.ahead(workers)
+
+
 def _plan(cells: list[Cell], tuner: tuning.Tuner | None, store: Store, workers: int, engines: int) -> str:
     """Return the plan as text; where settings are tuned, up to the choice."""
-    notes = preflight.coverage(cells)
+    notes = [*preflight.coverage(cells), *preflight.repeats(cells)]
     if tuner is None:
         return summary.plan_text(cells, store, workers, notes, engines=engines)
     begun, _ = tuner.begin()

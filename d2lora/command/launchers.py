@@ -11,8 +11,9 @@ import psutil
 from hydra.plugins.launcher import Launcher as HydraLauncher
 from omegaconf import DictConfig
 
+from d2lora.command.forks import import_ahead
 from d2lora.command.hardware import gpus_here
-from d2lora.command.orphans import end_with_parent
+from d2lora.command.orphans import end_with_sweep
 from d2lora.errors import UserError
 
 SLURM_SECONDS = 20  # between two queries of Slurm's queue
@@ -20,6 +21,10 @@ SLURM_SECONDS = 20  # between two queries of Slurm's queue
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+def _nothing_ahead(_workers: int) -> None:
+    """Start nothing for workers before the first job."""
 
 
 def _as_it_is(_launcher: HydraLauncher) -> None:
@@ -39,6 +44,9 @@ class Launcher:
     apart: bool = False
     gpu_each: bool = False  # each job has a GPU of its own, if the launcher's settings ask for one
     workers: str = ""  # the setting that says how many jobs run at once; -1 is one for each processor
+    ahead: Callable[[int], None] = (
+        _nothing_ahead  # called with `count` while the plan is still checked: what workers need
+    )
     begin: Callable[[HydraLauncher], None] = _as_it_is  # called before the first job
     dismiss: Callable[[], None] = _nothing  # ends workers that would stay after the last job
     wait: Callable[[], None] = (
@@ -74,10 +82,10 @@ def launcher_of(config: DictConfig) -> Launcher:
     return _LAUNCHERS.get(config.hydra.launcher.get("_target_", "").rpartition(".")[2], Launcher())
 
 
-def _end_joblib_with_parent(launcher: HydraLauncher) -> None:
+def _end_joblib_with_sweep(launcher: HydraLauncher) -> None:
     """Have joblib's workers end with this process: they would finish their job, and wait five minutes for another."""
     settings = launcher.joblib  # type: ignore[attr-defined]  # what it gives to joblib.Parallel
-    settings |= {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+    settings |= {"initializer": end_with_sweep, "initargs": (os.getpid(),)}
 
 
 def _dismiss_joblib() -> None:
@@ -115,7 +123,9 @@ def _slurm_jobs(name: str) -> list[str]:
 
 
 _LAUNCHERS = {  # by the name of the class; basic and any other launcher need nothing of this
-    "JoblibLauncher": Launcher(workers="n_jobs", begin=_end_joblib_with_parent, dismiss=_dismiss_joblib),
+    "JoblibLauncher": Launcher(
+        workers="n_jobs", ahead=import_ahead, begin=_end_joblib_with_sweep, dismiss=_dismiss_joblib
+    ),
     "LocalLauncher": Launcher(apart=True, wait=_wait_for_submitit),
     "RayLauncher": Launcher(gpu_each=True),
     "SlurmLauncher": Launcher(apart=True, wait=_wait_for_submitit, queued=_slurm_jobs),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from statistics import mean
+from statistics import linear_regression, mean
 
 from d2lora import records
 from d2lora.errors import UserError
@@ -186,11 +186,10 @@ def _pace(these: Sequence[Record]) -> Pace:
 
 def _line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
     """Return the line of least squares, neither end of which is below zero."""
-    x, y = mean(sizes), mean(seconds)
-    each = sum((a - x) * (b - y) for a, b in zip(sizes, seconds, strict=True)) / sum((a - x) ** 2 for a in sizes)
+    each, fixed = linear_regression(sizes, seconds)
     if each <= 0:
-        return y, 0.0
-    return (y - each * x, each) if each * x <= y else (0.0, y / x)
+        return mean(seconds), 0.0
+    return (fixed, each) if fixed >= 0 else (0.0, mean(seconds) / mean(sizes))
 
 
 def _per_row(these: Sequence[Record]) -> float:

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from d2lora.errors import UserError
 from d2lora.evaluate.vllm import installed
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
-from d2lora.settings import Config, HarnessTask
+from d2lora.records import Coverage
+from d2lora.settings import ALL_LINEAR, Config, HarnessTask
 from d2lora.stages import prepare
-from d2lora.stages.rows import coverage_file, shape_file
+from d2lora.stages.base_facts import coverage_file, shape_file
 from d2lora.store import Store
 
 Passed = set[str]  # the checks that passed, as name and arguments: most are the same in all cells of a grid
@@ -45,19 +46,30 @@ def check_inputs(config: Config, passed: Passed) -> None:
     if _asks_others(config):
         return
     output = Outputs.of(config).root
+    _check(passed, check_output, config.output, config.dry_run)
     drawn = (_drawn(config), output)
     _once(passed, lambda: rehearsal.begin(config, output), "tokenizer", drawn)
     _check_training_rows(config, passed)
     extra = config.init.extra
     if extra and find_spec(extra.package) is None:
         raise UserError(f"init={config.init.name}: needs {extra.package}, which is not installed: {extra.install}")
-    _check(passed, installed.check, config.recipe.machine)
+    _check(passed, installed.check, config.recipe)
     for benchmark in config.benchmarks.values():
         _check(passed, data.check_benchmark, benchmark, config.split_seed)
     if tasks := _harness_tasks(config):
         _check(passed, data.check_lm_eval, tasks, config.task.lm_eval_path, config.objectives)
     _check(passed, data.check_model, config.model)
     _once(passed, lambda: rehearsal.check(config, output), "rows", drawn)
+
+
+def check_output(typed: str, only_read: bool) -> None:
+    """Raise UserError for an output folder that cannot be, or that cannot be written. Nothing is written."""
+    folder = Outputs.at(typed).root
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UserError(f"output={typed}: {nearest} is not a folder")
+    if not only_read and not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output={typed}: {nearest} cannot be written: name a folder that can")
 
 
 def _check_training_rows(config: Config, passed: Passed) -> None:
@@ -115,29 +127,57 @@ def _all_local(config: Config) -> bool:
 def coverage(cells: Iterable[Cell]) -> list[str]:
     """Return a line for each model that gets an adapter: which share of its parameters the adapted layers have.
 
-    A dry run computes it. A run reports what is cached, since its records will have it.
+    A dry run computes it, and so does a run with layers that the user has named. Another run reports what is cached, since its
+    records will have it. UserError for layers that the model does not have.
     """
     lines: dict[Path, str] = {}
     seen: set[Path] = set()
     for config in (cell.config for cell in cells if cell.chain.adapter):
         file = coverage_file(config)
-        if file in seen or not (config.dry_run or file.exists()):
+        targets = config.recipe.lora.target_modules
+        if file in seen or not (config.dry_run or targets != ALL_LINEAR or file.exists()):
             continue
         seen.add(file)
-        targets = config.recipe.lora.target_modules
         if not file.exists():
             _compute_coverage(config)
         with contextlib.suppress(OSError, ValueError):  # a model whose config is not on this machine
-            reached = json.loads(file.read_text())  # coverage.of
-            lines[file] = summary.coverage_text(config.model.name, targets, reached["share"], reached["left_out"])
+            covered = Coverage.model_validate_json(file.read_text())
+            lines[file] = summary.coverage_text(config.model.name, targets, covered)
     return list(lines.values())
+
+
+def repeats(cells: Iterable[Cell]) -> list[str]:
+    """Return a line for each task, and each benchmark, with rows that say what an earlier row says."""
+    lines: dict[str, str] = {}
+    for config in (cell.config for cell in cells if not _asks_others(cell.config)):
+        for name, what, arguments in _read(config):
+            if (key := f"{name} {arguments!r}") not in lines:
+                lines[key] = _repeats_line(name, what, *data.repeats(*arguments))
+    return [line for line in lines.values() if line]
+
+
+def _read(config: Config) -> Iterator[tuple[str, str, tuple[data.Data, list[str], int, int | None]]]:
+    """Yield what a cell trains on and is tested on: a name, what its rows are, and what `data.repeats` takes."""
+    seed = config.split_seed
+    if config.n != 0:
+        yield f"task={config.task.name}", "rows", (config.task.data, data.columns(config.task), seed, None)
+    for name, benchmark in config.benchmarks.items():
+        yield name, "items", (benchmark.data, data.item_columns(benchmark), seed, benchmark.limit)
+
+
+def _repeats_line(name: str, what: str, repeated: int, total: int) -> str:
+    return f"  {name}: {repeated:,} of {total:,} {what} repeat an earlier one, and each is counted" if repeated else ""
 
 
 def _compute_coverage(config: Config) -> None:
     """Compute the layers that the cell's adapter covers, in another process: planning must not import torch and PEFT."""
     files = [str(coverage_file(config)), str(shape_file(config))]
     arguments = [config.model.model_dump(), config.recipe.lora.target_modules, *files]
-    code = "import json, sys; from d2lora.adapters import attach; attach.remember_coverage(*json.load(sys.stdin))"
+    code = "import json, sys; from d2lora.adapters import empty; empty.write_facts(*json.load(sys.stdin))"
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # a config that is not here would be tried for again and again
     command = [sys.executable, "-c", code]
-    subprocess.run(command, input=json.dumps(arguments), text=True, capture_output=True, env=offline)
+    done = subprocess.run(command, input=json.dumps(arguments), text=True, capture_output=True, env=offline)
+    _, refused, why = done.stderr.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+    # What else may fail, a config that is not here for example, is said when it is needed.
+    if refused and config.recipe.lora.target_modules != ALL_LINEAR:
+        raise UserError(why.strip())

@@ -17,7 +17,7 @@ from d2lora import data
 from d2lora.keys import digest
 from d2lora.outputs import Outputs
 from d2lora.settings import Benchmark, Config, Data, Model, fields
-from d2lora.stages.rows import shape_file
+from d2lora.stages.base_facts import shape_file
 
 # Characters a token: about 4 of English in vocabularies of 32,000 and more (the lab's of 1,024 has 2.3, its templates counted).
 _CHARACTERS, _CHARACTERS_SMALL, _SMALL = 4.0, 2.3, 16_000

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from d2lora import plan
@@ -10,7 +10,7 @@ from d2lora.command import findable, forecast
 from d2lora.data import overlap
 from d2lora.outputs import Outputs
 from d2lora.plan import Cell
-from d2lora.records import Records
+from d2lora.records import Coverage, Records
 from d2lora.scoring import unit_of
 from d2lora.settings import Config
 from d2lora.stages import VERSIONS, Stage, evaluate, flips
@@ -54,18 +54,18 @@ def plan_text(
     return "\n".join(lines)
 
 
-def coverage_text(model: str, targets: str | list[str], share: float, left_out: Mapping[str, float]) -> str:
-    """Say which share of a model's weights an adapter covers, and which kinds of layers (of at least a hundredth) it
-    leaves out.
-    """
+def coverage_text(model: str, targets: str | list[str], coverage: Coverage) -> str:
+    """Say which share of a model's weights an adapter reaches, and which kinds of layers of a hundredth or more it does not."""
     named = targets if isinstance(targets, str) else ",".join(targets)
-    left = [f"{kind} {100 * part:.0f} %" for kind, part in left_out.items() if part >= 0.01]
-    out = f"; left out: {', '.join(left[:6])}{' ...' if len(left) > 6 else ''}" if left else ""
-    return f"  {named} adapts {100 * share:.0f} % of {model}'s weights{out}"
+    kinds = [f"{kind} {100 * share:.0f} %" for kind, share in coverage.left_out.items() if share >= 0.01]
+    left_out = f"; left out: {', '.join(kinds[:6])}{' ...' if len(kinds) > 6 else ''}" if kinds else ""
+    return f"  {named} adapts {100 * coverage.share:.0f} % of {model}'s weights{left_out}"
 
 
 def _engine_lines(cells: list[Cell], left: Iterable[Stage], engines: int) -> Iterator[str]:
-    """Yield a line if evaluations that are left ask an engine: how many, of how many adapters, in how many jobs."""
+    """Yield a line if evaluations that are left ask an engine: how many, of how many adapters, in how many jobs. Another names the
+    initializations that the engine can't do.
+    """
     asked = [stage for stage in left if evaluate.asks_engine(stage)]
     if asked:
         jobs = len(
@@ -74,6 +74,10 @@ def _engine_lines(cells: list[Cell], left: Iterable[Stage], engines: int) -> Ite
         adapters = len({stage.parent.key for stage in asked if stage.parent})
         counts = f"{_counted(len(asked), 'evaluation')} of {_counted(adapters, 'adapter')} in {_counted(jobs, 'job')}"
         yield f"  {evaluate.engine_text(asked[0])}: {counts}, when all trainings are done"
+    missed = [c.config for c in cells if c.chain.adapter and not evaluate.engine_does(c.config)]
+    if missed:
+        inits = ",".join(sorted({config.init.name for config in missed}))
+        yield f"  {missed[0].recipe.engine} does not do adapters of init={inits}: they are evaluated in memory"
 
 
 def _counted(number: int, noun: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d2lora import store
 from d2lora.errors import UserError
+from d2lora.outputs import Outputs
 
 
 def check(output: Path) -> int:
@@ -21,7 +22,7 @@ def gc(output: Path, yes: bool) -> int:
 
 def _check(output: Path) -> int:
     faults = list(store.check(output))
-    print("\n".join([*faults, f"{len(store.entries(output))} entries, {len(faults)} of them to look at"]))
+    print("\n".join([*faults, f"{len(Outputs(output).entries())} entries, {len(faults)} of them to look at"]))
     return 1 if faults else 0
 
 
@@ -39,6 +40,8 @@ def _gc(output: Path, yes: bool) -> int:
 def _in_one_line(output: Path, work: Callable[[], int]) -> int:
     """Return the exit code of `work`; if it raises, print the error as one line and return 1."""
     try:
+        if not output.is_dir():
+            raise UserError(f"{output}: no such folder: --output names the one that run.py was given")
         return work()
     except UserError as error:
         message = str(error)

@@ -8,11 +8,12 @@ from d2lora.data.checks import (
     check_warmup,
     columns,
     kind_line,
+    repeats,
 )
 from d2lora.data.choices import choices, right_choice
 from d2lora.data.harness_tasks import check_lm_eval, check_names, harness_identity, load_harness_task, quiet
 from d2lora.data.hub import hub, hub_problem
-from d2lora.data.items import ItemRows, check_benchmark, check_items, golds, item_prompt, item_rows
+from d2lora.data.items import ItemRows, check_benchmark, check_items, golds, item_columns, item_prompt, item_rows
 from d2lora.data.placebo import exchanged
 from d2lora.data.room import context_of, is_too_long, item_example, room_of
 from d2lora.data.sources import (
@@ -83,6 +84,7 @@ __all__ = [
     "hub_problem",
     "identity",
     "is_too_long",
+    "item_columns",
     "item_example",
     "item_prompt",
     "item_rows",
@@ -98,6 +100,7 @@ __all__ = [
     "quiet",
     "rendered_conversation",
     "rendered_prompt",
+    "repeats",
     "require_columns",
     "right_choice",
     "room_of",

@@ -2,8 +2,9 @@
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from d2lora.data.files import Row, listed
 from d2lora.data.hub import hub, hub_problem
@@ -11,12 +12,19 @@ from d2lora.data.pairs import EMPTY, EQUAL, NOTHING, BadRow, pair_texts
 from d2lora.data.sources import identity, model_files, number_of, require_braces, require_columns, rows
 from d2lora.data.texts import LeftOut, is_blank, is_encodable, paths, quoted
 from d2lora.errors import UserError
-from d2lora.settings import Model, Task, Warmup, fields
+from d2lora.settings import Data, Model, Task, Warmup, fields
 
 
 def columns(task: Task) -> list[str]:
     """Return the columns that a task's templates name, sorted."""
     return sorted(set().union(*map(fields, task.templates)))
+
+
+def repeats(data: Data, names: Iterable[str], split_seed: int, limit: int | None = None) -> tuple[int, int]:
+    """Return how many of a data set's rows (the first `limit`) have in these columns what an earlier row has, and how many rows there are."""
+    read = rows(data, split_seed)[:limit]
+    wanted = sorted(names)
+    return len(read) - len({repr([row.get(name) for name in wanted]) for row in read}), len(read)
 
 
 def check_task(task: Task, n: int | str, split_seed: int, preference: bool = False) -> None:
@@ -25,15 +33,22 @@ def check_task(task: Task, n: int | str, split_seed: int, preference: bool = Fal
     `preference`: whether pairs of equal answers are left out.
     """
     dumped, content = task.model_dump_json(exclude={"benchmark"}), str(identity(task.data, split_seed))
-    total, left_out, equal = _read_task(dumped, content, split_seed)
-    if preference and equal:
-        left_out = left_out + Counter({EQUAL: equal})
-    _enough("n", n, total, f"task={task.name}", left_out)
+    counts = _read_task(dumped, content, split_seed)
+    equal = Counter({EQUAL: counts.equal} if preference and counts.equal else {})
+    _enough("n", n, counts.total, f"task={task.name}", counts.left_out + equal)
+
+
+class _TaskCounts(NamedTuple):
+    """How many rows a task has, how many are left out by reason, and how many have equal answers."""
+
+    total: int
+    left_out: Counter[str]
+    equal: int
 
 
 @functools.lru_cache(16)
-def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Counter[str], int]:
-    """Return how many rows a task has, how many are left out by reason, and how many have equal answers.
+def _read_task(dumped: str, _identity: str, split_seed: int) -> _TaskCounts:
+    """Read a task's rows, and count them.
 
     Cached, because all n of a grid need the same; `_identity` stands for the rows' content. UserError for rows that
     can't be read.
@@ -59,14 +74,10 @@ def _read_task(dumped: str, _identity: str, split_seed: int) -> tuple[int, Count
             bad[error.kind].append((number_of(row, index), str(error)))
     if bad:
         lines = "; ".join(kind_line(same_kind, len(all_rows)) for same_kind in bad.values())
-        advice = "; +task.data.empty=leave_out leaves such rows out" if any(map(_is_empty, bad)) else ""
+        is_empty = any(kind.startswith(NOTHING) for kind in bad)
+        advice = "; +task.data.empty=leave_out leaves such rows out" if is_empty else ""
         raise UserError(f"data.path={task.data.path}: {lines}{advice}")
-    return len(all_rows), left_out, equal
-
-
-def _is_empty(kind: str) -> bool:
-    """Tell whether a kind of error is a missing text."""
-    return kind.startswith(NOTHING)
+    return _TaskCounts(len(all_rows), left_out, equal)
 
 
 def _usual(task: Task) -> Callable[[Row], bool] | None:
@@ -141,9 +152,28 @@ def _enough(key: str, amount: int | str, total: int, name: str, left_out: Counte
 
 def check_model(model: Model) -> None:
     """Check that a model's files exist, here or on the Hub, without loading weights. UserError if not."""
-    if model_files(model) is not None:
+    if (path := model_files(model)) is not None:
+        if model.gguf_package is None and (lacking := _lacking(path)):
+            raise UserError(f"model.path={model.path}: {lacking}")
         return
     try:
         hub().hf_hub_download(model.path, "config.json", revision=model.revision)
     except Exception as error:
         raise UserError(hub_problem("model.path", model.path, error)) from None
+
+
+def _lacking(path: Path) -> str | None:
+    """Return what a local path lacks to be a model's folder, as save_pretrained writes it; None if nothing."""
+    if not path.is_dir():
+        return "a file: name the folder that it is in"
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        return "an adapter, and a base is wanted: merge it into its base first" if adapter else "no config.json in it"
+    if not any(path.glob("*.safetensors")):
+        return "no *.safetensors in it: model.save_pretrained(folder) writes them"
+    if not any(file.match(pattern) for file in path.iterdir() for pattern in _TOKENIZER):
+        return "no tokenizer in it: tokenizer.save_pretrained(folder) writes it"
+    return None
+
+
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")  # what families of tokenizers are saved as

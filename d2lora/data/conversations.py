@@ -10,9 +10,8 @@ from d2lora.data.texts import LeftOut, NotText, is_blank, quoted, text_of
 from d2lora.errors import UserError
 
 Message = dict[str, Any]  # a turn as chat templates take it
-Tool = dict[
-    str, Any
-]  # a tool that a model may call, as chat templates take it: {type, function: {name, ...}} or {name, ...}
+# A tool that a model may call, as chat templates take it: {type, function: {name, ...}} or {name, ...}.
+Tool = dict[str, Any]
 Turn = dict[str, Any]  # a turn, or a typed part of one, as a row has it
 
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
@@ -85,6 +84,7 @@ def _parsed(text: str) -> Any:
 
 
 _TURN = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](?:system|user|assistant|tool|human|gpt)['"]""")
+_LIST_OF_MAPPINGS = re.compile(r"\s*\[\s*\{")
 
 
 def written(text: str) -> list[Turn] | None:
@@ -92,7 +92,7 @@ def written(text: str) -> list[Turn] | None:
 
     None for any other text. NotText for turns that can't be parsed: such a string must not be trained on as text.
     """
-    if not re.match(r"\s*\[\s*\{", text):
+    if not _LIST_OF_MAPPINGS.match(text):
         return None
     parts = _parsed(text)
     if parts is None and _TURN.search(text) and text.rstrip().endswith("]"):

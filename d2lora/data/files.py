@@ -15,7 +15,7 @@ from typing import Any
 
 from d2lora.errors import UserError
 
-Row = dict
+Row = dict[str, Any]  # a column's name -> its value
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _OPEN: dict[str, Callable] = {".xz": lzma.open, ".gz": gzip.open}
@@ -43,6 +43,8 @@ def read_rows(file: Path) -> list[Row]:
         raise UserError(f"{file}: not in UTF-8 (byte {error.start + 1:,}): save it as UTF-8") from None
     except _DAMAGED as error:
         raise UserError(f"{file}: not readable as {kind[1:]} ({error})") from None
+    except RecursionError:
+        raise UserError(f"{file}: not readable as {kind[1:]} (lists or mappings hundreds of levels deep)") from None
 
 
 def _delimiter(text: str) -> str:

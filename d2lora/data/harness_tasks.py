@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from d2lora import keys
 from d2lora.data.hub import hub_problem
 from d2lora.data.sources import digest, local
 from d2lora.errors import UserError
@@ -40,8 +41,8 @@ def load_harness_task(name: str, folder: str | None = None) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"task.lm_eval={name}: its data can't be had: {_first_line(error)}") from None
     except Exception as error:
-        told = hub_problem("task.lm_eval", name, error)
-        raise UserError(told.replace("the Hub's answer was", "can't be loaded:")) from None
+        problem = hub_problem("task.lm_eval", name, error)
+        raise UserError(problem.replace("the Hub's answer was", "can't be loaded:")) from None
 
 
 def check_lm_eval(
@@ -107,6 +108,13 @@ def _is_written(name: str, folder: Path) -> bool:
     return any(defined.search(file.read_text(errors="replace")) for file in sorted(folder.glob("**/*.y*ml")))
 
 
+def _is_mentioned(name: str, folder: Path) -> bool:
+    """Tell whether a file below a folder has this name as a word: groups and tags are in files of any suffix."""
+    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])".encode())
+    files = (file for file in folder.rglob("*") if file.is_file() and not any(part in _CACHES for part in file.parts))
+    return any(word.search(file.read_bytes()) for file in files)
+
+
 def harness_identity(task: HarnessTask, folder: str | None = None) -> dict[str, Any] | None:
     """Return a task's part of a key, without its name and the harness's version: None for a task of the harness as it is.
 
@@ -137,14 +145,23 @@ def _refuse_dates(name: str, task: Any) -> None:
 
 
 def _require_single(name: str, folder: str | None) -> None:
-    """Raise UserError unless a name is a single task: a group has no items of its own."""
+    """Raise UserError unless a name is a single task: a group has no items of its own.
+
+    A name that is in no file, most likely a typing error, is refused without the index of all tasks.
+    """
+    if not folder and not any(_is_mentioned(name, path) for path in _task_folders(name, folder)):
+        raise UserError(_no_such(name))
     manager = _manager(name, folder)
     if name in manager.all_subtasks:
         return
     if name in manager.all_tasks:
         raise UserError(f"task.lm_eval={name}: a group of tasks: name its tasks one by one")
     own = f"; task.lm_eval_path={folder} has {_own_names(folder)}" if folder else ""
-    raise UserError(f"task.lm_eval={name}: lm-evaluation-harness has no such task: `lm-eval ls tasks` lists them{own}")
+    raise UserError(_no_such(name) + own)
+
+
+def _no_such(name: str) -> str:
+    return f"task.lm_eval={name}: lm-evaluation-harness has no such task: `lm-eval ls tasks` lists them"
 
 
 def _manager(name: str, folder: str | None) -> Any:
@@ -190,10 +207,7 @@ def _content(name: str, folder: str) -> str:
     beside = entry.yaml_path.parent
     code = [file for file in _files(beside) if file.suffix not in (".yaml", ".yml")]
     definition = json.dumps(_by_content(entry.cfg), sort_keys=True, default=str).replace(str(beside), "")
-    parts = [definition, *(f"{file.relative_to(beside)} {digest(file)}" for file in code)]
-    from d2lora.keys import digest as digest_of
-
-    return digest_of(parts)
+    return keys.digest([definition, *(f"{file.relative_to(beside)} {digest(file)}" for file in code)])
 
 
 def _by_content(value: Any) -> Any:

@@ -7,8 +7,9 @@ from string import Formatter
 
 from d2lora.data.choices import listed_options, right_choice
 from d2lora.data.conversations import Message, Turn, is_silent, message, written
+from d2lora.data.files import Row, listed
 from d2lora.data.item_texts import Unscorable, filled, is_text, is_unfilled, line_of
-from d2lora.data.sources import Row, require_braces, require_columns, rows
+from d2lora.data.sources import number_of, require_braces, require_columns, rows
 from d2lora.data.texts import NotText, field, is_blank, only_field, quoted, text_of
 from d2lora.errors import UserError
 from d2lora.scoring import MultipleChoice
@@ -24,7 +25,7 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     """
     all_rows = rows(benchmark.data, split_seed)
     evaluated = all_rows[: benchmark.limit]
-    require_columns(evaluated, benchmark.data, *_columns(benchmark), empty=True)
+    require_columns(evaluated, benchmark.data, *item_columns(benchmark), empty=True)
     prompt_columns = set().union(*map(fields, benchmark.prompts))
     # Columns A to E in the prompt, and the letters as choices, are meant as they stand.
     options = [option for option in listed_options(benchmark) if option not in prompt_columns]
@@ -36,7 +37,7 @@ def check_benchmark(benchmark: Benchmark, split_seed: int) -> None:
     check_items(benchmark, scored)
 
 
-def _columns(benchmark: Benchmark) -> list[str]:
+def item_columns(benchmark: Benchmark) -> list[str]:
     """Return the columns that a benchmark reads, sorted."""
     lists = {path.split(".")[0] for path in (benchmark.choices, benchmark.labels) if isinstance(path, str)}
     clusters = {benchmark.cluster} if benchmark.cluster else set()
@@ -54,7 +55,7 @@ def check_items(benchmark: Benchmark, evaluated: Sequence[Row]) -> None:
         try:
             _check(benchmark, row)
         except Unscorable as error:
-            bad[error.problem].append((getattr(row, "number", index + 1), error.value))
+            bad[error.problem].append((number_of(row, index), error.value))
             empty = empty or _is_empty(benchmark, row)
     if bad:
         lines = "; ".join(_line(problem, numbered, len(evaluated)) for problem, numbered in bad.items())
@@ -98,11 +99,9 @@ def item_rows(benchmark: Benchmark, all_rows: Sequence[Row], is_too_long: Callab
 
 def _line(problem: str, numbered: list[tuple[int, str]], total: int) -> str:
     """Return "row 2: ..." or "rows 2, 5, 9 and 63 more (66 of 488): ...", with the values of the first three."""
-    numbers = ", ".join(str(number) for number, _ in numbered[:3])
-    more = f" and {len(numbered) - 3:,} more" if len(numbered) > 3 else ""
     several = f" ({len(numbered):,} of {total:,})" if len(numbered) > 1 else ""
     values = ", ".join(dict.fromkeys(value for _, value in numbered[:3]))
-    return f"row{'s'[: len(numbered) > 1]} {numbers}{more}{several}: {_with(problem, values)}"
+    return f"{listed([number for number, _ in numbered])}{several}: {_with(problem, values)}"
 
 
 def _with(problem: str, value: str) -> str:

@@ -10,16 +10,37 @@ nothing of an item.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 from d2lora.data.files import Row
 from d2lora.data.texts import fill
 from d2lora.data.wording import NGRAM, Group, as_one, fill_template, ngrams, template, texts, words
+from d2lora.progress import Progress
 from d2lora.records import Score
 
 Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Test items, the columns of their questions and answers, and the templates that render them (empty: none)."""
+
+    rows: list[Row]
+    question: list[str]
+    answer: list[str]
+    prompt: str = ""
+    gold: str = ""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Training rows, the columns to read, and the templates by which the rows become texts."""
+
+    rows: list[Row]
+    columns: list[str]
+    templates: tuple[str, ...] = ()
 
 
 class Hit(TypedDict):
@@ -51,26 +72,10 @@ class _Index(NamedTuple):
     samples: set[Words]
 
 
-def overlap(
-    tests: list[Row],
-    question: list[str],
-    answer: list[str],
-    rows: list[Row],
-    columns: list[str],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    *,
-    prompt: str = "",
-    gold: str = "",
-    trained: Iterable[str] = (),
-) -> list[Hit]:
-    """Return the items of a test set that a training set contains, in order.
-
-    `question`, `answer` and `columns` name the columns to read; `prompt`, `gold` and `trained` are the templates that
-    the two sets are rendered with.
-    """
-    index = _index(tests, question, answer, prompt, gold)
-    hits = _search(index, rows, columns, tuple(trained), progress)
-    return [_hit(item, _question(tests[item], question, prompt), hits[item]) for item in sorted(hits)]
+def overlap(tests: TestSet, training: TrainingSet, progress: Progress = lambda done, total: None) -> list[Hit]:
+    """Return the items of a test set that a training set contains, in order."""
+    hits = _search(_index(tests), training, progress)
+    return [_hit(item, _question(tests, item), hits[item]) for item in sorted(hits)]
 
 
 def _hit(item: int, question: str, first: _First) -> Hit:
@@ -78,21 +83,15 @@ def _hit(item: int, question: str, first: _First) -> Hit:
     return Hit(index=item, question=question, exact=first.exact, ngram13=first.ngram13, ngram=first.ngram)
 
 
-def _search(
-    index: _Index,
-    rows: list[Row],
-    columns: list[str],
-    trained: tuple[str, ...],
-    progress: Callable[[int, int], None],
-) -> dict[int, _First]:
+def _search(index: _Index, training: TrainingSet, progress: Progress) -> dict[int, _First]:
     """Return for each item that a row overlaps with, by its index, the first rows that do."""
     hits: dict[int, _First] = defaultdict(_First)
     # What is looked up already: the columns of a data set often repeat each other.
     met_questions, met_texts = set[Group](), set[Group]()
     filled = set[tuple[str, Group]]()
-    for number, row in enumerate(rows):
-        raw = [(text,) for text in texts(row, columns)]
-        questions, groups = _new_texts(row, trained, filled)
+    for number, row in enumerate(training.rows):
+        raw = [(text,) for text in texts(row, training.columns)]
+        questions, groups = _new_texts(row, training.templates, filled)
         for group in _new([*raw, *questions], met_questions):
             for item in index.questions.get(as_one(group), ()):
                 if hits[item].exact is None:
@@ -101,8 +100,8 @@ def _search(
         for text_words in [*map(as_one, _new(raw, met_texts)), *_new(borders, met_texts)]:
             if not index.samples.isdisjoint(_samples(text_words)):
                 _note(hits, index.runs, number, text_words)
-        if number % 1000 == 0 or number == len(rows) - 1:
-            progress(number + 1, len(rows))
+        if number % 1000 == 0 or number == len(training.rows) - 1:
+            progress(number + 1, len(training.rows))
     return hits
 
 
@@ -142,23 +141,24 @@ def _new(groups: Iterable[Group], before: set[Group]) -> Iterator[Group]:
             yield group
 
 
-def _question(row: Row, question: list[str], prompt: str) -> str:
+def _question(tests: TestSet, item: int) -> str:
     """Return an item's question for the report."""
-    values = template(prompt).values(row)
-    return fill(prompt, row) if prompt and values is not None else " ".join(texts(row, question))
+    row = tests.rows[item]
+    is_filled = tests.prompt and template(tests.prompt).values(row) is not None
+    return fill(tests.prompt, row) if is_filled else " ".join(texts(row, tests.question))
 
 
-def _index(tests: list[Row], question: list[str], answer: list[str], prompt: str, gold: str) -> _Index:
+def _index(tests: TestSet) -> _Index:
     """Index the items of a test set."""
     by_question: dict[Words, list[int]] = defaultdict(list)
     by_ngram: dict[Words, list[int]] = defaultdict(list)
     samples: set[Words] = set()
-    for item, row in enumerate(tests):
-        questions, groups = fill_template(row, prompt)
-        for form in {as_one(group) for group in ((" ".join(texts(row, question)),), *questions)} - {()}:
+    for item, row in enumerate(tests.rows):
+        questions, groups = fill_template(row, tests.prompt)
+        for form in {as_one(group) for group in ((" ".join(texts(row, tests.question)),), *questions)} - {()}:
             by_question[form].append(item)
-        raw = {(text,) for text in texts(row, [*question, *answer])}
-        texts_words = [as_one(group) for group in raw.union(groups, fill_template(row, gold)[1])]
+        raw = {(text,) for text in texts(row, [*tests.question, *tests.answer])}
+        texts_words = [as_one(group) for group in raw.union(groups, fill_template(row, tests.gold)[1])]
         for text_words in texts_words:
             samples.update(_samples(text_words))
             for run in ngrams(text_words):

@@ -70,9 +70,8 @@ def _files(data: Data) -> list[Path]:
             return [folder / name]
     if not data.file and (parts := _parts(data, folder) or _parts(data, folder / "data")):
         return parts
-    candidates = ", ".join([*names[::3], *([] if data.file else _PARTS)]).replace(
-        "SPLIT", split
-    )  # none of the compressed
+    plain_names = names[::3]  # none of the compressed
+    candidates = ", ".join([*plain_names, *([] if data.file else _PARTS)]).replace("SPLIT", split)
     raise UserError(
         f"data.path={data.path}: the folder has no {'file' if data.file else 'split'} {split} (looked for {candidates})"
     )

@@ -16,6 +16,7 @@ from d2lora.data.pairs import EMPTY, EQUAL, Messages, pair_texts
 from d2lora.data.sources import number_of, shuffled
 from d2lora.data.texts import LeftOut, NotText
 from d2lora.errors import UserError
+from d2lora.records import RowCounts
 from d2lora.settings import Task, Warmup
 
 if TYPE_CHECKING:
@@ -44,16 +45,13 @@ class Subset:
     ahead: list[Example] = field(default_factory=list)
     left_out: dict[str, list[int]] = field(default_factory=dict)
 
-    def counts(self) -> dict[str, Any]:
+    def counts(self) -> RowCounts:
         """Return what a record says of the subset: how many rows were used or left out, and a hash of which."""
         joined = ",".join(map(str, self.rows))
-        counted = {
-            "samples": len(self.rows),
-            "misfits": len(self.misfits),
-            "rows_sha256": hashlib.sha256(joined.encode()).hexdigest(),
-        }
+        which = hashlib.sha256(joined.encode()).hexdigest()
+        counts = RowCounts(samples=len(self.rows), misfits=len(self.misfits), rows_sha256=which)
         left_out = {reason: len(rows) for reason, rows in sorted(self.left_out.items())}
-        return counted | ({"left_out": left_out} if left_out else {})
+        return counts.model_copy(update={"left_out": left_out}) if left_out else counts
 
 
 def subset(

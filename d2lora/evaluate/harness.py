@@ -99,8 +99,8 @@ def _tell_unread(name: str, items: Sequence[Item]) -> None:
     read = [str(item["answer"]) for item in items if "raw" in item]
     marks = [answer for answer in read if answer and not any(map(str.isalnum, answer))]
     if marks:
-        told = f"{name}: of {len(marks)} of {len(items)} answers the filter read marks only, such as {marks[0]!r}"
-        print(f"{told}: scored as they are read (docs/running.md)", file=sys.stderr)
+        text = f"{name}: of {len(marks)} of {len(items)} answers the filter read marks only, such as {marks[0]!r}"
+        print(f"{text}: scored as they are read (docs/running.md)", file=sys.stderr)
 
 
 def _samples(logged: list[dict[str, Any]], name: str, filter_name: str | None) -> list[dict[str, Any]]:

@@ -8,60 +8,22 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 NAMES = [
-    "Ann",
-    "Ben",
-    "Cara",
-    "Dan",
-    "Eve",
-    "Finn",
-    "Gina",
-    "Hugo",
-    "Iris",
-    "Jack",
-    "Kim",
-    "Leo",
-    "Mia",
-    "Ned",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Vic",
+    *("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gina", "Hugo", "Iris", "Jack"),
+    *("Kim", "Leo", "Mia", "Ned", "Olga", "Paul", "Rosa", "Sam", "Tina", "Vic"),
 ]
 THINGS = [
-    "apples",
-    "books",
-    "coins",
-    "shells",
-    "stamps",
-    "cards",
-    "pens",
-    "rocks",
-    "eggs",
-    "toys",
-    "cups",
-    "keys",
-    "balls",
-    "beads",
-    "seeds",
-    "plums",
-    "nuts",
-    "hats",
-    "kites",
-    "nails",
+    *("apples", "books", "coins", "shells", "stamps", "cards", "pens", "rocks", "eggs", "toys"),
+    *("cups", "keys", "balls", "beads", "seeds", "plums", "nuts", "hats", "kites", "nails"),
 ]
 
 # Percent of all rows, by a hash of the row's text.
 SPLITS = {"corpus": 50, "train": 40, "validation": 4, "test": 6}
 
-
-PROMPT = (
-    "{question} Please reason step by step, and put your final answer within \\boxed{{}}."  # the paper's, Appendix A
-)
+# The paper's, Appendix A.
+PROMPT = "{question} Please reason step by step, and put your final answer within \\boxed{{}}."
 TITLE_PROMPT = "Write a title for this abstract: {abstract}"
 
 
@@ -81,7 +43,7 @@ class Row:
     """A row of a data set (`fields`), which `text` identifies."""
 
     text: str
-    fields: dict
+    fields: dict[str, Any]
 
 
 def split_of(text: str) -> str:

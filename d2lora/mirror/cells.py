@@ -174,7 +174,7 @@ def where(outputs: Outputs, run_id: str) -> str:
 
 
 def _log_once(
-    about: About, content: object, whose: Config, outputs: Outputs, fill: Callable[[Any], None], code: int = 0
+    about: About, content: object, config: Config, outputs: Outputs, fill: Callable[[Any], None], code: int = 0
 ) -> None:
     """Log a run unless it was logged with this content before; <output>/wandb/logged remembers that.
 
@@ -188,7 +188,8 @@ def _log_once(
         fill(run)
         write_json(file, current)
 
-    run = Run(whose, outputs, about)
+    run = Run(config, outputs, about)
+    run.begin()
     run.do(fill_and_note)
     run.end(code)
 

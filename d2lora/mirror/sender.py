@@ -1,8 +1,8 @@
 """Send W&B runs from threads for which no stage waits, so that a server that is down, slow or refuses does not delay a
 cell.
 
-The first error is reported in one line; from then on the process keeps its runs on disk, for `wandb sync`. runs.py
-decides what the runs show.
+The first error is reported in one line; from then on the process keeps its runs on disk, for `wandb sync`. stages.py and
+cells.py decide what the runs show.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ class _State:
 
 
 _state = _State()
-_telling = threading.Lock()
+_printing = threading.Lock()
 _at_once = threading.BoundedSemaphore(4)  # runs that are begun, filled or uploaded at the same time
 
 
 def _warn(text: str) -> None:
     """Print the first warning of a process only: later ones mostly repeat it."""
-    with _telling:  # several runs' threads meet the same dead server at once
+    with _printing:  # several runs' threads meet the same dead server at once
         first, _state.warned = not _state.warned, True
     if first:
         print(f"W&B: {text}", file=sys.stderr, flush=True)
@@ -177,14 +177,20 @@ def fit(name: str) -> str:
 
 
 class Run:
-    """A W&B run. A thread of its own starts it, does its tasks in order, and ends it."""
+    """A W&B run. From `begin` on, a thread of its own starts it, does its tasks in order, and ends it."""
 
-    def __init__(self, whose: Config, outputs: Outputs, about: About) -> None:
+    def __init__(self, config: Config, outputs: Outputs, about: About) -> None:
         trial()  # before anything of wandb reads the environment
-        self.whose, self.outputs, self.about = whose, outputs, about
+        self.config, self.outputs, self.about = config, outputs, about
         self.tasks: queue.SimpleQueue[Callable[[Any], object] | int] = queue.SimpleQueue()
-        self.before = next((r for r in _state.runs if r.about.id == about.id), None)
+        self.before: Run | None = None  # an earlier run of this id that has not ended
         self.thread = threading.Thread(target=self._work, daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread, once."""
+        if self.thread.ident:
+            return
+        self.before = next((r for r in _state.runs if r.about.id == self.about.id), None)
         _state.runs.append(self)
         self.thread.start()
 
@@ -216,7 +222,7 @@ class Run:
         """Note the address of a run that is online, and print that of the process's first."""
         if run.offline or not run.url:
             return
-        with _telling:
+        with _printing:
             if not _state.addresses:
                 print(f"W&B: {run.url}", flush=True)
             _state.addresses[self.about.id] = run.url
@@ -228,7 +234,7 @@ class Run:
             _fail(error)
 
     def _begin(self) -> Any:
-        mode = "offline" if _state.offline else _mode(self.whose)
+        mode = "offline" if _state.offline else _mode(self.config)
         earlier = self._folders()
         try:
             return self._init(mode)
@@ -251,7 +257,7 @@ class Run:
     def _init(self, mode: str) -> Any:
         import wandb
 
-        wanted, about, environment = self.whose.wandb, self.about, os.environ
+        wanted, about, environment = self.config.wandb, self.about, os.environ
         parent = folder(self.outputs).parent
         parent.mkdir(parents=True, exist_ok=True)
         settings = _settings(wanted.patience)
@@ -263,7 +269,7 @@ class Run:
             mode=mode,  # type: ignore[arg-type]
             project=own[0] or environment.get("WANDB_PROJECT", "d2lora"),
             entity=own[1],
-            group=(wanted.group or environment.get("WANDB_RUN_GROUP") or self.whose.sweep)[:_LONGEST],
+            group=(wanted.group or environment.get("WANDB_RUN_GROUP") or self.config.sweep)[:_LONGEST],
             notes=wanted.notes,
             dir=parent,
             resume="allow",

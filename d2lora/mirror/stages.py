@@ -19,32 +19,44 @@ from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.evaluate import EvaluateSpec
 from d2lora.stages.merge import MergeSpec
 from d2lora.stages.prepare import PrepareSpec
+from d2lora.stages.run import AfterOthers
 from d2lora.stages.training import TrainingSpec
 from d2lora.stages.warmup import WarmupSpec
 from d2lora.store import Store
 
 
 @contextlib.contextmanager
-def stage(config: Config, stage: Stage, store: Store) -> Iterator[None]:
-    """Open a run around a stage's work. At its end it gets the published record's values, or is marked as failed."""
+def stage(config: Config, stage: Stage, store: Store, may_wait: bool = False) -> Iterator[None]:
+    """Open a run around a stage's work. At its end it gets the published record's values, or is marked as failed.
+
+    `may_wait`: the work may raise AfterOthers, and be done later. Its run is then opened only after the work, and not if it waits.
+    """
     if disabled(config):
         yield
         return
     run = Run(config, store.outputs, _about(config, stage))
     run.do(_define_axes)
+    if not may_wait:
+        run.begin()
     try:
         with logged_by(functools.partial(_log, run)):
             yield
+        run.begin()
         record, folder = store.record(stage), store.folder(stage)
         assert record is not None, "the caller published it"
         run.do(lambda r: _mirror(r, record, folder, varies_of(config, stage)))
         if config.wandb.artifacts:
             run.do(lambda r: lineage(r, config, stage, store))
         run.end()
-    except BaseException as error:
+    except AfterOthers:
+        raise
+    except KeyboardInterrupt:
         run.end(code=1)
-        if isinstance(error, KeyboardInterrupt):
-            hush()
+        hush()
+        raise
+    except BaseException:
+        run.begin()
+        run.end(code=1)
         raise
 
 

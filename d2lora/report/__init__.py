@@ -13,18 +13,18 @@ from d2lora.records import Records
 from d2lora.report import manifest
 
 if TYPE_CHECKING:
-    from d2lora.report import artefacts
+    from d2lora.report import sweep_report
 
 
 def finish(output: Path, sweep: str, draw: bool = True) -> str:
     """Write results.csv and return a sweep's tables as text; with `draw`, write its files and the page too."""
     if draw:
         return write(output, [sweep])
-    from d2lora.report import artefacts, results  # late: planning a grid needs none of it
+    from d2lora.report import results, sweep_report  # late: planning a grid needs none of it
 
     records = Records(output)
     file, damaged = results.write_results(output, records)
-    return "\n\n".join([artefacts.text(_load(output, sweep, records)), *damaged, f"report: {file}"])
+    return "\n\n".join([sweep_report.text(_load(output, sweep, records)), *damaged, f"report: {file}"])
 
 
 def write(output: Path, sweeps: Iterable[str]) -> str:
@@ -33,7 +33,7 @@ def write(output: Path, sweeps: Iterable[str]) -> str:
     Returns the named sweeps' tables as text, and a line for each sweep that is damaged. UserError for a sweep that was never
     started.
     """
-    from d2lora.report import artefacts, page, results
+    from d2lora.report import page, results, sweep_report
 
     started = manifest.sweeps(output)
     for name in set(sweeps) - set(started):
@@ -44,21 +44,21 @@ def write(output: Path, sweeps: Iterable[str]) -> str:
     parts = []
     for name in sweeps:
         if loaded[name].shown:  # of a damaged sweep there is nothing to write
-            artefacts.write(output, loaded[name])
-        parts.append(f"{name}\n{artefacts.text(loaded[name])}")
+            sweep_report.write(output, loaded[name])
+        parts.append(f"{name}\n{sweep_report.text(loaded[name])}")
     file = Outputs(output).page
     write_text(file, page.page(list(loaded.values()), records))
     return "\n\n".join([*parts, *damaged, f"report: {file}"])
 
 
-def _load(output: Path, name: str, records: Records) -> "artefacts.Loaded":
+def _load(output: Path, name: str, records: Records) -> "sweep_report.Loaded":
     """Return a sweep's tables and panels. A damaged sweep has none and says why, so that the others are still reported."""
-    from d2lora.report import artefacts
+    from d2lora.report import sweep_report
 
     try:
-        return artefacts.load(output, name, records)
+        return sweep_report.load(output, name, records)
     except UserError as error:
-        return artefacts.damaged(name, records, str(error))
+        return sweep_report.damaged(name, records, str(error))
 
 
 def everything(output: Path, sweeps: list[str]) -> str:

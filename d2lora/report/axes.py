@@ -9,11 +9,12 @@ from typing import Any
 from d2lora.records import ManifestCell
 from d2lora.settings import RATE, Machine
 from d2lora.settings.controls import NO_CONTROL, control_of, in_effect
+from d2lora.settings.recipe import LAYOUT
 
 # The named parts of a config: shown by their names where cells differ in them.
 LABELS = ("model", "task", "init", "warmup", "recipe")
 # Decides which units dropout drops, and is in a key then.
-_LAYOUT = ("recipe.packing", "recipe.micro_batch", "recipe.attention")
+_LAYOUT = tuple(f"recipe.{name}" for name in LAYOUT)
 # In no stage's key, so no axis; of the layout without dropout only.
 MACHINE = tuple(f"recipe.{name}" for name in Machine.model_fields if name not in ("packing", "engine"))
 # Not settings of a cell's result, or shown otherwise: n and m as columns and arms, seeds folded into each number.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -71,6 +71,11 @@ class Comparison:
         return unit_of(self.lora.metric)
 
     @property
+    def margin_text(self) -> str:
+        """Return the margin with its unit: 1 point."""
+        return self.unit.text(round(100 * self.margin, 9))
+
+    @property
     def beyond_chance(self) -> bool:
         """Tell whether the difference is significant at 5 % after Holm's correction."""
         return self.adjusted <= ALPHA
@@ -128,6 +133,16 @@ def pairs(points: Iterable[Point]) -> Iterator[tuple[Point, Point, tuple[int, ..
         other = counterpart(by_identity, point, point.init, 0)
         if point.m != 0 and point.control == NO_CONTROL and other and (pair := _paired(other, point)):
             yield other, point, pair[0]
+
+
+def count_beyond_chance(family: Iterable[Comparison]) -> int:
+    """Return how many comparisons differ beyond chance."""
+    return sum(c.beyond_chance for c in family)
+
+
+def count_decided(family: Iterable[Comparison], decision: Decision) -> int:
+    """Return how many comparisons came to a decision."""
+    return sum(c.decision == decision for c in family)
 
 
 def adjust(family: list[Comparison]) -> None:
@@ -211,33 +226,60 @@ def _paired(lora: Point, d2lora: Point) -> tuple[tuple[int, ...], np.ndarray, np
 
 
 def _compare(lora: Point, d2lora: Point, seeds: tuple[int, ...], first: np.ndarray, second: np.ndarray) -> Comparison:
+    """Compare scores (seeds, items) of LoRA and D2LoRA."""
     difference, clusters = second - first, d2lora.clusters
-    drawn, clustered = stats.bootstrap(difference, clusters=clusters), clusters is not None
+    drawn = stats.bootstrap(difference, clusters=clusters)
     right_or_wrong = not is_graded(lora.metric) and stats.is_binary(first) and stats.is_binary(second)
-    exact = right_or_wrong and len(seeds) == 1 and not clustered
-    if exact:
-        p = far_p = stats.mcnemar(first[0], second[0])
-        test, interval = "exact McNemar", stats.newcombe(first[0], second[0])
-        equivalence = stats.newcombe(first[0], second[0], 1 - 2 * ALPHA)
-    else:
-        p, test = stats.bootstrap_p(drawn), "paired bootstrap" if len(seeds) == 1 else "two-level bootstrap"
-        test += " of clusters" * clustered
-        far_p = stats.bootstrap_p(stats.bootstrap(difference, wide=True, clusters=clusters)) if len(seeds) > 2 else p
-        interval = stats.clipped(stats.percentiles(drawn), -1.0, first, second)
-        equivalence = stats.percentiles(drawn, 1 - 2 * ALPHA)
+    exact = right_or_wrong and len(seeds) == 1 and clusters is None
+    tested = _mcnemar(first[0], second[0]) if exact else _bootstrapped(first, second, drawn, clusters)
     return Comparison(
         lora,
         d2lora,
         difference=float(difference.mean(dtype=float)),
-        interval=interval,
         detectable=stats.smallest_detectable(drawn, difference.shape[1] if exact else None),
-        p=p,
-        test=test,
         seeds=seeds,
         differences=difference,
-        equivalence=equivalence,
-        far_p=far_p,
         outcomes=_outcomes(first[0], second[0]) if exact else None,
+        **tested._asdict(),
+    )
+
+
+class _Tested(NamedTuple):
+    """What a test of a difference gives; the fields are Comparison's."""
+
+    test: str
+    p: float
+    far_p: float
+    interval: tuple[float, float]
+    equivalence: tuple[float, float]
+
+
+def _mcnemar(first: np.ndarray, second: np.ndarray) -> _Tested:
+    """Test one run's right and wrong answers (items,)."""
+    p = stats.mcnemar(first, second)
+    return _Tested("exact McNemar", p, p, stats.newcombe(first, second), stats.newcombe(first, second, 1 - 2 * ALPHA))
+
+
+def _bootstrapped(first: np.ndarray, second: np.ndarray, drawn: np.ndarray, clusters: np.ndarray | None) -> _Tested:
+    """Test scores (runs, items) by resampled differences (resamples,)."""
+    runs, p = len(first), stats.bootstrap_p(drawn)
+    name = "paired bootstrap" if runs == 1 else "two-level bootstrap"
+    far_p = stats.bootstrap_p(stats.bootstrap(second - first, wide=True, clusters=clusters)) if runs > 2 else p
+    units = first.shape[1] if clusters is None else len(np.unique(clusters))
+    shares = bool(min(first.min(), second.min()) >= 0 and max(first.max(), second.max()) <= 1)
+
+    def ends(level: float) -> tuple[float, float]:
+        low, high = stats.percentiles(drawn, level)
+        # Items that all differ alike, mostly by nothing, resample to themselves. Others may differ that were not drawn.
+        beyond = stats.unseen(units, level) if low == high and shares else 0.0
+        return low - beyond, high + beyond
+
+    return _Tested(
+        name if clusters is None else f"{name} of clusters",
+        p,
+        far_p,
+        stats.clipped(ends(stats.LEVEL), -1.0, first, second),
+        ends(1 - 2 * ALPHA),
     )
 
 

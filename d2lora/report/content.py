@@ -52,11 +52,11 @@ class Sweep:
 
 @dataclass
 class Rows:
-    """A table of texts. `shows` says for each row its model, task, method and m, as far as the page's filters may narrow it."""
+    """A table of texts. `points` are those that its rows are of, one each, by which the page's filters narrow it."""
 
     head: list[str]
     rows: list[list[str]]
-    shows: list[dict[str, int | str]] = field(default_factory=list)  # empty: no filter narrows it
+    points: list[Point] = field(default_factory=list)  # empty: no filter narrows it
 
 
 @dataclass
@@ -76,6 +76,24 @@ class Content:
     sentences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     verdicts: list[Table] = field(default_factory=list)  # of a figure: tables whose verdict is told nowhere else
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of a table that are on one benchmark, each with its point; `sentence` sums them up, empty without any."""
+
+    benchmark: str
+    rows: list[tuple[Point, list[str]]]
+    sentence: str
+
+
+def of_groups(head: list[str], groups: list[Group]) -> Content | None:
+    """Return a table of the groups' rows, with their sentences; None where there are no rows."""
+    shown = [row for group in groups for row in group.rows]
+    if not shown:
+        return None
+    rows = Rows(head, [texts for _, texts in shown], [point for point, _ in shown])
+    return Content(rows=rows, sentences=[f"{group.benchmark}: {group.sentence}" for group in groups if group.sentence])
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,8 @@ def content(sweep: Sweep) -> Content | None:
     keys = differing(cost.point for cost in costs)
     costs.sort(key=lambda cost: _order(cost.point, keys))
     head = ["method", *(key if key in LABELS else short_name(key) for key in keys), "m", "n", *_HEAD]
-    shows: list[dict[str, int | str]] = [
-        {key: cost.point.value_of(key) for key in ("model", "task", "method", "m")} for cost in costs
-    ]
-    return Content(rows=Rows(head, [_texts(cost, keys) for cost in costs], shows), notes=NOTES)
+    rows = Rows(head, [_texts(cost, keys) for cost in costs], [cost.point for cost in costs])
+    return Content(rows=rows, notes=NOTES)
 
 
 def _order(point: Point, keys: list[str]) -> tuple[object, ...]:

@@ -125,21 +125,21 @@ def _is_beside(line: Line, head: Line, column: str) -> bool:
     """Tell whether a line belongs into the panel of `head`. LoRA has no warm-up set, unless its initialization uses
     one.
     """
-    own, its = line.first, head.first
-    same = all(getattr(own, k) == getattr(its, k) for k in _SHARED) and (column == "n" or own.n == its.n)
-    others = {k: v for k, v in own.axes.items() if k != column}
-    same = same and (own.m == 0 or (own.m, own.control) == (its.m, its.control))
-    return same and own.warmup in ("", its.warmup) and compatible(others, its.axes)
+    point, of_head = line.first, head.first
+    same = all(getattr(point, k) == getattr(of_head, k) for k in _SHARED) and (column == "n" or point.n == of_head.n)
+    others = {k: v for k, v in point.axes.items() if k != column}
+    same = same and (point.m == 0 or (point.m, point.control) == (of_head.m, of_head.control))
+    return same and point.warmup in ("", of_head.warmup) and compatible(others, of_head.axes)
 
 
 def _curve(line: Line, column: str, short: bool) -> Curve:
     """Return a line as a curve; with a short name where the panel's title has the m."""
     at = [(x_of(column, value, p), p) for value, p in line.points.items()]
     known = sorted(((x, p) for x, p in at if x is not None), key=lambda pair: pair[0])
-    theirs = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
+    of_paper = [(x, value) for x, p in known if column == "n" and (value := paper.value(p)) is not None]
     arm = "" if column == "m" else line.first.arm.split("(")[0] if short and line.m != 0 else line.first.arm
     label = f"{NAMES[line.method]} {arm}".strip()
-    return Curve(label, line.method, line.m, [(x, p) for x, p in known if p.scores], theirs)
+    return Curve(label, line.method, line.m, [(x, p) for x, p in known if p.scores], of_paper)
 
 
 def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
@@ -149,7 +149,7 @@ def of(artefact: Artefact, tables: list[Table]) -> list[Panel]:
 
 def draw(drawn: list[Panel], stem: Path) -> list[Path]:
     """Draw panels below each other to stem.png, .svg and .pdf. Return the files: none without panels."""
-    return save(stem, functools.partial(_figure, drawn)) if drawn else []
+    return save(stem, functools.partial(curves, drawn)) if drawn else []
 
 
 def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
@@ -174,12 +174,13 @@ def save(stem: Path, make: Callable[[Any], Any]) -> list[Path]:
             dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix, {})
             with whole_file(file) as temporary:
                 figure.savefig(temporary, dpi=200, metadata=dated)  # no dates: the same records give the same files
-            figure.set_layout_engine("none")  # the first file's layout serves all: it takes as long as the drawing
+            figure.set_layout_engine(None)  # the first file's layout serves all: it takes as long as the drawing
         pyplot.close(figure)
     return files
 
 
-def _figure(drawn: list[Panel], pyplot: Any) -> Any:
+def curves(drawn: list[Panel], pyplot: Any) -> Any:
+    """Return a figure of panels of curves, below each other."""
     return stacked(drawn, _draw_curves, pyplot)
 
 
@@ -253,27 +254,23 @@ def _crowded(ticks: Sequence[float]) -> bool:
     return bool(gaps) and min(gaps) < (ticks[-1] - ticks[0]) / 12
 
 
-def _labels(curve: Curve, panel: Panel) -> list[str]:
-    """Return a curve's name in the legend and that of the paper's; without the method if each panel is a method."""
-    label = curve.label.removeprefix(f"{NAMES[curve.method]} ") if panel.arms else curve.label
-    return [label, f"{label}, paper"] if curve.paper else [label]
+def _label(curve: Curve, panel: Panel) -> str:
+    """Return a curve's name in the legend; without the method if each panel is a method."""
+    return curve.label.removeprefix(f"{NAMES[curve.method]} ") if panel.arms else curve.label
 
 
-def _draw_curve(axis, curve: Curve, panel: Panel) -> None:
-    style = _style(curve, panel)
-    colour = style["color"]
+def _draw_curve(axis: Any, curve: Curve, panel: Panel) -> None:
+    style, label = _style(curve, panel), _label(curve, panel)
     x = [x for x, _ in curve.points]
-    scored = [
-        (p.value or 0.0, *(p.interval or (0.0, 0.0))) for _, p in curve.points
-    ]  # those without are not in a curve
+    # Points without a score are in no curve.
+    scored = [(p.value or 0.0, *(p.interval or (0.0, 0.0))) for _, p in curve.points]
     y, low, high = ([100 * row[i] for row in scored] for i in range(3))
-    label, *theirs = _labels(curve, panel)
     axis.plot(x, y, label=label, **style)
     band = 0.14 if panel.arms else 0.08
-    axis.fill_between(x, low, high, color=colour, alpha=band, linewidth=0)
+    axis.fill_between(x, low, high, color=style["color"], alpha=band, linewidth=0)
     if curve.paper:
         x, y = ([x for x, _ in curve.paper], [100 * v for _, v in curve.paper])
-        axis.plot(x, y, label=theirs[0], **style | {"linestyle": "--", "linewidth": 0.9, "markersize": 2.2})
+        axis.plot(x, y, label=f"{label}, paper", **style | {"linestyle": "--", "linewidth": 0.9, "markersize": 2.2})
 
 
 def look(curve: Curve, panel: Panel) -> tuple[str, str]:

@@ -2,29 +2,21 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Iterator
 
 from d2lora.report import axes, paper
 from d2lora.report.axes import LABELS
 from d2lora.report.compare import Comparison, Outcomes, draws_of, seeds_text
 from d2lora.report.points import Point
 from d2lora.report.rows import Row, frame
-from d2lora.report.tables import Table, column_name
+from d2lora.report.tables import Line, Table, column_name
 from d2lora.report.worth import LESS, MORE
 from d2lora.scoring import unit_of
 from d2lora.scoring.kinds import BITS
 
 MARK = "* differs from LoRA beyond chance (Holm over the table, alpha 5 %)"
-PAIR_HEAD = [
-    "D2LoRA - LoRA",
-    "difference",
-    "95 % interval",
-    "p",
-    "p (Holm)",
-    "detectable",
-    "test",
-    "seeds",
-    "D2LoRA is",
-]
+COMPARISON_HEAD = ["difference", "95 % interval", "p", "p (Holm)"]  # over comparison_texts
+PAIR_HEAD = ["D2LoRA - LoRA", *COMPARISON_HEAD, "detectable", "test", "seeds", "D2LoRA is"]
 TABLE_COLUMNS = [
     *("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "seeds", "items", "value", "low", "high"),
     *("paper", "to_paper", "difference", "difference_low", "difference_high", "p", "p_holm", "detectable", "test"),
@@ -55,9 +47,8 @@ def p_text(value: float) -> str:
 
 def text(table: Table) -> str:
     """Return a table for the terminal; ± is half of the 95 % interval."""
-    head = ["", *(column_name(table, value) for value in table.columns)]
     body = [[line.label, *(_text_entry(table, line.points.get(n)) for n in table.columns)] for line in table.lines]
-    parts = [f"{table.title}, ± half of its 95 % interval", *aligned([head, *body])]
+    parts = [f"{table.title}, ± half of its 95 % interval", *aligned([_head(table), *body])]
     if table.pairs:
         parts += [MARK] * table.marked + [textwrap.fill(line, 110) for line in (table.verdict, *table.remarks)]
     elif seeds := {s for p in table.points for s in p.scores}:
@@ -89,44 +80,41 @@ def _head(table: Table) -> list[str]:
     return ["", *(column_name(table, value) for value in table.columns)]
 
 
-def _value_rows(table: Table) -> list[list[list[str]]]:
-    """Return the rows of each line of the table: values, intervals, and if the paper has numbers, those and the
-    differences to them.
-    """
-    groups = []
-    for line in table.lines:
-        points = [line.points.get(n) for n in table.columns]
-        rows = [
-            [
-                line.label,
-                *(
-                    "-"
-                    if p is None
-                    else table.unit.value(p.value) + _mark(table, p) + _seeds_missing(p)
-                    if p.scores
-                    else "missing"
-                    for p in points
-                ),
-            ],
-            ["95 % interval", *(table.unit.bounds(p.interval) if p and p.interval else "" for p in points)],
-        ]
-        if any(p.tuned for p in points if p):
-            rows.append(["chosen", *(chosen(p) if p else "" for p in points)])
-        theirs = [paper.value(p) if p else None for p in points]
-        if any(v is not None for v in theirs):
-            ours = [p.value if p else None for p in points]
-            apart = [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
-            rows += [
-                ["paper", *map(table.unit.value, theirs)],
-                ["ours - paper", *(table.unit.value(d, "+") for d in apart)],
-            ]
-        groups.append(rows)
-    return groups
+def _value_rows(table: Table, line: Line) -> list[list[str]]:
+    """Return the rows of a line of the table: values, intervals, what was chosen, and the paper's numbers, if it has any."""
+    points = [line.points.get(n) for n in table.columns]
+    rows = [
+        [line.label, *(_value_entry(table, p) for p in points)],
+        ["95 % interval", *(table.unit.bounds(p.interval) if p and p.interval else "" for p in points)],
+    ]
+    if any(p.tuned for p in points if p):
+        rows.append(["chosen", *(chosen(p) if p else "" for p in points)])
+    return rows + _paper_rows(table, points)
 
 
-def difference_text(c: Comparison) -> str:
-    """Return a difference, with a star where it is beyond chance."""
-    return c.unit.value(c.difference, "+") + "*" * c.beyond_chance
+def _value_entry(table: Table, point: Point | None) -> str:
+    if point is None:
+        return "-"
+    return table.unit.value(point.value) + _mark(table, point) + _seeds_missing(point) if point.scores else "missing"
+
+
+def _paper_rows(table: Table, points: list[Point | None]) -> list[list[str]]:
+    """Return the paper's numbers for the points of a line, and our differences to them; no rows where it has none."""
+    papers = [paper.value(p) if p else None for p in points]
+    if all(value is None for value in papers):
+        return []
+    values = [p.value if p else None for p in points]
+    differences = [None if a is None or b is None else a - b for a, b in zip(values, papers, strict=True)]
+    return [
+        ["paper", *map(table.unit.value, papers)],
+        ["ours - paper", *(table.unit.value(d, "+") for d in differences)],
+    ]
+
+
+def comparison_texts(c: Comparison) -> list[str]:
+    """Return a comparison's difference, with a star where it is beyond chance, its interval, p and Holm's p."""
+    difference = c.unit.value(c.difference, "+") + "*" * c.beyond_chance
+    return [difference, c.unit.bounds(c.interval, "+"), p_text(c.p), p_text(c.adjusted)]
 
 
 def pair_rows(table: Table) -> list[list[str]]:
@@ -134,10 +122,7 @@ def pair_rows(table: Table) -> list[list[str]]:
     return [
         [
             c.label,
-            difference_text(c),
-            c.unit.bounds(c.interval, "+"),
-            p_text(c.p),
-            p_text(c.adjusted),
+            *comparison_texts(c),
             f"{100 * c.detectable:.{c.unit.digits}f}" if c.detectable else "no item differs",
             c.test,
             ", ".join(map(str, c.seeds)),
@@ -147,25 +132,31 @@ def pair_rows(table: Table) -> list[list[str]]:
     ]
 
 
+_INTERVALS = (
+    "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over "
+    "items, and several seeds by their t distribution."
+)
+
+
+def _on_likelihoods(points: list[Point]) -> Iterator[str]:
+    for metric in dict.fromkeys(p.metric for p in points):
+        if (unit := unit_of(metric)) == BITS:
+            yield f"{metric} is shown in {unit.several} per byte. More is better: lm-evaluation-harness's bits_per_byte is its negative."
+
+
+def _on_clusters(points: list[Point]) -> Iterator[str]:
+    clustered = {
+        p.benchmark: (p.table.shape[1], p.units.shape[1]) for p in points if p.scores and p.clusters is not None
+    }
+    for name, (items, clusters) in clustered.items():
+        yield f"{name}: its {items:,} items are in {clusters:,} clusters, which intervals and tests draw instead of items."
+
+
 def footnotes(tables: list[Table]) -> list[str]:
     """Return what a reader must know about the numbers of these tables."""
     points = [p for t in tables for p in t.points]
     seeds = {s for p in points for s in p.scores}
-    lines = [
-        "Intervals (95 %): Wilson's, of differences Newcombe's, for one seed's right or wrong; else percentiles of a bootstrap over items, and several seeds by their t distribution."
-    ]
-    lines += [
-        f"{metric} is shown in {unit_of(metric).several} per byte. More is better: lm-evaluation-harness's bits_per_byte is its negative."
-        for metric in dict.fromkeys(p.metric for p in points)
-        if unit_of(metric) == BITS
-    ]
-    clustered = {
-        p.benchmark: (p.table.shape[1], p.units.shape[1]) for p in points if p.scores and p.clusters is not None
-    }
-    lines += [
-        f"{name}: its {items:,} items are in {clusters:,} clusters, which intervals and tests draw instead of items."
-        for name, (items, clusters) in clustered.items()
-    ]
+    lines = [_INTERVALS, *_on_likelihoods(points), *_on_clusters(points)]
     if any(t.marked for t in tables):
         lines.append(f"{MARK}.")
     if seeds and not any(t.pairs for t in tables):
@@ -186,7 +177,7 @@ def markdown(caption: str, tables: list[Table], notes: list[str]) -> str:
     """Return an artefact as Markdown: tables with verdicts, comparisons and notes."""
     parts = [f"# {caption}"]
     for table in tables:
-        body = [row for rows in _value_rows(table) for row in rows]
+        body = [row for line in table.lines for row in _value_rows(table, line)]
         parts += [f"## {table.title}", markdown_rows(_head(table), body), table.verdict]
         if table.remarks:
             parts.append("\n".join(f"- {line}" for line in table.remarks))
@@ -228,8 +219,9 @@ def latex(caption: str, tables: list[Table], notes: list[str]) -> str:
     for table in tables:
         title = f"{caption} ({table.title}). {' '.join([table.verdict, *table.remarks, *footnotes(tables), *notes])}"
         rows: list[list[str]] = []
-        for group in _value_rows(table):
-            rows += [group[0], *([rf"\scriptsize {latex_text(c)}" if c else "" for c in row] for row in group[1:])]
+        for line in table.lines:
+            first, *others = _value_rows(table, line)
+            rows += [first, *([rf"\scriptsize {latex_text(c)}" if c else "" for c in row] for row in others)]
         body = [[latex_text(c) if not c.startswith(r"\scriptsize") else c for c in row] for row in rows]
         parts.append(latex_rows(title, _head(table), body))
         if table.pairs:
@@ -266,23 +258,23 @@ def csv_text(tables: list[Table]) -> str:
 
 def table_rows(tables: list[Table]) -> list[Row]:
     """Return the points of tables as rows by column: values with intervals, and comparisons with LoRA."""
-    every = [each for table in tables for each in (table, *table.equal)]
-    return [_csv_row(table, p) | p.axes | p.tuned for table in every for p in table.points]
+    metrics = [metric for table in tables for metric in (table, *table.equal)]
+    return [_csv_row(table, p) | p.axes | p.tuned for table in metrics for p in table.points]
 
 
 def _csv_row(table: Table, p: Point) -> Row:
-    theirs = paper.value(p)
+    papers = paper.value(p)
     low, high = p.interval or (None, None)
     row: Row = {
         k: getattr(p, k) for k in ("benchmark", "metric", *LABELS, "method", "arm", "m", "n", "samples", "value")
     }
-    row |= {"low": low, "high": high, "paper": theirs, "seeds": " ".join(map(str, p.scores))}
+    row |= {"low": low, "high": high, "paper": papers, "seeds": " ".join(map(str, p.scores))}
     row |= {
         "items": p.table.shape[1] if p.scores else None,
         "evaluations": " ".join(r.evaluate for r in p.runs.values()),
     }
-    if theirs is not None and p.value is not None:
-        row["to_paper"] = p.value - theirs
+    if papers is not None and p.value is not None:
+        row["to_paper"] = p.value - papers
     if c := table.pairs.get(p):
         row |= {"difference": c.difference, "p": c.p, "p_holm": c.adjusted, "detectable": c.detectable, "test": c.test}
         row |= {"difference_low": c.interval[0], "difference_high": c.interval[1], "beyond_chance": c.beyond_chance}

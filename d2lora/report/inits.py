@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -13,9 +13,9 @@ from d2lora.report.axes import LABELS, order_of, short_name
 from d2lora.report.compare import (
     ALPHA,
     Comparison,
-    Decision,
     adjust,
     compared,
+    count_decided,
     counterpart,
     draws_of,
     points_by_identity,
@@ -33,10 +33,13 @@ from d2lora.stages.warmup import WarmupSpec
 
 CAPTION = f"Initializations against init={PLAIN} at the same m and n, on the same items"
 FIXED_CAPTION = f"{CAPTION}, at the recipe's own values"
-_HEAD = ("value", "95 % interval", f"- {PLAIN}", "95 % interval", "p", "p (Holm)", "it is", "preparation (s)", "peak memory (MB)")  # fmt: skip
+_HEAD = (
+    *("value", "95 % interval", f"- {PLAIN}", *formats.COMPARISON_HEAD[1:], "it is"),
+    *("preparation (s)", "peak memory (MB)"),
+)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """One initialization in one metric, with one method, m and n; `against` is its comparison with init=lora there.
 
@@ -44,9 +47,9 @@ class Row:
     """
 
     point: Point
-    against: Comparison | None = None
-    prepare_seconds: float | None = None  # mean over seeds; None where nothing is prepared
-    peak_memory_mb: float | None = None  # largest of its preparation and trainings
+    against: Comparison | None
+    prepare_seconds: float | None  # mean over seeds; None where nothing is prepared
+    peak_memory_mb: float | None  # largest of its preparation and trainings
 
     @property
     def init(self) -> str:
@@ -72,9 +75,9 @@ def fixed_content(sweep: Sweep) -> Content | None:
 def _content(rows: list[Row], drawn: list[list[Row]]) -> Content | None:
     if not rows:
         return None
-    shows: list[dict[str, int | str]] = [{"method": row.point.method, "m": row.point.m} for row in rows]
-    draw = functools.partial(_figure, drawn) if any(row.against for each in drawn for row in each) else None
-    return Content(rows=Rows(*table(rows), shows), draw=draw, sentences=sentences(rows), notes=notes(rows))
+    is_compared = any(row.against for column in drawn for row in column)
+    draw = functools.partial(_figure, drawn) if is_compared else None
+    return Content(rows=table(rows), draw=draw, sentences=sentences(rows), notes=notes(rows))
 
 
 def compare(points: Iterable[Point], records: Records, settings: Report) -> list[Row]:
@@ -95,20 +98,19 @@ def compare(points: Iterable[Point], records: Records, settings: Report) -> list
 
 
 def _row(point: Point, plain: Point | None, margin: float, records: Records) -> Row:
-    row = Row(point, *_costs(point, records))
-    if row.init != PLAIN and plain:
-        row.against = compared(plain, point, margin)
-    return row
+    is_plain = point.is_base or point.init == PLAIN
+    against = compared(plain, point, margin) if plain and not is_plain else None
+    return Row(point, against, *_costs(point, records))
 
 
-def _costs(point: Point, records: Records) -> tuple[None, float | None, float | None]:
-    """Return what fills a Row beside its point: no comparison yet, seconds of preparation, peak memory."""
+def _costs(point: Point, records: Records) -> tuple[float | None, float | None]:
+    """Return the seconds of preparation, mean over seeds, and the peak memory of preparation and trainings."""
     runs = point.runs.values()
     prepared = [r for run in runs if (r := records.get(PrepareSpec.KIND, run.prepare))]
     trained = [r for run in runs if (r := records.get(WarmupSpec.KIND, run.warmup))]
     trained += [r for run in runs if (r := records.get(AdaptSpec.KIND, run.adapt))]
     seconds = mean(r.seconds for r in prepared) if prepared else None
-    return None, seconds, max((r.peak_memory_mb for r in [*prepared, *trained]), default=None)
+    return seconds, max((r.peak_memory_mb for r in [*prepared, *trained]), default=None)
 
 
 def _ordered(rows: list[Row]) -> list[Row]:
@@ -140,12 +142,12 @@ def _value_of(row: Row, key: str) -> str:
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return (head, rows of texts): scores, differences to init=lora with intervals and p, what was chosen, costs."""
+def table(rows: list[Row]) -> Rows:
+    """Return scores, differences to init=lora with intervals and p, what was chosen, and costs."""
     labels, chosen = _labels(rows), list(dict.fromkeys(k for row in rows for k in row.point.tuned))
     names = [k if k in LABELS else short_name(k) for k in labels]
     head = ["initialization", *names, "method", "m", "n", *map(short_name, chosen), "benchmark", *_HEAD]
-    return head, [_texts(row, labels, chosen) for row in rows]
+    return Rows(head, [_texts(row, labels, chosen) for row in rows], [row.point for row in rows])
 
 
 def _texts(row: Row, labels: list[str], chosen: list[str]) -> list[str]:
@@ -156,7 +158,7 @@ def _texts(row: Row, labels: list[str], chosen: list[str]) -> list[str]:
         *(_value_of(row, k) or "-" for k in labels),
         *(NAMES[p.method], amount(p.m), amount(p.n)),
         *(p.tuned.get(k, "-") for k in chosen),
-        f"{p.benchmark} {p.metric}".strip(),
+        p.measure,
         unit.value(p.value) or "missing",
         unit.bounds(p.interval) if p.interval else "",
         *_difference(row.against),
@@ -165,45 +167,33 @@ def _texts(row: Row, labels: list[str], chosen: list[str]) -> list[str]:
 
 
 def _difference(c: Comparison | None) -> list[str]:
-    if c is None:
-        return [""] * 5
-    p = [formats.p_text(value) for value in (c.p, c.adjusted)]
-    return [formats.difference_text(c), c.unit.bounds(c.interval, "+"), *p, c.decision]
+    return [*formats.comparison_texts(c), c.decision] if c else [""] * 5
 
 
 def sentences(rows: list[Row]) -> list[str]:
     """Say for each benchmark how many initializations are better or worse than plain LoRA, and which."""
-    told = []
-    for benchmark, group in _by_benchmark(rows).items():
-        comparisons = [row.against for row in group if row.against]
-        if comparisons:
-            named = {d: Counter(c.d2lora.init for c in comparisons if c.decision == d) for d in ("better", "worse")}
-            parts = [f"{d} beyond chance in {_counted(counts)}" for d, counts in named.items()]
-            within = comparisons[0].unit.text(round(100 * comparisons[0].margin, 9))
-            parts += [f"equivalent within {within} in {_count(comparisons, 'equivalent')}"]
-            parts += [f"undecided in {_count(comparisons, 'undecided')}"]
-            told.append(
-                f"{benchmark}: of {len(comparisons)} comparisons with init={PLAIN} at the same m and n an initialization is "
-                f"{', '.join(parts)} (Holm over all of them, alpha {100 * ALPHA:.0f} %)."
-            )
-    return told
-
-
-def _by_benchmark(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[Comparison]] = {}
     for row in rows:
-        groups.setdefault(f"{row.point.benchmark} {row.point.metric}".strip(), []).append(row)
-    return groups
+        if row.against:
+            groups.setdefault(row.point.measure, []).append(row.against)
+    return [f"{measure}: {_sentence(comparisons)}" for measure, comparisons in groups.items()]
+
+
+def _sentence(comparisons: list[Comparison]) -> str:
+    named = {d: Counter(c.d2lora.init for c in comparisons if c.decision == d) for d in ("better", "worse")}
+    parts = [f"{d} beyond chance in {_counted(counts)}" for d, counts in named.items()]
+    parts += [f"equivalent within {comparisons[0].margin_text} in {count_decided(comparisons, 'equivalent')}"]
+    parts += [f"undecided in {count_decided(comparisons, 'undecided')}"]
+    return (
+        f"of {len(comparisons)} comparisons with init={PLAIN} at the same m and n an initialization is "
+        f"{', '.join(parts)} (Holm over all of them, alpha {100 * ALPHA:.0f} %)."
+    )
 
 
 def _counted(counts: Counter[str]) -> str:
     """Return a number of comparisons with the initializations that they are of: 3 (olora 2, pissa 1)."""
     named = ", ".join(f"{init} {count}" for init, count in counts.most_common())
     return f"{counts.total()} ({named})" if named else "0"
-
-
-def _count(comparisons: Sequence[Comparison], decision: Decision) -> int:
-    return sum(c.decision == decision for c in comparisons)
 
 
 def notes(rows: list[Row]) -> list[str]:
@@ -230,11 +220,11 @@ def _figure(drawn: list[list[Row]], pyplot: Any) -> Any:
     Several models, tasks, recipes or warm-ups have panels of their own. Of a tuned sweep the right column has the differences
     at the recipe's own values. Filled markers have a warm-up.
     """
-    where = [" tuned", " at the recipe's own values"] if len(drawn) > 1 else [""]
+    suffixes = [" tuned", " at the recipe's own values"] if len(drawn) > 1 else [""]
     columns = [_panels(rows) for rows in drawn]
     titles = dict.fromkeys(title for column in columns for title in column)
     lines = [
-        [forest.Panel(title + place, column.get(title, [])) for place, column in zip(where, columns, strict=True)]
+        [forest.Panel(title + suffix, column.get(title, [])) for suffix, column in zip(suffixes, columns, strict=True)]
         for title in titles
     ]
     return forest.draw(lines, f"init={PLAIN}", pyplot)

@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 
 from d2lora.keys import canonical, digest
-from d2lora.records import ManifestCell, Record, Records, Score
+from d2lora.records import Item, ManifestCell, Record, Records, Score
 from d2lora.report import axes, differences, evidence, figures, formats, paper
-from d2lora.report.artefacts import Loaded, Shown
 from d2lora.report.compare import Comparison
 from d2lora.report.content import Rows, Sweep
 from d2lora.report.figures import Curve, Panel
 from d2lora.report.looks import COLOURS, MARKS, METHODS, NAMES, outline
 from d2lora.report.points import Point, size
+from d2lora.report.results import CellResults
+from d2lora.report.sweep_report import Loaded, Shown
 from d2lora.report.tables import Table, column_name
 from d2lora.scoring import unit_of
 from d2lora.settings import amount
 from d2lora.settings.controls import NO_CONTROL
-from d2lora.stages.evaluate import EvaluateSpec
 
 _ANSWER, _PROMPT = 600, 2000  # characters kept of a text
 _COUNTS = "right: both / D2LoRA alone / LoRA alone / neither"  # the column of the counts behind McNemar's test
@@ -89,7 +89,7 @@ class _Data:
             "date": _latest(sweep),
             "holds": contents_of(sweep.cells),
             "cells": len(sweep.cells),
-            "finished": sum(_is_finished(cell, self.records) for cell in sweep.cells),
+            "finished": sum(CellResults(sweep.name, cell, self.records).is_finished for cell in sweep.cells),
         }
 
     def _shown(self, shown: Shown, sweep: str) -> JSON:
@@ -188,7 +188,7 @@ class _Data:
             "started": record.provenance.started,
             "seconds": record.seconds,
             "peak_memory_mb": record.peak_memory_mb,
-            "data": record.data,
+            "data": record.data.as_read() if record.data else None,
             "metrics": metrics,
             "spec": spec,
             "losses": losses,
@@ -225,12 +225,6 @@ def _point(p: Point) -> JSON:
     }
 
 
-def _is_finished(cell: ManifestCell, records: Records) -> bool:
-    """Tell whether all evaluations of a cell have records; in a tuned sweep those of most candidates are on validation alone."""
-    keys = [*cell.stages.validation.values(), *cell.stages.evaluate.values()]
-    return all(records.get(EvaluateSpec.KIND, key) for key in keys)
-
-
 def _latest(sweep: Sweep) -> str:
     """Return the minute (UTC) of the sweep's latest record; empty while it has none."""
     named = evidence.records_of(sweep.points, sweep.records).values()
@@ -253,7 +247,8 @@ def contents_of(cells: Iterable[ManifestCell]) -> str:
 
 
 def _rows(table: Rows) -> JSON:
-    return {"head": table.head, "rows": table.rows, "shows": table.shows}
+    filtered = [{name: getattr(point, name) for name in ("model", "task", "method", "m")} for point in table.points]
+    return {"head": table.head, "rows": table.rows, "shows": filtered}
 
 
 def _counts(c: Comparison) -> str:
@@ -277,31 +272,37 @@ def _samples(points: Iterable[Point], records: Records) -> JSON:
 
     All evaluations of a benchmark show the same items, so that any two can be compared.
     """
-    groups: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # of what is tested: evaluation -> metric -> scores
+    groups = _by_test_set(points)
+    count = _BUDGET // (_ANSWER * max(1, sum(map(len, groups.values()))))
+    sets: dict[str, list[list[Any]]] = {}
+    answers: JSON = {}
+    for name, evaluations in groups.items():
+        firsts = [next(iter(metrics.values())) for metrics in evaluations.values()]
+        lines = sample(firsts, min(_MOST, max(_FEWEST, count)))
+        for key, metrics in evaluations.items():
+            items = records.texts(key, lines)
+            answers[key] = {"set": name, "items": [_answer(item, metrics) for item in items]}
+            sets.setdefault(name, [_question(item) for item in items])
+    return {"sets": sets, "answers": answers}
+
+
+def _by_test_set(points: Iterable[Point]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Return the scores (items,) of each evaluation's metrics, by what was tested, evaluation and metric."""
+    groups: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for point in points:
         for seed, scores in point.scores.items():
-            group = groups.setdefault(fingerprint(sorted(point.tested)), {})
-            group.setdefault(point.runs[seed].evaluate, {})[point.metric] = scores
-    count = _BUDGET // (_ANSWER * max(1, sum(map(len, groups.values()))))
-    sets, answers = {}, {}
-    for name, group in groups.items():
-        firsts = [next(iter(metrics.values())) for metrics in group.values()]
-        lines = sample(firsts, min(_MOST, max(_FEWEST, count)))
-        for key, metrics in group.items():
-            items = records.texts(key, lines)
-            texts = [
-                [
-                    _cut("" if i["answer"] is None else str(i["answer"]), _ANSWER),
-                    {metric: i[metric] for metric in metrics},
-                ]
-                for i in items
-            ]
-            answers[key] = {"set": name, "items": texts}
-            if name not in sets:
-                sets[name] = [
-                    [i["index"], _cut(str(i["prompt"]), _PROMPT), _cut(str(i["gold"]), _ANSWER)] for i in items
-                ]
-    return {"sets": sets, "answers": answers}
+            evaluations = groups.setdefault(fingerprint(sorted(point.tested)), {})
+            evaluations.setdefault(point.runs[seed].evaluate, {})[point.metric] = scores
+    return groups
+
+
+def _answer(item: Item, metrics: Iterable[str]) -> list[Any]:
+    text = "" if item["answer"] is None else str(item["answer"])
+    return [_cut(text, _ANSWER), {metric: item[metric] for metric in metrics}]
+
+
+def _question(item: Item) -> list[Any]:
+    return [item["index"], _cut(str(item["prompt"]), _PROMPT), _cut(str(item["gold"]), _ANSWER)]
 
 
 def sample(scores: list[np.ndarray], count: int) -> list[int]:

@@ -34,7 +34,7 @@ def by_benchmark(points: Iterable["Point"]) -> dict[str, list["Point"]]:
     """Return points by their benchmark and metric, as "lab_math accuracy"."""
     groups: dict[str, list[Point]] = {}
     for point in points:
-        groups.setdefault(f"{point.benchmark} {point.metric}".strip(), []).append(point)
+        groups.setdefault(point.measure, []).append(point)
     return groups
 
 
@@ -77,9 +77,7 @@ class Point:
     metric: str  # empty while no cell has a result
     control: str = NO_CONTROL  # the control arm that it is of
     limit: int | None = None  # of its benchmark's items: the first ones only
-    axes: Axes = field(
-        default_factory=dict
-    )  # other settings that the sweep's cells differ in, where they matter for it
+    axes: Axes = field(default_factory=dict)  # other settings that the sweep's cells differ in and that it depends on
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
     scores: dict[int, np.ndarray] = field(default_factory=dict)  # by seed, of finished evaluations: (items,)
     clusters: np.ndarray | None = None  # of its items (items,), where the benchmark says which belong together
@@ -91,6 +89,11 @@ class Point:
     @property
     def arm(self) -> str:
         return arm_name(self.m, self.control)
+
+    @property
+    def measure(self) -> str:
+        """Return the benchmark and metric that it is a score in: lab_math accuracy."""
+        return f"{self.benchmark} {self.metric}".strip()
 
     @property
     def arm_label(self) -> str:
@@ -200,8 +203,8 @@ def _add(point: Point, seed: int, run: Run, records: Records, varies: str | None
             raise UserError(
                 f"seeds of one cell were tested on different items of {point.benchmark} ({run.cell}): give each its own sweep=NAME"
             )
-    if (adapt := records.get(AdaptSpec.KIND, run.adapt)) and adapt.data is not None:
-        point.samples = adapt.data["samples"]
+    if (adapt := records.get(AdaptSpec.KIND, run.adapt)) and adapt.data:
+        point.samples = adapt.data.samples
 
 
 def main_metrics(manifest: Manifest, records: Records) -> dict[str, list[str]]:

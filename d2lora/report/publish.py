@@ -24,7 +24,7 @@ from huggingface_hub import (
 from d2lora.errors import UserError
 from d2lora.outputs import ROOT
 from d2lora.records import Manifest, ManifestCell, Record, Records, Score
-from d2lora.report import axes, formats, settings, tuning
+from d2lora.report import axes, formats, table2, tuning
 from d2lora.report.compare import Comparison
 from d2lora.report.content import Sweep
 from d2lora.report.manifest import read_manifest, sweeps
@@ -105,8 +105,8 @@ def find(output: Path, id: str) -> Repository:
         for cell in (*manifest.cells, *manifest.earlier):
             if cell.id == id:
                 return Repository(cell, manifest, Records(output))
-    told = "; ".join(["results.csv lists them as cell_id", *damaged])
-    raise UserError(f"{id}: no cell of a sweep here ({', '.join(names) or 'none'}); {told}")
+    advice = "; ".join(["results.csv lists them as cell_id", *damaged])
+    raise UserError(f"{id}: no cell of a sweep here ({', '.join(names) or 'none'}); {advice}")
 
 
 def files(repository: Repository) -> dict[str, bytes]:
@@ -115,12 +115,12 @@ def files(repository: Repository) -> dict[str, bytes]:
     texts = {_CONFIG: _adapter_config(adapter, record, repository), _CARD: str(card(repository))}
     texts |= {f".eval_results/{name}.yaml": text for name, text in eval_results(repository).items()}
     for path, text in texts.items():
-        _check_private(path, text, repository)
+        check_private(path, text, repository)
     copied = [file for file in adapter.iterdir() if file.suffix == ".safetensors" or file.name == _QUANTIZATION]
     return {path: text.encode() for path, text in texts.items()} | {file.name: file.read_bytes() for file in copied}
 
 
-def _check_private(path: str, text: str, repository: Repository) -> None:
+def check_private(path: str, text: str, repository: Repository) -> None:
     """Raise UserError if a text has a path of this machine, one of the cell's own settings among them, or its host name."""
     values = [value for _, value in axes.flat(repository.cell.config)]
     paths = (ROOT, Path.home(), repository.records.outputs.root, *(Path(v) for v in values if Path(v).is_absolute()))
@@ -207,8 +207,7 @@ def _text(repository: Repository, record: Record, quantized: bool) -> str:
     config = repository.cell.config
     arm = arm_name(config["m"], axes.control(config)).replace(" n)", f" {amount(config['n'])})")
     scores = [[s.benchmark, s.metric, s.text, f"{s.score.items:,}"] for s in repository.scores]
-    head, rows = settings.settings([repository.cell])
-    rows = [row for row in rows if row[1] != settings.UNUSED]
+    settings = [row for row in table2.table([repository.cell]).rows if row[1] != table2.UNUSED]
     parts = [
         f"# {repository.cell.id}",
         f"A LoRA adapter of {_hub_base(record).get('path', config['model']['name'])}, trained with "
@@ -223,7 +222,7 @@ def _text(repository: Repository, record: Record, quantized: bool) -> str:
         else "None yet.",
         *_verdicts(repository),
         "## Settings",
-        formats.markdown_rows([head[0] or "setting", "value"], rows),
+        formats.markdown_rows(["setting", "value"], settings),
         "## Training procedure",
         "\n".join(_trainings(repository)),
         "### Framework versions",
@@ -244,10 +243,10 @@ def _trainings(repository: Repository) -> Iterator[str]:
             for name in ("steps", "samples_seen", "first_loss", "last_loss")
             if name in record.metrics
         }
-        told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
+        metrics = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()]
         source = record.spec.get("data") or {}
         read = f"{source['path']} at {source.get('revision')}" if "path" in source else "local rows"
-        yield f"- {record.stage}: {record.label}; {read}{'; ' if told else ''}{told}"
+        yield f"- {record.stage}: {'; '.join(filter(None, [record.label, read, ', '.join(metrics)]))}"
 
 
 def _verdicts(repository: Repository) -> list[str]:

@@ -48,19 +48,14 @@ class CellResults:
         return [record for kind, key in keys if (record := self.records.get(kind, key))]
 
     @property
-    def evaluations(self) -> dict[str, str]:
-        """Return the keys of its evaluations by benchmark, those on validation benchmarks too."""
-        return self.cell.stages.validation | self.cell.stages.evaluate
-
-    @property
     def is_finished(self) -> bool:
-        """Tell whether all its evaluations have records."""
-        return all(self.records.get(EvaluateSpec.KIND, key) for key in self.evaluations.values())
+        """Tell whether all its evaluations have records; in a tuned sweep those of most candidates are on validation alone."""
+        return all(self.records.get(EvaluateSpec.KIND, key) for key in self.cell.stages.evaluations.values())
 
     def rows(self, keys: Iterable[str] | None, role: str | None) -> Iterator[Row]:
         """Yield a row for each benchmark and metric, with its values of the settings `keys`; all that matter if None."""
         common = self._shape() | self._training() | {"tuned": role}
-        for benchmark, key in self.evaluations.items():
+        for benchmark, key in self.cell.stages.evaluations.items():
             record = self.records.get(EvaluateSpec.KIND, key)
             flips = self.records.get(FlipsSpec.KIND, self.cell.stages.flips.get(benchmark))
             measured = common | self._measured(benchmark, key, record) | self._axes(benchmark, keys)
@@ -91,20 +86,22 @@ class CellResults:
 
     def size(self, name: str) -> int | None:
         """Return how many rows n or m are; of "all" as many as the training's record says, None while there is none."""
-        asked = self.cell.config[name]
-        if asked != "all":
-            return asked
-        data = {record.stage: record.data or {} for record in self.trained}
-        adapted = data.get(AdaptSpec.KIND, {})
+        size = self.cell.config[name]
+        if size != "all":
+            return size
+        counts = {record.stage: record.data for record in self.trained}
+        adapted = counts.get(AdaptSpec.KIND)
         # A control arm without a warm-up has its general rows in the adaptation.
-        return (adapted if name == "n" else data.get(WarmupSpec.KIND) or adapted.get("general", {})).get("samples")
+        general = counts.get(WarmupSpec.KIND) or (adapted.general if adapted else None)
+        rows = adapted if name == "n" else general
+        return rows.samples if rows else None
 
     def _training(self) -> Row:
         """Return the settings of its trainings that readers ask for most, and what they took."""
         c, stages = self.cell.config, self.cell.stages
         rates, trained = c["recipe"]["lr"], bool(self.cell.stages.adapt or self.cell.stages.warmup)
         adapter = next((key for key in reversed(list(stages.trained().values())) if key), None)
-        data = next((r.data for r in self.trained if r.stage == AdaptSpec.KIND and r.data), {})
+        counts = next((r.data for r in self.trained if r.stage == AdaptSpec.KIND and r.data), None)
         return {
             "lr": rates[c["method"]["name"]] if stages.adapt else rates["warmup"] if stages.warmup else None,
             "reference": c["method"].get("reference") or None,
@@ -112,7 +109,7 @@ class CellResults:
             "batch": c["recipe"]["batch"] if trained else None,
             "epochs": c["method"]["epochs"] if stages.adapt else None,
             "warmup_epochs": c["warmup"]["epochs"] if stages.warmup else None,
-            "samples": data.get("samples"),
+            "samples": counts.samples if counts else None,
             "train_seconds": round(sum(r.seconds for r in self.trained if r.stage != PrepareSpec.KIND), 3),
             "adapter_key": adapter,
             "warmup_key": stages.warmup,

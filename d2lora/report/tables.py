@@ -135,34 +135,38 @@ def _is_numeric(key: str, points: list[Point]) -> bool:
 
 def _table(benchmark: str, metric: str, points: list[Point], column: str, margin: float) -> Table:
     keys = [k for k in ("m", "control", "n", *differing(points)) if k != column]
-    lines = _lines(points, keys, column)
     columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
     title = f"{benchmark}: {metric or 'no result yet'} in {unit_of(metric).name}"
-    return Table(title, points, columns, lines, column, margin)
+    return Table(title, points, columns, _lines(points, keys, column, columns), column, margin)
 
 
-def _lines(points: list[Point], keys: list[str], column: str) -> list[Line]:
+def _lines(points: list[Point], keys: list[str], column: str, columns: list[Value]) -> list[Line]:
     """Return the rows in order. A point that does not depend on what tells rows apart is in each of them.
 
     The base depends on no method, initialization or recipe, D2LoRA(m, 0) on no learning rate of phase 2. A point that
     does not depend on the columns' setting is in each column.
     """
-    rows = [(p.method, tuple(_of_row(p, k) for k in keys)) for p in points]
-    own = [row for row in dict.fromkeys(rows) if not any(_covers(row, other) for other in rows)]
-    columns = sorted({p.value_of(column) for p in points} - {""}, key=order_of) or [""]
+    row_of = {p: (p.method, tuple(_of_row(p, k) for k in keys)) for p in points}
+    rows = [row for row in dict.fromkeys(row_of.values()) if not any(_covers(row, other) for other in row_of.values())]
     lines = []
-    for row in sorted(own, key=lambda row: (METHODS.index(row[0]), *map(_order, keys, row[1]))):
-        inside = [p for p, its in zip(points, rows, strict=True) if its == row]
-        own_base = inside[0].own_base  # of which the base is not the start
-        inside += [p for p, its in zip(points, rows, strict=True) if _covers(its, row) and not (own_base and p.is_base)]
-        cells: dict[Value, Point] = {}
-        for point in inside:
-            value = point.value_of(column)
-            for each in columns if value == "" else [value]:
-                cells.setdefault(each, point)
-        first = inside[0]
-        lines.append(Line(row_label(first, keys), first.method, 0 if column == "m" else first.m, cells))
+    for row in sorted(rows, key=lambda row: (METHODS.index(row[0]), *map(_order, keys, row[1]))):
+        of_row = [p for p in points if row_of[p] == row]
+        first = of_row[0]
+        # A row that starts from a quantized base has another start than the base.
+        of_row += [p for p in points if _covers(row_of[p], row) and not (first.own_base and p.is_base)]
+        by_column = _by_column(of_row, column, columns)
+        lines.append(Line(row_label(first, keys), first.method, 0 if column == "m" else first.m, by_column))
     return lines
+
+
+def _by_column(points: list[Point], column: str, columns: list[Value]) -> dict[Value, Point]:
+    """Return the first point of each column; one that does not depend on the columns' setting is in all of them."""
+    by_column: dict[Value, Point] = {}
+    for point in points:
+        value = point.value_of(column)
+        for each in columns if value == "" else [value]:
+            by_column.setdefault(each, point)
+    return by_column
 
 
 def _order(key: str, value: Value) -> tuple[float, str]:

@@ -7,6 +7,7 @@ from d2lora.records import Candidate, Manifest, Records, TunedArm, Tuning
 from d2lora.report import formats
 from d2lora.report.axes import short_name
 from d2lora.report.choice import edges, tied
+from d2lora.report.content import Rows
 from d2lora.report.points import Point, points_of
 from d2lora.scoring import Unit, unit_of
 
@@ -121,10 +122,10 @@ def _short(arm: TunedArm, candidate: Candidate) -> str:
     return f"[{text}]" if candidate.chosen else f" {text} "
 
 
-def table(tuning: Tuning) -> tuple[list[str], list[list[str]]]:
-    """Return (head, rows): one row a candidate."""
+def table(tuning: Tuning) -> Rows:
+    """Return a row for each candidate."""
     head = ["arm", "benchmark", *map(short_name, tuning.keys), "validation", "seeds", "what it is"]
-    return head, [_row(tuning, arm, candidate) for arm in tuning.arms for candidate in arm.candidates]
+    return Rows(head, [_row(tuning, arm, candidate) for arm in tuning.arms for candidate in arm.candidates])
 
 
 def _row(tuning: Tuning, arm: TunedArm, candidate: Candidate) -> list[str]:

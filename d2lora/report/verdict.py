@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2lora import stats
-from d2lora.report.compare import ALPHA, Comparison, draws_of, seeds_text
+from d2lora.report.compare import ALPHA, Comparison, count_beyond_chance, count_decided, draws_of, seeds_text
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,23 @@ def verdict(comparisons: Iterable[Comparison]) -> str:
     if not unique:
         return "No pair of LoRA and D2LoRA to compare yet."
     better, worse = ([c for c in unique if sign * c.difference > 0] for sign in (1, -1))
-    text = f"D2LoRA beats LoRA in {len(better)} of {_cells(len(unique))}; beyond chance in {_chance(better)}"
-    text += f" (Holm, alpha {100 * ALPHA:.0f} %). LoRA beats D2LoRA in {len(worse)}; beyond chance in {_chance(worse)}."
+    text = (
+        f"D2LoRA beats LoRA in {len(better)} of {cells_text(len(unique))}; beyond chance in {count_beyond_chance(better)}"
+        f" (Holm, alpha {100 * ALPHA:.0f} %). "
+        f"LoRA beats D2LoRA in {len(worse)}; beyond chance in {count_beyond_chance(worse)}."
+    )
     parts = [text, _equivalence(unique), _pooled(unique), _mean(unique), _seeds(unique)]
     return " ".join(filter(None, parts))
 
 
-def _cells(count: int) -> str:
+def cells_text(count: int) -> str:
+    """Return a number of cells: 1 cell, 2 cells."""
     return f"{count} cell{'s'[: count != 1]}"
 
 
-def _chance(comparisons: list[Comparison]) -> int:
-    return sum(c.beyond_chance for c in comparisons)
-
-
 def _equivalence(unique: list[Comparison]) -> str:
-    equivalent, undecided = (sum(c.decision == d for c in unique) for d in ("equivalent", "undecided"))
-    margin = unique[0].unit.text(round(100 * unique[0].margin, 9))
-    within = f"Equivalent within {margin} (two one-sided tests, {100 * ALPHA:.0f} %)"
-    return f"{within} in {equivalent}, undecided in {undecided}."
+    within = f"Equivalent within {unique[0].margin_text} (two one-sided tests, {100 * ALPHA:.0f} %)"
+    return f"{within} in {count_decided(unique, 'equivalent')}, undecided in {count_decided(unique, 'undecided')}."
 
 
 def _pooled(unique: list[Comparison]) -> str:
@@ -70,8 +68,10 @@ def _pooled(unique: list[Comparison]) -> str:
         return ""
     unit = unique[0].unit
     difference, low, high = (unit.value(x, "+") for x in (effect.difference, *effect.interval))
-    text = f"Pooled over {_cells(effect.cells)}: {difference} {unit.several} [{low}, {high}] (95 %)"
-    left_out = f", without {_cells(effect.left_out)} of other items or seeds" if effect.left_out else ""
+    # Items that all differ alike, mostly by nothing, resample to themselves: such an interval would look as if all were known.
+    interval = f"[{low}, {high}] (95 %)" if np.ptp(effect.interval) else "(all items differ alike: no interval)"
+    text = f"Pooled over {cells_text(effect.cells)}: {difference} {unit.several} {interval}"
+    left_out = f", without {cells_text(effect.left_out)} of other items or seeds" if effect.left_out else ""
     return f"{text}{left_out}."
 
 
@@ -90,4 +90,4 @@ def _seeds(unique: list[Comparison]) -> str:
     seeds = {s for c in unique for s in c.seeds}
     fewer = sum(len(c.seeds) < len(seeds) for c in unique)
     text = seeds_text(seeds, draws_of(p for c in unique for p in (c.lora, c.d2lora)))
-    return text + (f" {_cells(fewer)} with fewer: see seeds." if fewer else "")
+    return text + (f" {cells_text(fewer)} with fewer: see seeds." if fewer else "")

@@ -10,7 +10,7 @@ from d2lora.scoring.exact import EXACT
 from d2lora.scoring.kinds import PERCENT, Generated, Kind, Likelihood, MultipleChoice, Unit
 from d2lora.scoring.likelihood import LIKELIHOOD
 from d2lora.scoring.number import NUMBER
-from d2lora.scoring.rouge import ROUGE, ROUGE_OF_ANY_SCRIPT
+from d2lora.scoring.rouge import ROUGE
 
 __all__ = [
     "KINDS",
@@ -30,9 +30,8 @@ KINDS: tuple[Kind, ...] = (NUMBER, EXACT, ROUGE, CHOICE, LIKELIHOOD)
 
 def kind_named(name: str, script: str = "latin") -> Kind:
     """Return the benchmark kind of this name, for texts in a `script`: latin or any. KeyError if there is none."""
-    if script == "any" and name == ROUGE.name:
-        return ROUGE_OF_ANY_SCRIPT
-    return {kind.name: kind for kind in KINDS}[name]
+    kind = {kind.name: kind for kind in KINDS}[name]
+    return kind.of_any_script or kind if script == "any" else kind
 
 
 def shown_metrics(metrics: Sequence[str]) -> list[str]:

@@ -66,6 +66,7 @@ class Generated:
     problem: Callable[[str], str | None]  # why nothing can be compared with this gold, or None; {} is the gold
     family: str = ""  # prefix of metrics that a report shows all together; without one it shows the first metric only
     right_or_wrong: bool = True  # whether the first metric is 1 or 0 of each item
+    of_any_script: "Generated | None" = None  # for texts in other scripts than Latin; None where all are read alike
     needs: ClassVar[tuple[str, ...]] = ()  # optional fields of a benchmark that this kind requires
     generates: ClassVar[bool] = True
     unit: ClassVar[Unit] = PERCENT
@@ -84,6 +85,7 @@ class MultipleChoice:
     metrics: tuple[str, ...]
     family: str = ""
     right_or_wrong: ClassVar[bool] = True
+    of_any_script: ClassVar[None] = None
     needs: ClassVar[tuple[str, ...]] = ("choices",)
     generates: ClassVar[bool] = False
     unit: ClassVar[Unit] = PERCENT
@@ -100,6 +102,7 @@ class Likelihood:
     problem: Callable[[str], str | None]
     family: str = ""
     right_or_wrong: ClassVar[bool] = False
+    of_any_script: ClassVar[None] = None
     needs: ClassVar[tuple[str, ...]] = ()
     generates: ClassVar[bool] = False
     unit: ClassVar[Unit] = BITS

@@ -64,11 +64,12 @@ def _problem(gold: str) -> str | None:
 
 
 def _nothing(gold: str) -> str | None:
+    """Say that a gold has no word in any script."""
     return (
         None if words(gold) else "the gold answer {} has no word, and ROUGE compares words (kind: exact compares texts)"
     )
 
 
-ROUGE = Generated("rouge", METRICS, rouge, _problem, family="rouge", right_or_wrong=False)
+_OF_ANY_SCRIPT = Generated("rouge", METRICS, rouge_of_any_script, _nothing, family="rouge", right_or_wrong=False)
 
-ROUGE_OF_ANY_SCRIPT = dataclasses.replace(ROUGE, compare=rouge_of_any_script, problem=_nothing)
+ROUGE = dataclasses.replace(_OF_ANY_SCRIPT, compare=rouge, problem=_problem, of_any_script=_OF_ANY_SCRIPT)

@@ -3,11 +3,13 @@
 from d2lora.settings.config import Config, Report, parse
 from d2lora.settings.inits import INIT_NAMES, INITS, PLAIN, QUANTIZING, Init, PlainInit, init_of
 from d2lora.settings.methods import METHOD_NAMES, METHODS, Method, Orpo, Sft, method_of
-from d2lora.settings.recipe import RATE, Lora, Machine, Recipe, Training
+from d2lora.settings.names import key_like
+from d2lora.settings.recipe import ALL_LINEAR, RATE, Lora, Machine, Recipe, Training
 from d2lora.settings.tasks import Benchmark, Data, HarnessTask, Model, Task, Warmup
 from d2lora.settings.values import amount, fields
 
 __all__ = [
+    "ALL_LINEAR",
     "INITS",
     "INIT_NAMES",
     "METHODS",
@@ -35,6 +37,7 @@ __all__ = [
     "amount",
     "fields",
     "init_of",
+    "key_like",
     "method_of",
     "parse",
 ]

@@ -1,35 +1,37 @@
 """Define the configuration of one cell, checked before any data or model is loaded."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 
 from d2lora.errors import UserError
 from d2lora.scoring import Unit
 from d2lora.scoring.kinds import BITS, PERCENT
-from d2lora.settings.controls import (
-    CONTROL_NAMES,
-    Control,
-    MergedControl,
-    MixedControl,
-    NoControl,
-    PlaceboControl,
-    control_of,
-    in_effect,
-)
+from d2lora.settings.controls import CONTROL_NAMES, Control, NoControl, control_of, in_effect
 from d2lora.settings.gpus import Planning
 from d2lora.settings.inits import INIT_NAMES, Init, init_of
 from d2lora.settings.methods import METHOD_NAMES, Method, method_of
-from d2lora.settings.recipe import RATE, Recipe
+from d2lora.settings.recipe import ALL_LINEAR, RATE, Recipe
 from d2lora.settings.tasks import Benchmark, Model, Task, Warmup
 from d2lora.settings.values import Amount, PathText, Seed, Strict, Text, as_given
 
 OF_VALIDATION = "_validation"  # ends the name of the validation benchmark of another
+_WITHOUT_PAIRS = " or ".join(f"method={name}" for name in METHOD_NAMES if not method_of(name).needs_pairs)
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _file_name(value: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", value):
+        raise ValueError("letters, digits, _, . and -, a letter or digit first")
+    return value
+
+
+Texts = Annotated[list[Text], BeforeValidator(_listed)]  # one text may be typed without brackets
 
 
 class Wandb(Strict):
@@ -48,9 +50,8 @@ class Wandb(Strict):
 class Report(Strict):
     """Settings of a sweep's tables. None of them changes a result, so they are in no key."""
 
-    columns: Text | None = (
-        None  # the setting of the columns and the x axis, by its key; the one with the most values without it
-    )
+    # The setting of the columns and the x axis, by its key; without it the one with the most values.
+    columns: Text | None = None
     # Within which two arms are called equivalent: points, and of a benchmark of kind likelihood hundredths of a bit per byte.
     margin: Annotated[float, Field(gt=0)] = PERCENT.margin
     likelihood_margin: Annotated[float, Field(gt=0)] = BITS.margin
@@ -76,13 +77,9 @@ class Config(Strict):
     seed: Seed = 0  # initialization, order, dropout
     data_seed: Seed = 0  # which n and m rows
     split_seed: Seed = 0  # hold-outs
-    tune: Annotated[list[Text], BeforeValidator(_listed)] = Field(
-        default=[]
-    )  # keys whose values a sweep chooses on validation benchmarks, arm by arm
-    objective: Annotated[list[Text], BeforeValidator(_listed)] = Field(
-        default=[], exclude=True
-    )  # what a sweeper optimizes: BENCHMARK/METRIC
-    sweep: Annotated[Text, Field(pattern=r"^\w[\w.-]*$")] = "adhoc"  # names a file and a folder
+    tune: Texts = Field(default=[])  # keys whose values a sweep chooses on validation benchmarks, arm by arm
+    objective: Texts = Field(default=[], exclude=True)  # what a sweeper optimizes: BENCHMARK/METRIC
+    sweep: Annotated[Text, AfterValidator(_file_name)] = "adhoc"  # names a file and a folder
     output: PathText = "outputs"
     report: Report = Report()
     plan: Planning = Field(default=Planning(), exclude=True)
@@ -150,11 +147,11 @@ class Config(Strict):
     def _control_can_be_trained(self) -> "Config":
         control = self.effective_control
         name = f"control={control.name}"
-        if isinstance(control, MixedControl) and self.method.needs_pairs:
-            raise ValueError(f"{name}: needs method=sft, as general rows have no rejected answers")
-        if isinstance(control, PlaceboControl) and self.warmup.rendered:
+        if self.method.needs_pairs and not control.takes_pairs:
+            raise ValueError(f"{name}: needs {_WITHOUT_PAIRS}, as general rows have no rejected answers")
+        if self.warmup.rendered and not control.takes_texts:
             raise ValueError(f"{name}: needs conversations, and with warmup.rendered=true rows are texts")
-        if isinstance(control, MergedControl) and not self.init.adds_up:
+        if control.adds_up and not self.init.adds_up:
             raise ValueError(f"{name}: with init={self.init.name} two adapters have no sum that is one")
         return self
 
@@ -206,7 +203,7 @@ class Config(Strict):
             raise ValueError(
                 f"method.reference=base: with init={init.name} the base is a quantized one: use warm_start"
             )
-        if init.quantizes and lora.target_modules != "all-linear":  # other layers would stay as they are
+        if init.quantizes and lora.target_modules != ALL_LINEAR:  # other layers would stay as they are
             raise ValueError(
                 f"recipe.lora.target_modules={lora.target_modules}: must be all-linear with init={init.name}: "
                 "a base loaded in 4 bits has all its linear layers quantized"
@@ -216,9 +213,8 @@ class Config(Strict):
     @model_validator(mode="after")
     def _pairs_where_needed(self) -> "Config":
         if self.method.needs_pairs and self.task.rejected is None:
-            able = " or ".join(f"method={name}" for name in METHOD_NAMES if not method_of(name).needs_pairs)
             raise ValueError(
-                f"method={self.method.name} needs rejected answers and task={self.task.name} has none: use {able}"
+                f"method={self.method.name} needs rejected answers and task={self.task.name} has none: use {_WITHOUT_PAIRS}"
             )
         return self
 
@@ -270,6 +266,8 @@ def _line(problem: Any) -> str:
         return f"{key}.name: missing"
     if problem["type"] == "union_tag_invalid":
         return f"{key}.name={problem['ctx']['tag']}: one of {', '.join(classes)}"
+    if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return f"{key}={as_given(problem['input'])}: a group of settings, not one: {key}.NAME=VALUE, with the names that --cfg job shows"
     if isinstance(problem["input"], BaseModel | dict):
         return f"{key}: {text}" if key else text
     return f"{key}={as_given(problem['input'])}: {text[0].lower() + text[1:]}"

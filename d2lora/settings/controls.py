@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from d2lora.settings.values import Strict
+from d2lora.settings.values import Strict, by_name
 
 
 class BaseControl(Strict):
@@ -14,6 +14,9 @@ class BaseControl(Strict):
     rules_out: ClassVar[str]  # the objection to D2LoRA that it answers
     warms_up: ClassVar[bool] = True  # whether the cell has a warm-up of its own
     needs_task: ClassVar[bool] = True  # at n = 0 it is D2LoRA(m, 0), as there is nothing to control
+    takes_pairs: ClassVar[bool] = True  # methods that learn from rejected answers can train it
+    takes_texts: ClassVar[bool] = True  # the warm-up's rows may be rendered texts, in which turns are not told apart
+    adds_up: ClassVar[bool] = False  # its adapter is the sum of two
 
     name: str
 
@@ -43,6 +46,7 @@ class MixedControl(BaseControl):
     label: ClassVar[str] = "mixed({m}, {n})"
     rules_out: ClassVar[str] = "two phases"
     warms_up: ClassVar[bool] = False
+    takes_pairs: ClassVar[bool] = False  # general rows have no rejected answers
 
     name: Literal["mixed"] = "mixed"
 
@@ -52,6 +56,7 @@ class MergedControl(BaseControl):
 
     label: ClassVar[str] = "merged({m}, {n})"
     rules_out: ClassVar[str] = "it must be continued"
+    adds_up: ClassVar[bool] = True
 
     name: Literal["merged"] = "merged"
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -63,18 +68,17 @@ class PlaceboControl(BaseControl):
     label: ClassVar[str] = "placebo({m}, {n})"
     rules_out: ClassVar[str] = "any tokens do"
     needs_task: ClassVar[bool] = False
+    takes_texts: ClassVar[bool] = False
 
     name: Literal["placebo"] = "placebo"
 
 
 # In the order of tables.
-CONTROLS: tuple[type[BaseControl], ...] = (NoControl, LongerControl, MixedControl, MergedControl, PlaceboControl)
+AnyControl: TypeAlias = NoControl | LongerControl | MixedControl | MergedControl | PlaceboControl
 
-Control: TypeAlias = Annotated[
-    NoControl | LongerControl | MixedControl | MergedControl | PlaceboControl, Field(discriminator="name")
-]
+Control: TypeAlias = Annotated[AnyControl, Field(discriminator="name")]
 
-_BY_NAME: dict[str, type[BaseControl]] = {control.model_fields["name"].default: control for control in CONTROLS}
+_BY_NAME: dict[str, type[BaseControl]] = by_name(AnyControl)
 
 CONTROL_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 

@@ -35,7 +35,7 @@ def gpu_in(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS if gpu.name in name.lower()), None)
 
 
-def _listed(name: Any) -> Any:
+def _gpu_name(name: Any) -> Any:
     """Validate the name of a GPU."""
     if name not in [gpu.name for gpu in GPUS]:
         raise ValueError(f"one of {', '.join(gpu.name for gpu in GPUS)}, or null for the one that is here")
@@ -45,8 +45,7 @@ def _listed(name: Any) -> Any:
 class Planning(Strict):
     """Settings of a plan and its forecast. None of them changes a result, so they are in no key and no manifest."""
 
-    gpu: Annotated[Text, AfterValidator(_listed)] | None = None  # null: the one that is here
+    gpu: Annotated[Text, AfterValidator(_gpu_name)] | None = None  # null: the one that is here
     price: Annotated[float, Field(gt=0)] | None = None  # of an hour of it, in dollars
-    engines: Positive | None = (
-        None  # jobs among which the evaluations that ask an engine are divided; null: what the launcher has
-    )
+    # Jobs among which the evaluations that ask an engine are divided; null: what the launcher has.
+    engines: Positive | None = None

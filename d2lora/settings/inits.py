@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field
 
-from d2lora.settings.values import Positive, Strict
+from d2lora.settings.values import Positive, Strict, by_name
 
 
 class Extra(NamedTuple):
@@ -102,7 +102,6 @@ class GaussianInit(BaseInit):
 class OrthogonalInit(BaseInit):
     """A and B random with B A = 0, to the precision of the base's dtype."""
 
-    variant: ClassVar[bool] = False  # begins as PEFT's default, and what an adapted layer computes is another
     exact_start: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = MappingProxyType({"init_lora_weights": "orthogonal"})
 
@@ -234,12 +233,7 @@ class DoraInit(BaseInit):
 
 
 # In the order in which a wrong name's line lists them.
-INITS: tuple[type[BaseInit], ...] = (
-    *(PlainInit, GaussianInit, OrthogonalInit, PissaInit, FastPissaInit, OloraInit, MiloraInit),
-    *(CordaKpmInit, CordaIpmInit, EvaInit, LoraGaInit, LoftqInit, MultiLoraInit, RsloraInit, DoraInit),
-)
-
-Init: TypeAlias = Annotated[
+AnyInit: TypeAlias = (
     PlainInit
     | GaussianInit
     | OrthogonalInit
@@ -254,11 +248,14 @@ Init: TypeAlias = Annotated[
     | LoftqInit
     | MultiLoraInit
     | RsloraInit
-    | DoraInit,
-    Field(discriminator="name"),
-]
+    | DoraInit
+)
 
-_BY_NAME: dict[str, type[BaseInit]] = {init.model_fields["name"].default: init for init in INITS}
+Init: TypeAlias = Annotated[AnyInit, Field(discriminator="name")]
+
+_BY_NAME: dict[str, type[BaseInit]] = by_name(AnyInit)
+
+INITS: tuple[type[BaseInit], ...] = tuple(_BY_NAME.values())
 
 INIT_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 

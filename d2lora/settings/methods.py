@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from d2lora.settings.values import Positive, Strict
+from d2lora.settings.values import Positive, Strict, by_name
 
 
 class BaseMethod(Strict):
@@ -21,9 +21,8 @@ class BaseMethod(Strict):
     least_rows: ClassVar[int] = 1  # of a training set
     cost: ClassVar[float]  # time of a training step relative to SFT's on as many samples
     extra_forwards: ClassVar[int] = 0  # of a step: passes without a backward one, beside the reference's
-    rates_like: ClassVar[str | None] = (
-        None  # the method whose learning rate and epochs it has where a recipe lists none
-    )
+    # The method whose learning rate and epochs it has where a recipe lists none.
+    rates_like: ClassVar[str | None] = None
 
     name: str
     epochs: Positive
@@ -124,12 +123,13 @@ class Kto(Referenced):
     undesirable_weight: Annotated[float, Field(gt=0)]
 
 
-Method: TypeAlias = Annotated[Sft | Dpo | Orpo | Simpo | Kto, Field(discriminator="name")]
+AnyMethod: TypeAlias = Sft | Dpo | Orpo | Simpo | Kto  # in the order of tables and panels
 
-# In the order of tables and panels.
-METHODS: tuple[type[BaseMethod], ...] = (Sft, Dpo, Orpo, Simpo, Kto)
+Method: TypeAlias = Annotated[AnyMethod, Field(discriminator="name")]
 
-_BY_NAME: dict[str, type[BaseMethod]] = {method.model_fields["name"].default: method for method in METHODS}
+_BY_NAME: dict[str, type[BaseMethod]] = by_name(AnyMethod)
+
+METHODS: tuple[type[BaseMethod], ...] = tuple(_BY_NAME.values())
 
 METHOD_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 

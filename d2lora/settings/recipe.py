@@ -10,8 +10,10 @@ from pydantic import AfterValidator, Field, StrictBool, model_validator
 from d2lora.settings.methods import METHOD_NAMES, method_of
 from d2lora.settings.values import PathText, Positive, Rate, Strict, Text, as_given
 
+ALL_LINEAR = "all-linear"  # PEFT's name for all linear layers but the head
 WARMUP = "warmup"  # phase 1, beside phase 2's methods
 RATE = "recipe.lr"  # as an axis: the learning rate of a cell's own method, whichever it is
+LAYOUT = ("packing", "micro_batch", "attention")  # the settings of Machine by which a batch is laid out
 _FACTOR = "lr_factor"
 
 # Tokens of a pass with recipe.micro_batch=auto. On a GPU enough that launching kernels costs little beside their work; on
@@ -47,7 +49,7 @@ class Lora(Strict):
     r: Positive
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Text | list[Text] = "all-linear"
+    target_modules: Text | list[Text] = ALL_LINEAR
 
 
 class Training(Strict):
@@ -77,10 +79,7 @@ def _times(rate: Any, factor: float, phase: str) -> Any:
 
 
 class Machine(Strict):
-    """The settings of a recipe that change results by rounding only, and so are in no key.
-
-    But see Recipe.in_key about dropout.
-    """
+    """The settings of a recipe that change results by rounding only, and so are in no key (but see Recipe.layout)."""
 
     micro_batch: Positive | Literal["auto"]
     packing: Literal["prefix_shared", "padded"] = "prefix_shared"
@@ -135,15 +134,9 @@ class Recipe(Machine, Training):
         return self
 
     @property
-    def machine(self) -> Machine:
-        """Return the part that is in no key."""
-        return Machine(**{name: getattr(self, name) for name in Machine.model_fields})
+    def layout(self) -> dict[str, Any]:
+        """Return how a batch is laid out, as far as it is in a training's key.
 
-    def in_key(self) -> dict[str, Any]:
-        """Return the settings in a training's key, except the learning rate and epochs of its phase.
-
-        With dropout the layout is among them, because it decides which units are dropped.
+        With dropout it decides which units are dropped; without, it changes nothing beyond rounding and is in no key.
         """
-        shared = self.model_dump(include=set(Training.model_fields) - {"name", "lr", "epochs"})
-        layout = self.model_dump(include={"packing", "micro_batch", "attention"}) if self.lora.dropout else {}
-        return shared | layout
+        return self.model_dump(include=set(LAYOUT)) if self.lora.dropout else {}

@@ -130,9 +130,8 @@ class Benchmark(Strict):
     gold: Template  # the reference answer, or a column with a list of them; choice: the label of the right choice
     # choice: the dotted path of a row's list of texts, or texts that are the same for all rows or filled with their columns.
     choices: Choices | None = None
-    labels: Labels | None = (
-        None  # choice: what the gold names them by: such a path, or values; null: the choices themselves
-    )
+    # choice: what the gold names them by: such a path, or values; null: the choices themselves.
+    labels: Labels | None = None
     chat: StrictBool = True
     max_new_tokens: Positive = 512
     limit: Positive | None = None  # the first rows only
@@ -164,8 +163,9 @@ class Benchmark(Strict):
     def _kind_has_its_fields(self) -> "Benchmark":
         if missing := [name for name in self.scoring.needs if not getattr(self, name)]:
             raise ValueError(f"kind {self.kind} needs {' and '.join(missing)}: the path of a list, or a list")
-        if self.script != "latin" and self.scoring.family != "rouge":
-            raise ValueError(f"script={self.script}: only kind rouge reads words; {self.kind} needs no script")
+        if self.script != "latin" and kind_named(self.kind).of_any_script is None:
+            others = " or ".join(kind.name for kind in KINDS if kind.of_any_script)
+            raise ValueError(f"script={self.script}: only kind {others} reads words; {self.kind} needs no script")
         if isinstance(self.prompt, list) and not self.chat:
             raise ValueError("chat=false: a prompt of turns needs the chat template")
         if isinstance(self.prompt, list) and self.prompt[-1].role not in ("user", "tool"):
@@ -190,9 +190,8 @@ class Task(Strict):
     data: Data
     # A text, or turns (a system turn, history); null where the answers' columns hold conversations with the prompt in them.
     prompt: Prompt | None
-    prefix: Template = (
-        ""  # the start of the answer that is part of the prompt, e.g. the steps before those that a pair compares
-    )
+    # The start of the answer that is part of the prompt, e.g. the steps before those that a pair compares.
+    prefix: Template = ""
     chosen: Template
     rejected: Template | None = None
     full_chosen: Template | None = None  # the whole remaining answer, where chosen is only its next step
@@ -200,9 +199,7 @@ class Task(Strict):
     continuation: Literal["step", "rest"] = "step"
     rendered: StrictBool = False  # rows carry the model's own tokens already: no template is applied
     benchmark: dict[Text, Benchmark] = Field(default={})
-    validation: dict[Text, Benchmark] = Field(
-        default={}
-    )  # what `tune` chooses settings on, the first; read for nothing else
+    validation: dict[Text, Benchmark] = Field(default={})  # `tune` chooses settings on the first; nothing else reads it
     lm_eval: list[HarnessName] = Field(default=[])  # lm-evaluation-harness's tasks: a name, or a name with settings
     lm_eval_path: PathText | None = None  # a folder of tasks of your own, as YAML files of the harness
 

@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
 
@@ -61,7 +61,9 @@ def _text(value: str) -> str:
 
 
 def _home(value: str) -> str:
-    """Validate a path: its ~name must be a user's home."""
+    """Validate a path: not blank, and its ~name must be a user's home."""
+    if not value.strip():
+        raise ValueError("a path: . is this folder")
     try:
         Path(value).expanduser()
     except RuntimeError as error:
@@ -93,6 +95,11 @@ Positive = Annotated[StrictInt, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+
+
+def by_name(union: Any) -> dict[str, Any]:
+    """Return the classes of a union of settings, in its order, by the names that users choose them by."""
+    return {choice.model_fields["name"].default: choice for choice in get_args(union)}
 
 
 def as_given(value: object) -> object:

@@ -20,9 +20,8 @@ class AdaptSpec(TrainingSpec):
 
     n: int | str
     task: Identity
-    control: Identity | None = (
-        None  # of an arm without a warm-up of its own: its name, and the general rows it accounts for
-    )
+    # Of an arm without a warm-up of its own: its name, and the general rows that it accounts for.
+    control: Identity | None = None
 
     KIND: ClassVar[str] = "adapt"
     VERSION: ClassVar[int] = 2
@@ -73,9 +72,9 @@ def work(run: Run[AdaptSpec]) -> Result:
     if isinstance(control, MixedControl):
         mixed = data.mixed((general, repeats), (subset, spec.epochs), f"mixed/{spec.data_seed}")
         result = training.train(run, mixed, reference, epochs=1)
-    else:
-        epochs = spec.epochs + training.tokens(Sft(epochs=repeats), general) * repeats / training.tokens(
-            spec.method, subset
-        )
+    else:  # longer: as many epochs more as have the warm-up's tokens
+        general_tokens = training.tokens(Sft(epochs=repeats), general) * repeats
+        epochs = spec.epochs + general_tokens / training.tokens(spec.method, subset)
         result = training.train(run, subset, reference, epochs=epochs)
-    return result.model_copy(update={"data": subset.counts() | {"general": general.counts()}})
+    counts = subset.counts().model_copy(update={"general": general.counts()})
+    return result.model_copy(update={"data": counts})

@@ -6,7 +6,7 @@ from typing import ClassVar
 from d2lora import data
 from d2lora.data import overlap, wording
 from d2lora.keys import Identity
-from d2lora.records import Result
+from d2lora.records import Result, RowCounts
 from d2lora.settings import Benchmark, Config, Data, Task, fields
 from d2lora.stages import prepare
 from d2lora.stages.run import Run
@@ -32,15 +32,28 @@ class ContaminationSpec(Spec):
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A test set, and a training set of either phase. `name` is for display: "training set / benchmark"."""
+class Training:
+    """A training set of either phase, with the columns to read and the templates by which its rows become texts."""
 
-    benchmark: Benchmark
-    rows: Data
-    columns: tuple[str, ...]  # of the training set
-    templates: tuple[str, ...]  # by which the training set's rows become texts
-    split_seed: int
     name: str
+    source: Data
+    columns: tuple[str, ...]
+    templates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A test set, `test` being its benchmark's name, and a training set."""
+
+    test: str
+    benchmark: Benchmark
+    training: Training
+    split_seed: int
+
+    @property
+    def name(self) -> str:
+        """Return the pair's name, for display: "training set / benchmark"."""
+        return f"{self.training.name} / {self.test}"
 
     @property
     def question(self) -> list[str]:
@@ -65,9 +78,9 @@ class Pair:
             "gold": self.benchmark.gold,
         }
         train = {
-            "data": data.identity(self.rows, self.split_seed),
-            "columns": list(self.columns),
-            "templates": list(self.templates),
+            "data": data.identity(self.training.source, self.split_seed),
+            "columns": list(self.training.columns),
+            "templates": list(self.training.templates),
         }
         return ContaminationSpec(test, train)
 
@@ -82,22 +95,20 @@ def pairs(config: Config) -> list[Pair]:
 
     Tasks of lm-evaluation-harness are not among them, because their rows are not read here.
     """
-    training_sets: list[tuple[str, Data, tuple[str, ...], tuple[str, ...]]] = []
-    sources = prepare.sources(config)
+    sources, task, warmup = prepare.sources(config), config.task, config.warmup
+    training_sets = []
     if "warmup.data" in sources:
-        training_sets.append((config.warmup.name, config.warmup.data, (config.warmup.messages,), ()))
+        training_sets.append(Training(warmup.name, warmup.data, (warmup.messages,)))
     if "task.data" in sources:
-        training_sets.append(
-            (config.task.name, config.task.data, tuple(data.columns(config.task)), _trained(config.task))
-        )
+        training_sets.append(Training(task.name, task.data, tuple(data.columns(task)), _templates(task)))
     return [
-        Pair(benchmark, rows, columns, templates, config.split_seed, f"{name} / {test}")
-        for name, rows, columns, templates in training_sets
+        Pair(test, benchmark, training, config.split_seed)
+        for training in training_sets
         for test, benchmark in config.benchmarks.items()
     ]
 
 
-def _trained(task: Task) -> tuple[str, ...]:
+def _templates(task: Task) -> tuple[str, ...]:
     """Return the templates of the texts that a task teaches: its prompt (each turn), and whole answers with the prefix."""
     answers = (task.full_chosen or task.chosen, task.full_rejected or task.rejected)
     turns = [turn.content for turn in task.prompt] if isinstance(task.prompt, list) else [task.prompt or ""]
@@ -107,17 +118,11 @@ def _trained(task: Task) -> tuple[str, ...]:
 def work(run: Run[ContaminationSpec]) -> Result:
     """Find the test items that the training set contains, and write them to items.jsonl."""
     pair = next(pair for pair in pairs(run.config) if pair.spec == run.stage.spec)
-    tests, rows = (run.rows(source) for source in (pair.benchmark.data, pair.rows))
-    items = overlap.overlap(
-        tests,
-        pair.question,
-        pair.answer,
-        rows,
-        list(pair.columns),
+    tests, rows = (run.rows(source) for source in (pair.benchmark.data, pair.training.source))
+    hits = overlap.overlap(
+        overlap.TestSet(tests, pair.question, pair.answer, pair.prompt, pair.benchmark.gold),
+        overlap.TrainingSet(rows, list(pair.training.columns), pair.training.templates),
         run.progress,
-        prompt=pair.prompt,
-        gold=pair.benchmark.gold,
-        trained=pair.templates,
     )
-    run.write_items(items)
-    return Result(pair=pair.name, metrics=dict(overlap.shares(items, len(tests))), data={"rows": len(rows)})
+    run.write_items(hits)
+    return Result(pair=pair.name, metrics=dict(overlap.shares(hits, len(tests))), data=RowCounts(rows=len(rows)))

@@ -9,7 +9,7 @@ from d2lora import data
 from d2lora.evaluate import vllm
 from d2lora.evaluate.vllm import installed
 from d2lora.progress import Progress
-from d2lora.records import CLUSTER, Engine, Item, Result
+from d2lora.records import CLUSTER, Engine, Item, Result, RowCounts
 from d2lora.settings import Benchmark, Config
 from d2lora.stages import rows
 from d2lora.stages.prepare import PrepareSpec
@@ -89,8 +89,13 @@ def _engine(config: Config, parent: Stage[Spec] | None) -> Identity | None:
     Adapters that are known beforehand to be none of an engine's (of LoftQ, DoRA) have the same evaluations with any
     `recipe.engine`: those in memory. Where an engine fails later, the key stays, and the record says who answered instead.
     """
-    asked = installed.identity(config) if parent is None or config.init.any_engine else None
-    return {**asked} if asked else None
+    engine = installed.identity(config) if parent is None or engine_does(config) else None
+    return {**engine} if engine else None
+
+
+def engine_does(config: Config) -> bool:
+    """Tell whether the engine that a cell names does adapters of its initialization; the model in memory does all."""
+    return config.recipe.engine == MEMORY or config.init.any_engine
 
 
 def asks_engine(stage: Stage[Spec]) -> bool:
@@ -126,7 +131,7 @@ def work(run: Run[EvaluateSpec]) -> Result:
         more["counts"] = counts
     benchmark = run.config.benchmarks.get(run.stage.subject)
     if benchmark and not run.stage.spec.lm_eval and (left_out := rows.items(run, benchmark).left_out):
-        more["data"] = {"left_out": left_out}
+        more["data"] = RowCounts(left_out=left_out)
     if outcome.engine:
         more["engine"] = outcome.engine
     return Result(benchmark=run.stage.subject, metrics=dict(outcome.metrics), eval_batch=outcome.batch, **more)
@@ -172,8 +177,8 @@ def _same_items(run: Run[EvaluateSpec]) -> list[Stage[Spec]]:
     def items(spec: EvaluateSpec) -> tuple[object, ...]:
         return spec.benchmark, spec.lm_eval, spec.harness
 
-    asked = items(run.stage.spec)
-    return [s for s in run.beside if isinstance(s.spec, EvaluateSpec) and items(s.spec) == asked]
+    own = items(run.stage.spec)
+    return [s for s in run.beside if isinstance(s.spec, EvaluateSpec) and items(s.spec) == own]
 
 
 def _adapters(run: Run[EvaluateSpec]) -> "list[Adapter]":

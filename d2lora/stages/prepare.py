@@ -2,17 +2,15 @@
 and rows.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 from d2lora import data
 from d2lora.keys import Identity
-from d2lora.outputs import cached
 from d2lora.records import Result
 from d2lora.settings import Config, Data, Init, Lora
 from d2lora.settings.inits import FromRowsInit
-from d2lora.stages import rows
+from d2lora.stages import base_facts, rows
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Spec, Stage, versions
 
@@ -95,7 +93,7 @@ def _rows(config: Config, init: FromRowsInit) -> Identity:
 def work(run: Run[PrepareSpec]) -> Result:
     """Start an adapter as the initialization does, and save it."""
     base = run.base  # before what imports torch: loading a process's libraries is not its first stage's time
-    from d2lora.adapters import attach, coverage
+    from d2lora.adapters import attach
     from d2lora.adapters.passes import Sequence
     from d2lora.adapters.preparations import prepare
     from d2lora.adapters.start import Start
@@ -105,7 +103,7 @@ def work(run: Run[PrepareSpec]) -> Result:
     subset = _drawn(run)
     attach.check_round_trip(base, start, spec.model, run.outputs.proofs)
     with attach.adapter(base, start, None) as wrapped:
-        reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
+        reached = base_facts.coverage(run.config, wrapped)
         sequences = [s for e in data.sft_examples(subset.examples) for s in data.sequences(e)]
         looked_at = [Sequence(input_ids=s["input_ids"], labels=s["labels"]) for s in sequences]
         prepare(wrapped, start, looked_at, run.progress)

@@ -1,12 +1,10 @@
 """Choose the rows of a data set that a stage uses, and make examples of them."""
 
 import functools
-from pathlib import Path
 
 from d2lora import data
 from d2lora.errors import UserError
-from d2lora.keys import Identity, digest
-from d2lora.outputs import Outputs
+from d2lora.keys import Identity
 from d2lora.settings import Benchmark, Config, Data, Task, Warmup
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Spec
@@ -34,17 +32,6 @@ def samples(config: Config, source: Data, amount: int | str, epochs: int) -> int
 def seed_text(config: Config) -> str:
     """Return a seed for labels; empty for seed 0."""
     return f" s{config.seed}" if config.seed else ""
-
-
-def coverage_file(config: Config) -> Path:
-    """Return the file that caches which layers an adapter reaches in the cell's base (coverage.of)."""
-    identity = {"model": data.model_identity(config.model), "target_modules": config.recipe.lora.target_modules}
-    return Outputs.of(config).fingerprint(f"coverage-{digest(identity)}")
-
-
-def shape_file(config: Config) -> Path:
-    """Return the file that caches the size of the cell's base (attach.shape_of), for the forecast of a plan."""
-    return Outputs.of(config).fingerprint(f"shape-{digest({'model': data.model_identity(config.model)})}")
 
 
 def general(run: Run[Spec], amount: int | str, max_length: int) -> data.Subset:

@@ -45,9 +45,8 @@ class Stage(Generic[S]):
     label: str = field(default="", compare=False)
     samples: int | None = field(default=0, compare=False)
     subject: str = field(default="", compare=False)
-    others: "tuple[Stage[Spec], ...]" = field(
-        default=(), compare=False
-    )  # more that it waits for; its spec has their keys
+    # More that it waits for; its spec has their keys.
+    others: "tuple[Stage[Spec], ...]" = field(default=(), compare=False)
 
     @property
     def kind(self) -> str:

@@ -1,7 +1,6 @@
 """Train an adapter: what warm-up and adaptation share."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2lora import data
 from d2lora.keys import Identity, digest
-from d2lora.outputs import cached
-from d2lora.records import Result
+from d2lora.records import Coverage, Result
 from d2lora.settings import Config, Init, Lora, Method
-from d2lora.stages import rows
+from d2lora.stages import base_facts
 from d2lora.stages.prepare import PrepareSpec
 from d2lora.stages.run import Run
 from d2lora.stages.stage import Spec, versions
@@ -67,13 +65,12 @@ def shared(config: Config, phase: str, method: Method, source: data.Data) -> dic
     """Return the fields of TrainingSpec; `phase` names the learning rate: "warmup" or a method's name."""
     recipe = config.recipe
     names = ("lora", "schedule", "lr_warmup_ratio", "weight_decay", "max_grad_norm", "batch", "max_length")
-    layout = recipe.model_dump(include={"packing", "micro_batch", "attention"}) if recipe.lora.dropout else {}
     return {name: getattr(recipe, name) for name in names} | {
         "model": data.model_identity(config.model),
         "init": config.init,
         "seed": config.seed,
         "data_seed": config.data_seed,
-        "layout": layout,
+        "layout": recipe.layout,
         "lr": recipe.rate(phase),
         "method": method,
         "libraries": versions("trl"),
@@ -94,7 +91,7 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
     `reference` is the folder that caches the log-probabilities of DPO's reference. If memory runs out in a step, what
     goes through the model at once is halved within the step; elsewhere, the training goes on from its last checkpoint.
     """
-    from d2lora.adapters import attach, coverage
+    from d2lora.adapters import attach
     from d2lora.adapters.start import Start
     from d2lora.train import training
 
@@ -106,9 +103,9 @@ def train(run: Run[TrainingSpec], subset: data.Subset, reference: Path | None, e
         attach.check_round_trip(run.base, start, spec.model, proofs)
     passes = _passes(run)
 
-    def attempt() -> tuple[dict[str, Any], dict[str, Any]]:
+    def attempt() -> tuple[dict[str, Any], Coverage]:
         with attach.adapter(run.base, start, run.parent) as wrapped:
-            reached = cached(rows.coverage_file(run.config), functools.partial(coverage.of, wrapped))
+            reached = base_facts.coverage(run.config, wrapped)
             metrics = training.train(
                 run.base, wrapped, subset, spec, recipe, checkpoints, run.progress, reference, proofs, epochs, passes
             )

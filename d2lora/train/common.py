@@ -18,9 +18,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from d2lora.data import Subset, sequences
+from d2lora.adapters.flat import Flat
+from d2lora.data import Example, Subset, sequences
 from d2lora.layouts import packing
 from d2lora.settings.methods import BaseMethod
+from d2lora.train.optimizer import FlatAdamW, clip
 from d2lora.train.passes import Passes
 
 # The classes below are put before one of TRL's trainers; a type checker is to see Trainer's methods behind super().
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-Example = dict[
-    str, Any
-]  # token ids by name: input_ids and labels, or prompt_ids, chosen_ids and rejected_ids; and its row
 Batch = dict[str, Any]  # what Packer makes of examples, or Rows
 
 M = TypeVar("M", bound=BaseMethod)
@@ -112,6 +111,7 @@ class PackedTrainer(_Trainer):
 
     data_collator: Packer
     model: PeftModel
+    flat: Flat | None = None  # the trained weights, where they lie in one tensor
 
     def before_training(self, tolerance: float) -> None:
         """Prepare the first step, in the layout that was tested: log-probabilities are within `tolerance` nats of a
@@ -134,6 +134,17 @@ class PackedTrainer(_Trainer):
     def loss_tokens(self, examples: list[Example]) -> int | None:
         """Count the tokens that the loss of these examples averages over; None if it averages over pairs."""
         return None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        usual = super().create_optimizer(model)
+        self.optimizer = usual if self.flat is None else FlatAdamW.instead_of(usual, self.flat)
+        return cast(torch.optim.Optimizer, self.optimizer)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        optimizer = getattr(self.optimizer, "optimizer", None)  # in accelerate's
+        if isinstance(optimizer, FlatAdamW) and optimizer.flat is not None and optimizer.flat.gather():
+            return clip(optimizer.flat, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None

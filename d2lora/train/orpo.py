@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from d2lora.data import Example
 from d2lora.settings.methods import Orpo
-from d2lora.train.common import Batch, Example, MeanLogpsTrainer, Objective
+from d2lora.train.common import Batch, MeanLogpsTrainer, Objective
 
 
 class PackedORPOTrainer(MeanLogpsTrainer, ORPOTrainer):

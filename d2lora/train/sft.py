@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from d2lora.data import Subset, sequences, sft_examples
+from d2lora.data import Example, Subset, sequences, sft_examples
 from d2lora.settings.methods import Sft
-from d2lora.train.common import Batch, Example, Objective, PackedTrainer
+from d2lora.train.common import Batch, Objective, PackedTrainer
 
 
 class PackedSFTTrainer(PackedTrainer, SFTTrainer):

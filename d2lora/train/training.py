@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PrinterCallback
 
 from d2lora.adapters import attach, lean
+from d2lora.adapters.flat import Flat
 from d2lora.base import Base, device
 from d2lora.data import Subset, longest, sequences
 from d2lora.errors import UserError
@@ -67,7 +68,7 @@ def train(
     passes = passes or Passes.of(machine.micro_batch, device())
     layouts = choice.candidates(base.model, machine.packing == "prefix_shared", machine.attention, texts)
     memory = proof.Memory(proofs or folder.parent / "proofs", spec.model)
-    with attach.in_training(wrapped):
+    with attach.in_training(wrapped) as flat:
         trainer = method.trainer(
             model=wrapped,
             args=_trl_config(method, spec, machine, folder, log_every, epochs),
@@ -77,6 +78,7 @@ def train(
             data_collator=_packer(base, layouts[0], passes, method.prompt_loss),
             **method.trainer_arguments(drawn, reference),
         )
+        trainer.flat = flat
         trainer.remove_callback(PrinterCallback)
         layout_proof = _set_layout(base, trainer, layouts, texts, spec.batch, memory)
         tokens = sum(tokens_of(row, trainer.data_collator.layout.rows == "packed") for row in rows)
@@ -235,21 +237,24 @@ def _log_probs(trainer: PackedTrainer, texts: list[Example]) -> log_probs.Tokens
 def _run(trainer: PackedTrainer, wrapped: PeftModel, start: Checkpoint | None) -> None:
     """Do the steps, from a checkpoint if there is one."""
     wrapped.train()
-    with _listed_once(wrapped):
+    with _without_walks(wrapped, trainer.flat):
         trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
     if not all(weight.isfinite().all() for weight in wrapped.parameters() if weight.requires_grad):
         raise FloatingPointError("the last step left weights that are no number: lower the learning rate")
 
 
 @contextlib.contextmanager
-def _listed_once(wrapped: PeftModel) -> Iterator[None]:
+def _without_walks(wrapped: PeftModel, flat: Flat | None) -> Iterator[None]:
     """List the model's parameters once: Trainer walks through all modules for them several times a step."""
     listed = list(wrapped.parameters())
     wrapped.parameters = lambda recurse=True: iter(listed)  # type: ignore[method-assign]
+    if flat is not None:
+        wrapped.zero_grad = lambda set_to_none=True: flat.forget()  # type: ignore[method-assign]
     try:
         yield
     finally:
         del wrapped.parameters
+        vars(wrapped).pop("zero_grad", None)
 
 
 def _metrics(

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -72,16 +73,16 @@ def test_cfg_job_prints_the_whole_resolved_cell(run) -> None:
 
 
 def test_a_grid_ends_in_a_table_and_is_not_done_twice(run, tmp_path: Path) -> None:
-    grid = ["-m", "method=sft,dpo,orpo", "n=0,4", "m=0,8", *SHORT]
+    grid = ["-m", "method=sft,dpo", "n=0,4", "m=0,8", *SHORT]
     text = run(*grid).stdout
-    assert "12 cells" in text
+    assert "8 cells" in text
     assert re.search(r"warmup +1 stages, 1 shared", text)
-    for row in ("SFT LoRA", "SFT D2LoRA(8, n)", "DPO D2LoRA(8, n)", "ORPO LoRA"):
+    for row in ("SFT LoRA", "SFT D2LoRA(8, n)", "DPO LoRA", "DPO D2LoRA(8, n)"):
         assert re.search(re.escape(row) + r"\s+\d+\.\d\d ± \d+\.\d\d\s+\d", text), text
     assert "missing" not in text
     rows = results(tmp_path / "out")
     assert list(rows[0]) == COLUMNS.split()
-    assert len({r["cell_id"] for r in rows}) == 12
+    assert len({r["cell_id"] for r in rows}) == 8
     assert {r["benchmark"] for r in rows} == {"lab_math", "lab_facts"}
     assert all(r["items"] == "4" for r in rows)
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "store").rglob("record.json")}
@@ -181,7 +182,7 @@ def test_the_lab_sweep_is_table_3_at_a_tenth(run) -> None:
 
 def test_a_dry_run_loads_no_torch(run, tmp_path: Path) -> None:
     code = (
-        f"import runpy, sys; sys.argv = ['run.py', '-cn', 'lab', 'dry_run=true', 'output={tmp_path / 'out'}']\n"
+        f"import runpy, sys; sys.argv = ['run.py', '-cn', 'smoke', 'dry_run=true', 'output={tmp_path / 'out'}']\n"
         f"try: runpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'peft', 'trl', 'lm_eval', 'datasets'} & set(sys.modules)))"
@@ -197,7 +198,7 @@ def test_a_dry_run_loads_no_torch(run, tmp_path: Path) -> None:
         (["n=2.5"], ["n=2.5", "all"]),
         (["n=20000"], ["n=20000", "lab-math", "11,000"]),
         (["method=dpo", "task=lab_title"], ["method=dpo", "rejected", "sft"]),
-        (["method=ppo"], ["method/ppo", "dpo, kto, orpo, sft, simpo"]),
+        (["method=ppo"], ["method=ppo", "dpo, kto, orpo, sft, simpo"]),
         (["nn=3"], ["nn"]),
         (["task.data.path=nowhere"], ["nowhere"]),
         (["scale=laptop"], ["data_root"]),
@@ -239,8 +240,10 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(run, grid: list[str]) -> No
 
 @pytest.mark.parametrize("grid", [[], pytest.param(["-m"], marks=pytest.mark.slow)])
 def test_data_of_a_phase_that_a_cell_has_not_may_be_missing(run, grid: list[str]) -> None:
-    run(*grid, "n=1", "m=0", "warmup.data.path=nowhere", "dry_run=true")
-    assert "nowhere" in one_line(run(*grid, "n=1", "m=1", "warmup.data.path=nowhere", "dry_run=true", code=2).stderr)
+    missing = ["task.data.path=nowhere", "warmup.data.path=nowhere", "dry_run=true"]
+    run(*grid, "n=0", "m=0", *missing)
+    for amounts in (["n=1", "m=0"], ["n=0", "m=1"]):
+        assert "nowhere" in one_line(run(*grid, *amounts, *missing, code=2).stderr)
 
 
 def test_missing_columns_are_named(run, tmp_path: Path) -> None:
@@ -250,7 +253,7 @@ def test_missing_columns_are_named(run, tmp_path: Path) -> None:
 
 
 def test_invalid_cells_can_be_dropped(run) -> None:
-    done = run("-m", "method=sft,dpo", "task=lab_title,lab_math", "n=4", "skip_invalid=true", "dry_run=true")
+    done = run("-m", "method=sft,dpo", "task=lab_title,lab_math", "n=0", "skip_invalid=true", "dry_run=true")
     assert "3 cells" in done.stdout
     assert "left out: method=dpo" in done.stderr
 
@@ -304,7 +307,7 @@ def test_the_files_that_extending_shows_are_a_grid(run, tmp_path: Path) -> None:
     assert text.startswith("sweep sizes: 8 cells, ")
 
 
-def test_the_readme_s_own_task_benchmark_and_warm_up_run(run, tmp_path: Path) -> None:
+def test_the_readme_s_own_task_benchmark_warm_up_and_model_run(run, tmp_path: Path) -> None:
     write_examples("README.md", tmp_path)
     rows = [{"country": f"Land{i}", "capital": f"City{i}", "wrong": f"Town{i}"} for i in range(24)]
     (tmp_path / "my_data").mkdir()
@@ -312,8 +315,9 @@ def test_the_readme_s_own_task_benchmark_and_warm_up_run(run, tmp_path: Path) ->
         (tmp_path / "my_data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
     talk = {"chosen": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]}
     (tmp_path / "my_data" / "general.jsonl").write_text(8 * (json.dumps(talk) + "\n"))
-    own = ["--config-dir", str(tmp_path / "conf"), "task=capitals", "warmup=mine"]
-    text = run("-m", *own, "method=sft,dpo", "n=10,20", "m=0,8").stdout
+    shutil.copytree(ROOT / "d2lora" / "lab" / "base", tmp_path / "my_models" / "mine")
+    own = ["--config-dir", str(tmp_path / "conf"), "task=capitals", "warmup=mine", "model=mine"]
+    text = run("-m", *own, "method=dpo", "n=10", "m=0,8").stdout
     assert re.search(r"DPO D2LoRA\(8, n\)\s+\d", text)
     assert re.search(r"capitals: rouge1.* rougeLsum", text), "equal tables are shown once"
 
@@ -364,7 +368,7 @@ def test_help_lists_the_commands_and_a_wrong_one_is_one_line(capsys) -> None:
 
 
 def test_who_reads_only_the_head_gets_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "run.py"), "n=4", "dry_run=true", f"output={tmp_path / 'out'}"]
+    command = [sys.executable, str(ROOT / "run.py"), "n=0", "dry_run=true", f"output={tmp_path / 'out'}"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert started.stdout
     assert started.stderr

@@ -34,7 +34,8 @@ TESTS = [
 
 def found(*rows: object) -> list[dict]:
     """The overlapping items of TESTS with rows of one column `text`."""
-    return overlap.overlap(TESTS, ["question"], ["answer"], [{"text": row} for row in rows], ["text"])
+    training = overlap.TrainingSet([{"text": row} for row in rows], ["text"])
+    return overlap.overlap(overlap.TestSet(TESTS, ["question"], ["answer"]), training)
 
 
 def test_a_clean_training_set_has_no_overlap() -> None:
@@ -88,10 +89,11 @@ def test_a_rendered_conversation_is_read_turn_by_turn(text: str) -> None:
 
 
 def test_lists_of_texts_are_read_element_by_element() -> None:
-    tests = [{"options": ["sixty", QUESTION], "question": "Which is it?", "answers": ["80", ANSWER]}]
+    rows = [{"options": ["sixty", QUESTION], "question": "Which is it?", "answers": ["80", ANSWER]}]
+    tests = overlap.TestSet(rows, ["options", "question"], ["answers"])
 
     def said(text: str) -> list[tuple]:
-        items = overlap.overlap(tests, ["options", "question"], ["answers"], [{"text": text}], ["text"])
+        items = overlap.overlap(tests, overlap.TrainingSet([{"text": text}], ["text"]))
         return [(item["exact"], item["ngram13"]) for item in items]
 
     assert said(f"sixty {QUESTION} Which is it?") == [(0, 0)]
@@ -114,15 +116,10 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 def between(test: tuple[str, dict], train: tuple[str, dict], gold: str = "") -> tuple[bool, bool]:
     """Whether a test (prompt template and row) is in a training set (template or "", and row): as a whole, by 13 words."""
     (prompt, item), (template, row) = test, train
+    rows = [{"other": "nothing"} | dict.fromkeys(row, "before"), row]
     found = overlap.overlap(
-        [item],
-        sorted(fields(prompt)),
-        sorted(fields(gold)),
-        [{"other": "nothing"} | dict.fromkeys(row, "before"), row],
-        sorted(row),
-        prompt=prompt,
-        gold=gold,
-        trained=[template] if template else [],
+        overlap.TestSet([item], sorted(fields(prompt)), sorted(fields(gold)), prompt, gold),
+        overlap.TrainingSet(rows, sorted(row), (template,) if template else ()),
     )
     assert all(i[name] in (None, 1) for i in found for name in ("exact", "ngram13"))
     return any(i["exact"] == 1 for i in found), any(i["ngram13"] == 1 for i in found)
@@ -267,15 +264,18 @@ _TEMPLATE = st.sampled_from(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(_ROW, min_size=1, max_size=4), st.lists(_ROW, max_size=4), _TEMPLATE, _TEMPLATE, _TEMPLATE)
 def test_templates_add_to_what_columns_find_and_equal_renderings_are_found(tests, rows, prompt, gold, trained) -> None:
-    given_ = (tests, ["a", "b"], ["b"], rows, ["a", "b"])
-    plain = {i["index"]: i for i in overlap.overlap(*given_)}
-    found = {i["index"]: i for i in overlap.overlap(*given_, prompt=prompt, gold=gold, trained=[trained])}
+    columns = ["a", "b"]
+    raw = overlap.overlap(overlap.TestSet(tests, columns, ["b"]), overlap.TrainingSet(rows, columns))
+    rendered = overlap.overlap(
+        overlap.TestSet(tests, columns, ["b"], prompt, gold), overlap.TrainingSet(rows, columns, (trained,))
+    )
+    plain, found = ({i["index"]: i for i in items} for items in (raw, rendered))
     for index, item in plain.items():
         assert all(item[name] is None or found[index][name] <= item[name] for name in ("exact", "ngram13"))
     for index, item in enumerate(tests):
-        rendered = [texts.fill(trained, row) for row in rows if row["c"] or "[0]" not in trained]
+        lines = [texts.fill(trained, row) for row in rows if row["c"] or "[0]" not in trained]
         asked = wording.words(texts.fill(prompt, item)) if item["c"] or "[0]" not in prompt else ()
-        if asked and asked in map(wording.words, rendered):
+        if asked and asked in map(wording.words, lines):
             assert found[index]["exact"] is not None
 
 
@@ -371,7 +371,7 @@ def test_a_record_names_what_was_found_and_where(planted) -> None:
     stages = dict(zip((p.name for p in contamination.pairs(planted.config)), planted.chain.contamination, strict=True))
     record = store.record(stages["lab-math / lab_math"])
     assert record.scores["exact"] == Score(value=0.5, stderr=0.0, items=2)
-    assert record.data == {"rows": 4}
+    assert record.data.rows == 4
     lines = (store.folder(stages["lab-math / lab_math"]) / "items.jsonl").read_text().splitlines()
     assert [(i["index"], i["exact"], i["ngram13"]) for i in map(json.loads, lines)] == [(0, 1, 1)]
     warmup = store.record(stages["lab / lab_math"]).scores
@@ -441,20 +441,19 @@ def test_a_cell_says_what_was_found_and_what_was_not(planted) -> None:
     ]
 
 
-def test_a_typed_cell_finds_the_questions_its_test_template_makes(run, tiny: Path, tmp_path: Path) -> None:
+def test_a_cell_finds_the_questions_its_test_template_makes(cell, tiny: Path, tmp_path: Path) -> None:
     """The training column has whole questions, the test set only the countries."""
     countries = ["Ardan", "Belor", "Cesta", "Dorim"]
     train = [{"q": f"What is the capital of {c}?", "a": f"{c}ville"} for c in countries[:3]]
     for name, rows in (("train", train), ("test", [{"country": c, "n": 1} for c in countries])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mine" / "task").mkdir(parents=True)
-    (tmp_path / "mine" / "benchmark").mkdir()
-    (tmp_path / "mine" / "task" / "capitals.yaml").write_text(
-        'defaults: [/benchmark: [capitals]]\nname: capitals\ndata: {path: train.jsonl}\nprompt: "{q}"\nchosen: "{a}"\n'
-    )
-    (tmp_path / "mine" / "benchmark" / "capitals.yaml").write_text(
-        "capitals:\n  data: {path: test.jsonl, split: test}\n  kind: number\n  max_new_tokens: 2\n"
-        '  prompt: "What is the capital of {country}?"\n  gold: "{n}"\n'
-    )
-    done = run("--config-dir", str(tmp_path / "mine"), "task=capitals", f"model.path={tiny}", "n=2", "m=0")
-    assert "test items in the training set, capitals / capitals: exact 75.00 % of 4 items" in done.stdout
+    test = "task.benchmark.lab_math"
+    task = [f"task.data.path={tmp_path / 'train.jsonl'}", "task.prompt='{q}'", "task.chosen='{a}'", "task.prefix=''"]
+    task += [f"task.{name}=null" for name in ("rejected", "full_chosen", "full_rejected")]
+    task += [f"{test}.data.path={tmp_path / 'test.jsonl'}", f"{test}.prompt='What is the capital of {{country}}?'"]
+    task += [f"{test}.gold='{{n}}'", "~task.benchmark.lab_facts"]
+    this = cell("n=2", "m=0", f"model.path={tiny}", *task, f"output={tmp_path / 'out'}")
+    store, lost = do(this, "contamination")
+    assert not lost
+    text = "test items in the training set, lab-math / lab_math: exact 75.00 % of 4 items"
+    assert text in summary.cell_text(this, store)

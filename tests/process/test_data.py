@@ -112,7 +112,7 @@ def test_subsets_are_nested_seeded_and_leave_out_what_does_not_fit() -> None:
     assert data.subset(rows, make, 10, 20, "s/1").rows != small.rows
     every = data.subset(rows, make, "all", 20, "s/0")
     assert (len(every.rows), len(every.misfits)) == (90, 10)
-    assert every.counts()["misfits"] == 10
+    assert every.counts().misfits == 10
     with pytest.raises(UserError, match=r"only 90 .*max_length=20.* 95"):
         data.subset(rows, make, 95, 20, "s/0")
 

@@ -255,7 +255,6 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     command = [sys.executable, str(data.ROOT / "run.py"), "-m", "n=4", f"output={tmp_path / 'file' / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip().startswith(f"error: {tmp_path / 'file' / 'out'}")
-    assert "Not a directory" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"error: output={tmp_path / 'file' / 'out'}: {tmp_path / 'file'} is not a folder"
     assert (tmp_path / "file").read_text() == "in the way"

@@ -277,19 +277,26 @@ from types import SimpleNamespace
 from d2lora.command.launchers import launcher_of
 from omegaconf import OmegaConf
 launcher = SimpleNamespace(joblib={"n_jobs": 2, "backend": "loky"})
-launcher_of(OmegaConf.create({"hydra": {"launcher": {"_target_": "JoblibLauncher"}}})).begin(launcher)
+facts = launcher_of(OmegaConf.create({"hydra": {"launcher": {"_target_": "JoblibLauncher"}}}))
+if "forks" in sys.argv:
+    facts.ahead(2)
+facts.begin(launcher)
 Parallel(**launcher.joblib)(delayed(time.sleep)(0) for _ in range(2))
 print("ready", flush=True)  # whether or not the second worker has begun
 Parallel(**launcher.joblib)(delayed(time.sleep)(600) for _ in range(1))  # one works, the other waits for a job
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_joblib_s_workers_end_with_the_process_that_started_them(end: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", HELPERS], stdout=subprocess.PIPE, text=True, cwd=ROOT) as sweep:
+@pytest.mark.parametrize(
+    ("end", "start", "named"),
+    [(signal.SIGTERM, "own", "loky"), (signal.SIGKILL, "own", "loky"), (signal.SIGKILL, "forks", "forkserver")],
+)
+def test_joblib_s_workers_end_with_the_process_that_started_them(end: signal.Signals, start: str, named: str) -> None:
+    command = [sys.executable, "-c", HELPERS, start]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as sweep:
         assert sweep.stdout.readline() == "ready\n"
         workers = psutil.Process(sweep.pid).children(recursive=True)
-        assert sum("loky" in " ".join(p.cmdline()) for p in workers) >= 2
+        assert sum(named in " ".join(p.cmdline()) for p in workers) >= 2
         sweep.send_signal(end)
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from doing import do
 from transformers import AutoTokenizer
 
-from d2lora import data
+from d2lora import data, report
 from d2lora.command import preflight, rehearsal
 from d2lora.errors import UserError
+from d2lora.report.manifest import add_to_manifest
 from d2lora.settings import Task
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +76,7 @@ def test_a_csv_with_empty_abstracts_is_counted(tmp_path: Path, tokenizer) -> Non
     assert "rows 1, 3, 5 and 7 more (10 of 20): nothing in column abstract" in told(task_of(tmp_path, **columns))
     task = task_of(tmp_path, data={"empty": "leave_out"}, **columns)
     drawn = data.subset(data.rows(task.data), lambda r: data.pair_example(tokenizer, task, r), "all", 64, "s")
-    assert (len(drawn.rows), drawn.counts()["left_out"]) == (10, {"empty": 10})
+    assert (len(drawn.rows), drawn.counts().left_out) == (10, {"empty": 10})
     assert not any(index % 2 == 0 for index in drawn.rows)
 
 
@@ -196,10 +198,11 @@ def test_a_pair_without_a_preference_is_left_out_where_one_is_learned(tmp_path: 
         make = lambda row: data.pair_example(tokenizer, task, row, preference)  # noqa: E731
         return data.subset(data.rows(task.data), make, "all", 64, "s")
 
-    assert drawn(True).counts()["left_out"] == {"chosen equals rejected": 1}
+    assert drawn(True).counts().left_out == {"chosen equals rejected": 1}
     assert 1 not in drawn(True).rows
-    assert drawn(False).counts() == drawn(False).counts() | {"samples": 3, "misfits": 0}
-    assert "left_out" not in drawn(False).counts()
+    counts = drawn(False).counts()
+    assert (counts.samples, counts.misfits) == (3, 0)
+    assert "left_out" not in counts.as_read()
 
 
 # --- known while planning ------------------------------------------------------------------------------------------
@@ -360,8 +363,9 @@ def test_data_root_is_wanted_only_where_something_of_it_is_read(cell, monkeypatc
 # --- said ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_left_out_is_in_the_record_the_table_s_notes_the_page_and_results(
-    run, tiny: Path, tmp_path: Path
+    cell, tiny: Path, tmp_path: Path
 ) -> None:
     rows = pairs(*[1] * 20, 300, 300)
     for index in (3, 4, 5):
@@ -369,16 +373,17 @@ def test_what_is_left_out_is_in_the_record_the_table_s_notes_the_page_and_result
     rows[6]["prompt"] = None
     write(tmp_path / "pairs.jsonl", rows)
     short = ["task.benchmark.lab_math.limit=2", "task.benchmark.lab_facts.limit=2", "method.epochs=1"]
-    given = [f"model.path={tiny}", "task.data.path=pairs.jsonl", "+task.data.empty=leave_out", *short]
-    text = " ".join(run("-m", "method=dpo", "n=all", *given).stdout.split())
-    records = [json.loads(f.read_text()) for f in (tmp_path / "out" / "store" / "adapt").glob("*/record.json")]
-    counts = records[0]["data"]
-    assert (counts["samples"], counts["misfits"]) == (16, 2)
-    assert counts["left_out"] == {"chosen equals rejected": 3, "empty": 1}
+    given = [f"model.path={tiny}", f"task.data.path={tmp_path / 'pairs.jsonl'}", "+task.data.empty=leave_out", *short]
+    this, output = cell("method=dpo", "n=all", *given, f"output={tmp_path / 'out'}"), tmp_path / "out"
+    counts = do(this).record(this.chain.adapt).data
+    assert (counts.samples, counts.misfits) == (16, 2)
+    assert counts.left_out == {"chosen equals rejected": 3, "empty": 1}
+    add_to_manifest(output, this)
+    text = " ".join(report.write(output, ["adhoc"]).split())
     for note in ("3 at most in a training: chosen equals rejected.", "2 at most in a training: too long"):
         assert note in text
-        assert note in (tmp_path / "out" / "report" / "index.html").read_text()
-    with (tmp_path / "out" / "report" / "results.csv").open() as file:
+        assert note in (output / "report" / "index.html").read_text()
+    with (output / "report" / "results.csv").open() as file:
         assert {(r["misfits"], r["left_out"]) for r in csv.DictReader(file)} == {
             ("2", "chosen equals rejected: 3; empty: 1")
         }

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 
+from d2lora.command import upkeep
 from d2lora.errors import UserError
 from d2lora.outputs import cached, write_json
 from d2lora.records import Record
@@ -172,7 +173,13 @@ def test_upkeep_of_a_damaged_output_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert str(tmp_path) in done.stderr
+    assert f"{tmp_path / 'manifests' / 'lab.json'}: damaged" in done.stderr
+
+
+@pytest.mark.parametrize("action", ["check", "gc"])
+def test_upkeep_of_a_folder_that_is_not_there_is_no_clean_bill(tmp_path: Path, action: str, capsys) -> None:
+    assert {"check": upkeep.check, "gc": lambda folder: upkeep.gc(folder, False)}[action](tmp_path / "nope") == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nope'}: no such folder")
 
 
 def test_a_file_system_without_locks_waits_for_nobody(tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from d2lora import plan
-from d2lora.command.grid import Composer, expand, values_without_cells
+from d2lora.command import preflight
+from d2lora.command.grid import Composer, expand, values_without_cells, without_warmup
 from d2lora.errors import UserError
 from d2lora.plan import Cell
 from d2lora.settings import INIT_NAMES, init_of
@@ -193,6 +195,33 @@ def test_values_that_make_no_cells_of_their_own_are_named_and_the_first_is_used(
     assert values_without_cells(composed(["n=8"], ["recipe.micro_batch=4"])) == []
 
 
+def test_settings_of_a_warm_up_that_no_cell_has_are_named(cell) -> None:
+    def told(*overrides: str) -> list[str]:
+        return without_warmup([dataclasses.replace(cell(*overrides), overrides=overrides)])
+
+    typed = ("n=8", "warmup=lab_related", "+warmup.data.empty=leave_out", "recipe.lr.warmup=1e-4", "control=placebo")
+    assert told(*typed) == [f"{', '.join(typed[1:])}: changes nothing, as there is no warm-up with m=0"]
+    assert told(*typed, "m=8") == []
+    assert told("n=8", "recipe.lr.sft=1e-4", "control=none") == []
+    assert told("n=8", "init=eva", "init.data=general", "warmup=lab_related") == [], "the preparation reads its rows"
+
+
+def test_rows_and_items_that_repeat_are_counted_in_the_plan(cell, tmp_path: Path) -> None:
+    rows = [{"q": f"q{i % 3}", "good": "a", "bad": "b", "id": i} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [f"task.data.path={tmp_path / 'rows.jsonl'}", "task.prompt='{q}'", "task.prefix=''", "task.chosen='{good}'"]
+    own += ["task.rejected='{bad}'", "task.full_chosen=null", "task.full_rejected=null"]
+    test = [f"task.benchmark.lab_math.data.path={tmp_path / 'rows.jsonl'}", "task.benchmark.lab_math.limit=4"]
+    asked = ["task.benchmark.lab_math.prompt='{q}'", "task.benchmark.lab_math.gold='{good}'"]
+    assert preflight.repeats([cell("n=4", *own), cell("n=8", *own)]) == [
+        "  task=lab-math: 5 of 8 rows repeat an earlier one, and each is counted"
+    ]
+    assert preflight.repeats([cell("n=0", *own, *test, *asked)]) == [
+        "  lab_math: 1 of 4 items repeat an earlier one, and each is counted"
+    ]
+    assert preflight.repeats([cell("n=8")]) == []
+
+
 def test_a_grid_without_cells_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"^seed=range\(1,1\): .* the grid has no cells$"):
         expand(OverridesParser.create(), {"n": "1,2"}, ["seed=range(1,1)"])
@@ -223,7 +252,8 @@ SLOW = pytest.mark.slow
 def test_a_sweep_that_names_its_workers_takes_any_launcher(launcher: str, run) -> None:
     if launcher.startswith("submitit"):
         pytest.importorskip("submitit")
-    assert run("-cn", "lab", f"hydra/launcher={launcher}", "dry_run=true").stdout.startswith("sweep lab: 30 cells, ")
+    text = run("-cn", "lab", "n=0", "m=0", f"hydra/launcher={launcher}", "dry_run=true").stdout
+    assert text.startswith("sweep lab: 3 cells, ")
 
 
 def test_planning_a_grid_loads_no_scipy_or_matplotlib() -> None:

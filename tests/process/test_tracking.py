@@ -289,16 +289,38 @@ def test_what_is_finished_is_not_logged_again(offline) -> None:
     assert {f.name for f in (offline.out / "wandb").glob("*run-*")} == before
 
 
-def test_artifacts_can_be_turned_off(tmp_path: Path) -> None:
-    typed(tmp_path, "n=4", "wandb.mode=offline", "wandb.artifacts=false")
-    found = {r["display_name"]: r for r in runs(tmp_path / "out")}
+def mirror_training(this, stage: Stage) -> None:
+    """Mirror a stage that publishes an adapter, as a training or a preparation does."""
+
+    def work(folder: Path) -> Record:
+        (folder / "adapter").mkdir()
+        content = {"base_model_name_or_path": this.config.model.path}
+        (folder / "adapter" / "adapter_config.json").write_text(json.dumps(content))
+        (folder / "adapter" / "adapter_model.safetensors").write_text(stage.key)
+        return made.record(stage)
+
+    store = Store(Path(this.config.output))
+    with mirrored.stage(this.config, stage, store):
+        store.ensure(stage, work)
+    mirrored.flush(this.config)
+
+
+def test_artifacts_can_be_turned_off(tmp_path: Path, cell) -> None:
+    this = cell("n=4", *SMALL, "wandb.mode=offline", "wandb.artifacts=false", f"output={tmp_path}")
+    mirror_training(this, this.chain.adapt)
+    record = {"benchmark": "lab_math", "metrics": {"accuracy": {"value": 1.0, "stderr": 0.0, "items": 1}}}
+    mirror(this, this.chain.evaluations[0], record, [{"answer": "4", "accuracy": 1.0}])
+    found = {r["job_type"]: r for r in runs(tmp_path)}
+    assert found.keys() == {"adapt", "evaluate"}
     assert {kind for r in found.values() for _, kind, _ in r["artifacts"]} == {"run_table"}
-    assert "LoRA" in found["sft · D2LoRA(0, 4) · s0"]["tags"]
+    assert "LoRA" in found["adapt"]["tags"]
 
 
-def test_a_prepared_initialization_is_a_run_and_an_input(tmp_path: Path) -> None:
-    typed(tmp_path, "n=4", "init=pissa", "wandb.mode=offline")
-    found = {r["job_type"]: r for r in runs(tmp_path / "out")}
+def test_a_prepared_initialization_is_a_run_and_an_input(tmp_path: Path, cell) -> None:
+    this = cell("n=4", "init=pissa", *SMALL, "wandb.mode=offline", f"output={tmp_path}")
+    for stage in this.chain.trainings:
+        mirror_training(this, stage)
+    found = {r["job_type"]: r for r in runs(tmp_path)}
     prepared = found["prepare"]["run_id"]
     assert found["prepare"]["display_name"] == "prepare · D2LoRA(0, 0) · s0"
     assert "pissa" in found["adapt"]["tags"]
@@ -340,8 +362,7 @@ def mirror(this, stage: Stage, result: dict, items: list[dict]) -> dict:
     with mirrored.stage(this.config, stage, store):
         store.ensure(stage, work)
     mirrored.flush(this.config)
-    (run,) = runs(output)
-    return run
+    return next(run for run in runs(output) if run["run_id"] == stage.key)
 
 
 def test_line_separators_in_a_text_do_not_cut_an_item(tmp_path: Path, cell, capsys) -> None:
@@ -498,10 +519,11 @@ def test_disabled_writes_nothing(tmp_path: Path, environment: dict, cell) -> Non
     assert not (tmp_path / "out" / "wandb").exists()
 
 
-def test_a_cell_of_who_has_disabled_wandb_is_not_said_to_be_online(tmp_path: Path) -> None:
+def test_a_cell_of_who_has_disabled_wandb_is_not_said_to_be_online(tmp_path: Path, cell) -> None:
+    assert "W&B: runs in" in typed(tmp_path, *check_of(cell), output="offline").out
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nmode = disabled\n")  # as `wandb disabled` leaves it
-    assert "W&B" not in typed(tmp_path, "n=0", "m=0").out
+    assert "W&B" not in typed(tmp_path, *check_of(cell)).out
 
 
 def test_what_the_environment_and_the_settings_say_of_runs_is_heeded(tmp_path: Path, cell) -> None:

@@ -85,7 +85,7 @@ def test_longer_sees_as_many_tokens_as_both_phases(make, method: str) -> None:
     seen = record(longer, longer.chain.adapt)
     assert seen.metrics["tokens_seen"] == pytest.approx(sum(apart), abs=1)
     assert seen.data is not None
-    assert seen.data["samples"] == 8
+    assert seen.data.samples == 8
     assert seen.metrics["steps"] > record(both, both.chain.adapt).metrics["steps"]
 
 
@@ -96,7 +96,7 @@ def test_mixed_sees_the_rows_of_both_phases_once_more_than_each(make) -> None:
     for what in ("tokens_seen", "samples_seen"):
         assert seen.metrics[what] == sum(metrics[what] for metrics in apart)
     assert seen.data is not None
-    assert (seen.data["samples"], seen.data["general"]["samples"]) == (8, 16)
+    assert (seen.data.samples, seen.data.general.samples) == (8, 16)
 
 
 def test_a_placebo_has_the_answers_of_other_rows(make) -> None:

@@ -74,6 +74,7 @@ def test_what_an_engine_can_t_do_is_done_after_the_rest_and_starts_no_engine_aga
     cell = composing.cell(
         "n=0", f"model.path={tiny}", f"output={tmp_path / 'out'}", "recipe.engine=vllm",
         f"recipe.engine_python={python}", "+task.lm_eval=[drawn,greedy]", f"+task.lm_eval_path={tmp_path / 'tasks'}",
+        "wandb.mode=offline",
     )  # fmt: skip
     stages = [next(s for s in cell.chain.evaluations if s.subject == name) for name in ("drawn", "greedy")]
     store = do(only(cell, *stages))
@@ -85,3 +86,5 @@ def test_what_an_engine_can_t_do_is_done_after_the_rest_and_starts_no_engine_aga
     asked = [json.loads(line)["do"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert asked.count("open") == 1
     assert capsys.readouterr().err.count("evaluated in memory: the task samples answers") == 1
+    runs = [len([*(tmp_path / "out/wandb").glob(f"*run-*-{stage.key}")]) for stage in stages]
+    assert runs == [1, 1], "W&B has no run that a stage that waited has left"

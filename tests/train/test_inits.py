@@ -629,7 +629,7 @@ def test_a_preparation_looks_at_all_rows_where_the_task_has_fewer_than_it_takes(
     store = train(cell)
     prepared, adapted = (store.record(s).data for s in (cell.chain.prepare, cell.chain.adapt))
     assert prepared == adapted
-    assert prepared["samples"] == 5
+    assert prepared.samples == 5
 
 
 def test_the_base_needs_no_preparation_and_is_evaluated_once_for_all_inits(cell) -> None:

@@ -12,20 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.llama import modeling_llama as llama
 
 from d2lora.adapters.coverage import layers
+from d2lora.adapters.decoder import After, AfterAttention, Before, BeforeAttention, ShortAttention, WithShortAttention
+from d2lora.adapters.flat import Flat
 from d2lora.adapters.layers import ADAPTER, Residual, matrices
 from d2lora.adapters.lean import lean
-from d2lora.adapters.products import (
-    Adapted,
-    AfterAttention,
-    BeforeAttention,
-    GatedMlp,
-    Mlp,
-    Norm,
-    Project,
-    RmsNorm,
-    Rotary,
-    SharedInput,
-)
+from d2lora.adapters.parts import Angles, GatedMlp, Mlp, Norm, RmsNorm, Rotary
+from d2lora.adapters.products import Adapted, Project, SharedInput
 from d2lora.adapters.start import Start, fresh
 from d2lora.settings import Lora, init_of
 
@@ -57,11 +49,13 @@ def double(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def results(wrapped: PeftModel, autocast: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def results(
+    wrapped: PeftModel, autocast: bool = False, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return logits and the gradients of a loss."""
     wrapped.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = wrapped(input_ids=IDS).logits
+        logits = wrapped(input_ids=IDS, attention_mask=mask, use_cache=False).logits
     logits.float().log_softmax(-1)[..., 3].mean().backward()
     return logits.detach(), {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.requires_grad}
 
@@ -74,7 +68,11 @@ def off(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float
 def of_layers(wrapped: PeftModel, *names: str) -> SharedInput:
     """Return layers of the first decoder layer, ready for a pass."""
     group = SharedInput([Adapted(layers(wrapped)[f"base_model.model.model.layers.0.{name}"]) for name in names])
-    group.set_up(torch.float64)
+    weights = [weight for member in group.members for weight in (member.A, member.B)]
+    group.join()
+    group.set_up(torch.float64, Flat(sorted(weights, key=lambda weight: weight.shape[0] > 4)))
+    for copy, matrix in group.copies():
+        copy.copy_(matrix.detach())
     return group
 
 
@@ -85,24 +83,26 @@ def test_gradients_of_products_are_those_of_differences(alpha: int) -> None:
     o, down = of_layers(wrapped, "self_attn.o_proj"), of_layers(wrapped, "mlp.down_proj")
     mlp = Mlp(of_layers(wrapped, "mlp.gate_proj", "mlp.up_proj"), down)
     norm = Norm(torch.randn(64, dtype=torch.float64), 1e-6)
+    before, after = Before(norm, qkv, (4, 2, 2)), After(o, norm, mlp)
     x, attended = double(1, 2, 64), double(1, 2, 4, 16)
-    angles = double(1, 2, 1, 16).detach(), double(1, 2, 1, 16).detach()
+    angles = Angles.of(double(1, 2, 16).detach(), double(1, 2, 16).detach())
+    short = ShortAttention.of(double(1, 1, 2, 2).detach(), before.heads, 0.3)
     assert gradcheck(lambda x: Project.apply(x, qkv.anchor, qkv), x)
     assert gradcheck(lambda x: GatedMlp.apply(x, down.anchor, mlp), x)
     # Norms compute in float32, as Llama's.
     coarse = {"eps": 1e-2, "atol": 1e-3, "rtol": 1e-2, "nondet_tol": 1e-6}
-    assert gradcheck(lambda x: BeforeAttention.apply(x, qkv.anchor, norm, qkv, *angles), x, **coarse)
-    assert gradcheck(lambda a, x: AfterAttention.apply(a, x, o.anchor, o, norm, mlp), (attended, x), **coarse)
+    assert gradcheck(lambda x: BeforeAttention.apply(x, qkv.anchor, before, angles), x, **coarse)
+    assert gradcheck(lambda a, x: AfterAttention.apply(a, x, o.anchor, after), (attended, x), **coarse)
+    assert gradcheck(lambda x: WithShortAttention.apply(x, None, before, after, angles, short), x, **coarse)
 
 
 def test_rotary_and_norm_are_llama_s() -> None:
     torch.manual_seed(0)
     q, k, cos, sin = torch.randn(2, 3, 7, 8), torch.randn(2, 1, 7, 8), *torch.randn(2, 2, 7, 8)
-    signed = torch.cat([-sin[..., :4], sin[..., 4:]], -1).unsqueeze(1)
     for dtype in (torch.float32, torch.bfloat16):
         x = q.to(dtype).requires_grad_()
         expected = llama.apply_rotary_pos_emb(x, k.to(dtype), cos.to(dtype), sin.to(dtype))[0]
-        found = Rotary.apply(x, cos.unsqueeze(1).to(dtype), signed.to(dtype))
+        found = Rotary.apply(x, Angles.of(cos.to(dtype), sin.to(dtype)))
         assert torch.equal(found, expected)
         g = torch.randn_like(found)
         assert torch.equal(*(torch.autograd.grad(y, x, g)[0] for y in (found, expected)))
@@ -149,6 +149,35 @@ def test_layers_of_other_families_are_whole_where_their_code_is_llama_s(family: 
         assert all(("forward" in vars(layer)) is whole for layer in net.model.layers)
         ours, our_gradients = results(wrapped)
     torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5)
+    assert off(our_gradients, gradients) < 1e-4
+
+
+def test_short_rows_attend_as_with_pytorch_s_kernel(monkeypatch) -> None:
+    """Where a row's second half is a text of its own."""
+    attends = torch.ones(24, 24, dtype=torch.bool).tril()
+    attends[12:, :12] = False
+    mask = torch.zeros(2, 1, 24, 24).masked_fill(~attends, float("-inf"))
+    wrapped = model()
+    logits, gradients = results(wrapped, mask=mask)
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped, mask=mask)
+        monkeypatch.setattr(WithShortAttention, "apply", None)
+        with pytest.raises(TypeError):
+            results(wrapped, mask=mask)
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-6)
+    assert off(our_gradients, gradients) < 1e-4
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp.down_proj", "self_attn.q_proj.lora_A.default"])
+def test_a_hook_on_a_part_is_called(part: str) -> None:
+    wrapped, calls = model(), []
+    logits, gradients = results(wrapped)
+    layer = wrapped.get_base_model().model.layers[0]
+    layer.get_submodule(part).register_forward_hook(lambda *_: calls.append(part))
+    with lean(wrapped):
+        ours, our_gradients = results(wrapped)
+    assert calls == [part]
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-6)
     assert off(our_gradients, gradients) < 1e-4
 
 

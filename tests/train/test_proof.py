@@ -137,6 +137,7 @@ def test_a_start_that_fails_leaves_no_layer_on_the_base(load) -> None:
     for changes in (
         {"dropout": 0.1},
         {"target_modules": ["nope"]},
+        {"target_modules": ["q_proj", "nope"]},  # PEFT would adapt q_proj alone, and say nothing
     ):  # PEFT's experts take no dropout: it fails half-way
         start = replace(START, lora=START.lora.model_copy(update=changes))
         with pytest.raises(UserError, match=r"recipe.lora.target_modules="), attach.adapter(base, start, None):
@@ -233,12 +234,12 @@ def test_an_adapter_that_is_not_read_again_whole_is_refused_before_it_is_trained
 def test_coverage_says_what_an_adapter_reaches_and_what_not(load) -> None:
     with attach.adapter(load("deepseek_v3"), START, None) as wrapped:
         found = coverage.of(wrapped)
-    assert "model.layers.*.mlp.experts.gate_up_proj" in found["adapted"]
-    assert {"model.embed_tokens", "lm_head", "model.layers.*.mlp.shared_experts.up_proj"} <= found["left_out"].keys()
-    assert found["share"] + sum(found["left_out"].values()) == pytest.approx(1, abs=0.01)
+    assert "model.layers.*.mlp.experts.gate_up_proj" in found.adapted
+    assert {"model.embed_tokens", "lm_head", "model.layers.*.mlp.shared_experts.up_proj"} <= found.left_out.keys()
+    assert found.share + sum(found.left_out.values()) == pytest.approx(1, abs=0.01)
 
 
 def test_a_vision_tower_is_left_out(load) -> None:
     with attach.adapter(load("gemma3 multimodal sw8"), START, None) as wrapped:
         assert all("vision" not in name for name in layers(wrapped))
-        assert any("vision" in name for name in coverage.of(wrapped)["left_out"])
+        assert any("vision" in name for name in coverage.of(wrapped).left_out)

@@ -29,7 +29,7 @@ from d2lora.evaluate.vllm import adapters as files
 from d2lora.evaluate.vllm import installed, probe, sessions
 from d2lora.evaluate.vllm.client import Client, Lost, Patience
 from d2lora.evaluate.vllm.engine import InVllm
-from d2lora.evaluate.vllm.running import Facts
+from d2lora.evaluate.vllm.running import Facts, Room, Running, Size
 from d2lora.evaluate.vllm.sessions import Adapter, Gone, Session, Unable
 from d2lora.settings import Benchmark, Data, Model
 
@@ -73,7 +73,7 @@ def opened(folder: Path, base: Base, tmp_path: Path) -> Iterator[Callable[..., S
         if fault:
             (tmp_path / "fault.json").write_text(json.dumps(fault))
         command = (sys.executable, "-I", str(SMALL), str(tmp_path))
-        facts = Facts(command, str(folder / "base"), None, "float32", 1, Patience(60, answering))
+        facts = Facts(command, str(folder / "base"), None, "float32", 1024, 1, Patience(60, answering))
         adapters = [Adapter(key, folder / key) for key in keys]
         sessions_.append(Session(base, facts, adapters, tmp_path / "engine.log"))
         sessions_[0].add(adapters)
@@ -131,11 +131,17 @@ def test_an_adapter_that_comes_later_gets_an_id_that_was_never_used(opened, fold
     assert len(logged(tmp_path, "open")) == 1
 
 
-@pytest.mark.parametrize("fault", ["die", "raise", "hang", "babble", "forget"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("die", "quit", "raise", "hang", "idle", "babble", "forget", "garbage", "half", "close", "twice"),
+        *("list", "words", "beyond", "on", "stale"),
+    ],
+)
 def test_what_a_failed_engine_had_not_answered_is_asked_of_a_fresh_one_with_less(
     opened, tmp_path: Path, capsys, fault: str
 ) -> None:
-    patience = {"answering": 3} if fault == "hang" else {}
+    patience = {"answering": 3} if fault in ("hang", "idle") else {}
     session = opened(KEYS, at="generate", do=fault, after=8, starts=1, **patience)
     first = session.pid
     assert ask(session, "one", "two", "three") == answers_of(101)
@@ -150,8 +156,38 @@ def test_what_a_failed_engine_had_not_answered_is_asked_of_a_fresh_one_with_less
     assert "go to a fresh one with 60% of the free memory and 32 sequences at a time" in told
 
 
+@pytest.mark.parametrize("key", ["two", None])
+def test_a_log_probability_that_is_no_number_leaves_its_adapter_to_memory(opened, tmp_path: Path, capsys, key) -> None:
+    """Of the base, everything."""
+    session = opened(KEYS, at="loglikelihood", do="nan", after=5, starts=1)  # the first answer after the probes
+    texts = [{"ids": [1, 5, 6, 7], "start": 2}]
+    with pytest.raises(Unable if key else Gone, match="vLLM gave a log-probability of nan"):
+        session.answers("loglikelihood", key, [], texts, lambda: None)
+    assert capsys.readouterr().err.startswith(f"{'adapter two' if key else 'tiny'} is evaluated in memory: vLLM gave")
+    assert session.why_not("two")
+    assert bool(session.why_not("one")) == (key is None)
+    assert len(logged(tmp_path, "open")) == 1
+    if key:
+        assert ask(session, "one") == answers_of(101)
+
+
+def test_an_adapter_that_vllm_refuses_costs_no_engine(opened, folder: Path, tmp_path: Path, capsys) -> None:
+    session = opened(["one"])
+    session.add([Adapter("two", folder / "two")])  # its rank is larger than the engine was opened for
+    assert session.refused == {"two": "vLLM: LoRA rank 9 is greater than max_lora_rank 8."}
+    assert ask(session, "one", "two", None) == answers_of(101)
+    assert len(logged(tmp_path, "open")) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_engine_may_take_longer_to_open_than_to_answer(opened, tmp_path: Path) -> None:
+    session = opened(["one"], at="open", do="late", starts=1, answering=1)
+    assert ask(session, "one") == answers_of(101)
+    assert len(logged(tmp_path, "open")) == 1
+
+
 def test_a_slow_engine_is_waited_for(opened, tmp_path: Path) -> None:
-    """Eight steps of half a second without an answer, where three seconds without a word are too many."""
+    """Eight steps of half a second without a finished answer, where three seconds without a word are too many."""
     session = opened(["one"], at="generate", do="slow", after=3, starts=1, answering=3)
     assert ask(session, "one") == answers_of(101)
     assert len(logged(tmp_path, "open")) == 1
@@ -415,7 +451,7 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_is_loaded(ti
         with pytest.raises(UserError, match=f"recipe.engine_python=.*: {told}: build it with `make engine`"):
             composing.cell(f"model.path={tiny}", "recipe.engine=vllm", f"recipe.engine_python={python}")
         in_memory = composing.cell(f"model.path={tiny}", f"recipe.engine_python={python}").config
-        installed.check(in_memory.recipe.machine)
+        installed.check(in_memory.recipe)
 
 
 PARENT = """
@@ -456,6 +492,13 @@ def test_nothing_is_left_running_when_the_process_that_asks_is_ended(
     parent.wait(30)
     worker.wait(30)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+def test_an_engine_that_says_no_version_is_not_used(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", """print('{"id": 1, "end": true}', flush=True); input()""")
+    facts = Facts(command, "base", None, "float32", 1024, 1, Patience(60, 60))
+    with pytest.raises(Lost, match="it did not say its version"):
+        Running(facts, Room(8, frozenset(), 1, 64), Size(0.9, 8), tmp_path / "log")
 
 
 def test_a_client_that_lost_its_worker_is_not_used_again(tmp_path: Path) -> None:

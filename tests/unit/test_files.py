@@ -158,3 +158,27 @@ def test_a_csv_with_semicolons_or_tabs_is_read(tmp_path: Path, mark: str) -> Non
 def test_a_file_in_another_encoding_is_told_what_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes("q,a\nCaf\u00e9?,x\n".encode("latin-1"))
     assert refusal(tmp_path / "rows.csv").endswith("rows.csv: not in UTF-8 (byte 8): save it as UTF-8")
+
+
+def test_lists_in_lists_without_end_are_refused_in_one_line(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "rows.json"):
+        (tmp_path / name).write_text('{"q": ' + "[" * 5_000 + "]" * 5_000 + "}\n")
+        assert f"{name}: not readable as json" in refusal(tmp_path / name)
+
+
+def test_a_folder_that_is_no_model_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    def told(folder: Path) -> str:
+        with pytest.raises(UserError, match=f"model.path={folder}: ") as refused:
+            data.check_model(Model(name="mine", path=str(folder), dtype="float32"))
+        return str(refused.value)
+
+    assert "no config.json in it" in told(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "an adapter, and a base is wanted" in told(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "a file: name the folder" in told(tmp_path / "config.json")
+    assert "model.save_pretrained" in told(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert "tokenizer.save_pretrained" in told(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    data.check_model(Model(name="mine", path=str(tmp_path), dtype="float32"))

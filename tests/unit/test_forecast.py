@@ -16,7 +16,7 @@ from d2lora.plan import Cell
 from d2lora.report.manifest import read_manifest
 from d2lora.settings import Data
 from d2lora.stages import Stage
-from d2lora.stages.rows import shape_file
+from d2lora.stages.base_facts import shape_file
 from d2lora.store import Store
 
 LIMITS = ("task.benchmark.lab_math.limit=40", "task.benchmark.lab_facts.limit=40")

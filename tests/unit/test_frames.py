@@ -362,7 +362,7 @@ def test_a_path_of_the_cell_s_own_is_refused_in_what_is_published(tmp_path: Path
     (cell,) = grid(f"task.data.path={rows}", n=[100], m=[0])
     made.publish(output, [cell])
     with pytest.raises(UserError, match=r"/rows, which is of this machine"):
-        publish._check_private("README.md", f"trained on {rows}", publish.find(output, cell.id))
+        publish.check_private("README.md", f"trained on {rows}", publish.find(output, cell.id))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_a_host_s_name_is_refused_where_it_is_one_and_not_as_an_ordinary_word(
     (cell,) = grid(n=[100], m=[0])
     made.publish(tmp_path, [cell])
     monkeypatch.setattr(publish.socket, "gethostname", lambda: host)
-    check = lambda: publish._check_private("README.md", text, publish.find(tmp_path, cell.id))  # noqa: E731
+    check = lambda: publish.check_private("README.md", text, publish.find(tmp_path, cell.id))  # noqa: E731
     if refused:
         with pytest.raises(UserError, match=f"it would say {host}, which is of this machine"):
             check()
@@ -396,10 +396,10 @@ def test_a_path_of_this_machine_is_one_as_a_whole(tmp_path: Path, monkeypatch) -
     made.publish(tmp_path, [cell])
     monkeypatch.setattr(publish.Path, "home", lambda: Path("/me"))
     repository = publish.find(tmp_path, cell.id)
-    publish._check_private("README.md", "huggingface.co/me/adapter and /media, a menu", repository)
+    publish.check_private("README.md", "huggingface.co/me/adapter and /media, a menu", repository)
     for text in ("/me", "read from /me/rows", '"/me"'):
         with pytest.raises(UserError, match="it would say /me, which"):
-            publish._check_private("README.md", text, repository)
+            publish.check_private("README.md", text, repository)
 
 
 def test_items_that_belong_together_have_the_tables_interval(tmp_path: Path) -> None:

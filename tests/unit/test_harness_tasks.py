@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from d2lora.command import preflight
 from d2lora.data import harness_tasks
 from d2lora.errors import UserError
+from d2lora.settings import HarnessTask
 
 
 def spec(cell: Callable, *overrides: str) -> dict:
@@ -74,3 +76,16 @@ def test_a_dry_run_looks_for_the_names_of_tasks_and_loads_none(cell, tmp_path: P
     assert asked == []
     harness_tasks.check_names(cell(*given, "+task.lm_eval=[mine_too]").config.task.harness_tasks, str(tmp_path))
     assert asked == ["mine_too"]
+
+
+def test_a_mistyped_name_is_refused_without_the_harness_s_index(monkeypatch) -> None:
+    monkeypatch.setattr(harness_tasks, "harness", lambda: pytest.fail("reads 14,000 files"))
+    with pytest.raises(UserError, match=r"task.lm_eval=gsm8kk: lm-evaluation-harness has no such task"):
+        harness_tasks.check_names([HarnessTask(name="gsm8kk")])
+
+
+@pytest.mark.parametrize("group", ["acp_bench_hard_with_pddl", "mafand_afr-eng", "bertaqa"])
+def test_names_of_groups_and_tags_are_left_to_the_harness_s_index(monkeypatch, group: str) -> None:
+    monkeypatch.setattr(harness_tasks, "harness", lambda: SimpleNamespace(all_subtasks=[], all_tasks=[group]))
+    with pytest.raises(UserError, match=rf"task.lm_eval={group}: a group of tasks"):
+        harness_tasks.check_names([HarnessTask(name=group)])

@@ -213,7 +213,7 @@ def test_all_is_what_the_held_out_titles_leave(paper, tokenizer) -> None:
     c = paper("title", "n=all")
     rows = data.rows(c.task.data, c.split_seed)
     every = data.subset(rows, lambda row: data.pair_example(tokenizer, c.task, row), "all", 1024, "task/0")
-    assert every.counts()["samples"] == 50, "the record says the true size of the paper's 7k"
+    assert every.counts().samples == 50, "the record says the true size of the paper's 7k"
 
 
 def test_the_40k_are_a_seeded_subset_of_the_mix_that_contains_the_smaller_ones(paper, tokenizer) -> None:

@@ -243,6 +243,10 @@ def test_a_shared_job_whose_cells_changed_meanwhile_is_refused(cell, engine, tmp
 def test_a_plan_says_what_is_handed_out_together(cell, engine, tmp_path) -> None:
     text = summary.plan_text(on_engine(cell), Store(tmp_path), engines=2)
     assert "  vllm 0.32.0: 28 evaluations of 13 adapters in 2 jobs, when all trainings are done\n" in text
+    assert "does not do" not in text
+    others = [cell("n=8", f"init={init}", "recipe.engine=vllm") for init in ("loftq", "dora")]
+    text = summary.plan_text([*on_engine(cell), *others], Store(tmp_path))
+    assert "  vllm does not do adapters of init=dora,loftq: they are evaluated in memory\n" in text
     assert "vllm" not in summary.plan_text([cell("n=100")], Store(tmp_path))
 
 

@@ -1,6 +1,7 @@
 """The report on made-up records, written through the store and manifests that a run writes them with."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +20,20 @@ from d2lora.lab import world
 from d2lora.outputs import whole_file, write_text
 from d2lora.plan import Cell
 from d2lora.records import Records
-from d2lora.report import artefacts, compare, controls, differences, evidence, figures, formats, paper, tables, verdict
+from d2lora.report import (
+    artefacts,
+    compare,
+    content,
+    controls,
+    differences,
+    evidence,
+    figures,
+    formats,
+    paper,
+    sweep_report,
+    tables,
+    verdict,
+)
 from d2lora.report import inits as inits_table
 from d2lora.report.axes import MACHINE
 from d2lora.report.points import Point, points_of
@@ -39,12 +53,6 @@ def table3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = report.write(output, ["mine"])
     assert "SFT D2LoRA(40k, n)" in text
     return output
-
-
-@pytest.fixture
-def undrawn(monkeypatch) -> None:
-    """No figure files are drawn, which takes longer than the rest of a report: for those who look at none."""
-    monkeypatch.setattr(figures, "save", lambda stem, make: [])
 
 
 def points(output: Path, sweep: str = "mine") -> list[Point]:
@@ -89,7 +97,7 @@ def test_figures_1_to_3_are_drawn_three_ways_and_dashed_where_the_paper_has_numb
     folder = table3 / "report" / "mine"
     assert {f.stem for f in folder.glob("*.png")} == {"curves", "differences", "figure1", "figure2", "figure3"}
     assert (folder / "figure2.pdf").read_bytes().startswith(b"%PDF")
-    loaded = artefacts.load(table3, "mine", Records(table3))
+    loaded = sweep_report.load(table3, "mine", Records(table3))
     panels = {s.artefact.name: s.content.panels for s in loaded.shown}
     assert [len(panels[f"figure{i}"]) for i in (1, 2, 3)] == [1, 3, 3]
     assert [c.label for c in panels["figure1"][0].curves] == ["SFT LoRA", "DPO LoRA", "ORPO LoRA"]
@@ -104,8 +112,8 @@ def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None
     inits = ("lora", "gaussian", "milora")
     cells = [c for i in inits for c in grid(f"init={i}", methods=METHODS, n=[8, 16], m=[0, 8, 40])]
     made.publish(tmp_path, cells, items=8)
-    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table")
-    figure = figures._figure(shown.panels, pyplot)
+    shown = sweep_report.load(tmp_path, "mine", Records(tmp_path)).content("table")
+    figure = figures.curves(shown.panels, pyplot)
     axes = figure.axes
     assert len({axis.get_title() for axis in axes}) == len(axes) == 2 * len(inits) * 2, "one a benchmark, init and m"
     assert {"lab_math, milora, D2LoRA(8, n)", "lab_math, milora, D2LoRA(40, n)"} < {a.get_title() for a in axes}
@@ -118,9 +126,9 @@ def test_curves_can_be_told_apart_however_many_there_are(tmp_path: Path) -> None
 def test_the_paper_s_curves_can_be_told_apart_too(table3: Path) -> None:
     from matplotlib import pyplot
 
-    shown = artefacts.load(table3, "mine", Records(table3)).shown
+    shown = sweep_report.load(table3, "mine", Records(table3)).shown
     for panels in [s.content.panels for s in shown if s.content.panels]:
-        figure = figures._figure(panels, pyplot)
+        figure = figures.curves(panels, pyplot)
         for axis in figure.axes:
             looks = {(x.get_color(), x.get_marker(), x.get_linestyle(), x.get_markerfacecolor()) for x in axis.lines}
             assert len(looks) == len(axis.lines)
@@ -133,7 +141,7 @@ def test_lora_stands_beside_each_warmup_set_and_a_model_without_d2lora_alone(tmp
     ]
     cells += grid("scale=paper", "model=llama-3.2-1b", n=[0, 1000, 2000], m=[0])
     made.publish(tmp_path, list({c.id: c for c in cells}.values()), items=8)
-    found = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").panels
+    found = sweep_report.load(tmp_path, "mine", Records(tmp_path)).content("table").panels
     assert {p.title: [c.label for c in p.curves] for p in found if p.title.startswith("gsm8k")} == {
         "gsm8k, llama-3.1-8b-instruct, mix40k": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
         "gsm8k, llama-3.1-8b-instruct, mix-math": ["SFT LoRA", "SFT D2LoRA(2k, n)"],
@@ -173,7 +181,7 @@ def test_a_cell_that_is_not_the_paper_s_is_not_set_beside_its_number(
 
 def names(output: Path) -> list[str]:
     """What the report shows of a sweep: what it has of the paper's, and its own table."""
-    shown = artefacts.load(output, "mine", Records(output)).shown
+    shown = sweep_report.load(output, "mine", Records(output)).shown
     return [s.artefact.name for s in shown if s.content.tables or s.content.panels]
 
 
@@ -218,7 +226,7 @@ def test_figure_4_is_orpo_with_few_samples(tmp_path: Path) -> None:
     cells = grid("scale=paper", methods=("orpo",), n=[100, 200, 500, 1000], m=[0, 40000])
     made.publish(tmp_path, cells, items=20)
     assert names(tmp_path) == ["figure4", "table"]
-    figure = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("figure4")
+    figure = sweep_report.load(tmp_path, "mine", Records(tmp_path)).content("figure4")
     assert [x for x, _ in figure.panels[0].curves[0].points] == [100, 200, 500, 1000]
 
 
@@ -704,7 +712,7 @@ def test_report_columns_decides_what_the_columns_are(tmp_path: Path, column: str
     ranks = ("4", "8", "16") if column != "n" else ("4", "8")
     cells = [c for r in ranks for c in grid(f"recipe.lora.r={r}", asked, n=[8, 16], m=[0, 8])]
     made.publish(tmp_path, cells)
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
+    table = sweep_report.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     assert [tables.column_name(table, c) for c in table.columns] == names
     assert len(table.lines) == rows
     assert len({line.label for line in table.lines}) == rows, "every axis is in the rows or the columns"
@@ -748,7 +756,7 @@ def test_each_comparison_is_better_worse_equivalent_or_undecided(tmp_path: Path)
     cells = grid(wide, n=[100, 200, 400], m=[0, 4000], seed=range(5))
     made.publish(tmp_path, cells, items=400, ability=ability)
     report.write(tmp_path, ["mine"])
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
+    table = sweep_report.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     assert {c.d2lora.n: c.decision for c in table.unique_pairs} == {100: "better", 200: "equivalent", 400: "worse"}
     said = "Equivalent within 6 points (two one-sided tests, 5 %) in 1, undecided in 0."
     files = {f.name: f.read_text() for f in (tmp_path / "report" / "mine").iterdir() if f.suffix in (".md", ".tex")}
@@ -773,11 +781,21 @@ def test_one_seed_s_equivalence_is_newcombe_s_interval_within_one_point_where_a_
     for cell in content["cells"]:
         del cell["config"]["report"]
     file.write_text(json.dumps(content))
-    table = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
+    table = sweep_report.load(tmp_path, "mine", Records(tmp_path)).content("table").tables[0]
     (pair,) = table.unique_pairs
     assert table.margin == 1.0
     assert pair.equivalence[0] > pair.interval[0]
     assert pair.decision == "undecided", "100 items are too few for one point"
+
+
+@pytest.mark.parametrize(("items", "decision"), [(6, "undecided"), (600, "equivalent")])
+def test_equal_answers_to_few_items_are_not_called_equivalent(tmp_path: Path, items: int, decision: str) -> None:
+    """Where nothing differs, resampling gives an interval of no width, whatever the number of items."""
+    cells = grid("task=lab_title", n=[100], m=[0, 4000])
+    made.publish(tmp_path, cells, items=items, ability=lambda cell: -9.0)  # each answer scores 0
+    (pair,) = tables.build(points(tmp_path))[0].unique_pairs
+    assert pair.decision == decision
+    assert pair.interval == pytest.approx((-stats.unseen(items), stats.unseen(items)))
 
 
 def test_the_pooled_effect_is_of_the_cells_with_the_same_items_and_seeds(tmp_path: Path) -> None:
@@ -793,6 +811,10 @@ def test_the_pooled_effect_is_of_the_cells_with_the_same_items_and_seeds(tmp_pat
     assert effect.interval[1] - effect.interval[0] < min(widths)
     assert re.search(r"Pooled over 3 cells: \S+ points \[\S+, \S+\] \(95 %\), without 1 cell of other", table.verdict)
     assert "Pooled" not in verdict.verdict(whole[:1]), "one cell's effect is in the table"
+    alike = [dataclasses.replace(c, differences=np.zeros_like(c.differences[:1])) for c in whole]
+    assert "points (all items differ alike: no interval)" in verdict.verdict(alike), (
+        "[+0.00, +0.00] would look as if all were known"
+    )
 
 
 def test_cells_that_share_an_arm_are_not_pooled_as_if_they_were_independent(tmp_path: Path) -> None:
@@ -942,7 +964,7 @@ def test_a_setting_of_a_control_is_an_axis_of_its_arm_alone(tmp_path: Path) -> N
 
 
 def difference_panels(output: Path) -> list[differences.Panel]:
-    return artefacts.load(output, "mine", Records(output)).content("differences").differences
+    return sweep_report.load(output, "mine", Records(output)).content("differences").differences
 
 
 def test_differences_are_the_first_picture_with_their_intervals_and_the_margin(table3: Path) -> None:
@@ -987,7 +1009,7 @@ def test_each_arm_has_a_panel_of_differences_and_a_swept_rate_is_its_axis(tmp_pa
     assert {p.x for p in panels} == {"recipe.lr"}
     assert [p.title for p in panels] == ["lab_math, n=0", "lab_math, n=500"]
     made.publish(tmp_path, grid("sweep=alone", n=[8, 16], m=[0]))
-    assert artefacts.load(tmp_path, "alone", Records(tmp_path)).content("differences") is None
+    assert sweep_report.load(tmp_path, "alone", Records(tmp_path)).content("differences") is None
 
 
 def test_items_that_belong_together_are_drawn_together(tmp_path: Path) -> None:
@@ -1057,8 +1079,8 @@ def test_a_cluster_column_is_in_the_key_only_where_it_is_named() -> None:
     assert plain.chain.evaluations[1].key == named.chain.evaluations[1].key
 
 
-def halves_of(output: Path) -> artefacts.Content:
-    return artefacts.load(output, "mine", Records(output)).content("halves")
+def halves_of(output: Path) -> content.Content:
+    return sweep_report.load(output, "mine", Records(output)).content("halves")
 
 
 def test_halves_of_an_arm_s_replicates_are_compared_and_nothing_is_found_that_is_not_there(tmp_path: Path) -> None:
@@ -1099,7 +1121,7 @@ def test_fewer_than_four_replicates_have_no_halves(tmp_path: Path) -> None:
 def test_figure_3_of_the_lab_shows_what_is_forgotten_where_a_grid_has_it(asked: list[str], tmp_path: Path) -> None:
     choice = f"benchmark@task.benchmark=[{','.join(asked)}]"
     made.publish(tmp_path, grid(choice, methods=METHODS, n=[0, 100, 200], m=[0, 4000]))
-    loaded = artefacts.load(tmp_path, "mine", Records(tmp_path))
+    loaded = sweep_report.load(tmp_path, "mine", Records(tmp_path))
     figure = next(a for a in paper.FIGURES if a.name == "figure3")
     assert {p.benchmark for p in paper.select(figure, loaded.sweep.points)} == {asked[-1]}
     assert loaded.content("figure3").panels
@@ -1160,7 +1182,7 @@ def test_many_arms_are_rows_of_one_figure_of_differences(tmp_path: Path) -> None
     inits = ("lora", "gaussian", "orthogonal", "pissa", "olora", "milora", "rslora")
     made.publish(tmp_path, [c for i in inits for c in grid(f"init={i}", methods=("sft", "dpo"), n=[8, 16], m=[0, 8])])
     report.write(tmp_path, ["mine"])
-    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("differences")
+    shown = sweep_report.load(tmp_path, "mine", Records(tmp_path)).content("differences")
     assert shown.differences == []
     table = next(t for t in tables.build(points(tmp_path)) if t.points[0].benchmark == "lab_math")
     panels = differences.forest_panels(table)
@@ -1180,7 +1202,7 @@ def test_a_drawn_forest_has_each_difference_in_its_row(tmp_path: Path) -> None:
     from matplotlib import pyplot
 
     made.publish(tmp_path, [c for i in ("lora", "pissa", "eva") for c in grid(f"init={i}", n=[100], m=[0, 8])])
-    shown = artefacts.load(tmp_path, "mine", Records(tmp_path)).content("inits")
+    shown = sweep_report.load(tmp_path, "mine", Records(tmp_path)).content("inits")
     figure = shown.draw(pyplot)
     axis = next(a for a in figure.axes if a.get_title().startswith("lab_math"))
     names = [text.get_text() for text in axis.get_yticklabels()]

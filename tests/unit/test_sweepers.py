@@ -6,7 +6,7 @@ import made
 import pytest
 from composing import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from made import grid as made_grid
 from omegaconf import OmegaConf
 
@@ -74,6 +74,10 @@ def test_the_plan_of_an_optimizer_shows_a_cell_of_its_first_values() -> None:
             "Could not override 'hydra.sweeper.n_trials'.\nTo append to your config use +hydra.sweeper.n_trials=3",
             "hydra.sweeper.n_trials: the sweeper has no such setting",
         ),
+        (
+            "Could not override 'benchmark'. No match in the defaults list.\nTo append to your default list use +benchmark=lab_math",
+            "benchmark: a task's own are chosen by benchmark@task.benchmark=[lab_math,lab_facts]",
+        ),
         ("Could not override 'nn'.\nTo append to your config use +nn=3", "nn: there is no such key"),
     ],
 )
@@ -82,6 +86,29 @@ def test_no_advice_is_given_that_then_fails(hydra: str, told: str) -> None:
     assert line.startswith(told)
     assert "+hydra" not in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("methode", "methode: there is no such key (method is meant?)"),
+        ("recipe.lora.rank", "recipe.lora.rank: there is no such key (recipe.lora.r is meant?)"),
+        ("recipe.epochs.stf", "recipe.epochs.stf: there is no such key (recipe.epochs.sft is meant?)"),
+        ("task.benchmark.mine.limt", "task.benchmark.mine.limt: there is no such key (task.benchmark.mine.limit is meant?)"),
+        ("nn", "nn: there is no such key; "),
+        ("task.benchmark.mine.limit", "task.benchmark.mine.limit: no file here sets it: +task.benchmark.mine.limit=3 adds it"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_key_is_told_from_one_that_files_leave_out(typed: str, told: str) -> None:
+    hydra = f"Could not override '{typed}'.\nTo append to your config use +{typed}=3"
+    assert one_line(ConfigCompositionException(hydra)).startswith(told)
+
+
+@pytest.mark.parametrize("override", ["n=8,", "n", "task.prompt=Question: {country}?"])
+def test_an_override_that_can_t_be_read_is_named(override: str) -> None:
+    with pytest.raises(OverrideParseException) as refused:
+        OverridesParser.create().parse_overrides([override])
+    assert one_line(refused.value).startswith(f"{override}: not readable: write key=value")
 
 
 def test_run_py_registers_what_is_done_around_other_sweepers() -> None:

@@ -17,7 +17,7 @@ from d2lora.errors import UserError
 from d2lora.evaluate.vllm import installed
 from d2lora.plan import Cell, Job
 from d2lora.records import Candidate, Manifest, TunedArm
-from d2lora.report import choice, figures, manifest, settings
+from d2lora.report import choice, manifest, table2
 from d2lora.settings import Data
 from d2lora.stages import Stage
 from d2lora.store import Store
@@ -33,10 +33,7 @@ GRID = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no figure files, which takes longer than the rest of a report."""
-    monkeypatch.setattr(figures, "save", lambda stem, draw: [])
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def likes_fast(cell: Cell) -> float:
@@ -203,9 +200,9 @@ def test_the_report_has_both_comparisons_with_a_verdict_each_and_all_candidates(
 
 
 def test_table_2_has_a_column_a_rate_that_met_the_test_and_none_a_replicate(tuned: Typed) -> None:
-    head, rows = settings.settings(c for c in tuned.manifest.cells if c.stages.evaluate)
-    table = {row[0]: row[1:] for row in rows}
-    assert head[1:] == ["SFT"] * 3 + ["DPO"] * 3, "the base and D2LoRA(8, 0) stand with each"
+    shown = table2.table(c for c in tuned.manifest.cells if c.stages.evaluate)
+    table = {row[0]: row[1:] for row in shown.rows}
+    assert shown.head[1:] == ["SFT"] * 3 + ["DPO"] * 3, "the base and D2LoRA(8, 0) stand with each"
     assert set(table["order of samples (data_seed)"]) == {"the seed"}
     assert table["seeds"][1] == "0, 1"
 

@@ -35,7 +35,7 @@ class Client:
     """
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path, patience: Patience) -> None:
-        self._log, self._patience, self._number = log, patience, 0
+        self._log, self._patience, self._number, self._closed = log, patience, 0, False
         log.parent.mkdir(parents=True, exist_ok=True)
         self._process = _started(command, environment, log)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -73,12 +73,15 @@ class Client:
 
     def close(self) -> None:
         """Kill the worker and all that it started, and wait for its end."""
+        if self._closed:
+            return  # its id may be that of another process by now
+        self._closed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError, AttributeError):
-                pipe.close()  # type: ignore[union-attr]  # suppressed
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
 
     def _reply(self, wait: float) -> Reply:
         """Return the next reply to the last request. Lost if there is none."""
@@ -88,12 +91,12 @@ class Client:
             raise Lost(f"it said nothing for {wait:.0f} s") from None
         try:
             reply = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Lost(f"it ended{self._last_words()}" if not line else f"it said {line[:80]!r}") from None
         if not isinstance(reply, dict) or reply.get("id") != self._number:
             raise Lost(f"it answered another request: {line[:80]!r}")
         if "error" in reply:
-            raise Lost(f"it raised {str(reply['error']).splitlines()[0]}")
+            raise Lost(f"it raised {first_line(reply['error'])}")
         return reply
 
     def _last_words(self) -> str:
@@ -106,8 +109,8 @@ class Client:
     def _read(self) -> None:
         """Put the worker's lines into the queue, and an empty one when it has ended."""
         assert self._process.stdout is not None
-        with contextlib.suppress(ValueError, OSError):  # closed
-            for line in self._process.stdout:
+        with self._process.stdout as lines:  # closed here: elsewhere that would wait for this thread's reading
+            for line in lines:
                 self._lines.put(line)
         self._lines.put(b"")
 
@@ -116,6 +119,11 @@ class Client:
         with contextlib.suppress(ValueError, OSError):  # the worker is gone: that is seen where its reply is waited for
             self._process.stdin.write(request)
             self._process.stdin.flush()
+
+
+def first_line(text: object) -> str:
+    """Return the first line of what a worker said."""
+    return next(iter(str(text).splitlines()), "")
 
 
 def _started(command: Sequence[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":

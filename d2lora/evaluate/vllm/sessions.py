@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import gc
+import math
 import re
 import secrets
 import sys
@@ -204,11 +205,22 @@ class Session:
                     asked = [{"key": k} | requests[i] for k, i in missing]
                     with contextlib.closing(engine.call(do, asked, **more)) as answered:
                         for index, reply in answered:
-                            replies[missing[index]] = reply
+                            self._take(missing[index], reply, replies)
                             done(missing[index][0])
                 except Lost as lost:
                     left = sum(one not in replies for one in every)
                     self._lost(lost, f"{left} of {len(every)} requests")
+
+    def _take(self, asked: tuple[Key, int], reply: Reply, replies: dict[tuple[Key, int], Reply]) -> None:
+        """Add a reply to those of its adapter. One whose numbers are none ends the use of the engine for the adapter, or the base."""
+        key, _ = asked
+        odd = next((value for value in reply.get("logprobs", []) if not math.isfinite(value)), None)
+        if odd is None:
+            replies[asked] = reply
+        elif key is None:
+            self._end(f"vLLM gave a log-probability of {odd}")
+        elif key not in self.refused:
+            self._refuse(key, f"vLLM gave a log-probability of {odd}")
 
     def _make_room(self, requests: Sequence[Request]) -> None:
         """Have the engine opened for longer texts where one needs it. Unable where the model itself has no room."""
@@ -320,7 +332,7 @@ def _without_folders(text: str) -> str:
 
 def _free(base: Base) -> None:
     """Move the base off the GPU: the engine loads it again, and takes the memory that is free."""
-    base.lent = True
+    base.lent, base.tested = True, None
     if bases.device() == "cuda":
         base.model.to("cpu")  # type: ignore[arg-type]  # transformers hides its argument
         gc.collect()
@@ -338,7 +350,8 @@ def opened(base: Base, model: Model, adapters: Sequence[Adapter], machine: Machi
     global _current
     command = (str(installed.python_of(machine)), "-I", str(WORKER))
     source = bases.source(model, outputs.models)
-    facts = Facts(command, source, model.revision, model.dtype, machine.threads, Patience())
+    vocabulary = len(base.model.get_input_embeddings().weight)  # type: ignore[arg-type]  # an Embedding's
+    facts = Facts(command, source, model.revision, model.dtype, vocabulary, machine.threads, Patience())
     if _current is None or not _current.takes(facts, adapters):
         close()
         _current = Session(base, facts, adapters, outputs.engine_log(secrets.token_hex(4)))

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 Request = dict[str, Any]
-_SILENCE = 30.0  # seconds after which a word is said, if no answer is finished
+_SILENCE = 30.0  # seconds after which a word is said, if no answer is finished but some have grown
 _ALIVE = {"alive": True}
 
 
@@ -118,20 +118,23 @@ class Engine:
             yield {"index": index, "logprobs": [v.logprob for v in values], "greedy": all(v.rank == 1 for v in values)}
 
     def _answers(self, requests: list[tuple[Request, Any]]) -> Iterator[tuple[int, Any]]:
-        """Ask vLLM all requests together, and yield each one's index and output when it is finished; None while none is."""
-        engine = self.llm.llm_engine
+        """Ask vLLM all requests together, and yield each one's index and output when it is finished; None while answers grow.
+
+        Nothing is said of an engine that steps and does nothing: it counts as hung.
+        """
+        engine, open_ones = self.llm.llm_engine, dict[str, int]()
         for index, (request, parameters) in enumerate(requests):
             adapter = None if request["key"] is None else self.adapters[request["key"]]
             self.numbers += 1
-            name = f"{index}-{self.numbers}"
+            open_ones[name := str(self.numbers)] = index  # an output of another name, or a second one, is an error
             engine.add_request(name, {"prompt_token_ids": request["ids"]}, parameters, lora_request=adapter)
         spoken = time.monotonic()
         while engine.has_unfinished_requests():
-            finished = [output for output in engine.step() if output.finished]
-            if not finished and time.monotonic() < spoken + _SILENCE:
-                continue
-            yield from [(int(o.request_id.partition("-")[0]), o) for o in finished] or [(-1, None)]
-            spoken = time.monotonic()
+            outputs = engine.step()
+            finished = [output for output in outputs if output.finished]
+            if finished or (outputs and time.monotonic() > spoken + _SILENCE):
+                yield from [(open_ones.pop(o.request_id), o) for o in finished] or [(-1, None)]
+                spoken = time.monotonic()
 
 
 def serve(replies: Any) -> None:
@@ -158,8 +161,9 @@ def _requests() -> "queue.SimpleQueue[Request]":
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
 
     def read() -> None:
-        for line in sys.stdin:
-            requests.put(json.loads(line))
+        with contextlib.suppress(ValueError):  # a line that its sender's end has cut
+            for line in sys.stdin:
+                requests.put(json.loads(line))
         # Also in the middle of a request: nobody waits for its answer. The client made a process group for this.
         os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(0)
 

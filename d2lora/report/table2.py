@@ -5,6 +5,7 @@ from typing import Any
 
 from d2lora.records import ManifestCell
 from d2lora.report.axes import MACHINE, flat
+from d2lora.report.content import Rows
 from d2lora.report.looks import NAMES
 from d2lora.report.points import size
 from d2lora.settings import amount
@@ -53,14 +54,12 @@ _APART = (
 )
 
 
-def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]:
-    """Return (head, rows) of Table 2. A setting without a row in the paper's table is shown if the columns differ in
-    it.
-    """
+def table(cells: Iterable[ManifestCell]) -> Rows:
+    """Return Table 2. A setting without a row in the paper's table is shown if the columns differ in it."""
     cells = list(cells)
     replicates = {(c.config["seed"], c.config["data_seed"]) for c in cells}
     follows = len(replicates) > 1 and all(seed == draw for seed, draw in replicates)  # replicate=0,1,2
-    columns: dict[tuple, list[dict]] = {}
+    columns: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for cell in cells:
         config = _values(cell.config) | ({"data_seed": "the seed"} if follows else {})
         columns.setdefault(tuple(config.items()), []).append(cell.config)
@@ -70,10 +69,10 @@ def settings(cells: Iterable[ManifestCell]) -> tuple[list[str], list[list[str]]]
     rows = [[name, *(_text(v.get(key)) for v in values)] for name, key in (*_ROWS, *((k, k) for k in keys))]
     for axis, name in (("m", "m that ran"), ("n", "n that ran"), ("seed", "seeds")):
         rows.append([name, *(_ran(configs, axis) for configs in columns.values())])
-    return ["", *(NAMES[v["method"]] for v in values)], rows
+    return Rows(["", *(NAMES[v["method"]] for v in values)], rows)
 
 
-def _values(config: dict) -> dict[str, str]:
+def _values(config: dict[str, Any]) -> dict[str, str]:
     """Return the settings of a cell that a column shows, flat."""
     method = config["method"]["name"]
     values = {k: v for k, v in flat(config) if not _apart(k)}
@@ -92,5 +91,5 @@ def _text(value: Any) -> str:
     return UNUSED if value in (None, "None") else str(value)
 
 
-def _ran(configs: list[dict], axis: str) -> str:
+def _ran(configs: list[dict[str, Any]], axis: str) -> str:
     return ", ".join(amount(v) for v in sorted({c[axis] for c in configs}, key=size))
