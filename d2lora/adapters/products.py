@@ -53,8 +53,8 @@ class Adapted:
 class SharedInput:
     """Adapted layers that read the same input, as one: their W (outs, in), b (outs) and A (ranks, in) lie one below the other.
 
-    All layers have the same s and dtype, and all or none have b. What is r wide is laid out with a token a column: products of
-    few rows are faster on a CPU than those of few columns, and B's gradients are up to five times.
+    All layers have the same s and dtype, and all or none have b. Gradients of B and of A x are computed transposed: on a CPU a
+    product with few rows is up to five times as fast as one with few columns.
     """
 
     def __init__(self, members: list[Adapted]) -> None:
@@ -85,16 +85,17 @@ class SharedInput:
         self._copies = []
         if self.plain:
             self._of_A = flat.stacked([member.A for member in self.members])
-            self._of_B = [flat.stacked([member.B]) for member in self.members]
+            of_B = [flat.stacked([member.B]) for member in self.members]
+            self._of_B_t = [one._replace(gradients=one.gradients.t()) for one in of_B]
             self.ranks = [len(member.A) for member in self.members]
-            self.A, *Bs = (self._in(dtype, stacked.weights) for stacked in (self._of_A, *self._of_B))
+            self.A, *Bs = (self._in(dtype, stacked.weights) for stacked in (self._of_A, *of_B))
         else:
             folded = [member.matrices() for member in self.members]
             self.ranks = [len(A) for A, _ in folded]
             self.A, *Bs = (
                 torch.empty_like(m, dtype=dtype) for m in (torch.cat([A for A, _ in folded]), *(B for _, B in folded))
             )
-        self.B_t, self.W_t = [B.t() for B in Bs], self.W.t()
+        self.A_t, self.B_t, self.W_t = self.A.t(), [B.t() for B in Bs], self.W.t()
 
     def _in(self, dtype: torch.dtype, weights: torch.Tensor) -> torch.Tensor:
         """Return weights in a dtype, to be copied before each pass if they have another."""
@@ -111,43 +112,42 @@ class SharedInput:
         of_A = zip(self.A.split(self.ranks), (A for A, _ in folded), strict=True)
         return [*of_A, *zip((B_t.t() for B_t in self.B_t), (B for _, B in folded), strict=True)]
 
-    def _columns(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return each layer's part of values (tokens, outs)."""
-        return (values,) if len(self.outs) == 1 else values.split_with_sizes(self.outs, 1)
-
-    def _rows(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return each layer's part of values (ranks, ...)."""
-        return (values,) if len(self.ranks) == 1 else values.split_with_sizes(self.ranks)
-
     def forward(self, x: torch.Tensor, added: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output (tokens, outs) for x (tokens, in), plus `added`, and A x (ranks, tokens), to be saved."""
-        inner = torch.mm(self.A, x.t())
+        """Return the output (tokens, outs) for x (tokens, in), plus `added`, and A x (tokens, ranks), to be saved."""
+        inner = torch.mm(x, self.A_t)
         first = self.bias if added is None else added
         y = torch.mm(x, self.W_t) if first is None else torch.addmm(first, x, self.W_t)
         if added is not None and self.bias is not None:
             y.add_(self.bias)
-        for its_y, its_inner, B_t in zip(self._columns(y), self._rows(inner), self.B_t, strict=True):
-            its_y.addmm_(its_inner.t(), B_t, alpha=self.scale)
+        for its_y, its_inner, B_t in zip(_split(y, self.outs, 1), _split(inner, self.ranks, 1), self.B_t, strict=True):
+            its_y.addmm_(its_inner, B_t, alpha=self.scale)
         return y, inner
 
     def backward(self, gradient: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, of_input: bool = True) -> Gradient:
         """Add the gradients of A and B, and return that of x, or None if it is not wanted."""
-        of_inner = torch.empty_like(inner)
-        gradients = self._columns(gradient)
-        for its_gradient, its_part, B_t in zip(gradients, self._rows(of_inner), self.B_t, strict=True):
-            torch.mm(B_t, its_gradient.t(), out=its_part)
+        of_inner = gradient.new_empty(sum(self.ranks), len(x))
+        for its_part, g_t, B_t in zip(
+            _split(of_inner, self.ranks), _split(gradient.t(), self.outs), self.B_t, strict=True
+        ):
+            torch.mm(B_t, g_t, out=its_part)
         if self.scale != 1:
             of_inner.mul_(self.scale)
-        of_B = [torch.mm(its_inner, g).t() for its_inner, g in zip(self._rows(inner), gradients, strict=True)]
+        pairs = zip(_split(inner.t(), self.ranks), _split(gradient, self.outs, 1), strict=True)
+        of_B_t = [torch.mm(inner_t, g) for inner_t, g in pairs]
         if self.plain:
             self._of_A.learn(of_inner, x)
-            for B, its_B in zip(self._of_B, of_B, strict=True):
-                B.add(its_B, self.scale)
+            for stacked, its_B_t in zip(self._of_B_t, of_B_t, strict=True):
+                stacked.add(its_B_t, self.scale)
         else:
-            of_A = self._rows(torch.mm(of_inner, x))
-            for member, its_A, its_B in zip(self.members, of_A, of_B, strict=True):
-                member.learn(its_A, its_B * self.scale)
+            of_A = _split(torch.mm(of_inner, x), self.ranks)
+            for member, its_A, its_B_t in zip(self.members, of_A, of_B_t, strict=True):
+                member.learn(its_A, its_B_t.t() * self.scale)
         return torch.mm(of_inner.t(), self.A).addmm_(gradient, self.W) if of_input else None
+
+
+def _split(values: torch.Tensor, sizes: list[int], dimension: int = 0) -> Sequence[torch.Tensor]:
+    """Return each layer's part of values in a dimension."""
+    return (values,) if len(sizes) == 1 else values.split_with_sizes(sizes, dimension)
 
 
 def flattened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
