@@ -6,6 +6,8 @@ Each configuration is saved, loaded and trained by SFT, DPO and ORPO as `run.py`
 all linear layers, an adapter that is not zero). The table has the layout that was used, and the distance of the
 adapters from those of plain training: each text in a forward pass of its own, the model's own head. Then the saved
 adapter is loaded again, merged if that is exact, and a padded batch of an evaluation is compared with single texts.
+
+`--decoding` trains nothing: it counts whose answers `d2lora/layouts/decoding.py` decodes, and not transformers' `generate`.
 """
 
 # ruff: noqa: E402 (the path and the environment are set before what reads them is imported)
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
@@ -43,7 +46,7 @@ from d2lora.base import Base, read_base
 from d2lora.command import grid
 from d2lora.data import Subset
 from d2lora.errors import UserError
-from d2lora.layouts import batches, choice, proof
+from d2lora.layouts import batches, choice, decoding, proof
 from d2lora.layouts.packing import Layout
 from d2lora.plan import Cell
 from d2lora.settings import Model, Recipe
@@ -200,6 +203,16 @@ def evaluated(base: Base, adapter: Path, row: Row, folder: Path) -> None:
         row.batch = {(True, True): "any", (False, False): "1"}.get((exact["left"], exact["right"]), "generation 1" if exact["right"] else "likelihoods 1")  # fmt: skip
 
 
+def decoded(make: Callable[[], PretrainedConfig]) -> str:
+    """Say how a configuration's answers are decoded."""
+    model, prompts = build(make()), [pair["prompt_ids"] for pair in pairs()]
+    if not decoding.suits(model):
+        return "generate"
+    with tempfile.TemporaryDirectory() as folder:
+        exact = batches.check(model, model, prompts, "leaving", proof.Memory(Path(folder), {})).exact
+    return "decoding" if exact else "generate: not exact in a batch that texts leave"
+
+
 @contextlib.contextmanager
 def refusal(row: Row, what: str, folder: Path | None = None) -> Iterator[None]:
     """Record an error inside the `with` block in the row, without a `folder`'s name: a UserError as it is, others by
@@ -268,6 +281,7 @@ def main() -> None:
     parser.add_argument(
         "--every", action="store_true", help="compare all methods with plain training, not one of the three"
     )
+    parser.add_argument("--decoding", action="store_true", help="count how answers are decoded, and train nothing")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--csv", type=Path, help="write the table here, too")
     parser.add_argument("--markdown", type=Path, help="write it as a page here, too")
@@ -276,6 +290,10 @@ def main() -> None:
     if unknown := [name for name in args.only or () if name not in everything]:
         parser.error(f"no configuration is named {', '.join(unknown)}; there are: {', '.join(everything)}")
     names, rows, clock = args.only or list(everything), [], time.monotonic()
+    if args.decoding:
+        transformers.logging.set_verbosity_error()
+        print(*(f"{count:>4} {how}" for how, count in Counter(decoded(everything[n]) for n in names).items()), sep="\n")
+        return
     with get_context("spawn").Pool(args.jobs) as pool:
         for row in pool.imap(_one, [(name, args.every) for name in names]):
             rows.append(row)

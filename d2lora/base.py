@@ -191,6 +191,8 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, name: str)
     ends = {k: getattr(net.generation_config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ends["eos_token_id"] = data.ends(tokenizer, ends["eos_token_id"])
     data.say_end(tokenizer, name)
+    if tokenizer.eos_token is None:  # the harness asks for one
+        tokenizer.eos_token = data.shape(tokenizer).end
     net.generation_config = GenerationConfig(**ends)
 
 

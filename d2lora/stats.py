@@ -282,6 +282,14 @@ def percentiles(resampled: np.ndarray, level: float = LEVEL) -> tuple[float, flo
     return float(low), float(high)
 
 
+def unseen(items: int, level: float = LEVEL) -> float:
+    """Return the largest share of items that may differ where none of so many did: an end of the exact binomial interval.
+
+    At 95 % about 3.7 / items (Clopper and Pearson 1934, Biometrika 26:404).
+    """
+    return 1 - ((1 - level) / 2) ** (1 / items)
+
+
 def bootstrap_p(resampled: np.ndarray) -> float:
     """Return the two-sided p of a difference of zero: twice the smaller share of resampled differences beside it."""
     side = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))

@@ -15,14 +15,18 @@ from pathlib import Path
 
 WORKER = Path(__file__).parents[1] / "d2lora/evaluate/vllm/worker.py"
 TAG, IDLE = "tag", "idle"
+EXITS = {"die": 7, "quit": 0, "half": 0}
 LINES = {  # replies that do not fit their request
+    "half": b'{"id": 3, "ind',
+    "garbage": b"\xff\x00INFO: loading\n",
+    "babble": b'{"id": 0}\n',
     "forget": {"end": True},
     "list": {"index": [0], "ids": [101, 2]},
     "words": {"index": 0, "ids": ["a"] * 9},
     "beyond": {"index": 0, "ids": [10**6] * 9},
     "on": {"index": 0, "ids": [101, 2, 5, 2]},
 }
-CHANGED: list[str] = []  # how the next answer is wrong
+STEP_FAULT: list[str] = []  # the fault of this step
 OUTPUTS: list = []  # where replies are written
 folder = Path(sys.argv[1])
 wanted_steps = list(range(8))  # of a slow engine, without a finished answer
@@ -33,47 +37,42 @@ def log(**what: object) -> None:
         file.write(json.dumps(what) + "\n")
 
 
-def fault(do: str, answers: int) -> bool:
-    """Misbehave if it is time to. Return whether nothing is answered in this step."""
-    CHANGED.clear()
+def due(do: str, answers: int) -> dict:
+    """Return the fault that is to happen now; {} if none is."""
     wanted = json.loads((folder / "fault.json").read_text()) if (folder / "fault.json").exists() else {}
     if wanted.get("starts", 0) < START or wanted["at"] != do:
-        return False
+        return {}
     after = wanted.get("after", 0)
-    if answers != (after[START - 1] if isinstance(after, list) else after):
-        return False
-    CHANGED[:] = [wanted["do"]] * (wanted["do"] in ("nan", "stale", IDLE))
-    if wanted["do"] == IDLE:
+    return wanted if answers == (after[START - 1] if isinstance(after, list) else after) else {}
+
+
+def fault(do: str, answers: int) -> bool:
+    """Misbehave if it is time to. Return whether nothing is answered in this step."""
+    wanted = due(do, answers)
+    what = wanted.get("do", "")
+    STEP_FAULT[:] = [what]
+    if what == IDLE:
         time.sleep(0.1)
         return True
-    if wanted["do"] == "slow":
+    if what == "slow":
         wanted_steps.pop()
         time.sleep(0.5)
         return bool(wanted_steps)
-    if wanted["do"] == "late":
-        time.sleep(2)
-    if wanted["do"] in ("die", "quit"):
-        os._exit(7 if wanted["do"] == "die" else 0)
-    if wanted["do"] == "half":
-        os.write(REPLIES, b'{"id": 3, "ind')
-        os._exit(0)
-    if wanted["do"] == "close":
+    if what == "raise":
+        raise RuntimeError(wanted.get("error", "the engine broke"))
+    if what == "hang":
+        (folder / "hanging").touch()
+    if what == "close":
         OUTPUTS[0].close()
         os.close(REPLIES)
-        time.sleep(600)
-    if wanted["do"] in LINES:
-        os.write(REPLIES, (json.dumps({"id": LAST["id"]} | LINES[wanted["do"]]) + "\n").encode())
-    if wanted["do"] == "twice":
-        os.write(REPLIES, (json.dumps(LAST) + "\n").encode())
-    if wanted["do"] == "garbage":
-        os.write(REPLIES, b"\xff\x00INFO: loading\n")
-    if wanted["do"] == "hang":
-        (folder / "hanging").touch()
-        time.sleep(600)
-    if wanted["do"] == "raise":
-        raise RuntimeError(wanted.get("error", "the engine broke"))
-    if wanted["do"] == "babble":
-        os.write(REPLIES, b'{"id": 0}\n')
+    if what in LINES:
+        line = LINES[what]
+        os.write(REPLIES, line if isinstance(line, bytes) else json.dumps({"id": LAST["id"]} | line).encode() + b"\n")
+    if what == "twice":
+        os.write(REPLIES, json.dumps(LAST).encode() + b"\n")
+    if what in EXITS:
+        os._exit(EXITS[what])
+    time.sleep({"hang": 600, "close": 600, "late": 2}.get(what, 0))
     return False
 
 
@@ -123,7 +122,7 @@ class Engine:
         log(do=do, requests=len(self.waiting), adapters=len(numbers), base=any(n is None for *_, n in self.waiting))
         name, ids, parameters, number = self.waiting[-1]
         if fault(do if len(ids) != 40 or do == "generate" else "probe", self.answers):
-            return [types.SimpleNamespace(request_id=name, finished=False)] * (IDLE not in CHANGED)
+            return [types.SimpleNamespace(request_id=name, finished=False)] * (IDLE not in STEP_FAULT)
         self.waiting.pop()
         self.answers += 1
         tag, log_probs = read(self.folders[number or last] if number or last else self.base)
@@ -131,10 +130,10 @@ class Engine:
             values = log_probs if len(ids) == 40 else [-tag / 1000.0 - i / 100 for i in range(len(ids) - 1)]
             rank = 1 if parameters.prompt_logprobs else 2  # as vLLM, of a token that ties with the likeliest
             scored = [{i: types.SimpleNamespace(logprob=v, rank=rank)} for i, v in zip(ids[1:], values, strict=True)]
-            if "nan" in CHANGED:
+            if "nan" in STEP_FAULT:
                 scored[-1][ids[-1]].logprob = float("nan")
             return [types.SimpleNamespace(request_id=name, finished=True, prompt_logprobs=[None, *scored])]
-        name = "1" if "stale" in CHANGED else name
+        name = "1" if "stale" in STEP_FAULT else name
         answer = types.SimpleNamespace(token_ids=[tag, len(ids), *parameters.stop_token_ids[:1]])
         return [types.SimpleNamespace(request_id=name, finished=True, outputs=[answer])]
 

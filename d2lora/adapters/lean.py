@@ -2,7 +2,7 @@
 
 Modules get a forward of their own for the time of a training; the model's classes stay as they are. Replaced are adapted
 linear layers (`products`), norms, gated MLPs and rotary embeddings (`parts`), and whole decoder layers (`decoder`) where a
-family's code is Llama's (`recognize`). Whatever else a model has goes on as it is: adapters with dropout, DoRA's, those on
+family's code is Llama's (`layouts.recognize`). Whatever else a model has goes on as it is: adapters with dropout, DoRA's, those on
 Conv1D, embeddings or experts, modules with a hook on one of their parts, and any layer while an adapter is disabled or merged.
 """
 
@@ -19,7 +19,6 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from d2lora.adapters import recognize
 from d2lora.adapters.coverage import layers
 from d2lora.adapters.decoder import (
     SHORT,
@@ -34,6 +33,7 @@ from d2lora.adapters.flat import Flat
 from d2lora.adapters.layers import ADAPTER, OWN, matrices
 from d2lora.adapters.parts import Angles, GatedMlp, Mlp, Norm, RmsNorm, Rotary
 from d2lora.adapters.products import Adapted, Project, SharedInput
+from d2lora.layouts import recognize
 from d2lora.layouts.by_text import BY_TEXT
 from d2lora.layouts.packing import FLEX
 

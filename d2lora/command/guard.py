@@ -123,6 +123,8 @@ def _advice(text: str) -> str | None:
     if unknown := _NO_ARGUMENT.match(text):
         launcher, key = unknown.groups()
         return f"hydra.launcher.{key}: {launcher} has no such setting; hydra/launcher=NAME chooses another launcher"
+    if text.startswith("Could not override 'benchmark'. No match"):
+        return "benchmark: a task's own are chosen by benchmark@task.benchmark=[lab_math,lab_facts]"
     if not (missing := _NO_KEY.match(text)):
         return None
     key, appended = missing.groups()

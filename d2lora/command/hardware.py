@@ -20,7 +20,7 @@ _MFU = 0.14
 _LAYER = 3e-3  # seconds of a GPU for a layer's part of one generated token
 _SVD = 1e12  # FLOP/s of a GPU's decompositions: these do not run on tensor cores
 _LOAD = 1e9  # bytes/s of weights from a disk
-_IMPORTS = 7.0  # seconds until a process has its libraries, two at a time
+_IMPORTS = 5.5  # seconds until a process has its libraries, of a processor that does nothing else
 
 _THREAD = 80e9  # FLOP/s of a processor's thread: DPO of SmolLM2-135M with AVX-512, 2.6 s a pair (docs/training.md)
 _THREAD_LAYER = (

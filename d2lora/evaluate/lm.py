@@ -33,24 +33,23 @@ class WatchedLM(AsTrained, HFLM):
         kind = {"batch_size": batch, "device": device(), "softmax_dtype": "float32"}
         super().__init__(pretrained=model, tokenizer=base.tokenizer, **kind)
         self.begin(base, chat, progress)
-        self.leaving = False  # whether texts are decoded by `decoding`, not by `generate`
+        self.passes: decoding.Passes | None = None  # of `decoding`, while texts are decoded by it and not by `generate`
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Generate answers to prompts."""
         self.requests += len(requests)
         ordered = sorted((r.args[0] for r in requests), key=len)
         texts = [self.tok_encode(text) for text in {*ordered[:2], *ordered[-2:]}]
-        self.leaving = self._leaves(texts)
-        if not self.leaving:
+        if not self._leaves(texts):
             self._prove(texts, "left")
             return super().generate_until(requests, disable_tqdm=True)
         batch, room = self.batch_size_per_gpu, max(r.args[1].get("max_gen_toks", self.max_gen_toks) for r in requests)
         self.batch_size_per_gpu = decoding.at_once(self.base.model, batch, max(map(len, texts)) + room)
         try:
-            with decoding.prepared(self.model, self.base.model):
+            with decoding.prepared(self.model, self.base.model) as self.passes:
                 return super().generate_until(requests, disable_tqdm=True)
         finally:
-            self.batch_size_per_gpu = batch
+            self.batch_size_per_gpu, self.passes = batch, None
 
     def tok_batch_encode(
         self,
@@ -114,10 +113,10 @@ class WatchedLM(AsTrained, HFLM):
         # Generation stops at these tokens anyway. The harness would decode every sequence after every token to look for their text.
         stop = [text for text in stop if text not in self.ends]
         room = max_length - context.shape[1]
-        if self.leaving and kwargs.keys() <= _GREEDY and not kwargs.get("do_sample"):
+        if self.passes and kwargs.keys() <= _GREEDY and not kwargs.get("do_sample"):
             mask, pad = kwargs["attention_mask"], self.tokenizer.pad_token_id
             ends = self.end_ids, pad, self._stopped(stop)
-            sequences = decoding.greedy(self.model, self.base.model, context, mask, room, *ends)
+            sequences = decoding.greedy(self.passes, self.base.model, context, mask, room, *ends)
         else:
             sequences = super()._model_generate(context, max_length, stop, **kwargs)
         self.cache_hook.next += [

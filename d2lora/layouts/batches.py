@@ -16,7 +16,7 @@ Side = Literal["left", "right", "leaving"]
 _NAMES: dict[Side, str] = {
     "left": "batch padded on the left",
     "right": "batch padded on the right",
-    "leaving": "batch padded on the left that texts leave, its attention by rows",
+    "leaving": "batch padded on the left that texts leave",
 }
 
 
@@ -32,6 +32,8 @@ def check(
     tested = [*ordered[:2], *ordered[-2:]] if len(ordered) > 3 else ordered
     compare = {"left": _next_logits, "right": _all_logits, "leaving": _decoded_logits}[side]
     name = _NAMES[side]
+    if side == "leaving":
+        name += ", passes of llama.py" if decoding.as_llama(model) else ", all of its room read"
     return memory.remember(name, len(tested), len(tested[-1]), lambda: _proof(name, model, base, tested, compare))
 
 
@@ -69,8 +71,8 @@ def _next_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[li
 def _decoded_logits(model: torch.nn.Module, base: PreTrainedModel, prompts: list[list[int]]) -> float:
     """Return the same for `decoding`: texts leave the batch after different numbers of tokens, the shortest first."""
     together: list[_Steps] = [[] for _ in prompts]
-    with decoding.prepared(model, base):
-        _decode(decoding.Batch(model, base, *_left_padded(model, prompts)), together)
+    with decoding.prepared(model, base) as passes:
+        _decode(decoding.Batch(passes, base, *_left_padded(model, prompts)), together)
     return _difference_alone(model, prompts, together)
 
 

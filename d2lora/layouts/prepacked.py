@@ -6,11 +6,12 @@ as the product itself.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 _LARGE = 2**18  # elements of a weight from which on it pays
 _ROWS = 32  # for which the order is chosen; with 4 to 1,000 rows it is faster than PyTorch's as well
@@ -22,9 +23,8 @@ def weights(model: nn.Module) -> Iterator[None]:
 
     They are copies: nothing is changed where these would take more than half of the free memory.
     """
-    large = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.weight.numel() >= _LARGE]
-    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in large)
-    if not torch.backends.mkldnn.is_available() or size > psutil.virtual_memory().available / 2:
+    large = [layer for layer in _linear(model) if layer.weight.numel() >= _LARGE]
+    if not torch.backends.mkldnn.is_available() or not _fit(large):
         large = []
     for layer in large:
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
@@ -36,6 +36,34 @@ def weights(model: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
+def fits(model: nn.Module) -> bool:
+    """Tell whether copies of all linear layers' weights take at most half of the free memory."""
+    return _fit(_linear(model))
+
+
+def _linear(model: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in model.modules() if type(layer) is nn.Linear]
+
+
+def _fit(layers: Sequence[nn.Linear]) -> bool:
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    return size <= psutil.virtual_memory().available / 2
+
+
 def _product(weight: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
+
+
+def _side_by_side(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([one.detach() for one in parameters]) if len(parameters) > 1 else parameters[0].detach()
+
+
+def product(layers: Sequence[nn.Linear]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that computes the outputs of layers that read the same input, side by side."""
+    weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
+    weight, bias = (_side_by_side(weights), None if biases[0] is None else _side_by_side(biases))
+    if weight.numel() < _LARGE or not torch.backends.mkldnn.is_available():
+        return lambda x: linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    return functools.partial(_product, packed, bias)

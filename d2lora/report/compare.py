@@ -265,12 +265,21 @@ def _bootstrapped(first: np.ndarray, second: np.ndarray, drawn: np.ndarray, clus
     runs, p = len(first), stats.bootstrap_p(drawn)
     name = "paired bootstrap" if runs == 1 else "two-level bootstrap"
     far_p = stats.bootstrap_p(stats.bootstrap(second - first, wide=True, clusters=clusters)) if runs > 2 else p
+    units = first.shape[1] if clusters is None else len(np.unique(clusters))
+    shares = bool(min(first.min(), second.min()) >= 0 and max(first.max(), second.max()) <= 1)
+
+    def ends(level: float) -> tuple[float, float]:
+        low, high = stats.percentiles(drawn, level)
+        # Items that all differ alike, mostly by nothing, resample to themselves. Others may differ that were not drawn.
+        beyond = stats.unseen(units, level) if low == high and shares else 0.0
+        return low - beyond, high + beyond
+
     return _Tested(
         name if clusters is None else f"{name} of clusters",
         p,
         far_p,
-        stats.clipped(stats.percentiles(drawn), -1.0, first, second),
-        stats.percentiles(drawn, 1 - 2 * ALPHA),
+        stats.clipped(ends(stats.LEVEL), -1.0, first, second),
+        ends(1 - 2 * ALPHA),
     )
 
 

@@ -1,13 +1,9 @@
 """Train by DPO: TRL's trainer on packed pairs."""
 
-import functools
 from typing import Any
 
-import torch
-from torch.nn.functional import pad
 from trl import DPOConfig, DPOTrainer
 
-from d2lora.layouts import packing
 from d2lora.settings.methods import Dpo
 from d2lora.train.common import Batch
 from d2lora.train.reference import ReferencedObjective, ReferencedTrainer
@@ -16,18 +12,9 @@ from d2lora.train.reference import ReferencedObjective, ReferencedTrainer
 class PackedDPOTrainer(ReferencedTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs that are tokenized already."""
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        share, packed = self.share(inputs), inputs.pop("packed")
-        mask = pad(packing.mask_of(packed), (1, 0))
-        # TRL reads its labels' ids from input_ids; our forward has its own.
-        inputs = inputs | {"input_ids": mask, "completion_mask": mask}
-        return super().compute_loss(functools.partial(self.answers, model, packed), inputs) * share
+    def compared(self, batch: Batch) -> Batch:
+        """Return the reference's log-probabilities, under TRL's names."""
+        return {name: batch[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
 
 
 class DpoObjective(ReferencedObjective[Dpo]):

@@ -6,16 +6,13 @@ TRL takes the other prompts from the micro-batch, so that its size changes the r
 single example.
 """
 
-import functools
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import pad
 from trl import KTOConfig, KTOTrainer
 
 from d2lora.data import Example, shuffled
-from d2lora.layouts import packing
 from d2lora.settings.methods import Kto
 from d2lora.train.common import Batch
 from d2lora.train.reference import ReferencedObjective, ReferencedTrainer
@@ -55,23 +52,14 @@ class PackedKTOTrainer(ReferencedTrainer, KTOTrainer):
         """Return the KL of the effective batch; TRL subtracts ref_KL_logps, which is 0, and clips negative values."""
         return self.kl
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        packed, pairs, share = inputs["packed"], self.pairs(inputs), self.share(inputs)
-        mask = pad(packing.mask_of(packed), (1, 0))
-        batch = {
-            # TRL reads its labels' ids from input_ids; our forward has its own.
-            **{"input_ids": mask, "completion_mask": mask, "attention_mask": inputs["attention_mask"]},
-            "label": torch.arange(2 * pairs, device=mask.device) < pairs,
-            "ref_logps": torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]),
-            "ref_KL_logps": torch.zeros(1, device=mask.device),
+    def compared(self, batch: Batch) -> Batch:
+        """Return which examples are desirable, and the reference's log-probabilities, under TRL's names."""
+        pairs, ref_logps = self.pairs(batch), torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+        return {
+            "label": torch.arange(2 * pairs, device=ref_logps.device) < pairs,
+            "ref_logps": ref_logps,
+            "ref_KL_logps": torch.zeros(1, device=ref_logps.device),
         }
-        return super().compute_loss(functools.partial(self.answers, model, packed), batch) * share
 
 
 def exchange_answers(pairs: list[Example], batch: int, max_length: int) -> list[Example]:

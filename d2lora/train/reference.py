@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -116,6 +117,26 @@ class ReferencedTrainer(WholeBatchTrainer):
                         f"has a log-probability of {stored:.4f} in {self.cache}, and the model gives {computed:.4f}: remove that folder to have "
                         "it computed again"
                     )
+
+    def compared(self, batch: Batch) -> Batch:
+        """Return what TRL's loss compares the policy with, for a batch of Packer's."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return TRL's loss of a part, weighted by the part's share of the effective batch's pairs."""
+        packed = inputs["packed"]
+        mask = pad(packing.mask_of(packed), (1, 0))
+        # TRL reads its labels' ids from input_ids; our forward has its own.
+        batch = {"input_ids": mask, "completion_mask": mask, "attention_mask": inputs["attention_mask"]}
+        forward: Any = functools.partial(self.answers, model, packed)
+        loss: Any = super().compute_loss(forward, batch | self.compared(inputs))
+        return loss * self.share(inputs)
 
     def answers(self, model: torch.nn.Module, packed: packing.Packed, **_: Any) -> FusedCausalLMOutput:
         """Run a batch and return the results as TRL's loss expects them: one row for each answer."""

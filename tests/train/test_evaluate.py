@@ -38,11 +38,15 @@ ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range
 def base(tiny: Path, tmp_path: Path):
     """base(dtype="bfloat16", template=False, generation={...}) -> the tiny model as a checkpoint might have it."""
 
-    def load(dtype: str = "float32", template: bool = True, generation: dict | None = None) -> Base:
+    def load(dtype: str = "float32", template: bool = True, generation: dict | None = None, eos: bool = True) -> Base:
         folder = tmp_path / "base"
         shutil.copytree(tiny, folder)
         if not template:
             (folder / "chat_template.jinja").unlink()
+        if not eos:
+            file = folder / "tokenizer_config.json"
+            settings = json.loads(file.read_text())
+            file.write_text(json.dumps({name: value for name, value in settings.items() if name != "eos_token"}))
         if generation:
             file = folder / "generation_config.json"
             file.write_text(json.dumps(json.loads(file.read_text()) | generation))
@@ -110,6 +114,15 @@ def test_a_base_is_asked_as_it_was_trained(base, template: bool) -> None:
     loaded = base(template=template)
     _, items = run(loaded, harness.task_of("sums", numbers(), ROWS, template), chat=template)
     assert items[0]["prompt"].endswith(data.rendered_prompt(loaded.tokenizer, ROWS[0]["question"]))
+
+
+def test_a_tokenizer_without_an_end_of_its_own_is_given_the_template_s(base, capsys) -> None:
+    """The harness asks for it before it generates anything."""
+    loaded = base(eos=False)
+    assert loaded.tokenizer.eos_token == "<|end|>"
+    assert "its tokenizer names none: training and generation end with <|end|>" in capsys.readouterr().err
+    _, items = run(loaded, harness.task_of("sums", numbers(), ROWS, True), chat=True)
+    assert len(items) == len(ROWS)
 
 
 def test_a_base_without_a_template_can_not_learn_from_conversations(base) -> None:

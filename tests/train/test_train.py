@@ -12,6 +12,7 @@ import pytest
 import torch
 from doing import adapter, alone, do, only
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -355,6 +356,26 @@ def test_an_adapter_that_is_not_applied_is_an_error(make, monkeypatch, tmp_path:
         attach.trained(base, store.folder(cell.chain.adapt) / "adapter"),
     ):
         pass
+
+
+def test_an_adapter_is_merged_once_for_evaluations_that_follow_each_other(make, tmp_path: Path) -> None:
+    cell = make("n=16", "method.epochs=1")
+    folder = do(alone(cell)).folder(cell.chain.adapt) / "adapter"
+    base = load_base(cell.config.model, tmp_path)
+
+    def tested() -> torch.nn.Module:
+        with attach.trained(base, folder) as (model, changes):
+            assert changes
+        return model
+
+    first = tested()
+    assert tested() is first
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    other = tested()
+    assert other is not first
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(first.state_dict()[key], other.state_dict()[key])
 
 
 def test_an_adapter_that_bfloat16_rounds_away_is_applied_and_the_table_says_what_it_is(make, capsys) -> None:

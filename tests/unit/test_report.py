@@ -788,6 +788,16 @@ def test_one_seed_s_equivalence_is_newcombe_s_interval_within_one_point_where_a_
     assert pair.decision == "undecided", "100 items are too few for one point"
 
 
+@pytest.mark.parametrize(("items", "decision"), [(6, "undecided"), (600, "equivalent")])
+def test_equal_answers_to_few_items_are_not_called_equivalent(tmp_path: Path, items: int, decision: str) -> None:
+    """Where nothing differs, resampling gives an interval of no width, whatever the number of items."""
+    cells = grid("task=lab_title", n=[100], m=[0, 4000])
+    made.publish(tmp_path, cells, items=items, ability=lambda cell: -9.0)  # each answer scores 0
+    (pair,) = tables.build(points(tmp_path))[0].unique_pairs
+    assert pair.decision == decision
+    assert pair.interval == pytest.approx((-stats.unseen(items), stats.unseen(items)))
+
+
 def test_the_pooled_effect_is_of_the_cells_with_the_same_items_and_seeds(tmp_path: Path) -> None:
     cells = grid(methods=("sft", "orpo"), n=[100, 200], m=[0, 4000], seed=range(3))
     lost = next(c for c in cells if c.config.seed == 2 and c.config.m == 4000)

@@ -74,6 +74,10 @@ def test_the_plan_of_an_optimizer_shows_a_cell_of_its_first_values() -> None:
             "Could not override 'hydra.sweeper.n_trials'.\nTo append to your config use +hydra.sweeper.n_trials=3",
             "hydra.sweeper.n_trials: the sweeper has no such setting",
         ),
+        (
+            "Could not override 'benchmark'. No match in the defaults list.\nTo append to your default list use +benchmark=lab_math",
+            "benchmark: a task's own are chosen by benchmark@task.benchmark=[lab_math,lab_facts]",
+        ),
         ("Could not override 'nn'.\nTo append to your config use +nn=3", "nn: there is no such key"),
     ],
 )

@@ -67,6 +67,21 @@ def rotates(module: Any) -> bool:
     return known and _same_code(rotate_half, llama.rotate_half)
 
 
+def is_model(model: nn.Module) -> bool:
+    """Tell whether a causal language model and all its parts are Llama's; Mistral's and Qwen2's differ in windows alone."""
+    from transformers.models.mistral import modeling_mistral as mistral
+    from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+    known = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model)
+    inner: Any = getattr(model, "model", None)
+    return (
+        _same_code(type(model).forward, llama.LlamaForCausalLM.forward)
+        and any(_same_code(type(inner).forward, one.forward) for one in known)
+        and all(is_decoder_layer(layer) for layer in inner.layers)
+        and is_norm(inner.norm)
+    )
+
+
 def hooked(module: nn.Module) -> bool:
     """Tell whether a part of a module has a hook, which only its own forward calls."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
