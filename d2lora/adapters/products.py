@@ -54,7 +54,7 @@ class SharedInput:
     """Adapted layers that read the same input, as one: their W (outs, in), b (outs) and A (ranks, in) lie one below the other.
 
     All layers have the same s and dtype, and all or none have b. Gradients of B and of A x are computed transposed: on a CPU a
-    product with few rows is up to five times as fast as one with few columns.
+    product with few rows is up to four times as fast as one with few columns.
     """
 
     def __init__(self, members: list[Adapted]) -> None:
