@@ -96,6 +96,7 @@ class Engine:
         self.folders: dict[int, str] = {}
         self.waiting: list[tuple] = []
         self.answers = self.loads = 0
+        self.swapped = False  # whether each adapter is answered by the last one
 
     def add_lora(self, request) -> bool:
         config = json.loads((Path(request.path) / "adapter_config.json").read_text())
@@ -125,6 +126,9 @@ class Engine:
             return [types.SimpleNamespace(request_id=name, finished=False)] * (IDLE not in STEP_FAULT)
         self.waiting.pop()
         self.answers += 1
+        self.swapped |= "swap" in STEP_FAULT
+        if number and self.swapped:
+            number = max(self.folders)
         tag, log_probs = read(self.folders[number or last] if number or last else self.base)
         if do == "loglikelihood":
             values = log_probs if len(ids) == 40 else [-tag / 1000.0 - i / 100 for i in range(len(ids) - 1)]

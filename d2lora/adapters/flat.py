@@ -18,20 +18,21 @@ class Stacked(NamedTuple):
     gradients: torch.Tensor
     parts: list[tuple[nn.Parameter, torch.Tensor]]
 
-    def learn(self, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+    def learn(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add the product of left (rows, tokens) and right (tokens, columns) to the gradients."""
         if left.dtype == self.gradients.dtype:
-            self.gradients.addmm_(left, right, beta=1 if self._begun() else 0, alpha=scale)
+            self.gradients.addmm_(left, right, beta=1 if self._begun() else 0)
         else:
-            self.add(torch.mm(left, right), scale)
+            self.add(torch.mm(left, right))
 
-    def add(self, product: torch.Tensor, scale: float = 1.0) -> None:
-        """Add s times a product (rows, columns) to the gradients."""
+    def add(self, values: torch.Tensor, scale: float = 1.0) -> None:
+        """Add s times values (rows, columns) to the gradients."""
         if self._begun():
-            self.gradients.add_(product, alpha=scale)
+            self.gradients.add_(values, alpha=scale)
         elif scale == 1:
-            self.gradients.copy_(product)
+            self.gradients.copy_(values)
         else:
-            torch.mul(product, scale, out=self.gradients)
+            torch.mul(values, scale, out=self.gradients)
 
     def _begun(self) -> bool:
         """Make the gradients those of the weights, and tell whether there is something in them already."""

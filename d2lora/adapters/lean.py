@@ -163,6 +163,7 @@ class _Weights:
         self._casts = False
         self._set_up_in: torch.dtype | None = None
         self._addresses = self._current_addresses()
+        self._dtypes = {one.W.dtype for one in self.members}
 
     def _current_addresses(self) -> list[int]:
         return [one.W.data_ptr() for one in self.members]
@@ -198,10 +199,10 @@ class _Weights:
         """
         if not all(one.applies() for one in self.members):
             return None
-        kind, dtype = self.members[0].W.device.type, self.members[0].W.dtype
+        kind = self.members[0].W.device.type
         self._casts = torch.is_autocast_enabled(kind)
-        own = torch.get_autocast_dtype(kind) if self._casts else flat.weights.dtype
-        return dtype if {own, *(one.W.dtype for one in self.members)} == {dtype} else None
+        dtype = torch.get_autocast_dtype(kind) if self._casts else flat.weights.dtype
+        return dtype if self._dtypes == {dtype} else None
 
 
 class _Outputs:

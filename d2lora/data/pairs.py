@@ -170,7 +170,7 @@ def _text(task: Task, row: Row, template: str, blank: bool = False) -> str:
     except (LookupError, AttributeError, TypeError, ValueError) as error:  # "{price:d}" of a text
         raise BadRow(f"{template!r} can't be filled in", f"{type(error).__name__}: {error}") from None
     if not blank and is_blank(text):
-        raise _nothing(task, template)
+        raise _nothing(task, f"the template {template!r}")
     return text
 
 

@@ -247,11 +247,15 @@ def _where(rows: list[Row], data: Data, column: str, values: list[Any]) -> list[
     require_columns(rows, data, column, empty=True)
     present = {_spelled(row[column]) for row in rows}
     if absent := [str(value) for value in values if _spelled(value) not in present]:
-        raise UserError(
-            f"data.where.{column}={', '.join(absent)}: no row has it; there are {', '.join(sorted(present)[:40])}"
-        )
+        raise UserError(f"data.where.{column}={', '.join(absent)}: no row has it; there are {_some(sorted(present))}")
     selected = set(map(_spelled, values))
     return [row for row in rows if _spelled(row[column]) in selected]
+
+
+def _some(values: list[str]) -> str:
+    """List the first values, each by its beginning: a column may hold whole texts."""
+    shown = ", ".join(value if len(value) <= 40 else f"{value[:40]}..." for value in values[:24])
+    return f"{shown} and {len(values) - 24:,} more" if len(values) > 24 else shown
 
 
 def _spelled(value: Any) -> str:

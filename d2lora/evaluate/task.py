@@ -69,10 +69,12 @@ def _last_text(prompt: str | list[Message]) -> str:
 
 
 def _choices(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
+    choices = [data.choices(benchmark, row) for row in rows]  # the harness asks for both several times an item
+    right = [data.right_choice(benchmark, row) for row in rows]
     return {
         "output_type": "multiple_choice",
-        "doc_to_choice": lambda doc: data.choices(benchmark, rows[doc["row"]]),
-        "doc_to_target": lambda doc: data.right_choice(benchmark, rows[doc["row"]]),
+        "doc_to_choice": lambda doc: choices[doc["row"]],
+        "doc_to_target": lambda doc: right[doc["row"]],
     }
 
 

@@ -8,7 +8,7 @@ from d2lora.report import axes, paper
 from d2lora.report.axes import LABELS
 from d2lora.report.compare import Comparison, Outcomes, draws_of, seeds_text
 from d2lora.report.points import Point
-from d2lora.report.rows import Row, frame
+from d2lora.report.rows import Row, csv_of_rows, lines_text
 from d2lora.report.tables import Line, Table, column_name
 from d2lora.report.worth import LESS, MORE
 from d2lora.scoring import unit_of
@@ -253,7 +253,7 @@ def latex_rows(caption: str, head: list[str], rows: list[list[str]]) -> str:
 
 def csv_text(tables: list[Table]) -> str:
     """Return tables as CSV, one point a row, fractions with all digits; missing values are empty."""
-    return frame(table_rows(tables), TABLE_COLUMNS, as_typed=True).to_csv(index=False)
+    return csv_of_rows(table_rows(tables), TABLE_COLUMNS)
 
 
 def table_rows(tables: list[Table]) -> list[Row]:
@@ -290,6 +290,4 @@ def _outcomes(outcomes: Outcomes) -> Row:
 
 def csv_rows(head: list[str], rows: list[list[str]]) -> str:
     """Return rows of texts as CSV."""
-    import pandas as pd  # late: planning a grid imports this package
-
-    return pd.DataFrame(rows, columns=head).to_csv(index=False)
+    return lines_text(head, rows)

@@ -13,7 +13,7 @@ from d2lora.report import axes, tuning
 from d2lora.report.axes import Axes, general
 from d2lora.report.manifest import read_manifest, sweeps
 from d2lora.report.points import arm_name, interval_of, varies_of
-from d2lora.report.rows import Row, frame
+from d2lora.report.rows import Row, csv_of_rows
 from d2lora.scoring import is_graded
 from d2lora.stages.adapt import AdaptSpec
 from d2lora.stages.evaluate import EvaluateSpec
@@ -198,5 +198,5 @@ def write_results(output: Path, records: Records) -> tuple[Path, list[str]]:
             rows += list(result_rows(read_manifest(output, sweep), records))
         except UserError as error:
             damaged.append(f"sweep {sweep} is not in results.csv: {error}")
-    write_text(file, frame(rows, COLUMNS, as_typed=True).to_csv(index=False, lineterminator="\r\n"))
+    write_text(file, csv_of_rows(rows, COLUMNS, end="\r\n"))
     return file, damaged

@@ -19,7 +19,8 @@ def key_like(key: str) -> str | None:
     typed, name = _without_name(key)
     if typed in _keys():
         return key
-    like = difflib.get_close_matches(typed, _keys(), n=1, cutoff=0.8)
+    ends = [key for key in _keys() if key.endswith(f".{typed}")]  # lr alone, or beta
+    like = sorted(ends, key=len) or difflib.get_close_matches(typed, _keys(), n=1, cutoff=0.8)
     return like[0].replace("NAME", name) if like else None
 
 
@@ -50,7 +51,9 @@ def _of(model: type[BaseModel], before: str) -> Iterator[str]:
 
 
 def _classes(annotation: object) -> Iterator[type[BaseModel]]:
-    """Yield the classes of settings in an annotation: of a union each, of a mapping its values'."""
+    """Yield the classes of settings in an annotation: of a union each, of a mapping its values'; those in lists have no keys."""
+    if typing.get_origin(annotation) is list:
+        return
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in typing.get_args(annotation):

@@ -183,7 +183,8 @@ class _Reached:
 
     def __init__(self, trainer: PackedTrainer) -> None:
         self.trainer = trainer
-        self.weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        trained = (weight for weight in trainer.model.parameters() if weight.requires_grad)
+        self.weights = list(trained) if trainer.flat is None else trainer.flat.parameters
         stores = ("_metrics", "_stored_metrics")  # SFT's, DPO's and KTO's; ORPO's and CPO's
         metrics = [getattr(trainer, name) for name in stores if hasattr(trainer, name)]
         self.logs: list[dict[str, list[Any]]] = [store["train"] for store in metrics]

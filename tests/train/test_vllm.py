@@ -171,6 +171,16 @@ def test_a_log_probability_that_is_no_number_leaves_its_adapter_to_memory(opened
         assert ask(session, "one") == answers_of(101)
 
 
+def test_answers_are_not_used_where_the_probe_after_them_is_of_another_adapter(opened, tmp_path: Path) -> None:
+    session = opened(["one", "two"], at="generate", do="swap", after=5, starts=1)  # 4 are of probes
+    with pytest.raises(Unable, match="the log-probabilities of a probe are off by"):
+        ask(session, "one", "two")
+    assert list(session.refused) == ["one"]
+    assert ask(session, "two") == answers_of(102)
+    assert ask(session, None) == answers_of(100)
+    assert len(logged(tmp_path, "open")) == 1
+
+
 def test_an_adapter_that_vllm_refuses_costs_no_engine(opened, folder: Path, tmp_path: Path, capsys) -> None:
     session = opened(["one"])
     session.add([Adapter("two", folder / "two")])  # its rank is larger than the engine was opened for
@@ -256,7 +266,7 @@ def test_an_engine_that_failed_is_not_tried_once_more_after_it_made_room(opened,
 
 
 def test_what_was_answered_before_the_last_engine_failed_is_used(opened, tmp_path: Path) -> None:
-    session = opened(["one", "two"], at="generate", do="die", after=[6, 4], starts=2)  # 4 are of probes
+    session = opened(["one", "two"], at="generate", do="die", after=[7, 4], starts=2)  # 4 and 1 are of probes
     session._room = replace(session._room, slots=2)  # a call for each adapter
     assert ask(session, "one", "two") == answers_of(101)
     assert session.gone

@@ -160,6 +160,13 @@ def test_a_file_in_another_encoding_is_told_what_is_wanted(tmp_path: Path) -> No
     assert refusal(tmp_path / "rows.csv").endswith("rows.csv: not in UTF-8 (byte 8): save it as UTF-8")
 
 
+def test_long_values_of_a_column_are_named_by_their_beginnings(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i:02d} " + 200 * "x"}) + "\n" for i in range(30)))
+    told = refusal(tmp_path / "rows.jsonl", where={"q": ["nope"]})
+    assert f"there are 00 {37 * 'x'}..., 01 " in told
+    assert told.endswith("... and 6 more")
+
+
 def test_lists_in_lists_without_end_are_refused_in_one_line(tmp_path: Path) -> None:
     for name in ("rows.jsonl", "rows.json"):
         (tmp_path / name).write_text('{"q": ' + "[" * 5_000 + "]" * 5_000 + "}\n")

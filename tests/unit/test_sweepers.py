@@ -92,6 +92,8 @@ def test_no_advice_is_given_that_then_fails(hydra: str, told: str) -> None:
     ("typed", "told"),
     [
         ("methode", "methode: there is no such key (method is meant?)"),
+        ("lr", "lr: there is no such key (recipe.lr is meant?)"),
+        ("beta", "beta: there is no such key (method.beta is meant?)"),
         ("recipe.lora.rank", "recipe.lora.rank: there is no such key (recipe.lora.r is meant?)"),
         ("recipe.epochs.stf", "recipe.epochs.stf: there is no such key (recipe.epochs.sft is meant?)"),
         ("task.benchmark.mine.limt", "task.benchmark.mine.limt: there is no such key (task.benchmark.mine.limit is meant?)"),

@@ -210,6 +210,7 @@ class Session:
                 except Lost as lost:
                     left = sum(one not in replies for one in every)
                     self._lost(lost, f"{left} of {len(every)} requests")
+            self._compare_again(part, replies)
 
     def _take(self, asked: tuple[Key, int], reply: Reply, replies: dict[tuple[Key, int], Reply]) -> None:
         """Add a reply to those of its adapter. One whose numbers are none ends the use of the engine for the adapter, or the base."""
@@ -221,6 +222,19 @@ class Session:
             self._end(f"vLLM gave a log-probability of {odd}")
         elif key not in self.refused:
             self._refuse(key, f"vLLM gave a log-probability of {odd}")
+
+    def _compare_again(self, keys: Sequence[Key], replies: dict[tuple[Key, int], Reply]) -> None:
+        """Send the probe after answers, too. Those of an adapter, or the base, that is off by now are taken out of `replies`."""
+        able = [key for key in keys if key is None or self._can(key)]
+        if not self._running or not able:
+            return
+        try:
+            self._compare(self._running, able)
+        except Lost as lost:
+            self._lost(lost, "further requests")
+        off = {key for key in keys if (self.gone if key is None else key in self.refused)}
+        for asked in [asked for asked in replies if asked[0] in off]:
+            del replies[asked]
 
     def _make_room(self, requests: Sequence[Request]) -> None:
         """Have the engine opened for longer texts where one needs it. Unable where the model itself has no room."""
