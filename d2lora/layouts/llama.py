@@ -69,8 +69,8 @@ class _Layer:
         self.qkv = prepacked.product([attention.q_proj, attention.k_proj, attention.v_proj])
         self.gate_up, self.down = prepacked.product([mlp.gate_proj, mlp.up_proj]), prepacked.product([mlp.down_proj])
         self.o = prepacked.product([attention.o_proj])
-        queries, keys = (one.out_features // self.width for one in (attention.q_proj, attention.k_proj))
-        self.heads = [queries, keys, keys]
+        # heads of queries, of keys, of values
+        self.heads = [one.out_features // self.width for one in (attention.q_proj, attention.k_proj, attention.v_proj)]
 
     def before_attention(
         self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cached: Layer

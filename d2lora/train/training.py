@@ -50,8 +50,7 @@ def train(
     epochs: float | None = None,
     passes: Passes | None = None,
 ) -> dict[str, Any]:
-    """Train the adapter on the drawn examples. `spec` has the settings in the stage's key, `machine` those that are
-    not.
+    """Train the adapter on the drawn examples. `spec` has the settings in the stage's key, `machine` the others.
 
     `folder` is for checkpoints; training resumes from the latest. `reference` caches the log-probabilities of DPO's
     reference (one folder for each policy), `proofs` the layouts that were tested (next to `folder` by default),

@@ -2,7 +2,6 @@
 
 import contextlib
 import http.server
-import importlib.util
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from types import SimpleNamespace
 import made
 import psutil
 import pytest
+from wandb_runs import runs
 
 from d2lora import mirror as mirrored
 from d2lora.data import overlap
@@ -32,7 +32,6 @@ from d2lora.stages import Stage, flips
 from d2lora.store import Store
 
 ROOT = Path(__file__).parents[2]
-CORE = Path(importlib.util.find_spec("wandb").origin).parent / "bin/wandb-core"
 KEY = "local" + 40 * "0"  # of the right form; openwandb's documented local key
 SMALL = ["task.benchmark.lab_math.limit=4", "~task.benchmark.lab_facts"]
 
@@ -53,31 +52,6 @@ def typed(folder: Path, *arguments: str, environment: dict | None = None, output
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return SimpleNamespace(out=done.stdout, err=done.stderr, seconds=time.monotonic() - start)
-
-
-def runs(output: Path) -> list[dict]:
-    """The runs on disk, each with what wandb's reader finds: run (name, config ...), history, summary, artifacts, exit."""
-    return [_run(file) for file in sorted((output / "wandb").glob("*run-*/*.wandb"))]
-
-
-def _run(file: Path) -> dict:
-    # What `wandb leet inspect --json` starts, without importing wandb for each.
-    reader = [CORE, "leet", "inspect", "--no-observability", "--json", "--run-file", file, file.parent.parent]
-    told = subprocess.run(reader, capture_output=True, text=True, check=True)
-    records = [json.loads(line) for line in told.stdout.splitlines()]
-    found = {
-        kind: [r[kind] for r in records if r["type"] == kind] for kind in ("history", "summary", "artifact", "exit")
-    }
-    run = next(r["run"] for r in records if r["type"] == "run")
-    return {
-        **run,
-        "config": run["config"]["update"],
-        "text": "\n".join(json.dumps(r) for r in records if r["type"] != "artifact"),
-        "history": [h["item"] for h in found["history"]],
-        "summary": {k: v for s in found["summary"] for k, v in s.get("update", {}).items()},
-        "artifacts": {(a["name"], a["type"], bool(a.get("use_after_commit"))): a["digest"] for a in found["artifact"]},
-        "exit": [e["exit_code"] for e in found["exit"]],
-    }
 
 
 def records(output: Path) -> dict[str, dict]:
