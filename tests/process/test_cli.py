@@ -160,7 +160,7 @@ def test_a_single_cell_prints_its_results_and_no_token_is_in_anything_that_is_wr
     done = [run("n=4", *SHORT), run("n=4", "model.path=someone/gated", "+model.revision=main", *SHORT, code=2)]
     assert re.search(r"lab_math accuracy: \d+\.\d\d % ± \d+\.\d\d \(4 items\)", done[0].stdout), "a cell's results"
     assert "lab_facts acc:" in done[0].stdout
-    done.append(run("n=4", "recipe.lr.sft=1", "recipe.lora.target_modules=[nosuch]", *SHORT, code=1))
+    done.append(run("n=4", "init=eva", "init.samples=1", *SHORT, code=1))
     files = [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
     assert any("failed" in f.parts for f in files)
     for value in planted.values():

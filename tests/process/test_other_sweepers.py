@@ -76,5 +76,5 @@ def test_what_can_t_be_composed_ends_a_study_before_its_first_trial(run: Callabl
     # Stands in for a sweeper that is not installed: the plan comes before it is looked for.
     optimizer = ["hydra.sweeper._target_=hydra_plugins.x.OptunaSweeper", "objective=lab_math/accuracy"]
     done = run("-m", "hydra/sweeper=basic", *optimizer, "method=nosuch,sft", "dry_run=true", code=2)
-    assert done.stderr.startswith("error: In 'config': Could not find 'method/nosuch'")
+    assert done.stderr.startswith("error: method=nosuch: one of dpo, kto, orpo, sft, simpo")
     assert len(done.stderr.splitlines()) == 1
