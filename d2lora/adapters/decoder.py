@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from d2lora.adapters.parts import Angles, Mlp, Norm
+from d2lora.adapters.parts import Mlp, Norm
 from d2lora.adapters.products import Gradient, SharedInput, flattened
+from d2lora.layouts.rotary import Angles
 
 SHORT = 48  # tokens of a row; at 64 PyTorch's kernel is as fast
 

@@ -31,11 +31,12 @@ from d2lora.adapters.decoder import (
 )
 from d2lora.adapters.flat import Flat
 from d2lora.adapters.layers import ADAPTER, OWN, matrices
-from d2lora.adapters.parts import Angles, GatedMlp, Mlp, Norm, RmsNorm, Rotary
+from d2lora.adapters.parts import GatedMlp, Mlp, Norm, RmsNorm, Rotary
 from d2lora.adapters.products import Adapted, Project, SharedInput
 from d2lora.layouts import recognize
 from d2lora.layouts.by_text import BY_TEXT
 from d2lora.layouts.packing import FLEX
+from d2lora.layouts.rotary import Angles
 
 # Children of one module that read the same input, by the names that transformers gives them.
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -44,9 +44,7 @@ class Launcher:
     apart: bool = False
     gpu_each: bool = False  # each job has a GPU of its own, if the launcher's settings ask for one
     workers: str = ""  # the setting that says how many jobs run at once; -1 is one for each processor
-    ahead: Callable[[int], None] = (
-        _nothing_ahead  # called with `count` while the plan is still checked: what workers need
-    )
+    ahead: Callable[[int], None] = _nothing_ahead  # called with `count` while the plan is still being checked
     begin: Callable[[HydraLauncher], None] = _as_it_is  # called before the first job
     dismiss: Callable[[], None] = _nothing  # ends workers that would stay after the last job
     wait: Callable[[], None] = (

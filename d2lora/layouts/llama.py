@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from d2lora.layouts import by_rows, prepacked, recognize
 from d2lora.layouts.cache import Layer
+from d2lora.layouts.rotary import Angles
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,7 +47,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Compute a pass, as `decoding.Usual` defines it."""
         x = self.embed(ids)
-        angles = _angles(*self.rotary(x, positions))
+        angles = Angles.of(*self.rotary(x, positions))
         of_all, of_last = _masks(mask)
         for layer, cached in zip(self.layers, layers, strict=True):
             q, keys, values = layer.before_attention(x, angles, cached)
@@ -73,12 +74,12 @@ class _Layer:
         self.heads = [one.out_features // self.width for one in (attention.q_proj, attention.k_proj, attention.v_proj)]
 
     def before_attention(
-        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cached: Layer
+        self, x: torch.Tensor, angles: Angles, cached: Layer
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries (texts, tokens, heads, head) of x (texts, tokens, width), and all keys and values so far."""
         states = self.qkv(self.norms[0](x)).view(*x.shape[:2], -1, self.width)
-        rotated, v = states[:, :, : -self.heads[2]], states[:, :, -self.heads[2] :]
-        q, k = _rotated(rotated, *angles).split_with_sizes(self.heads[:2], 2)
+        angles.rotate_(states[:, :, : -self.heads[2]].transpose(1, 2))
+        q, k, v = states.split_with_sizes(self.heads, 2)
         return q, *cached.update(k.transpose(1, 2), v.transpose(1, 2))
 
     def after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
@@ -90,16 +91,6 @@ class _Layer:
 
 def _norm(module: Any) -> Norm:
     return lambda x: rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
-
-
-def _angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin (texts, tokens, 1, head), sin negated in its first half."""
-    first, second = sin.chunk(2, -1)
-    return cos[:, :, None], torch.cat([-first, second], -1)[:, :, None]
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
 
 def _masks(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -119,7 +119,7 @@ class ReferencedTrainer(WholeBatchTrainer):
                     )
 
     def compared(self, batch: Batch) -> Batch:
-        """Return what TRL's loss compares the policy with, for a batch of Packer's."""
+        """Return what TRL's loss compares the policy with, for a batch of Packer's. Each method's trainer has its own."""
         raise NotImplementedError
 
     def compute_loss(

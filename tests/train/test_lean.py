@@ -16,9 +16,10 @@ from d2lora.adapters.decoder import After, AfterAttention, Before, BeforeAttenti
 from d2lora.adapters.flat import Flat
 from d2lora.adapters.layers import ADAPTER, Residual, matrices
 from d2lora.adapters.lean import lean
-from d2lora.adapters.parts import Angles, GatedMlp, Mlp, Norm, RmsNorm, Rotary
+from d2lora.adapters.parts import GatedMlp, Mlp, Norm, RmsNorm, Rotary
 from d2lora.adapters.products import Adapted, Project, SharedInput
 from d2lora.adapters.start import Start, fresh
+from d2lora.layouts.rotary import Angles
 from d2lora.settings import Lora, init_of
 
 IDS = torch.arange(48).view(2, 24) % 50
